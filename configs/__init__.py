@@ -1,0 +1,1 @@
+"""Configuration files: each defines get_config(preset) -> ml_collections.ConfigDict."""

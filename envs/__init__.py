@@ -1,0 +1,1 @@
+"""Environments: the built-in kitchen, RoboCasa and the worker pool. NumPy only, never JAX."""

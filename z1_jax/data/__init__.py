@@ -1,0 +1,1 @@
+"""Everything between raw episodes and model inputs: tokenizer, transforms, datasets."""

@@ -1,0 +1,1 @@
+"""GRPO for flow-matching policies: sampler, tree, advantage, loss (pure) and the loop around them."""
