@@ -1,0 +1,516 @@
+"""The settings of a run: frozen dataclasses with their defaults, and every check that a config must pass.
+
+Only this module knows ml_collections. A user's mistake raises ConfigError: one line that names the key, what was
+given and what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+import pathlib
+import sys
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvConfig:
+    """The environments that rollouts and evaluations run in."""
+
+    suite: str = "kitchen"
+    cameras: tuple[str, ...] = ("robot0_agentview_left", "robot0_eye_in_hand")  # in the order of the image slots
+    image_size: int = 64  # pixels
+    horizon: int = 0  # control steps of an episode; 0: the task's own
+    parallel: int = 64  # environments alive at once, over all workers
+    workers: int = 2  # worker processes; 0: step inside this process
+    timeout_s: float = 60.0  # longest that one call to a worker may take
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The policy's size. What a checkpoint says takes precedence when a run starts from one."""
+
+    preset: str = "kitchen"
+    dtype: str = "float32"  # of the computation; parameters are float32
+
+
+@dataclasses.dataclass(frozen=True)
+class DemosConfig:
+    """Expert demonstrations."""
+
+    episodes: int = 250  # successful ones to keep
+    noise: float = 0.2  # an episode's action noise is one of 0, noise, 2·noise
+    stride: int = 4  # control steps between recorded observations
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW after global-norm clipping."""
+
+    lr: float = 1e-3
+    warmup_steps: int = 100
+    schedule: str = "cosine"  # cosine: to lr_end at the last step; constant
+    lr_end: float = 1e-5
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SftConfig:
+    """Supervised flow matching on the demonstrations."""
+
+    steps: int = 1200
+    batch_size: int = 64  # observations a step
+    flows: int = 4  # flow times and noises drawn per encoded observation
+    loss_dims: str = "all"  # all: padding included, as openpi; real: the environment's action dimensions
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    checkpoint_every: int = 400  # steps
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupConfig:
+    """Groups of rollouts that start from one state, and how their members part."""
+
+    count: int = 8  # groups an iteration
+    size: int = 8  # G, members of a group
+    branching: str = "tree"  # none | prefix | tree
+    prefix_chunks: int = 2  # P at the first iteration
+    prefix_chunks_end: int = 0  # P at the last iteration; linear in between
+    shuffle_advantages: bool = False  # control: permutes the advantages within each group, which must gain nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig:
+    """The stochastic sampler (Flow-SDE)."""
+
+    steps: int = 4  # K, denoising steps of a decision
+    noise_level: float = 0.5  # a
+    sde_steps: str = "all"  # all | one
+    last_step: str = "sde"  # sde | ode
+    logprob_reduce: str = "sum"  # sum | mean
+    logprob_coords: str = "executed"  # executed | horizon
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """Completion-aware returns and the group filter."""
+
+    discount: float = 0.998  # γ per chunk
+    keep_low: float = 0.1  # a group is kept when its mean calibrated return is at least this
+    keep_high: float = 0.99  # and at most this
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateConfig:
+    """The policy update."""
+
+    epochs: int = 2
+    batch_size: int = 128  # nodes (deduplicated chunks) an optimiser step
+    micro_batch: int = 128  # nodes that go through the network at once
+    clip_low: float = 0.2  # η below 1
+    clip_high: float = 0.2  # η above 1
+    ratio_gate: float = 0.0  # largest |ρ − 1| at the first update; 0: 1e-3 in float32, 0.1 in bfloat16
+    optim: OptimConfig = dataclasses.field(
+        default_factory=lambda: OptimConfig(lr=4e-5, warmup_steps=4, schedule="constant", b2=0.999, weight_decay=0.01)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    iterations: int = 60  # GRPO iterations
+    scope: str = "expert"  # expert: the VLM is frozen; joint: everything is trained
+    checkpoint_every: int = 10  # iterations
+    stop_success: float = 1.01  # stop early when the training success over `stop_window` iterations reaches this
+    stop_window: int = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """The protocol of the paired evaluation."""
+
+    episodes: int = 256
+    first_seed: int = 900_000_000  # held-out seeds are first_seed … first_seed + episodes − 1
+    noise_seed: int = 0  # of the sampler's initial noise
+    confidence: float = 0.95
+    videos: int = 4  # seeds filmed before and after
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; data = −1 takes the rest."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """Where numbers go besides the console and metrics.jsonl."""
+
+    tensorboard: bool = False
+    wandb: bool = False
+    every: int = 50  # SFT steps between reports
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on."""
+
+    algorithm: str = "grpo"  # grpo: demonstrations → SFT → GRPO → paired evaluation; sft: without GRPO; eval
+    task: str = "TurnOnSinkFaucet"
+    seed: int = 0
+    run_dir: str = ""  # empty: runs/<algorithm>-<task>-seed<seed>
+    init: str = ""  # a run directory or checkpoint whose policy replaces demonstrations and SFT
+    checkpoint: str = ""  # eval: the policy to evaluate
+    env: EnvConfig = dataclasses.field(default_factory=EnvConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    demos: DemosConfig = dataclasses.field(default_factory=DemosConfig)
+    sft: SftConfig = dataclasses.field(default_factory=SftConfig)
+    group: GroupConfig = dataclasses.field(default_factory=GroupConfig)
+    flow: FlowConfig = dataclasses.field(default_factory=FlowConfig)
+    reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
+    update: UpdateConfig = dataclasses.field(default_factory=UpdateConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+    @property
+    def directory(self) -> pathlib.Path:
+        """The run directory, absolute."""
+        name = self.run_dir or f"runs/{self.algorithm}-{self.task}-seed{self.seed}"
+        return pathlib.Path(name).expanduser().absolute()
+
+
+# Keys that may change between two invocations of one run: they move no number.
+FREE_KEYS = ("run_dir", "log", "env.workers", "env.timeout_s", "train.checkpoint_every", "sft.checkpoint_every")
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "algorithm": ("grpo", "sft", "eval"),
+    "env.suite": ("kitchen",),
+    "model.dtype": ("float32", "bfloat16"),
+    "sft.loss_dims": ("all", "real"),
+    "sft.optim.schedule": ("cosine", "constant"),
+    "update.optim.schedule": ("cosine", "constant"),
+    "group.branching": ("none", "prefix", "tree"),
+    "flow.sde_steps": ("all", "one"),
+    "flow.last_step": ("sde", "ode"),
+    "flow.logprob_reduce": ("sum", "mean"),
+    "flow.logprob_coords": ("executed", "horizon"),
+    "train.scope": ("expert", "joint"),
+}
+
+# key: (lowest, highest) allowed, both included; None: no bound.
+_RANGES: dict[str, tuple[float | None, float | None]] = {
+    "seed": (0, 9_999),
+    "env.image_size": (14, 1024),
+    "env.horizon": (0, None),
+    "env.parallel": (1, 4096),
+    "env.workers": (0, 512),
+    "env.timeout_s": (0.1, None),
+    "demos.episodes": (1, 50_000),
+    "demos.noise": (0.0, 1.0),
+    "demos.stride": (1, None),
+    "sft.steps": (1, None),
+    "sft.batch_size": (1, None),
+    "sft.flows": (1, None),
+    "sft.checkpoint_every": (1, None),
+    "group.count": (1, 9_999),
+    "group.size": (2, 1024),
+    "group.prefix_chunks": (0, None),
+    "group.prefix_chunks_end": (0, None),
+    "flow.steps": (2, 1000),
+    "flow.noise_level": (1e-6, 10.0),
+    "reward.discount": (1e-3, 1.0),
+    "reward.keep_low": (0.0, 1.0),
+    "reward.keep_high": (0.0, 1.0),
+    "update.epochs": (1, None),
+    "update.batch_size": (1, None),
+    "update.micro_batch": (1, None),
+    "update.clip_low": (0.0, 1.0),
+    "update.clip_high": (0.0, None),
+    "update.ratio_gate": (0.0, None),
+    "train.iterations": (1, 9_999),
+    "train.checkpoint_every": (1, None),
+    "train.stop_window": (1, None),
+    "train.stop_success": (0.0, None),
+    "eval.episodes": (1, 100_000),
+    "eval.first_seed": (900_000_000, 2**31 - 1_000_000),
+    "eval.noise_seed": (0, 2**31 - 1),
+    "eval.confidence": (0.5, 0.9999),
+    "eval.videos": (0, 64),
+    "log.every": (1, None),
+    **{
+        f"{part}.{key}": bounds
+        for part in ("sft.optim", "update.optim")
+        for key, bounds in {
+            "lr": (0.0, 1.0),
+            "lr_end": (0.0, 1.0),
+            "warmup_steps": (0, None),
+            "b1": (0.0, 0.99999),
+            "b2": (0.0, 0.99999),
+            "eps": (0.0, 1.0),
+            "weight_decay": (0.0, 1.0),
+            "clip_norm": (1e-9, None),
+        }.items()
+    },
+}
+
+
+def defaults(**overrides: Any) -> ml_collections.ConfigDict:
+    """The default configuration as a ConfigDict, for configs/*.py; `overrides` are dotted keys (`a__b` for `a.b`)."""
+    config = ml_collections.ConfigDict(dataclasses.asdict(Config()))
+    for key, value in overrides.items():
+        *sections, leaf = key.split("__")
+        node = config
+        for section in sections:
+            node = node[section]
+        node[leaf] = value
+    return config.lock()
+
+
+def from_config_dict(config: ml_collections.ConfigDict) -> Config:
+    """Checks a ConfigDict and freezes it.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type or out of range, or values that do not fit together.
+    """
+    built = _build(Config, config.to_dict(), "")
+    check(built)
+    return built
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            hint = f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(hints)}"
+            raise ConfigError(f"config key {prefix}{key} does not exist{hint}")
+    built = {}
+    for key, kind in hints.items():
+        name = prefix + key
+        if key not in values:
+            continue
+        value = values[key]
+        if dataclasses.is_dataclass(kind):
+            built[key] = _build(kind, value, name + ".")
+        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+            built[key] = float(value)
+        elif typing.get_origin(kind) is tuple:
+            if not isinstance(value, (tuple, list)) or not all(isinstance(v, str) for v in value):
+                raise ConfigError(f"config key {name}: got {value!r}, expected a tuple of names")
+            built[key] = tuple(value)
+        elif type(value) is not kind:
+            raise ConfigError(f"config key {name}: got {value!r} ({type(value).__name__}), expected {kind.__name__}")
+        else:
+            built[key] = value
+    return cls(**built)
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf of a config dataclass by its dotted key."""
+    leaves: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            leaves |= flat(value, f"{prefix}{field.name}.")
+        else:
+            leaves[prefix + field.name] = list(value) if isinstance(value, tuple) else value
+    return leaves
+
+
+def check(config: Config) -> None:
+    """Refuses values out of range and combinations that cannot work.
+
+    Raises:
+        ConfigError: one line.
+    """
+    values = flat(config)
+    for key, choices in _CHOICES.items():
+        if values[key] not in choices:
+            raise ConfigError(f"config key {key}: got {values[key]!r}, expected one of {', '.join(choices)}")
+    for key, (low, high) in _RANGES.items():
+        value = values[key]
+        if not ((low is None or value >= low) and (high is None or value <= high)):
+            bounds = f"at least {low}" if high is None else f"{low} … {high}"
+            raise ConfigError(f"config key {key}: got {value}, expected {bounds}")
+    _check_combinations(config)
+
+
+def _check_combinations(config: Config) -> None:
+    group, env = config.group, config.env
+    size = group.size
+    if group.branching == "tree" and size & (size - 1):
+        raise ConfigError(f"config key group.size: got {size} with branching=tree, expected a power of two (4, 8, 16…)")
+    if env.parallel % size and config.algorithm == "grpo":
+        raise ConfigError(f"config key env.parallel: got {env.parallel}, expected a multiple of group.size = {size}")
+    if config.update.batch_size % config.update.micro_batch:
+        raise ConfigError(
+            f"config key update.batch_size: got {config.update.batch_size}, "
+            f"expected a multiple of update.micro_batch = {config.update.micro_batch}"
+        )
+    if config.reward.keep_low > config.reward.keep_high:
+        raise ConfigError(
+            f"config key reward.keep_low: got {config.reward.keep_low}, "
+            f"expected at most reward.keep_high = {config.reward.keep_high}"
+        )
+    if config.flow.last_step == "ode" and config.flow.steps < 2:
+        raise ConfigError(f"config key flow.steps: got {config.flow.steps} with last_step=ode, expected at least 2")
+    if group.branching == "none" and (group.prefix_chunks or group.prefix_chunks_end):
+        raise ConfigError(
+            "config key group.prefix_chunks: branching=none shares no prefix, "
+            f"got {group.prefix_chunks} → {group.prefix_chunks_end}, expected 0 → 0"
+        )
+    if config.algorithm == "eval" and not config.checkpoint:
+        raise ConfigError("config key checkpoint: got '', expected a run directory or a checkpoint to evaluate")
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The leaves that a run's numbers depend on: what two invocations of one run directory must share."""
+    return {
+        k: v for k, v in flat(config).items() if not any(k == free or k.startswith(free + ".") for free in FREE_KEYS)
+    }
+
+
+def fingerprint(config: Config) -> str:
+    """Short hash of `identity`."""
+    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def claim_directory(config: Config) -> pathlib.Path:
+    """Creates the run directory with its config.json, or checks that it belongs to this config.
+
+    Raises:
+        ConfigError: the directory belongs to another config, or is something else.
+    """
+    directory = config.directory
+    path = directory / "config.json"
+    mine = identity(config)
+    if path.exists():
+        try:
+            theirs = identity(_build(Config, json.loads(path.read_text()), ""))
+        except (json.JSONDecodeError, ConfigError, TypeError) as error:
+            raise ConfigError(
+                f"{path} cannot be read ({error}); restore it or choose another --config.run_dir"
+            ) from error
+        different = [k for k in mine if mine[k] != theirs.get(k)]
+        if different:
+            shown = ", ".join(f"{k} is {theirs.get(k)!r}, asked for {mine[k]!r}" for k in different[:3])
+            more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+            raise ConfigError(f"{directory} belongs to another config ({shown}{more}); choose another --config.run_dir")
+        return directory
+    if directory.exists() and any(directory.iterdir()):
+        raise ConfigError(
+            f"{directory} is not empty and holds no run (no config.json); choose another --config.run_dir"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(dataclasses.asdict(config), indent=1))
+    aside.rename(path)
+    return directory
+
+
+def parse_command_line(argv: Sequence[str]) -> Config:
+    """Reads `--config=FILE[:PRESET]` and any `--config.key=value`.
+
+    config_flags reports a mistake as a page of traceback; these few lines report it as one.
+
+    Raises:
+        ConfigError: a missing file, an unknown preset, key or flag, or a value of the wrong type: one line.
+    """
+    given = [argument.removeprefix("--config=") for argument in argv[1:] if argument.startswith("--config=")]
+    if len(given) != 1:
+        raise ConfigError(f"got {len(given)} configs, expected one --config=configs/FILE.py[:PRESET]")
+    config = _load(given[0]).copy_and_resolve_references()
+    known = flat(Config())
+    for argument in argv[1:]:
+        if argument.startswith("--config="):
+            continue
+        key, equals, text = argument.removeprefix("--config.").partition("=")
+        if not argument.startswith("--config.") or not equals:
+            raise ConfigError(f"argument {argument!r} is not understood, expected --config.key=value")
+        if key not in known:
+            raise ConfigError(f"config key {key} does not exist{_suggestion(key, known)}")
+        *sections, leaf = key.split(".")
+        node = config
+        for section in sections:
+            node = node[section]
+        node[leaf] = _parse_value(key, text, known[key])
+    return from_config_dict(config)
+
+
+def _suggestion(key: str, known: dict[str, Any]) -> str:
+    close = difflib.get_close_matches(key, known, n=1) or [k for k in known if k.endswith("." + key)][:1]
+    return (
+        f"; did you mean {close[0]}?"
+        if close
+        else f"; sections: {', '.join(dict.fromkeys(k.split('.')[0] for k in known))}"
+    )
+
+
+def _load(source: str) -> ml_collections.ConfigDict:
+    file, _, preset = source.partition(":")
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise ConfigError(f"config file {file} does not exist; expected a path such as configs/grpo.py")
+    spec = importlib.util.spec_from_file_location("z1_config_file", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"config file {file} is no Python file; expected a path such as configs/grpo.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return module.get_config(preset) if preset else module.get_config()
+    except ConfigError:
+        raise
+    except Exception as error:  # a config file is the user's own code: anything can be wrong in it
+        raise ConfigError(f"config file {file} failed: {type(error).__name__}: {error}") from error
+
+
+def _parse_value(key: str, text: str, current: Any) -> Any:
+    """Reads `text` as the type that `current` has."""
+    if isinstance(current, str):
+        return text
+    if isinstance(current, list):
+        return tuple(
+            part for part in text.strip("()[]").replace("'", "").replace('"', "").replace(" ", "").split(",") if part
+        )
+    if isinstance(current, bool):
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise ConfigError(f"config key {key}: got {text!r}, expected true or false")
+    try:
+        return type(current)(text)
+    except ValueError:
+        kind = {"int": "a whole number", "float": "a number"}[type(current).__name__]
+        raise ConfigError(f"config key {key}: got {text!r}, expected {kind} (default {current})") from None
+
+
+def run_main(main: typing.Callable[[Sequence[str]], int | None]) -> None:
+    """Runs a command: a user's mistake prints one line and exits with 2, an interruption with 130."""
+    try:
+        code = main(sys.argv)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues where it stopped", file=sys.stderr)
+        code = 130
+    sys.exit(code or 0)

@@ -1,0 +1,145 @@
+"""The flow-matching sampler as a policy with a density (Flow-SDE).
+
+Pure functions, arrays in, arrays out. openpi's time: t = 1 is noise, t = 0 is data; x_t = t·ε + (1 − t)·a, v = ε − a.
+Means, scales and log-probabilities are float32 whatever the model computes in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+Velocity = Callable[[Array, Array], Array]  # (x [..., H, A], t [...]) -> v [..., H, A]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """One denoising run: everything that the density of its actions depends on. Leading axes are samples."""
+
+    x: Float[Array, "*N K1 H A"]  # x_0 (noise) … x_K (the action chunk), K1 = K + 1
+    stochastic: Bool[Array, "*N K"]  # which of the K steps drew noise
+    logp: Float[Array, "*N"]  # log-probability of the stochastic steps over the counted coordinates
+
+
+def times(steps: int) -> Float[Array, " K"]:
+    """The time at which each of `steps` denoising steps starts: 1, 1 − 1/K, …, 1/K."""
+    return 1.0 - jnp.arange(steps, dtype=jnp.float32) / steps
+
+
+def noise_scale(t: Array, steps: int, noise_level: float) -> Array:
+    """σ_t = a·√(t / (1 − t)); at t = 1 the denominator is that of the next grid time, so σ_1 = a·√K."""
+    return noise_level * jnp.sqrt(t / jnp.maximum(1.0 - t, 1.0 / steps))
+
+
+def transition(x: Array, v: Array, t: Array, steps: int, noise_level: float) -> tuple[Array, Array]:
+    """Mean and standard deviation of one stochastic step from t to t − Δ, which keeps every marginal of the ODE.
+
+    Args:
+        x, v: [..., H, A] the state and its velocity.
+        t: [...] the time of each sample.
+    Returns:
+        mean [..., H, A] and std [..., 1, 1] (σ_t·√Δ), float32.
+    """
+    dt = 1.0 / steps
+    x, v, t = (jnp.asarray(y, jnp.float32) for y in (x, v, t))
+    t = t[..., None, None]
+    sigma = noise_scale(t, steps, noise_level)
+    mean = x - dt * (v + sigma**2 / (2.0 * t) * (x + (1.0 - t) * v))
+    return mean, sigma * jnp.sqrt(dt)
+
+
+def stochastic_steps(key: Array, steps: int, sde_steps: str, last_step: str) -> Bool[Array, " K"]:
+    """Which steps of one sample draw noise.
+
+    `sde_steps="all"`: each; `"one"`: one index drawn uniformly. `last_step="ode"` takes the last step out of both.
+    """
+    candidates = steps - 1 if last_step == "ode" else steps
+    index = jnp.arange(steps)
+    if sde_steps == "all":
+        return index < candidates
+    return index == jax.random.randint(key, (), 0, candidates)
+
+
+def step_logp(
+    x_next: Array, mean: Array, std: Array, counted: Bool[Array, "H A"], reduce: str = "sum"
+) -> Float[Array, "*N"]:
+    """log N(x_next; mean, std²) over the counted coordinates: their sum (a density) or their mean (a surrogate)."""
+    per_coordinate = -0.5 * ((x_next - mean) / std) ** 2 - jnp.log(std) - 0.5 * jnp.log(2.0 * jnp.pi)
+    total = jnp.sum(jnp.where(counted, per_coordinate, 0.0), axis=(-2, -1))
+    return total / jnp.sum(counted) if reduce == "mean" else total
+
+
+def sample(
+    velocity: Velocity,
+    noise: Float[Array, "*N K1 H A"],
+    stochastic: Bool[Array, "*N K"],
+    counted: Bool[Array, "H A"],
+    *,
+    noise_level: float,
+    reduce: str = "sum",
+) -> Chain:
+    """Runs K denoising steps. A sample's deterministic steps are Euler steps of the ODE and have no density.
+
+    Args:
+        velocity: the policy.
+        noise: standard normal draws: [0] is x_0, [k + 1] drives step k. With no stochastic step only [0] is used.
+        stochastic: which steps draw noise; all false is the ODE sampler.
+        counted: coordinates that enter the log-probability.
+    """
+    steps = stochastic.shape[-1]
+    noise = jnp.asarray(noise, jnp.float32)
+
+    def step(carry: tuple[Array, Array], inputs: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        x, logp = carry
+        t_scalar, z, drawn = inputs
+        t = jnp.broadcast_to(t_scalar, drawn.shape)
+        v = jnp.asarray(velocity(x, t), jnp.float32)
+        mean, std = transition(x, v, t, steps, noise_level)
+        wide = drawn[..., None, None]
+        x_next = jnp.where(wide, mean + std * z, x - v / steps)
+        # A deterministic step is scored at a point of density, then left out: no NaN can reach the gradient.
+        scored = step_logp(jnp.where(wide, x_next, mean), mean, std, counted, reduce)
+        return (x_next, logp + jnp.where(drawn, scored, 0.0)), x_next
+
+    first = noise[..., 0, :, :]
+    inputs = (times(steps), jnp.moveaxis(noise[..., 1:, :, :], -3, 0), jnp.moveaxis(stochastic, -1, 0))
+    (_, logp), xs = jax.lax.scan(step, (first, jnp.zeros(first.shape[:-2], jnp.float32)), inputs)
+    x = jnp.concatenate([first[..., None, :, :], jnp.moveaxis(xs, 0, -3)], axis=-3)
+    return Chain(x=x, stochastic=stochastic, logp=logp)
+
+
+def chain_logp(
+    velocity: Velocity,
+    x: Float[Array, "*N K1 H A"],
+    stochastic: Bool[Array, "*N K"],
+    counted: Bool[Array, "H A"],
+    *,
+    noise_level: float,
+    reduce: str = "sum",
+) -> Float[Array, "*N"]:
+    """log π of stored chains under `velocity`, which sees a chain's K steps at once: x [*N, K, H, A], t [*N, K]."""
+    steps = stochastic.shape[-1]
+    x = jnp.asarray(x, jnp.float32)
+    now, after = x[..., :-1, :, :], x[..., 1:, :, :]
+    t = jnp.broadcast_to(times(steps), stochastic.shape)
+    mean, std = transition(now, velocity(now, t), t, steps, noise_level)
+    after = jnp.where(stochastic[..., None, None], after, jax.lax.stop_gradient(mean))
+    scored = step_logp(after, mean, std, counted, reduce)
+    return jnp.sum(jnp.where(stochastic, scored, 0.0), axis=-1)
+
+
+def training_pair(actions: Array, noise: Array, t: Array) -> tuple[Array, Array]:
+    """x_t and the target velocity of flow matching: t·ε + (1 − t)·a and ε − a (method: section 1)."""
+    wide = t[..., None, None]
+    return wide * noise + (1.0 - wide) * actions, noise - actions
+
+
+def training_times(key: Array, shape: tuple[int, ...]) -> Array:
+    """t ~ Beta(1.5, 1)·0.999 + 0.001, as openpi trains."""
+    # Beta(1.5, 1) has the distribution function t^1.5, so its quantile function is u^(2/3).
+    return jax.random.uniform(key, shape) ** (1.0 / 1.5) * 0.999 + 0.001
