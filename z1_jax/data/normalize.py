@@ -1,0 +1,218 @@
+"""Normalisation statistics of states and actions, in openpi's `norm_stats.json` format.
+
+Knows arrays and one JSON file; nothing of images, prompts or environments. The statistics of a policy travel with its
+checkpoint: a policy under other statistics is another policy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import pathlib
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+
+NormMode = Literal["quantile", "z_score"]
+
+EPSILON = 1e-6  # openpi's guard against division by zero
+CONSTANT_SPAN = 1e-4  # raw units: a dimension that moves less than this carries no information
+WIDENED_STDS = 3.0  # half-width, in standard deviations, given to a dimension whose quantiles coincide
+MAX_ROWS = 1 << 20  # rows kept for the quantiles; above it every 2nd, 4th, ... row is kept
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormStats:
+    """Statistics of one quantity with D dimensions, in raw units.
+
+    A dimension is *constant* when both its spread q99 - q01 and its std are at most CONSTANT_SPAN: it is normalised to
+    0 and un-normalised to its mean, whatever the model said. A dimension whose quantiles coincide although its std
+    does not vanish (a gripper that closes once in 200 steps) is *widened* to mean ± 3 std; both are logged once.
+    """
+
+    mean: np.ndarray  # float64 [D]
+    std: np.ndarray  # float64 [D], population standard deviation
+    q01: np.ndarray  # float64 [D], 1 % quantile
+    q99: np.ndarray  # float64 [D], 99 % quantile
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = np.asarray(getattr(self, field.name), dtype=np.float64)
+            if value.ndim != 1 or value.shape != np.shape(self.mean):
+                raise ValueError(
+                    f"normalisation statistics: {field.name} has shape {value.shape}, expected one value for each of "
+                    f"the {np.size(self.mean)} dimensions of mean; compute the statistics anew"
+                )
+            if not np.isfinite(value).all():
+                raise ValueError(
+                    f"normalisation statistics: {field.name} holds a value that is not finite at dimension "
+                    f"{int(np.argmin(np.isfinite(value)))}; compute the statistics anew from clean data"
+                )
+            object.__setattr__(self, field.name, value)
+
+    @property
+    def dim(self) -> int:
+        return self.mean.shape[0]
+
+    @functools.cached_property
+    def constant(self) -> np.ndarray:
+        """bool [D]: dimensions that never move in the data."""
+        return (self.q99 - self.q01 <= CONSTANT_SPAN) & (self.std <= CONSTANT_SPAN)
+
+    @functools.cached_property
+    def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """(low, high) of the quantile map, with constant and coinciding dimensions widened."""
+        widened = (self.q99 - self.q01 <= CONSTANT_SPAN) & ~self.constant
+        if self.constant.any():
+            _logger.warning("dimensions %s never move: held constant", np.flatnonzero(self.constant).tolist())
+        if widened.any():
+            _logger.warning(
+                "dimensions %s have equal 1%% and 99%% quantiles: normalised over mean ± %g std instead",
+                np.flatnonzero(widened).tolist(),
+                WIDENED_STDS,
+            )
+        low = np.where(widened, self.mean - WIDENED_STDS * self.std, self.q01)
+        high = np.where(widened, self.mean + WIDENED_STDS * self.std, self.q99)
+        return np.where(self.constant, self.mean - 1.0, low), np.where(self.constant, self.mean + 1.0, high)
+
+    def normalise(self, values: np.ndarray, mode: NormMode = "quantile") -> np.ndarray:
+        """Raw values [..., d], d <= D, to normalised ones (not clipped; constant dimensions become 0).
+
+        Quantile: (x - q01) / (q99 - q01 + 1e-6) * 2 - 1; z_score: (x - mean) / (std + 1e-6), as in openpi.
+
+        Raises:
+            ValueError: the values are wider than the statistics, or the mode is unknown.
+        """
+        width = values.shape[-1]
+        if width > self.dim:
+            raise ValueError(
+                f"cannot normalise values of width {width} with statistics of {self.dim} dimensions; "
+                "the dataset and the statistics do not belong together"
+            )
+        if _checked(mode) == "quantile":
+            low, high = (bound[:width] for bound in self._bounds)
+            out = (values - low) / (high - low + EPSILON) * 2.0 - 1.0
+        else:
+            out = (values - self.mean[:width]) / (self.std[:width] + EPSILON)
+        return np.where(self.constant[:width], 0.0, out)
+
+    def unnormalise(self, values: np.ndarray, mode: NormMode = "quantile") -> np.ndarray:
+        """The inverse of `normalise` for values [..., d]; constant dimensions become their constant.
+
+        Dimensions beyond D are the model's padding. As in openpi, the quantile map leaves them as they are and the
+        z-score map takes them as mean 0, std 1.
+        """
+        width = min(values.shape[-1], self.dim)
+        real, padding = values[..., :width], values[..., width:]
+        if _checked(mode) == "quantile":
+            low, high = (bound[:width] for bound in self._bounds)
+            out = (real + 1.0) / 2.0 * (high - low + EPSILON) + low
+        else:
+            out = real * (self.std[:width] + EPSILON) + self.mean[:width]
+            padding = padding * (1.0 + EPSILON)
+        return np.concatenate([np.where(self.constant[:width], self.mean[:width], out), padding], axis=-1)
+
+
+class StatsAccumulator:
+    """One pass over the data: exact mean and std (Chan's update), quantiles of the rows kept.
+
+    All rows are kept up to MAX_ROWS, so the quantiles are exact; beyond, a regular subsample of at least MAX_ROWS / 2
+    rows is kept. No draw is random: the same data in the same order give the same statistics.
+    """
+
+    def __init__(self, max_rows: int = MAX_ROWS):
+        self._max_rows = max_rows
+        self._count = 0
+        self._mean: np.ndarray | None = None
+        self._m2: np.ndarray | None = None
+        self._rows: list[np.ndarray] = []
+        self._kept = 0
+        self._stride = 1
+
+    def update(self, values: np.ndarray) -> None:
+        """Adds values [..., D].
+
+        Raises:
+            ValueError: the width differs from that of earlier values, or a value is not finite.
+        """
+        rows = np.asarray(values, dtype=np.float64).reshape(-1, np.shape(values)[-1])
+        if not np.isfinite(rows).all():
+            raise ValueError("statistics: the data hold NaN or infinite values; expected finite numbers")
+        if self._mean is None or self._m2 is None:
+            self._mean, self._m2 = np.zeros(rows.shape[1]), np.zeros(rows.shape[1])
+        if rows.shape[1] != self._mean.shape[0]:
+            raise ValueError(f"statistics: got values of width {rows.shape[1]} after width {self._mean.shape[0]}")
+        if not len(rows):
+            return
+        self._keep(rows)
+        total = self._count + len(rows)
+        batch_mean = rows.mean(axis=0)
+        delta = batch_mean - self._mean
+        self._m2 += ((rows - batch_mean) ** 2).sum(axis=0) + delta**2 * (self._count * len(rows) / total)
+        self._mean = self._mean + delta * (len(rows) / total)
+        self._count = total
+
+    def _keep(self, rows: np.ndarray) -> None:
+        """Keeps the rows whose global index is a multiple of the stride; doubles the stride when full."""
+        kept = rows[(-self._count) % self._stride :: self._stride]
+        self._rows.append(kept.copy())
+        self._kept += len(kept)
+        while self._kept > self._max_rows:
+            self._rows = [np.concatenate(self._rows)[::2]]
+            self._stride *= 2
+            self._kept = len(self._rows[0])
+
+    def result(self) -> NormStats:
+        """The statistics so far.
+
+        Raises:
+            ValueError: no values were added.
+        """
+        if self._mean is None or self._m2 is None or not self._count:
+            raise ValueError("statistics: no data; expected at least one record")
+        low, high = np.quantile(np.concatenate(self._rows), [0.01, 0.99], axis=0)
+        return NormStats(mean=self._mean, std=np.sqrt(self._m2 / self._count), q01=low, q99=high)
+
+
+def save_norm_stats(path: str | pathlib.Path, stats: Mapping[str, NormStats]) -> None:
+    """Writes openpi's `norm_stats.json` to the file `path`."""
+    content = {key: {name: v.tolist() for name, v in stats_arrays(value).items()} for key, value in stats.items()}
+    pathlib.Path(path).write_text(json.dumps({"norm_stats": content}, indent=2) + "\n")
+
+
+def load_norm_stats(path: str | pathlib.Path) -> dict[str, NormStats]:
+    """Reads openpi's `norm_stats.json`, or its inner mapping.
+
+    Raises:
+        ValueError: the file is missing, is not JSON, or lacks one of the four statistics.
+    """
+    try:
+        content = json.loads(pathlib.Path(path).read_text())
+        content = content.get("norm_stats", content)
+        return {key: NormStats(**{f: value[f] for f in _FIELDS}) for key, value in content.items()}
+    except FileNotFoundError:
+        raise ValueError(f"normalisation statistics: no file {path}; expected openpi's norm_stats.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"normalisation statistics: {path} is not a norm_stats.json ({type(error).__name__}: {error}); expected "
+            f'{{"norm_stats": {{"state": {{{", ".join(_FIELDS)}}}, "actions": ...}}}}'
+        ) from None
+
+
+def stats_arrays(stats: NormStats) -> dict[str, np.ndarray]:
+    """The four statistics by name: plain arrays, for JSON or a checkpoint."""
+    return {name: getattr(stats, name) for name in _FIELDS}
+
+
+def _checked(mode: str) -> str:
+    if mode not in ("quantile", "z_score"):
+        raise ValueError(f"unknown normalisation {mode!r}; expected 'quantile' or 'z_score'")
+    return mode
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(NormStats))

@@ -1,0 +1,277 @@
+"""Prompts to token ids, as π0.5 wants them, by PaliGemma's SentencePiece model or a small one of the kitchen's own.
+
+Knows text and normalised states; nothing of images, statistics or environments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import sentencepiece
+
+PALIGEMMA = "google/paligemma-3b-pt-224"
+PALIGEMMA_VOCAB_SIZE = 257_152
+STATE_BINS = 256
+PAD_ID = 0
+
+_EDGES = np.linspace(-1.0, 1.0, STATE_BINS + 1)[:-1]
+_NUMBERS = tuple(str(value) for value in range(-1, STATE_BINS))
+_SEPARATORS = ("Task:", ",▁State:", ";\nAction:▁", "\n")  # the fixed parts of a prompt, one token each
+_PRINTABLE = "".join(chr(code) for code in range(33, 127))
+
+_OBJECTS = (
+    *(
+        "apple",
+        "banana",
+        "bagel",
+        "bar of soap",
+        "beer",
+        "bell pepper",
+        "bottled water",
+        "bowl",
+        "bread",
+        "can",
+        "carrot",
+    ),
+    *("cheese", "coffee cup", "corn", "cucumber", "cup", "egg", "eggplant", "garlic", "jam", "kettle", "lemon", "lime"),
+    *("mango", "milk", "mug", "mushroom", "onion", "orange", "pan", "peach", "plate", "pot", "potato", "sponge"),
+    *("squash", "sweet potato", "tomato", "vegetable", "fruit", "box", "ball", "block", "container"),
+)
+_PLACES = (
+    *("counter", "sink", "cabinet", "microwave", "pan on the stove", "plate on the counter", "stove"),
+    *("plate", "bowl", "container", "basin", "burner", "container on the counter"),
+)
+_BURNERS = tuple(f"{row}{column}" for row in ("front ", "rear ", "") for column in ("left", "right", "center"))
+
+EncodeTexts = Callable[[list[str]], list[list[int]]]
+
+
+def discretise_state(state: np.ndarray) -> np.ndarray:
+    """Bins of a normalised state [..., D]: int64, 0..255 over [-1, 1), -1 below and 255 above (openpi)."""
+    return np.digitize(state, _EDGES) - 1
+
+
+def prompt_text(instruction: str, state: np.ndarray | None) -> str:
+    """The prompt of π0.5; without a state, the bare instruction and a line break (openpi's LIBERO setting)."""
+    text = instruction.strip().replace("_", " ").replace("\n", " ")
+    if state is None:
+        return text + "\n"
+    return _with_bins(text, discretise_state(state))
+
+
+def _with_bins(text: str, bins: np.ndarray) -> str:
+    return f"Task: {text}, State: {' '.join(_NUMBERS[b + 1] for b in bins)};\nAction: "
+
+
+class PromptTokenizer:
+    """Instruction and state to a fixed number of token ids.
+
+    Attributes:
+        vocab_size: ids are below it; a model's embedding needs at least so many rows.
+        identity: SHA-256 of the vocabulary, kept in checkpoints: other ids are another policy.
+        model_bytes: the SentencePiece model, or None where it came through `transformers`.
+    """
+
+    def __init__(
+        self, encode_texts: EncodeTexts, vocab_size: int, prompt_length: int, identity: str, model_bytes: bytes | None
+    ):
+        """Args: `encode_texts` adds BOS to each text; see `load_tokenizer` for the usual way to one."""
+        if prompt_length < 1:
+            raise ValueError(f"prompt_length is {prompt_length}; expected at least 1 token")
+        self._encode_texts = encode_texts
+        self.vocab_size = vocab_size
+        self.prompt_length = prompt_length
+        self.identity = identity
+        self.model_bytes = model_bytes
+
+    @classmethod
+    def from_bytes(cls, model_bytes: bytes, prompt_length: int, source: str = "tokenizer") -> PromptTokenizer:
+        """A tokenizer from the bytes of a SentencePiece model; `source` names it in errors.
+
+        Raises:
+            ValueError: the bytes are no SentencePiece model.
+        """
+        try:
+            model = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{source} is not a SentencePiece model ({error}); expected a .model file") from None
+
+        def encode(texts: list[str]) -> list[list[int]]:
+            return model.encode(texts, add_bos=True, num_threads=1)
+
+        return cls(encode, model.vocab_size(), prompt_length, hashlib.sha256(model_bytes).hexdigest(), model_bytes)
+
+    def encode(self, instruction: str, state: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """One prompt: (ids int32 [L], mask bool [L]); `state` [D] is normalised and unpadded, or None.
+
+        Raises:
+            ValueError: the prompt has more than `prompt_length` tokens.
+        """
+        tokens, mask = self.encode_batch([instruction], None if state is None else state[None])
+        return tokens[0], mask[0]
+
+    def encode_batch(self, instructions: Sequence[str], states: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts of instructions [B] and normalised states [B, D]: (ids int32 [B, L], mask bool [B, L]).
+
+        Raises:
+            ValueError: a prompt has more than `prompt_length` tokens (openpi cuts it, and loses the end of the state).
+        """
+        if states is None:
+            texts = [prompt_text(instruction, None) for instruction in instructions]
+        else:
+            bins = discretise_state(states).tolist()
+            clean = [instruction.strip().replace("_", " ").replace("\n", " ") for instruction in instructions]
+            texts = [_with_bins(*pair) for pair in zip(clean, bins, strict=True)]
+        tokens = np.full((len(texts), self.prompt_length), PAD_ID, np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        for row, ids in enumerate(self._encode_texts(texts)):
+            if len(ids) > self.prompt_length:
+                raise ValueError(
+                    f"prompt {texts[row]!r} has {len(ids)} tokens, more than prompt_length={self.prompt_length}; "
+                    f"raise prompt_length to at least {len(ids)} or shorten the instruction"
+                )
+            tokens[row, : len(ids)] = ids
+            mask[row, : len(ids)] = True
+        return tokens, mask
+
+    def number_ids(self) -> np.ndarray:
+        """int32 [257]: the id of each state bin -1..255 (with its leading space), to start embeddings smoothly.
+
+        Raises:
+            ValueError: a number takes several tokens, as in PaliGemma's vocabulary.
+        """
+        empty = len(self._encode_texts(["Task:"])[0])
+        encoded = [ids[empty:] for ids in self._encode_texts([f"Task: {number}" for number in _NUMBERS])]
+        for number, ids in zip(_NUMBERS, encoded, strict=True):
+            if len(ids) != 1:
+                raise ValueError(f"the number {number} takes {len(ids)} tokens; expected a tokenizer with one for each")
+        return np.asarray(encoded, np.int32)[:, 0]
+
+
+def load_tokenizer(source: str | pathlib.Path, prompt_length: int, vocab_size: int | None = None) -> PromptTokenizer:
+    """A tokenizer from a SentencePiece `.model` file, a directory that holds one, or a model name of the hub.
+
+    A directory without a `.model` file, and a hub name, go through `transformers`. `vocab_size` is the size that the
+    policy was made for (PaliGemma: 257,152).
+
+    Raises:
+        ValueError: nothing is there, it is no tokenizer, or its vocabulary has another size.
+    """
+    path = pathlib.Path(source).expanduser()
+    models = sorted(path.glob("*.model")) if path.is_dir() else []
+    if len(models) > 1:
+        raise ValueError(f"{path} holds {len(models)} .model files; name the one to use")
+    if path.is_file() or models:
+        path = models[0] if models else path
+        tokenizer = PromptTokenizer.from_bytes(path.read_bytes(), prompt_length, str(path))
+    else:
+        tokenizer = _from_transformers(str(source), path.is_dir(), prompt_length)
+    if vocab_size is not None and tokenizer.vocab_size != vocab_size:
+        raise ValueError(
+            f"tokenizer {source} has {tokenizer.vocab_size} tokens, expected {vocab_size}; "
+            "give the tokenizer that the policy was trained with"
+        )
+    return tokenizer
+
+
+def _from_transformers(source: str, is_directory: bool, prompt_length: int) -> PromptTokenizer:
+    looks_local = source.startswith(("/", ".", "~")) or source.endswith(".model") or source.count("/") != 1
+    if looks_local and not is_directory:
+        raise ValueError(
+            f"no tokenizer at {source}; expected PaliGemma's SentencePiece model (paligemma_tokenizer.model or "
+            f"tokenizer.model), a directory that holds it, or the hub name {PALIGEMMA}"
+        )
+    from transformers import GemmaTokenizer  # takes a second to import
+
+    try:
+        model = GemmaTokenizer.from_pretrained(source)
+    except Exception as error:  # transformers raises many kinds: network, access, format
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"cannot load tokenizer {source!r} ({reason}); expected a directory with tokenizer.model or "
+            "tokenizer.json, or a hub name that this machine may download (accept its licence, then `hf auth login`)"
+        ) from None
+    if len(model) < 100:  # the constructor without files silently gives five special tokens
+        raise ValueError(f"tokenizer {source!r} has {len(model)} tokens; expected a full vocabulary, check its files")
+    vocabulary = "\n".join(f"{index} {token!r}" for token, index in sorted(model.get_vocab().items()))
+    identity = hashlib.sha256(vocabulary.encode()).hexdigest()
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [[model.bos_token_id, *ids] for ids in model(texts, add_special_tokens=False)["input_ids"]]
+
+    return PromptTokenizer(encode, len(model), prompt_length, identity, None)
+
+
+def train_small_tokenizer(texts: Iterable[str], path: str | pathlib.Path | None = None, vocab_size: int = 512) -> bytes:
+    """Trains a SentencePiece BPE model on instructions; returns its bytes and writes them to `path`.
+
+    Each state bin " -1" .. " 255" and each fixed part of the prompt is one token, and all of printable ASCII is
+    covered. The same texts give the same bytes. Few texts may fill fewer than `vocab_size` tokens.
+
+    Raises:
+        ValueError: no texts, or a vocabulary too small for the fixed tokens.
+    """
+    sentences = sorted({text.strip() for text in texts} - {""})
+    if not sentences:
+        raise ValueError("cannot train a tokenizer without texts; give the instructions of the tasks")
+    symbols = [*_SEPARATORS, *(f"▁{number}" for number in _NUMBERS)]
+    smallest = len(symbols) + len(_PRINTABLE) + 64
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size={vocab_size} is too small; expected at least {smallest} for bins and characters")
+    # Every word counts with the space before it, as it stands in the prompt.
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([f" {text}" for text in sentences]),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        pad_id=PAD_ID,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        user_defined_symbols=symbols,
+        required_chars=_PRINTABLE,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    if path is not None:
+        pathlib.Path(path).write_bytes(model.getvalue())
+    return model.getvalue()
+
+
+def kitchen_instructions() -> list[str]:
+    """Sentences with every word of the 24 kitchen tasks' instructions: what the small tokenizer is trained on."""
+    sides = ("left", "right")
+    doors = ("cabinet door", "cabinet doors", "microwave door", "single door", "double doors", "drawer", "cabinet")
+    texts = [
+        f"{verb} the {side}{door}" for verb in ("open", "close") for side in ("", "left ", "right ") for door in doors
+    ]
+    texts += [f"pick the {thing} from the {start} and place it in the {end}" for thing, start, end in _moves("in")]
+    texts += [f"pick the {thing} from the {start} and place it on the {end}" for thing, start, end in _moves("on")]
+    texts += [f"turn {way} the {burner} burner of the stove" for way in ("on", "off") for burner in _BURNERS]
+    texts += [f"turn {way} the {thing}" for way in ("on", "off") for thing in ("sink faucet", "microwave", "stove")]
+    texts += [f"turn the sink spout to the {side}" for side in sides]
+    texts += [
+        f"press the {name} button on the {thing}" for name in ("start", "stop") for thing in ("microwave", "sink")
+    ]
+    texts += ["press the button on the coffee machine to serve coffee", "press the start button on the coffee machine"]
+    texts += ["pick the mug from the cabinet and place it under the coffee machine dispenser"]
+    texts += ["pick the mug from the counter and place it under the coffee machine dispenser"]
+    texts += ["pick the mug from under the coffee machine dispenser and place it on the counter"]
+    return texts + [text.capitalize() + "." for text in texts]
+
+
+def _moves(preposition: str) -> list[tuple[str, str, str]]:
+    """Each object once, with start and end places taken in turn."""
+    shift = 1 if preposition == "in" else 3
+    count = len(_PLACES)
+    return [(thing, _PLACES[i % count], _PLACES[(i + shift) % count]) for i, thing in enumerate(_OBJECTS)]

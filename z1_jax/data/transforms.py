@@ -1,0 +1,152 @@
+"""Between an environment's raw units and the model's inputs and outputs: resize, tokenise, normalise, pad.
+
+NumPy in and out. Knows no dataset and no model, and of an environment only what an observation holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from z1_jax.data.normalize import NormMode, NormStats
+from z1_jax.data.tokenizer import PromptTokenizer
+from z1_jax.types import Observation
+
+
+class RawObservation(Protocol):
+    """What the policy sees, in the environment's units (see `envs.base.EnvObservation`)."""
+
+    @property
+    def images(self) -> Mapping[str, np.ndarray]: ...  # camera -> uint8 [H, W, 3]
+
+    @property
+    def state(self) -> np.ndarray: ...  # [state_dim]
+
+    @property
+    def instruction(self) -> str: ...
+
+
+def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [h, w, 3] to uint8 [height, width, 3]: bilinear, aspect kept, centred on black (openpi-client's pixels).
+
+    An image that already fits is returned as it is.
+
+    Raises:
+        ValueError: the image is not uint8 [h, w, 3].
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+        raise ValueError(f"image is {image.dtype} {list(image.shape)}; expected uint8 [height, width, 3]")
+    if image.shape[:2] == (height, width):
+        return image
+    ratio = max(image.shape[1] / width, image.shape[0] / height)
+    new_height, new_width = max(1, int(image.shape[0] / ratio)), max(1, int(image.shape[1] / ratio))
+    resized = Image.fromarray(image).resize((new_width, new_height), resample=Image.Resampling.BILINEAR)
+    out = np.zeros((height, width, 3), np.uint8)
+    top, left = (height - new_height) // 2, (width - new_width) // 2
+    out[top : top + new_height, left : left + new_width] = np.asarray(resized)
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class InputProcessor:
+    """All that stands between an environment and the model; the same object serves SFT, RL, evaluation and serving.
+
+    Raises:
+        ValueError: the statistics lack a key, or the environment's actions are wider than the model's.
+    """
+
+    tokenizer: PromptTokenizer
+    stats: Mapping[str, NormStats]  # keys "state" and "actions", raw units
+    cameras: tuple[str | None, ...]  # environment camera of each slot (base, left wrist, right wrist); None: masked
+    image_size: int  # pixels, S
+    action_dim: int  # A: the model's width, at least the environment's
+    norm_mode: NormMode = "quantile"
+    state_in_prompt: bool = True
+    clip: tuple[float, float] | None = None  # bounds of a raw action, where the environment has them
+
+    def __post_init__(self) -> None:
+        missing = {"state", "actions"} - set(self.stats)
+        if missing:
+            raise ValueError(f"normalisation statistics lack {sorted(missing)}; got {sorted(self.stats)}")
+        if self.env_action_dim > self.action_dim:
+            raise ValueError(
+                f"action_dim={self.action_dim} is less than the actions' width {self.env_action_dim}; raise it"
+            )
+        if not any(self.cameras):
+            raise ValueError(f"cameras={self.cameras!r} names no camera; expected at least one")
+
+    @property
+    def env_action_dim(self) -> int:
+        return self.stats["actions"].dim
+
+    @property
+    def prompt_length(self) -> int:
+        return self.tokenizer.prompt_length
+
+    @functools.cached_property
+    def counted_dims(self) -> np.ndarray:
+        """bool [A]: dimensions that are real and move in the data; RL gives noise and log-probability to these only."""
+        return np.pad(~self.stats["actions"].constant, (0, self.action_dim - self.env_action_dim))
+
+    def observation(self, raw: Sequence[RawObservation]) -> Observation:
+        """Model inputs of a batch of raw observations; the arrays are NumPy, the images uint8.
+
+        Raises:
+            ValueError: a camera is missing, a state has the wrong width or is not finite, or a prompt is too long.
+        """
+        images = np.zeros((len(raw), len(self.cameras), self.image_size, self.image_size, 3), np.uint8)
+        for row, observation in zip(images, raw, strict=True):
+            for slot, camera in enumerate(self.cameras):
+                if camera:
+                    row[slot] = self._image(observation.images, camera)
+        tokens, token_mask = self.prompts([o.instruction for o in raw], np.stack([o.state for o in raw]))
+        return Observation(images, self.image_mask(len(raw)), tokens, token_mask)
+
+    def image_mask(self, batch: int) -> np.ndarray:
+        """bool [B, C]: false for the slots without a camera."""
+        return np.tile(np.array([bool(camera) for camera in self.cameras]), (batch, 1))
+
+    def prompts(self, instructions: Sequence[str], states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens int32 [B, L], mask bool [B, L]) of instructions [B] and raw states [B, state_dim]."""
+        return self.tokenizer.encode_batch(instructions, self.model_states(states) if self.state_in_prompt else None)
+
+    def model_states(self, states: np.ndarray) -> np.ndarray:
+        """Raw states [B, state_dim] normalised, float32.
+
+        Raises:
+            ValueError: wrong width, or a value that is not finite.
+        """
+        expected = self.stats["state"].dim
+        if states.ndim != 2 or states.shape[1] != expected:
+            raise ValueError(
+                f"states have shape {list(states.shape)}; expected [batch, {expected}] as in the statistics"
+            )
+        if not np.isfinite(states).all():
+            raise ValueError(f"states of rows {np.flatnonzero(~np.isfinite(states).all(1)).tolist()} are not finite")
+        return self.stats["state"].normalise(states, self.norm_mode).astype(np.float32)
+
+    def model_actions(self, raw: np.ndarray) -> np.ndarray:
+        """Raw actions [..., H, A_env] normalised and padded with zeros: float32 [..., H, A]."""
+        if raw.shape[-1] != self.env_action_dim:
+            raise ValueError(f"actions have width {raw.shape[-1]}; expected {self.env_action_dim} as in the statistics")
+        out = np.zeros((*raw.shape[:-1], self.action_dim), np.float32)
+        out[..., : self.env_action_dim] = self.stats["actions"].normalise(raw, self.norm_mode)
+        return out
+
+    def env_actions(self, actions: np.ndarray) -> np.ndarray:
+        """The model's actions [..., H, A] in raw units: float32 [..., H, A_env]; constant ones are held."""
+        real = np.asarray(actions, np.float64)[..., : self.env_action_dim]
+        out = self.stats["actions"].unnormalise(real, self.norm_mode)
+        return (out if self.clip is None else np.clip(out, *self.clip)).astype(np.float32)
+
+    def _image(self, images: Mapping[str, np.ndarray], camera: str) -> np.ndarray:
+        if camera not in images:
+            raise ValueError(
+                f"observation has no camera {camera!r}; got {sorted(images)}; name one of these, or None for no camera"
+            )
+        return resize_with_pad(images[camera], self.image_size, self.image_size)
