@@ -1,0 +1,375 @@
+"""A pool of environments in worker processes: chunk stepping, bit-exact branching, recovery from worker faults.
+
+Workers are fresh interpreters (never forks: a fork after the parent has used GL or XLA hangs) that talk over a socket
+pair. A call either completes or leaves no trace: each slot's journal (base state and chunks since) is written only when
+all workers have answered, and a worker that may have gone ahead of it is rebuilt from it before its next use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from envs import worker
+from envs.base import ChunkResult, Env, EnvObservation, EnvSpec, Snapshot
+from envs.worker import Journal, Reply, Request, SlotServer
+
+_log = logging.getLogger(__name__)
+
+
+class PoolError(RuntimeError):
+    """A worker failed and replacing it did not help. One line: worker, slot, what it was doing, why."""
+
+
+class EnvPool:
+    """`num_envs` environments (slots) dealt round-robin to `num_workers` processes; 0 workers run in this process.
+
+    Args:
+      make_env: builds one environment; picklable and importable in a fresh interpreter, e.g.
+        `functools.partial(envs.kitchen.make, "TurnOnSinkFaucet")`.
+      timeout_s: seconds that a worker may take to answer one call; a later one is replaced and the call retried once.
+      start_timeout_s: seconds that a new worker may take to import, build its environments and replay their episodes.
+
+    Raises:
+      ValueError: a bad argument, here or in any method (slots out of range or repeated, wrong shapes).
+      PoolError: an environment raised, or a worker died or was late twice in a row.
+    """
+
+    def __init__(
+        self,
+        make_env: Callable[[], Env],
+        num_envs: int,
+        num_workers: int,
+        timeout_s: float = 60.0,
+        start_timeout_s: float = 120.0,
+    ) -> None:
+        if num_envs < 1 or num_workers < 0:
+            raise ValueError(
+                f"got num_envs={num_envs}, num_workers={num_workers}: expected num_envs >= 1, num_workers >= 0"
+            )
+        if timeout_s <= 0 or start_timeout_s <= 0:
+            raise ValueError(f"got timeout_s={timeout_s}, start_timeout_s={start_timeout_s}: expected both > 0")
+        self.num_envs = num_envs
+        self.num_workers = min(num_workers, num_envs)
+        self.replaced = 0  # workers replaced after a fault, over the pool's life
+        self._make_env = make_env
+        self._timeout_s = timeout_s
+        self._start_timeout_s = start_timeout_s
+        self._journals = [Journal() for _ in range(num_envs)]
+        self._workers: dict[int, _Worker] = {}
+        self._behind: set[int] = set()  # workers whose environments may differ from the journals
+        self._closed = False
+        self._times = {"simulate": 0.0, "render": 0.0, "wait": 0.0}
+        try:
+            self.spec: EnvSpec = self._start(range(max(1, self.num_workers)))
+        except BaseException:
+            self.close()
+            raise
+
+    # --- calls -----------------------------------------------------------------------------------------------------
+
+    def reset(self, slots: Sequence[int], seeds: Sequence[int]) -> list[EnvObservation]:
+        """Starts an episode in each slot; returns its first observation."""
+        slots, seeds = self._check_slots(slots), [int(seed) for seed in seeds]
+        _require_pairs("seeds", slots, seeds)
+        observations = self._call("reset", slots, seeds)
+        for slot, seed in zip(slots, seeds, strict=True):
+            self._journals[slot] = Journal(seed=seed)
+        return observations
+
+    def step(self, slots: Sequence[int], actions: np.ndarray) -> tuple[list[ChunkResult], list[EnvObservation | None]]:
+        """Executes a chunk in each slot. An episode that is not done is rendered where it runs; a done one gives None.
+
+        Args:
+          actions: float [len(slots), E, action_dim], raw units.
+        """
+        slots = self._require_started(slots)
+        actions = np.array(actions)  # a copy: the journal must not follow the caller's buffer
+        width = self.spec.action_dim
+        if actions.ndim != 3 or actions.shape[0] != len(slots) or actions.shape[2] != width:
+            raise ValueError(f"actions have shape {actions.shape}: expected [{len(slots)} slots, chunk, {width}]")
+        finite = np.isfinite(actions).all(axis=(1, 2))
+        if not finite.all():
+            raise ValueError(
+                f"actions of slot {slots[int(np.argmin(finite))]} are not finite: check the policy's output"
+            )
+        answers = self._call("step", slots, list(actions))
+        for slot, chunk in zip(slots, actions, strict=True):
+            self._journals[slot].chunks.append(chunk)
+        return [result for result, _ in answers], [observation for _, observation in answers]
+
+    def branch(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Makes slot targets[i] a bit-exact copy of slot sources[i] as it was before the call."""
+        _require_pairs("sources", targets, sources)
+        targets, origins = self._check_slots(targets), sorted({int(source) for source in sources})
+        snapshots = dict(zip(origins, self.snapshot(origins), strict=True))
+        moves = [(s, t) for s, t in zip(sources, targets, strict=True) if s != t]
+        self.restore([t for _, t in moves], [snapshots[s] for s, _ in moves])
+
+    def snapshot(self, slots: Sequence[int]) -> list[Snapshot]:
+        """The full state of each slot, restorable into any slot of any pool of the same environment."""
+        slots = self._require_started(slots)
+        return self._call("snapshot", slots, [None] * len(slots))
+
+    def restore(self, slots: Sequence[int], snapshots: Sequence[Snapshot]) -> None:
+        """Puts each slot into the state of its snapshot."""
+        slots = self._check_slots(slots)
+        _require_pairs("snapshots", slots, snapshots)
+        self._call("restore", slots, list(snapshots))
+        for slot, snapshot in zip(slots, snapshots, strict=True):
+            self._journals[slot] = Journal(snapshot=snapshot)
+
+    def render(self, slots: Sequence[int], camera: str, size: int) -> list[np.ndarray]:
+        """One frame of each slot, uint8 [size, size, 3], for environments that have `render(camera, size)`."""
+        slots = self._require_started(slots)
+        return self._call("render", slots, [(camera, size)] * len(slots))
+
+    def take_times(self) -> dict[str, float]:
+        """Wall seconds in calls since the last take: simulate and render of the slowest worker, and the rest, wait."""
+        times, self._times = self._times, dict.fromkeys(self._times, 0.0)
+        return times
+
+    def close(self) -> None:
+        """Ends all workers and waits for them. Closing twice is harmless."""
+        self._closed = True
+        for member in self._workers.values():
+            member.hang_up()
+        for member in self._workers.values():
+            member.end()
+        self._workers.clear()
+
+    def __enter__(self) -> EnvPool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # --- one call: to all workers at once, then all answers --------------------------------------------------------
+
+    def _call(self, operation: str, slots: list[int], payloads: list[Any]) -> list[Any]:
+        if not slots:
+            return []
+        requests: dict[int, Request] = {}
+        for slot, payload in zip(slots, payloads, strict=True):
+            requests.setdefault(self._worker_of(slot), (operation, []))[1].append((slot, payload))
+        self._revive(self._behind & requests.keys())
+
+        start = time.perf_counter()
+        self._behind |= requests.keys()  # until every answer is in: an interrupt may come at any point
+        replies, faults = self._exchange(requests, self._timeout_s)
+        if faults:
+            replies |= self._retry(requests, faults)
+        self._behind -= requests.keys()
+        self._count(replies.values(), time.perf_counter() - start)
+
+        answers = {
+            slot: result
+            for index, reply in replies.items()
+            for (slot, _), result in zip(requests[index][1], reply.results, strict=True)
+        }
+        return [answers[slot] for slot in slots]
+
+    def _exchange(self, requests: dict[int, Request], timeout_s: float) -> tuple[dict[int, Reply], dict[int, _Fault]]:
+        replies: dict[int, Reply] = {}
+        faults: dict[int, _Fault] = {}
+        waiting: dict[Any, int] = {}
+        deadline = time.monotonic() + timeout_s
+        for index, request in requests.items():
+            member = self._workers[index]
+            if isinstance(member, _LocalWorker):
+                replies[index] = member.serve(request)
+                continue
+            try:
+                member.send(request)
+                waiting[member.connection] = index
+            except OSError:
+                faults[index] = _Fault(member.death())
+        while waiting:
+            ready = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for connection in ready:
+                index = waiting.pop(connection)
+                try:
+                    replies[index] = connection.recv()
+                except (EOFError, OSError):
+                    faults[index] = _Fault(self._workers[index].death())
+        for index in waiting.values():
+            self._workers[index].kill()
+            faults[index] = _Fault(f"no answer within {timeout_s:g} s")
+        faults |= {index: _fault_of(reply) for index, reply in replies.items() if reply.error is not None}
+        return {index: reply for index, reply in replies.items() if reply.error is None}, faults
+
+    def _retry(self, requests: dict[int, Request], faults: dict[int, _Fault]) -> dict[int, Reply]:
+        for index, fault in faults.items():
+            if not fault.retry:
+                raise self._error(index, requests[index], fault)
+        for index, fault in faults.items():
+            _log.warning("%s; replacing the worker and retrying", self._error(index, requests[index], fault))
+        self._revive(faults)
+        replies, again = self._exchange({index: requests[index] for index in faults}, self._timeout_s)
+        for index, fault in again.items():
+            raise self._error(index, requests[index], fault, "twice ")
+        return replies
+
+    def _error(self, index: int, request: Request, fault: _Fault, times: str = "") -> PoolError:
+        slots = [slot for slot, _ in request[1]] if fault.slot is None else [fault.slot]
+        where = f"slot{'s' if len(slots) > 1 else ''} {', '.join(map(str, slots))}"
+        return PoolError(f"worker {index} failed {times}on {where} while {worker.DOING[request[0]]}: {fault.text}")
+
+    def _count(self, replies: Any, wall_s: float) -> None:
+        slowest = max(replies, key=lambda reply: reply.simulate_s + reply.render_s)
+        self._times["simulate"] += slowest.simulate_s
+        self._times["render"] += slowest.render_s
+        self._times["wait"] += max(0.0, wall_s - slowest.simulate_s - slowest.render_s)
+
+    # --- workers ---------------------------------------------------------------------------------------------------
+
+    def _worker_of(self, slot: int) -> int:
+        return slot % max(1, self.num_workers)
+
+    def _slots_of(self, index: int) -> list[int]:
+        return [slot for slot in range(self.num_envs) if self._worker_of(slot) == index]
+
+    def _start(self, indices: Sequence[int] | set[int]) -> EnvSpec:
+        """Starts workers and builds their environments; returns the environments' spec."""
+        kind = _ProcessWorker if self.num_workers else _LocalWorker
+        for index in indices:
+            self._workers[index] = kind(self._make_env)
+        requests = {index: ("make", [(slot, None) for slot in self._slots_of(index)]) for index in indices}
+        return self._must(requests)[min(indices)].results[0]
+
+    def _revive(self, indices: Any) -> None:
+        """Replaces workers and brings their slots to the journals' state."""
+        indices = set(indices)
+        if not indices:
+            return
+        for index in indices:
+            self._workers[index].kill()
+            self._workers[index].end()
+        self.replaced += len(indices)
+        self._start(indices)
+        self._must({i: ("replay", [(slot, self._journals[slot]) for slot in self._slots_of(i)]) for i in indices})
+
+    def _must(self, requests: dict[int, Request]) -> dict[int, Reply]:
+        replies, faults = self._exchange(requests, self._start_timeout_s)
+        for index, fault in faults.items():
+            raise self._error(index, requests[index], fault)
+        return replies
+
+    # --- checks ----------------------------------------------------------------------------------------------------
+
+    def _check_slots(self, slots: Sequence[int]) -> list[int]:
+        slots = [int(slot) for slot in slots]
+        if self._closed:
+            raise ValueError("the pool is closed: make a new EnvPool")
+        wrong = [slot for slot in slots if not 0 <= slot < self.num_envs]
+        if wrong:
+            raise ValueError(f"slot {wrong[0]} does not exist: expected 0..{self.num_envs - 1}")
+        if len(set(slots)) != len(slots):
+            raise ValueError(f"slots {slots} repeat one: expected each slot at most once in a call")
+        return slots
+
+    def _require_started(self, slots: Sequence[int]) -> list[int]:
+        slots = self._check_slots(slots)
+        for slot in slots:
+            if not self._journals[slot].started:
+                raise ValueError(f"slot {slot} has no episode: call reset, restore or branch on it first")
+        return slots
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fault:
+    text: str  # one line
+    slot: int | None = None  # None when the worker could not say
+    retry: bool = True
+
+
+class _ProcessWorker:
+    """A worker in its own interpreter."""
+
+    def __init__(self, make_env: Callable[[], Env]) -> None:
+        self.connection, child = multiprocessing.Pipe()
+        fd = child.fileno()
+        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # the processes are the parallelism
+        try:
+            self._process = subprocess.Popen(
+                worker.command(fd, os.getpid()), pass_fds=[fd], stdin=subprocess.DEVNULL, env=threads | os.environ
+            )
+        finally:
+            child.close()  # a copy kept here would hide the worker's death
+        try:
+            self.connection.send(make_env)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            self.kill()
+            self.end()
+            raise ValueError(
+                f"make_env cannot be sent to a worker ({error}): expected a function of an importable module or a "
+                "functools.partial of one"
+            ) from None
+        except OSError:
+            pass  # it died at once: the next exchange reports that
+
+    def send(self, request: Request) -> None:
+        self.connection.send(request)
+
+    def death(self) -> str:
+        """Says how the process ended; kills one that only closed its pipe."""
+        try:
+            code = self._process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return "the process closed its pipe"
+        return f"the process died (exit code {code})"
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def hang_up(self) -> None:
+        self.connection.close()
+
+    def end(self, patience_s: float = 2.0) -> None:
+        self.connection.close()
+        try:
+            self._process.wait(timeout=patience_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+class _LocalWorker:
+    """The same in this process, for debugging: an exception is survived, a death or a hang is not."""
+
+    def __init__(self, make_env: Callable[[], Env]) -> None:
+        self._server = SlotServer(make_env)
+
+    def serve(self, request: Request) -> Reply:
+        return self._server.serve(request)
+
+    def kill(self) -> None:
+        pass
+
+    def hang_up(self) -> None:
+        pass
+
+    def end(self) -> None:
+        self._server.close()
+
+
+def _fault_of(reply: Reply) -> _Fault:
+    return _Fault(reply.error or "", reply.error_slot, retry=not reply.user_error)
+
+
+def _require_pairs(name: str, slots: Sequence[Any], values: Sequence[Any]) -> None:
+    if len(slots) != len(values):
+        raise ValueError(f"got {len(slots)} slots and {len(values)} {name}: expected one for each slot")

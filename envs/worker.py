@@ -1,0 +1,174 @@
+"""The worker's side of the pool: serves requests for a few environment slots, in its own process or in the caller's.
+
+A request is (operation, [(slot, payload), ...]); a reply is a `Reply`. Knows environments only through `envs.base.Env`
+and never imports JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from envs.base import ChunkResult, Env, EnvObservation, Snapshot
+
+Request = tuple[str, list[tuple[int, Any]]]  # operation, then (slot, payload) in order of execution
+
+DOING = {
+    "make": "building the environment",
+    "reset": "resetting",
+    "step": "stepping a chunk",
+    "snapshot": "taking a snapshot",
+    "restore": "restoring a snapshot",
+    "render": "rendering",
+    "replay": "replaying the episode so far",
+}
+
+
+@dataclasses.dataclass
+class Journal:
+    """How one slot came to its present state: enough to bring a fresh environment there, bit for bit."""
+
+    seed: int | None = None  # seed of the last reset, or None when `snapshot` is the base
+    snapshot: Snapshot | None = None  # the last snapshot restored
+    chunks: list[np.ndarray] = dataclasses.field(default_factory=list)  # actions [E, A] executed since the base
+
+    @property
+    def started(self) -> bool:
+        return self.seed is not None or self.snapshot is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What a worker answers to one request."""
+
+    results: list[Any]  # one per item; shorter when an item failed
+    simulate_s: float = 0.0  # seconds in reset, step_chunk, snapshot and restore
+    render_s: float = 0.0  # seconds in observe and render
+    error: str | None = None  # one line: the exception's type and text
+    error_slot: int | None = None  # the slot at which it happened
+    user_error: bool = False  # a ValueError: the request itself is wrong, so that a retry is pointless
+
+
+class SlotServer:
+    """Holds the environments of some slots and executes requests on them, one item after the other."""
+
+    def __init__(self, make_env: Callable[[], Env]) -> None:
+        self._make_env = make_env
+        self._envs: dict[int, Env] = {}
+        self._simulate_s = 0.0
+        self._render_s = 0.0
+
+    def serve(self, request: Request) -> Reply:
+        """Executes a request. An exception of an environment becomes a reply that holds its text in one line."""
+        operation, items = request
+        self._simulate_s = self._render_s = 0.0
+        results: list[Any] = []
+        for slot, payload in items:
+            try:
+                results.append(getattr(self, f"_{operation}")(slot, payload))
+            except Exception as error:  # noqa: BLE001 - whatever an environment raises must reach the parent
+                text = " ".join(f"{type(error).__name__}: {error}".split())
+                return Reply(
+                    results,
+                    self._simulate_s,
+                    self._render_s,
+                    text,
+                    error_slot=slot,
+                    user_error=type(error) is ValueError,
+                )
+        return Reply(results, self._simulate_s, self._render_s)
+
+    def close(self) -> None:
+        for env in self._envs.values():
+            env.close()
+        self._envs.clear()
+
+    def _simulate(self, function: Callable, *args: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return function(*args)
+        finally:
+            self._simulate_s += time.perf_counter() - start
+
+    def _observe(self, slot: int) -> EnvObservation:
+        start = time.perf_counter()
+        observation = self._envs[slot].observe()
+        self._render_s += time.perf_counter() - start
+        return observation
+
+    def _make(self, slot: int, payload: None) -> Any:
+        self._envs[slot] = self._make_env()
+        return self._envs[slot].spec
+
+    def _reset(self, slot: int, seed: int) -> EnvObservation:
+        self._simulate(self._envs[slot].reset, seed)
+        return self._observe(slot)
+
+    def _step(self, slot: int, actions: np.ndarray) -> tuple[ChunkResult, EnvObservation | None]:
+        result = self._simulate(self._envs[slot].step_chunk, actions)
+        return result, None if result.done else self._observe(slot)
+
+    def _snapshot(self, slot: int, payload: None) -> Snapshot:
+        return self._simulate(self._envs[slot].snapshot)
+
+    def _restore(self, slot: int, snapshot: Snapshot) -> None:
+        self._simulate(self._envs[slot].restore, snapshot)
+
+    def _render(self, slot: int, payload: tuple[str, int]) -> np.ndarray:
+        start = time.perf_counter()
+        frame = self._envs[slot].render(*payload)
+        self._render_s += time.perf_counter() - start
+        return frame
+
+    def _replay(self, slot: int, journal: Journal) -> None:
+        env = self._envs[slot]
+        if journal.snapshot is not None:
+            env.restore(journal.snapshot)
+        elif journal.seed is not None:
+            env.reset(journal.seed)
+        for actions in journal.chunks:
+            env.step_chunk(actions)
+
+
+def main(fd: int, parent: int) -> None:
+    """Serves requests from the pipe `fd` until it closes. `parent` is the process id of the pool's owner."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it closes the pipe
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+    connection = Connection(fd)
+    try:
+        server = SlotServer(connection.recv())
+    except Exception as error:  # noqa: BLE001 - an environment that cannot be imported here is the parent's to report
+        connection.recv()
+        connection.send(Reply([], error=" ".join(f"{type(error).__name__}: {error}".split()), user_error=True))
+        return
+    try:
+        while True:
+            connection.send(server.serve(connection.recv()))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        server.close()
+
+
+def command(fd: int, parent: int) -> Sequence[str]:
+    """The command line of a worker: a fresh interpreter with this one's import path, which never runs `__main__`."""
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        f"import sys; sys.path[:] = {sys.path!r}\n"
+        f"from envs.worker import main; main({fd}, {parent})"
+    )
+    return [sys.executable, "-c", code]
+
+
+def _exit_with_parent(parent: int) -> None:
+    # The pipe's end tells an idle worker; this tells one that is deep inside an environment.
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
