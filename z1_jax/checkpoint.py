@@ -1,0 +1,140 @@
+"""Checkpoints on disk: named parts of arrays and one JSON document per step (Orbax v1).
+
+Each leaf's CRC-32 is stored with it, so a damaged file is noticed. Orbax's errors run over hundreds of lines; here
+each becomes one.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from z1_jax.config import ConfigError
+
+Tree = Any
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that is absent, damaged, or of another shape than asked for."""
+
+
+def _leaves(tree: Tree) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _crc(leaf: Any) -> int | None:
+    # A leaf that is spread over several hosts is checked by none of them.
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return None
+    return zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).view(np.uint8).reshape(-1).data)
+
+
+class Checkpoints:
+    """The checkpoints of one training stage: DIRECTORY/<step>, the newest `keep` of them."""
+
+    def __init__(self, directory: pathlib.Path, keep: int = 2):
+        # Orbax costs two seconds to import.
+        from orbax.checkpoint import v1 as ocp
+
+        self.directory = pathlib.Path(directory).absolute()
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory,
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            cleanup_tmp_directories=True,
+        )
+
+    def steps(self) -> list[int]:
+        """Complete checkpoints, ascending."""
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    def save(self, step: int, parts: Mapping[str, Tree], document: Mapping[str, Any]) -> None:
+        """Writes a checkpoint and returns when it is complete. A step that is there already is left as it is.
+
+        Args:
+            parts: name -> tree of arrays, e.g. {"params": …, "optimizer": …}.
+            document: JSON values.
+        """
+        if step in self.steps():
+            return
+        checksums = {name: {key: _crc(leaf) for key, leaf in _leaves(tree).items()} for name, tree in parts.items()}
+        try:
+            self._checkpointer.save_checkpointables(
+                step, dict(parts), custom_metadata={"document": dict(document), "crc32": checksums}
+            )
+        except Exception as error:  # Orbax raises what its storage layers raise
+            raise CheckpointError(
+                f"checkpoint {self.directory / str(step)} cannot be written: {_short(error)}"
+            ) from error
+
+    def document(self, step: int) -> dict[str, Any]:
+        """The JSON document of a step."""
+        return self._metadata(step)["document"]
+
+    def _metadata(self, step: int) -> dict[str, Any]:
+        if step not in self.steps():
+            raise CheckpointError(f"no checkpoint {step} in {self.directory}; there: {self.steps() or 'none'}")
+        try:
+            return dict(self._checkpointer.checkpointables_metadata(step).custom_metadata)
+        except Exception as error:
+            raise self._damaged(step, error) from error
+
+    def load(self, step: int, abstract: Mapping[str, Tree]) -> dict[str, Tree]:
+        """Reads the named parts of a step, each leaf straight onto the sharding that its abstract leaf names.
+
+        Raises:
+            CheckpointError: the step is absent or damaged, or a leaf's shape is not what was asked for.
+        """
+        metadata = self._metadata(step)
+        for name, tree in abstract.items():
+            self._check_keys(step, name, metadata["crc32"].get(name), tree)
+        try:
+            loaded = self._checkpointer.load_checkpointables(step, dict(abstract))
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        for name, tree in abstract.items():
+            wanted = _leaves(tree)
+            for key, leaf in _leaves(loaded[name]).items():
+                if tuple(leaf.shape) != tuple(wanted[key].shape):
+                    raise CheckpointError(
+                        f"checkpoint {self.directory / str(step)}: {name}{key} has shape {tuple(leaf.shape)}, expected "
+                        f"{tuple(wanted[key].shape)}; it is of another architecture"
+                    )
+                expected = metadata["crc32"][name][key]
+                if expected is not None and _crc(leaf) != expected:
+                    raise self._damaged(step, ValueError(f"{name}{key} fails its checksum"))
+        return loaded
+
+    def _check_keys(self, step: int, name: str, stored: Mapping[str, Any] | None, tree: Tree) -> None:
+        wanted = _leaves(tree)
+        if stored is None:
+            raise CheckpointError(f"checkpoint {self.directory / str(step)} has no part {name!r}")
+        missing, extra = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
+        if missing or extra:
+            raise CheckpointError(
+                f"checkpoint {self.directory / str(step)} is of another architecture: part {name!r} lacks "
+                f"{len(missing)} arrays{_first(missing)} and has {len(extra)} unknown ones{_first(extra)}"
+            )
+
+    def _damaged(self, step: int, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"checkpoint {self.directory / str(step)} is damaged ({_short(error)}); "
+            "delete that folder to go on from the one before"
+        )
+
+    def close(self) -> None:
+        """Waits for whatever is being written."""
+        self._checkpointer.close()
+
+
+def _first(names: list[str]) -> str:
+    return f" (first: {names[0]})" if names else ""
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -1,0 +1,37 @@
+"""Optimisers: AdamW behind global-norm clipping, and learning-rate schedules."""
+
+from __future__ import annotations
+
+import optax
+
+from z1_jax.config import OptimConfig
+
+
+def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up from lr / (warmup + 1), then constant or cosine down to lr_end."""
+    if config.schedule == "constant":
+        if config.warmup_steps == 0:
+            return optax.constant_schedule(config.lr)
+        start = config.lr / (config.warmup_steps + 1)
+        return optax.linear_schedule(start, config.lr, config.warmup_steps)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=config.lr / (config.warmup_steps + 1),
+        peak_value=config.lr,
+        warmup_steps=config.warmup_steps,
+        decay_steps=max(steps, config.warmup_steps + 1),
+        end_value=config.lr_end,
+    )
+
+
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """clip(global norm) → AdamW, as openpi: weight decay on every trained parameter, first moment in float32."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            schedule(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        ),
+    )
