@@ -1,0 +1,374 @@
+"""Demonstrations on disk: a TFDS dataset in array_record format, written and read without TensorFlow.
+
+One record a decision: the images and the state that the policy sees, and the action chunk that followed. Beside the
+records stand the episode table, the normalisation statistics and a manifest. Knows no environment and no model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import io
+import itertools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from z1_jax.data.normalize import NormStats, StatsAccumulator, load_norm_stats, save_norm_stats
+
+FORMAT = 1
+_MANIFEST, _EPISODES, _STATS = "manifest.json", "episodes.jsonl", "norm_stats.json"
+_HASHED_BYTES = 1 << 20  # files up to this size are hashed when opened; array_record checks the records when read
+_PNG_LEVEL = 1  # half the time of the default for a tenth more bytes
+
+
+class Episode(Protocol):
+    """What `write_dataset` takes: N decisions of one demonstration, raw units."""
+
+    @property
+    def images(self) -> Mapping[str, np.ndarray]: ...  # camera -> uint8 [N, S, S, 3], rendered before each decision
+
+    @property
+    def state(self) -> np.ndarray: ...  # float32 [N, state_dim]
+
+    @property
+    def actions(self) -> np.ndarray: ...  # float32 [N, H, action_dim]: the chunk of each decision
+
+    @property
+    def instruction(self) -> str: ...
+
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def success(self) -> bool: ...
+
+    @property
+    def control_steps(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeRow:
+    """One line of the episode table."""
+
+    episode: int
+    task: str
+    instruction: str
+    seed: int
+    success: bool
+    steps: int  # control steps
+    first_record: int  # its records are first_record .. first_record + records - 1
+    records: int  # decisions
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One decision, raw units."""
+
+    images: dict[str, np.ndarray]  # camera -> uint8 [S, S, 3]
+    state: np.ndarray  # float32 [state_dim]
+    actions: np.ndarray  # float32 [H, action_dim]
+    instruction: str
+    episode: int
+    step: int  # index of the decision within its episode
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A complete dataset on disk; records are read when asked for."""
+
+    path: pathlib.Path
+    source: dict[str, Any]  # what made it, with which parameters, as given to `write_dataset`
+    cameras: dict[str, tuple[int, ...]]  # camera -> (height, width, 3)
+    state_dim: int
+    chunk: int  # control steps of one action chunk, H
+    action_dim: int
+    episodes: tuple[EpisodeRow, ...]
+    stats: dict[str, NormStats]  # of "state" and "actions"
+    identity: str  # SHA-256 of the manifest: changes with the source and with the bytes
+
+    def __len__(self) -> int:
+        """Records."""
+        return self.episodes[-1].first_record + self.episodes[-1].records
+
+    def __getitem__(self, index: int) -> Record:
+        return self.records([index])[0]
+
+    def records(self, indices: Sequence[int]) -> list[Record]:
+        """The records at `indices`, decoded, in that order.
+
+        Raises:
+            ValueError: a record cannot be read back.
+        """
+        try:
+            return [self._record(raw) for raw in self._records.__getitems__([int(i) for i in indices])]
+        except IndexError:
+            raise
+        except Exception as error:  # array_record, protobuf and Pillow each have their own
+            raise ValueError(
+                f"dataset {self.path} is damaged: its records cannot be read ({_first_line(error)}); make it again"
+            ) from None
+
+    @functools.cached_property
+    def _records(self) -> Any:
+        """Random access to the records, images still encoded. Opened on first use: importing TFDS takes a second."""
+        import tensorflow_datasets as tfds
+
+        decoders = {"images": {camera: tfds.decode.SkipDecoding() for camera in self.cameras}}
+        return tfds.builder_from_directory(str(_tfds_path(self.path))).as_data_source(split="train", decoders=decoders)
+
+    def _record(self, raw: Mapping[str, Any]) -> Record:
+        episode = int(raw["episode"])
+        return Record(
+            images={camera: _decode_png(data) for camera, data in raw["images"].items()},
+            state=raw["state"],
+            actions=raw["actions"],
+            instruction=self.episodes[episode].instruction,
+            episode=episode,
+            step=int(raw["step"]),
+        )
+
+
+def write_dataset(path: str | pathlib.Path, episodes: Iterable[Episode], manifest: Mapping[str, Any]) -> Dataset:
+    """Writes a dataset to the new directory `path`; `manifest` (JSON) says what made it.
+
+    Episodes are consumed one by one. All is written to `<path>.partial` and renamed at the end, so a killed run leaves
+    no half dataset under the name.
+
+    Raises:
+        ValueError: the path exists, there are no episodes, or an episode does not fit the others.
+    """
+    path = pathlib.Path(path).absolute()
+    if path.exists():
+        raise ValueError(f"{path} exists already; give another path or remove it")
+    stream = iter(episodes)
+    first = next(stream, None)
+    if first is None:
+        raise ValueError(f"cannot write dataset {path}: no episodes; expected at least one")
+    partial = _partial_path(path)
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
+    partial.mkdir(parents=True)
+    writer = _EpisodeWriter(first)
+    _write_records(partial, writer, itertools.chain([first], stream))
+    save_norm_stats(partial / _STATS, {key: value.result() for key, value in writer.stats.items()})
+    lines = [json.dumps(dataclasses.asdict(row)) + "\n" for row in writer.rows]
+    (partial / _EPISODES).write_text("".join(lines))
+    content = {
+        "format": FORMAT,
+        "source": dict(manifest),
+        "cameras": {camera: list(shape[1:]) for camera, shape in writer.image_shapes.items()},
+        "state_dim": writer.state_dim,
+        "chunk": writer.chunk_shape[0],
+        "action_dim": writer.chunk_shape[1],
+        "episodes": len(writer.rows),
+        "records": writer.count,
+        "files": {str(f.relative_to(partial)): _file_entry(f) for f in sorted(partial.rglob("*")) if f.is_file()},
+    }
+    (partial / _MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
+    os.rename(partial, path)
+    return open_dataset(path)
+
+
+def open_dataset(path: str | pathlib.Path) -> Dataset:
+    """Opens a dataset; checks that every file is there, of the right size, and that the tables are intact.
+
+    Raises:
+        ValueError: nothing is there, it was only half written, or it is damaged.
+    """
+    path = pathlib.Path(path).absolute()
+    if not (path / _MANIFEST).is_file():
+        half = _partial_path(path).exists() or (path.is_dir() and any(path.iterdir()))
+        state = "was only half written" if half else "does not exist"
+        raise ValueError(f"dataset {path} {state}; expected a directory with {_MANIFEST}, made by write_dataset")
+    try:
+        text = (path / _MANIFEST).read_bytes()
+        content = json.loads(text)
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}, expected {FORMAT}")
+        for name, entry in content["files"].items():
+            _check_file(path / name, entry)
+        rows = tuple(EpisodeRow(**json.loads(line)) for line in (path / _EPISODES).read_text().splitlines())
+        return Dataset(
+            path=path,
+            source=content["source"],
+            cameras={camera: tuple(shape) for camera, shape in content["cameras"].items()},
+            state_dim=content["state_dim"],
+            chunk=content["chunk"],
+            action_dim=content["action_dim"],
+            episodes=rows,
+            stats=load_norm_stats(path / _STATS),
+            identity=hashlib.sha256(text).hexdigest(),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ValueError(f"dataset {path} is damaged ({_first_line(error)}); make it again") from None
+
+
+class _EpisodeWriter:
+    """Turns episodes into records, and keeps the table and the statistics."""
+
+    def __init__(self, first: Episode):
+        self.image_shapes = {camera: np.shape(frames) for camera, frames in first.images.items()}
+        self.state_dim = int(np.shape(first.state)[-1])
+        self.chunk_shape = tuple(int(n) for n in np.shape(first.actions)[1:])
+        self.stats = {"state": StatsAccumulator(), "actions": StatsAccumulator()}
+        self.rows: list[EpisodeRow] = []
+        self.count = 0
+
+    def records(self, episode: Episode) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(key, TFDS example) of each decision."""
+        number, index = self._check(episode), len(self.rows)
+        self.stats["state"].update(episode.state)
+        self.stats["actions"].update(episode.actions)
+        self.rows.append(
+            EpisodeRow(
+                episode=index,
+                task=episode.task,
+                instruction=episode.instruction,
+                seed=int(episode.seed),
+                success=bool(episode.success),
+                steps=int(episode.control_steps),
+                first_record=self.count,
+                records=number,
+            )
+        )
+        self.count += number
+        for step in range(number):
+            yield (
+                self.count - number + step,
+                {
+                    "images": {camera: _encode_png(frames[step]) for camera, frames in episode.images.items()},
+                    "state": np.asarray(episode.state[step], np.float32),
+                    "actions": np.asarray(episode.actions[step], np.float32),
+                    "episode": index,
+                    "step": step,
+                },
+            )
+
+    def _check(self, episode: Episode) -> int:
+        """The episode's number of decisions."""
+        number = len(episode.state)
+        expected = {camera: (number, *shape[1:]) for camera, shape in self.image_shapes.items()}
+        expected |= {"state": (number, self.state_dim), "actions": (number, *self.chunk_shape)}
+        got = {camera: np.shape(frames) for camera, frames in episode.images.items()}
+        got |= {"state": np.shape(episode.state), "actions": np.shape(episode.actions)}
+        if got != expected or not number:
+            raise ValueError(
+                f"episode {len(self.rows)} has arrays {got}; expected {expected} and at least one decision"
+            )
+        return number
+
+
+def _write_records(directory: pathlib.Path, writer: _EpisodeWriter, episodes: Iterable[Episode]) -> None:
+    """Writes all records as a TFDS dataset under `directory`, in order."""
+    failures: list[Exception] = []
+
+    def examples() -> Iterator[tuple[int, dict[str, Any]]]:
+        try:
+            for episode in episodes:
+                yield from writer.records(episode)
+        except Exception as error:  # TFDS would wrap it into pages
+            failures.append(error)
+            raise
+
+    tfds, builder_class = _builder_class()
+    builder = builder_class(writer, examples(), data_dir=str(directory), file_format="array_record")
+    tfds.disable_progress_bar()
+    try:
+        builder.download_and_prepare()
+    except Exception:
+        if failures:
+            raise failures[0] from None
+        raise
+    finally:
+        tfds.enable_progress_bar()
+
+
+@functools.cache  # TFDS registers a builder's name, once
+def _builder_class() -> tuple[Any, type]:
+    import tensorflow_datasets as tfds  # a second to import
+
+    class Demonstrations(tfds.core.GeneratorBasedBuilder):
+        """Demonstrations of a robot, one record a decision."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def __init__(self, writer: _EpisodeWriter, examples: Iterator[tuple[int, dict[str, Any]]], **kwargs: Any):
+            self._writer, self._examples = writer, examples
+            super().__init__(**kwargs)
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            images = {
+                camera: tfds.features.Image(shape=shape[1:], encoding_format="png")
+                for camera, shape in self._writer.image_shapes.items()
+            }
+            features = {
+                "images": images,
+                "state": tfds.features.Tensor(shape=(self._writer.state_dim,), dtype=np.float32),
+                "actions": tfds.features.Tensor(shape=self._writer.chunk_shape, dtype=np.float32),
+                "episode": tfds.features.Scalar(np.int64),
+                "step": tfds.features.Scalar(np.int64),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+            )
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+            del dl_manager  # nothing is downloaded
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+            return self._examples
+
+        def _log_download_bytes(self) -> None:
+            """Nothing is downloaded: TFDS would say otherwise on stdout."""
+
+        _log_download_done = _log_download_bytes
+
+    return tfds, Demonstrations
+
+
+def _tfds_path(path: pathlib.Path) -> pathlib.Path:
+    return path / "demonstrations" / "1.0.0"
+
+
+def _partial_path(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _encode_png(frame: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(frame).save(out, "PNG", compress_level=_PNG_LEVEL)
+    return out.getvalue()
+
+
+def _decode_png(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def _file_entry(path: pathlib.Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def _check_file(path: pathlib.Path, entry: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise ValueError(f"{path.name} has {size} bytes, expected {entry['bytes']}")
+    if size <= _HASHED_BYTES and _file_entry(path)["sha256"] != entry["sha256"]:
+        raise ValueError(f"{path.name} was changed after it was written")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
