@@ -1,0 +1,223 @@
+"""Building blocks of the model: parameters, projections, norms, MLPs, rotary and time embeddings.
+
+Parameters of a stack of layers carry a leading "layers" axis and are applied one layer at a time by `scan_layers`.
+Norms, rotary and time embeddings compute in float32 whatever the compute dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from z1_jax.sharding import constrain
+
+NORM_EPS = 1e-6
+ROPE_BASE = 10_000.0
+TIME_MIN_PERIOD, TIME_MAX_PERIOD = 4e-3, 4.0
+
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,  # keep every activation
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the products with weights
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep each layer's input only
+}
+
+Initializer = Callable[[Array, tuple[int, ...]], Array]
+
+
+def normal(std: float) -> Initializer:
+    """Normal entries of mean 0 and the given standard deviation."""
+    return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
+
+
+def constant(value: float) -> Initializer:
+    """Every entry the same."""
+    return lambda key, shape: jnp.full(shape, value, jnp.float32)
+
+
+def param(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    init: Initializer,
+    *,
+    layers: int | None = None,
+    keep_float32: bool = False,
+) -> nnx.Param:
+    """Declares a float32 parameter: shape, logical axes (see sharding) and initialiser of one layer.
+
+    `layers` adds a leading axis of that length. `keep_float32` marks what must not be cast down when frozen: it is
+    used in float32 whatever the compute dtype.
+    """
+    if len(shape) != len(axes):
+        raise ValueError(f"a parameter of shape {shape} needs {len(shape)} logical axes; got {axes}")
+    if layers is not None:
+        shape, axes = (layers, *shape), ("layers", *axes)
+    return nnx.Param(init(rngs.params(), shape), logical_axes=axes, keep_float32=keep_float32)
+
+
+class Einsum(nnx.Module):
+    """A linear map written as an einsum of the input and one kernel, with an optional bias on the last dimensions."""
+
+    def __init__(
+        self,
+        pattern: str,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        init: Initializer,
+        rngs: nnx.Rngs,
+        *,
+        bias: tuple[tuple[int, ...], tuple[str | None, ...]] | None = None,  # its shape and logical axes
+        layers: int | None = None,
+        keep_float32: bool = False,
+    ):
+        self.pattern = pattern
+        self.kernel = param(rngs, shape, axes, init, layers=layers, keep_float32=keep_float32)
+        if bias is None:
+            self.bias = None
+        else:
+            self.bias = param(rngs, *bias, constant(0.0), layers=layers, keep_float32=keep_float32)
+
+    def __call__(self, x: Array) -> Array:
+        """Applies the map in the dtype of `x`."""
+        y = jnp.einsum(self.pattern, x, self.kernel[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def dense(
+    inputs: int,
+    outputs: int,
+    axes: tuple[str | None, str | None],
+    rngs: nnx.Rngs,
+    *,
+    init: Initializer | None = None,
+    layers: int | None = None,
+    keep_float32: bool = False,
+) -> Einsum:
+    """A plain linear layer with bias, initialised by 1/sqrt(inputs) unless `init` says otherwise."""
+    init = init or normal(inputs**-0.5)
+    bias = ((outputs,), (axes[1] if axes[1] != "embed" else None,))
+    return Einsum(
+        "...d,df->...f", (inputs, outputs), axes, init, rngs, bias=bias, layers=layers, keep_float32=keep_float32
+    )
+
+
+def _rms_normalise(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + NORM_EPS)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm; the stored weight is an offset from 1."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs, *, layers: int | None = None):
+        self.scale = param(rngs, (width,), (None,), constant(0.0), layers=layers, keep_float32=True)
+
+    def __call__(self, x: Float[Array, "... D"], condition: None = None) -> tuple[Float[Array, "... D"], None]:
+        """Normalised `x` in its dtype, and no gate."""
+        y = _rms_normalise(x) * (1 + self.scale[...].astype(jnp.float32))
+        return y.astype(x.dtype), None
+
+
+class AdaRMSNorm(nnx.Module):
+    """RMS norm whose scale, shift and residual gate come from a condition (the flow time).
+
+    Initialised to zero: a fresh network starts with every residual branch closed.
+    """
+
+    def __init__(self, width: int, rngs: nnx.Rngs, *, layers: int | None = None):
+        self.modulation = dense(width, 3 * width, ("embed", None), rngs, init=constant(0.0), layers=layers)
+
+    def __call__(
+        self, x: Float[Array, "B M H D"], condition: Float[Array, "B M D"]
+    ) -> tuple[Float[Array, "B M H D"], Float[Array, "B M 1 D"]]:
+        """Modulated `x` in its dtype, and the gate of the residual branch that follows."""
+        modulation = constrain(self.modulation(condition.astype(x.dtype)), "batch")
+        scale, shift, gate = jnp.split(modulation[:, :, None, :], 3, axis=-1)
+        y = _rms_normalise(x) * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
+        return y.astype(x.dtype), gate
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with scale and bias."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs, *, layers: int | None = None):
+        self.scale = param(rngs, (width,), (None,), constant(1.0), layers=layers, keep_float32=True)
+        self.bias = param(rngs, (width,), (None,), constant(0.0), layers=layers, keep_float32=True)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + NORM_EPS)
+        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Mlp(nnx.Module):
+    """The vision tower's two-layer MLP with a tanh-approximated GELU."""
+
+    def __init__(self, width: int, hidden: int, rngs: nnx.Rngs, *, layers: int | None = None):
+        self.up = dense(width, hidden, ("embed", "mlp"), rngs, layers=layers)
+        self.down = dense(hidden, width, ("mlp", "embed"), rngs, layers=layers)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+
+class GatedMlp(nnx.Module):
+    """Gemma's MLP: down(gelu(gate(x)) * up(x)); gate and up are stored in one array."""
+
+    def __init__(self, width: int, hidden: int, rngs: nnx.Rngs, *, layers: int | None = None):
+        self.gate_up = param(rngs, (2, width, hidden), (None, "embed", "mlp"), normal(width**-0.5), layers=layers)
+        self.down = param(rngs, (hidden, width), ("mlp", "embed"), normal(hidden**-0.5), layers=layers)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        gate_up = self.gate_up[...].astype(x.dtype)
+        hidden = jax.nn.gelu(x @ gate_up[0], approximate=True) * (x @ gate_up[1])
+        return hidden @ self.down[...].astype(x.dtype)
+
+
+def rope(x: Float[Array, "... T N D"], positions: Int[Array, "... T"]) -> Float[Array, "... T N D"]:
+    """Rotary position embedding over split halves, computed in float32, returned in the dtype of `x`."""
+    half = x.shape[-1] // 2
+    timescale = ROPE_BASE ** ((2.0 / x.shape[-1]) * jnp.arange(half, dtype=jnp.float32))
+    radians = (positions[..., None].astype(jnp.float32) / timescale)[..., None, :]
+    sin, cos = jnp.sin(radians), jnp.cos(radians)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def time_embedding(t: Float[Array, "..."], width: int) -> Float[Array, "... W"]:
+    """Sines, then cosines of the flow time at `width / 2` geometric periods from 4e-3 to 4."""
+    fraction = jnp.linspace(0.0, 1.0, width // 2, dtype=jnp.float32)
+    period = TIME_MIN_PERIOD * (TIME_MAX_PERIOD / TIME_MIN_PERIOD) ** fraction
+    phase = t.astype(jnp.float32)[..., None] * (1.0 / period * 2 * math.pi)
+    return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
+
+
+def scan_layers(
+    stack: nnx.Module,
+    step: Callable[[nnx.Module, Array, Any], tuple[Array, Any]],
+    x: Array,
+    inputs: Any = None,
+    *,
+    remat: str = "none",
+) -> tuple[Array, Any]:
+    """Applies `step(layer, x, input) -> (x, output)` for each layer of a stack, by one `jax.lax.scan`.
+
+    `stack` is a module whose parameters have a leading "layers" axis; `layer` is the same module without it.
+    `inputs` and the returned outputs are stacked over layers. `remat` names a policy of REMAT_POLICIES.
+    """
+    graphdef, state = nnx.split(stack)
+
+    def body(x: Array, slices: tuple[nnx.State, Any]) -> tuple[Array, Any]:
+        layer_state, layer_input = slices
+        return step(nnx.merge(graphdef, layer_state), x, layer_input)
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return jax.lax.scan(body, x, (state, inputs))
