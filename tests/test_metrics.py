@@ -1,0 +1,165 @@
+"""Records survive kills and resumes; the table says what it should, on a terminal and off one."""
+
+import io
+import json
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from z1_jax import metrics
+from z1_jax.metrics import MetricsWriter, Progress, read_records
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_records_are_on_disk_at_once(tmp_path):
+    with MetricsWriter(tmp_path / "new" / "run") as writer:
+        writer.write(
+            "sft", 0, {"loss": np.float32(0.5), "n": np.int64(3), "jax": jnp.float32(0.25), "ok": True, "tag": "a"}
+        )
+        writer.episode("eval", 7, {"seed": 5, "success": np.bool_(False)})
+        assert lines(writer.run_dir / "metrics.jsonl") == [
+            {"stage": "sft", "step": 0, "loss": 0.5, "n": 3, "jax": 0.25, "ok": True, "tag": "a"}
+        ]
+        assert lines(writer.run_dir / "episodes.jsonl") == [{"stage": "eval", "step": 7, "seed": 5, "success": False}]
+
+
+def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write("grpo", 1, {"loss": float("nan"), "norm": np.float32(np.inf), "fine": 1.0})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON")) == {
+        "stage": "grpo", "step": 1, "loss": None, "norm": None, "fine": 1.0,
+        "nonfinite": {"loss": "nan", "norm": "inf"},
+    }  # fmt: skip
+
+
+def test_an_array_is_refused_with_its_name(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        with pytest.raises(ValueError, match=r"'loss' is of shape \(2,\)"):
+            writer.write("sft", 0, {"loss": np.zeros(2)})
+    assert read_records(tmp_path / "metrics.jsonl") == []
+
+
+def test_resume_leaves_each_record_once(tmp_path):
+    def run(first, last):
+        for step in range(first, last):
+            writer.write("grpo", step, {"x": step})
+            writer.episode("grpo", step, {"seed": step})
+            if step % 4 == 3:
+                writer.write("eval", step, {"rate": step / 10})
+
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(20):  # another stage's larger steps must stay
+            writer.write("sft", step, {"loss": 1.0})
+        run(0, 9)
+    expected = [(tmp_path / name).read_bytes() for name in (metrics.METRICS, metrics.EPISODES)]
+    with open(tmp_path / metrics.METRICS, "a") as file:
+        file.write('{"stage": "grpo", "step": 9, "x"')  # the kill
+    with MetricsWriter(tmp_path) as writer:
+        writer.resume("grpo", 6)
+        steps = [record["step"] for record in lines(tmp_path / metrics.METRICS) if record["stage"] == "grpo"]
+        assert steps == list(range(6))
+        run(6, 9)
+    assert [(tmp_path / name).read_bytes() for name in (metrics.METRICS, metrics.EPISODES)] == expected
+
+
+def test_half_a_line_is_dropped_and_a_damaged_one_named(tmp_path):
+    path = tmp_path / metrics.METRICS
+    path.write_text('{"stage": "sft", "step": 0}\n{"stage": "s')
+    assert read_records(path) == [{"stage": "sft", "step": 0}]
+    MetricsWriter(tmp_path).close()
+    assert path.read_text() == '{"stage": "sft", "step": 0}\n'
+    path.write_text('{"stage": "sft", "step": 0}\nrubbish\n{"stage": "sft", "step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2 is not a JSON object"):
+        read_records(path)
+    assert read_records(tmp_path / "missing.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    ("option", "package"), [({"tensorboard": True}, "tensorboardX"), ({"wandb_project": "p"}, "wandb")]
+)
+def test_a_missing_logger_names_the_extra(tmp_path, monkeypatch, option, package):
+    monkeypatch.setitem(__import__("sys").modules, package, None)  # makes its import fail
+    with pytest.raises(ValueError, match=rf"{package} is not installed: pip install 'z1-jax\[log\]'"):
+        MetricsWriter(tmp_path, **option)
+
+
+class Recorder:
+    def __init__(self):
+        self.calls = []
+
+    def add_scalar(self, name, value, step):
+        self.calls.append((name, value, step))
+
+    def close(self):
+        self.calls.append("closed")
+
+
+def test_tensorboard_gets_the_finite_numbers(tmp_path, monkeypatch):
+    recorder = Recorder()
+    module = type("tensorboardX", (), {"SummaryWriter": lambda directory: recorder})
+    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", module)
+    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+        writer.write("sft", 4, {"loss": 0.5, "bad": float("nan"), "tag": "x"})
+    assert recorder.calls == [("sft/loss", 0.5, 4), "closed"]
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(metrics.time, "monotonic", clock.monotonic)
+    return clock
+
+
+def test_off_a_terminal_lines_are_rare_and_the_last_is_shown(clock):
+    stream = io.StringIO()
+    with Progress(
+        "grpo", 40, "iteration", {"success": ".1%", "absent": ".3f"}, interval_s=10, stream=stream
+    ) as progress:
+        for done in range(1, 41):
+            clock.now += 0.5
+            progress.report(done, {"success": np.float32(done / 40)})
+    header, columns, *rows = stream.getvalue().strip().splitlines()
+    assert "grpo" in header and "40 iterations" in header
+    assert columns.split() == ["iteration", "rate", "elapsed", "left", "success", "absent"]
+    assert [row.split()[0] for row in rows] == ["1/40", "21/40", "40/40"]
+    assert rows[1].split() == ["21/40", "2.0/s", "0:10", "0:10", "52.5%", "-"]  # 19 left at 2 a second: 9.5 s
+
+
+def test_on_a_terminal_the_line_is_rewritten(clock, monkeypatch):
+    monkeypatch.setattr(metrics.shutil, "get_terminal_size", lambda: metrics.os.terminal_size((40, 20)))
+    stream = Terminal()
+    progress = Progress("sft", 10, columns={"loss": ".4f"}, interval_s=1e9, stream=stream)
+    for done in range(1, 8):
+        clock.now += 1
+        progress.report(done, {"loss": 1 / done})
+    progress.close()
+    shown = stream.getvalue().split("loss\n")[1]
+    assert shown.count("\r\x1b[K") == 7 and shown.count("\n") == 2  # the first line is kept, the last by close
+    assert all(len(re.sub(r"\x1b\[K|\n", "", part)) < 40 for part in shown.split("\r"))
+
+
+def test_slow_steps_show_seconds_and_a_resumed_stage_its_own_rate(clock):
+    stream = io.StringIO()
+    progress = Progress("grpo", 1000, start=990, interval_s=0, stream=stream)
+    clock.now += 4000
+    progress.report(991)
+    assert stream.getvalue().splitlines()[-1].split() == ["991/1000", "4000.0", "s", "1:06:40", "10:00:00"]

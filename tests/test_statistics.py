@@ -1,0 +1,139 @@
+"""Intervals and tests against SciPy and against brute force."""
+
+import itertools
+import secrets
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from z1_jax import statistics
+
+
+@pytest.fixture
+def rng():
+    seed = secrets.randbelow(2**31)
+    print("seed", seed)
+    return np.random.default_rng(seed)
+
+
+def test_wilson_is_scipys(rng):
+    for _ in range(200):
+        n = int(rng.integers(1, 600))
+        successes = int(rng.choice([0, n, rng.integers(0, n + 1)]))
+        confidence = float(rng.uniform(0.5, 0.999))
+        expected = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+        got = statistics.wilson_interval(successes, n, confidence)
+        np.testing.assert_allclose(got, (expected.low, expected.high), atol=1e-12)
+        assert 0.0 <= got[0] <= successes / n <= got[1] <= 1.0
+
+
+def test_wilson_of_88_in_256():
+    low, high = statistics.wilson_interval(88, 256)
+    assert (round(low, 3), round(high, 3)) == (0.288, 0.404)
+
+
+def test_mcnemar_is_the_binomial_test_on_differing_pairs(rng):
+    for _ in range(200):
+        n = int(rng.integers(1, 400))
+        before, after = rng.random(n) < rng.random(), rng.random(n) < rng.random()
+        gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
+        expected = stats.binomtest(gained, gained + lost, 0.5).pvalue if gained + lost else 1.0
+        assert statistics.mcnemar_exact(before, after) == pytest.approx(expected, rel=1e-9)
+        assert statistics.mcnemar_exact(before, after) == statistics.mcnemar_exact(after, before)
+
+
+def test_mcnemar_survives_many_pairs():
+    before, after = np.zeros(5000, bool), np.ones(5000, bool)
+    assert statistics.mcnemar_exact(before, after) == 0.0 or statistics.mcnemar_exact(before, after) < 1e-300
+
+
+def test_paired_interval_equals_the_enumerated_bootstrap():
+    before, after = np.array([0, 0, 1, 1, 0]), np.array([1, 1, 1, 0, 0])
+    draws = itertools.product(range(5), repeat=5)  # all 5^5 equally likely resamples
+    exact = np.sort([np.mean(after[list(draw)] - before[list(draw)]) for draw in draws])
+    for confidence in (0.5, 0.8, 0.95):
+        low, high = statistics.paired_difference_interval(
+            before, after, seed=1, confidence=confidence, resamples=100_000
+        )
+        tail = (1 - confidence) / 2
+        assert abs(np.mean(exact < low) - tail) <= np.mean(np.isclose(exact, low)) + 0.01
+        assert abs(np.mean(exact > high) - tail) <= np.mean(np.isclose(exact, high)) + 0.01
+
+
+def test_paired_interval_is_scipys_for_real_numbers(rng):
+    before = rng.normal(size=80)
+    after = before + rng.normal(0.3, 0.5, 80)
+    got = statistics.paired_difference_interval(before, after, seed=int(rng.integers(2**31)), resamples=20_000)
+    expected = stats.bootstrap(
+        (after - before,), np.mean, method="percentile", n_resamples=20_000, rng=rng, vectorized=True
+    ).confidence_interval
+    np.testing.assert_allclose(got, (expected.low, expected.high), atol=0.01)
+
+
+def test_paired_interval_uses_the_pairing(rng):
+    before = rng.random(300) < 0.5
+    same = statistics.paired_difference_interval(before, before, seed=3)
+    assert same == (0.0, 0.0)
+    shuffled = statistics.paired_difference_interval(before, rng.permutation(before), seed=3)
+    assert shuffled[0] < 0 < shuffled[1]
+
+
+def test_bootstraps_repeat_with_their_seed(rng):
+    before, after = rng.random(50) < 0.3, rng.random(50) < 0.7
+    tasks, seeds = rng.choice(["a", "b", "c"], 50), rng.integers(0, 5, 50)
+    for function, args in [
+        (statistics.paired_difference_interval, (before, after)),
+        (statistics.clustered_interval, (rng.random(50), tasks, seeds)),
+    ]:
+        assert function(*args, seed=7) == function(*args, seed=7)
+        assert function(*args, seed=7) != function(*args, seed=8)
+
+
+def test_clustered_interval_covers_as_the_variance_components_say(rng):
+    tasks, cells, episodes = 12, 6, 20
+    values = (
+        rng.normal(0, 0.3, (tasks, 1, 1))
+        + rng.normal(0, 0.2, (tasks, cells, 1))
+        + rng.normal(0, 0.1, (tasks, cells, episodes))
+    )
+    labels = np.broadcast_to(np.arange(tasks)[:, None, None], values.shape).ravel().astype(str)
+    clusters = np.broadcast_to(np.arange(cells)[None, :, None], values.shape).ravel()
+    order = rng.permutation(values.size)  # the order of the episodes is immaterial
+    got = statistics.clustered_interval(
+        values.ravel()[order], labels[order], clusters[order], seed=int(rng.integers(2**31)), confidence=0.9
+    )
+    # Bootstrap variance by hand: between tasks (1/T^2 sum of squares) plus the mean of the variances within, over T.
+    cell_means = values.mean(axis=2)
+    variance = cell_means.mean(axis=1).var() / tasks + cell_means.var(axis=1).mean() / cells / tasks
+    half = stats.norm.ppf(0.95) * np.sqrt(variance)
+    np.testing.assert_allclose(got, (values.mean() - half, values.mean() + half), atol=0.2 * half)
+
+
+def test_tasks_weigh_equally_however_many_episodes_they_have():
+    values, tasks = np.r_[np.ones(1), np.zeros(9)], ["a"] + ["b"] * 9
+    assert statistics.clustered_mean(values, tasks, range(10)) == 0.5
+
+
+def test_one_task_is_a_bootstrap_over_its_seeds(rng):
+    values = rng.random(60)
+    got = statistics.clustered_interval(values, ["only"] * 60, range(60), seed=5, resamples=20_000)
+    expected = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20_000, rng=rng).confidence_interval
+    np.testing.assert_allclose(got, (expected.low, expected.high), atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: statistics.wilson_interval(3, 2), "3 successes of 2"),
+        (lambda: statistics.wilson_interval(0, 0), "at least one"),
+        (lambda: statistics.wilson_interval(1, 2, 95), "confidence=95"),
+        (lambda: statistics.mcnemar_exact([True], [True, False]), "paired by seed"),
+        (lambda: statistics.mcnemar_exact([0.5], [1]), "booleans"),
+        (lambda: statistics.paired_difference_interval([np.nan], [1], seed=0), "not finite"),
+        (lambda: statistics.clustered_interval([1.0], ["a"], [1, 2], seed=0), "one of each"),
+    ],
+)
+def test_bad_arguments(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()

@@ -1,0 +1,298 @@
+"""What a run writes down while it runs: metrics.jsonl, episodes.jsonl, a live console table, TensorBoard and W&B.
+
+Records are flushed line by line, so that a killed run loses at most the line it was writing.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+METRICS = "metrics.jsonl"
+EPISODES = "episodes.jsonl"
+
+
+class MetricsWriter:
+    """Appends records to `run_dir`/metrics.jsonl and episodes.jsonl, and to TensorBoard and W&B when asked.
+
+    A metrics record is {"stage": "sft" | "grpo" | "eval", "step": int, name: number, ...}. A number that is not finite
+    is written as null, and named with its value under "nonfinite".
+
+    Args:
+      run_dir: created when missing. Existing records stay; see `resume`.
+      tensorboard: also write `run_dir`/tensorboard (needs tensorboardX).
+      wandb_project: also log to this Weights & Biases project (needs wandb).
+      config: what W&B shows as the run's config.
+
+    Raises:
+      ValueError: a package of the extra [log] is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike,
+        tensorboard: bool = False,
+        wandb_project: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._tensorboard = _open_tensorboard(self.run_dir / "tensorboard") if tensorboard else None
+        self._wandb = _open_wandb(wandb_project, self.run_dir, config) if wandb_project else None
+        self._files: dict[str, IO[str]] = {}
+        for name in (METRICS, EPISODES):
+            _drop_half_line(self.run_dir / name)
+            self._files[name] = open(self.run_dir / name, "a", encoding="utf-8")
+
+    def resume(self, stage: str, step: int) -> None:
+        """Forgets what was written after the checkpoint from which a run goes on.
+
+        Each file is cut at its first record of `stage` with a step >= `step`: that record and all later ones, of any
+        stage, will be written again.
+        """
+        for name, file in self._files.items():
+            file.close()
+            path = self.run_dir / name
+            _cut(path, _offset_of(path, stage, step))
+            self._files[name] = open(path, "a", encoding="utf-8")
+
+    def write(self, stage: str, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Appends one metrics record and returns it as written.
+
+        Args:
+          values: numbers (Python, NumPy or JAX scalars), booleans, strings or None by name.
+
+        Raises:
+          ValueError: a value is none of these.
+        """
+        record = _record(stage, step, values)
+        self._append(METRICS, record)
+        numbers = {
+            f"{stage}/{name}": float(value)
+            for name, value in record.items()
+            if name != "step" and isinstance(value, int | float)
+        }
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, int(step))
+        if self._wandb is not None:  # stages count their own steps, so that W&B's single counter cannot be used
+            self._wandb.log(numbers | {f"{stage}/step": int(step)})
+        return record
+
+    def episode(self, stage: str, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Appends one record to episodes.jsonl (seed, success, chunks, ...) and returns it as written."""
+        record = _record(stage, step, values)
+        self._append(EPISODES, record)
+        return record
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        self._files[name].write(json.dumps(record, allow_nan=False) + "\n")
+        self._files[name].flush()
+
+
+class Progress:
+    """A live table of one stage: a header, then lines of step, total, rate, time left and chosen columns.
+
+    On a terminal the last line is rewritten at each report and kept every `interval_s`; elsewhere a line is printed at
+    most every `interval_s`. The first and the last report are always kept.
+
+    Args:
+      stage: title, e.g. "sft".
+      total: steps of the stage.
+      unit: what a step is, e.g. "iteration".
+      columns: name of a metric -> format, e.g. {"loss": ".4f"}; a metric that a report lacks shows as a dash.
+      start: first step, where a resumed run goes on.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        total: int,
+        unit: str = "step",
+        columns: Mapping[str, str] | None = None,
+        start: int = 0,
+        interval_s: float = 10.0,
+        stream: IO[str] | None = None,
+    ) -> None:
+        self._stage, self._total, self._unit = stage, total, unit
+        self._columns = dict(columns or {})
+        self._interval_s = interval_s
+        self._stream = stream or sys.stdout
+        self._live = self._stream.isatty()
+        self._begin = time.monotonic()
+        # The rate over recent reports: the first step compiles and must not count for ever.
+        self._marks: collections.deque[tuple[float, int]] = collections.deque([(self._begin, start)], maxlen=20)
+        self._kept_at = -math.inf
+        self._pending = False
+        self._header()
+
+    def report(self, done: int, values: Mapping[str, Any] | None = None) -> None:
+        """Shows that `done` steps of the total are finished, with the latest metrics."""
+        now = time.monotonic()
+        self._marks.append((now, done))
+        keep = done >= self._total or now - self._kept_at >= self._interval_s
+        if keep or self._live:
+            self._print(self._line(done, values or {}), keep)
+        if keep:
+            self._kept_at = now
+
+    def close(self) -> None:
+        """Ends the table: keeps a line that was still being rewritten."""
+        if self._pending:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._pending = False
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _header(self) -> None:
+        names = [f"{name.rsplit('/', 1)[-1][:10]:>10}" for name in self._columns]
+        title = f"{self._stage} · {self._total:,} {self._unit}{'' if self._total == 1 else 's'}"
+        head = f"{self._unit[:12]:>13} {'rate':>9} {'elapsed':>8} {'left':>8}"
+        self._stream.write(f"\n── {title} {'─' * max(2, 60 - len(title))}\n{' '.join([head, *names])}\n")
+        self._stream.flush()
+
+    def _line(self, done: int, values: Mapping[str, Any]) -> str:
+        (first_time, first_step), (now, _) = self._marks[0], self._marks[-1]
+        rate = (done - first_step) / (now - first_time) if now > first_time else 0.0
+        left = (self._total - done) / rate if rate > 0 else math.inf
+        head = f"{f'{done}/{self._total}':>13} {_rate(rate):>9} {_clock(now - self._begin):>8} {_clock(left):>8}"
+        cells = [f"{_cell(values.get(name), spec):>10}" for name, spec in self._columns.items()]
+        return " ".join([head, *cells])
+
+    def _print(self, line: str, keep: bool) -> None:
+        if not self._live:
+            self._stream.write(line + "\n")
+        else:
+            line = line[: max(20, shutil.get_terminal_size().columns - 1)]  # a wrapped line cannot be rewritten
+            self._stream.write(f"\r\x1b[K{line}" + ("\n" if keep else ""))
+            self._pending = not keep
+        self._stream.flush()
+
+
+def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The records of a .jsonl file, in order; [] when it is missing. A half-written last line is left out.
+
+    Raises:
+      ValueError: another line is not a JSON object; names the file and the line.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    records = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], 1):  # after the last newline stands nothing, or half a record
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}:{number} is not a JSON object: the file is damaged; mend or delete that line")
+        records.append(record)
+    return records
+
+
+def _record(stage: str, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    record: dict[str, Any] = {"stage": stage, "step": int(step)}
+    nonfinite: dict[str, str] = {}
+    for name, value in values.items():
+        plain = _plain(name, value)
+        if isinstance(plain, float) and not math.isfinite(plain):
+            nonfinite[name], plain = str(plain), None
+        record[name] = plain
+    if nonfinite:
+        record["nonfinite"] = nonfinite
+    return record
+
+
+def _plain(name: str, value: Any) -> Any:
+    if getattr(value, "ndim", None) == 0:  # NumPy and JAX scalars
+        value = value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    got = f"shape {value.shape}" if hasattr(value, "shape") else type(value).__name__
+    raise ValueError(f"metric {name!r} is of {got}: expected one number, boolean or string; reduce it first")
+
+
+def _drop_half_line(path: Path) -> None:
+    if path.exists():
+        content = path.read_bytes()
+        _cut(path, content.rfind(b"\n") + 1)
+
+
+def _offset_of(path: Path, stage: str, step: int) -> int:
+    """Bytes before the first record of `stage` at or after `step`; the file's size when there is none."""
+    offset = 0
+    with open(path, "rb") as file:
+        for line, record in zip(file, read_records(path), strict=True):
+            if record.get("stage") == stage and record.get("step", -1) >= step:
+                return offset
+            offset += len(line)
+    return offset
+
+
+def _cut(path: Path, size: int) -> None:
+    if path.stat().st_size != size:
+        os.truncate(path, size)
+
+
+def _open_tensorboard(directory: Path) -> Any:
+    try:
+        import tensorboardX
+    except ImportError:
+        raise ValueError("TensorBoard is on but tensorboardX is not installed: pip install 'z1-jax[log]'") from None
+    return tensorboardX.SummaryWriter(str(directory))
+
+
+def _open_wandb(project: str, directory: Path, config: Mapping[str, Any] | None) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("W&B is on but wandb is not installed: pip install 'z1-jax[log]'") from None
+    return wandb.init(project=project, dir=str(directory), config=dict(config or {}))
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:.1f}/s" if per_second >= 1 else (f"{1 / per_second:.1f} s" if per_second > 0 else "-")
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _cell(value: Any, spec: str) -> str:
+    if value is None:
+        return "-"
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    return value[:10] if isinstance(value, str) else format(value, spec)
