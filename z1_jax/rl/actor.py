@@ -1,0 +1,125 @@
+"""The jitted decision: observations → prefix cache → denoising chains. The update re-scores the very same chains."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from z1_jax import distributed
+from z1_jax.config import FlowConfig
+from z1_jax.rl import flow
+from z1_jax.types import Observation, PrefixCache
+
+
+def counted_coordinates(horizon: int, executed: int, dims: np.ndarray, coords: str) -> np.ndarray:
+    """bool [H, A]: which coordinates of a chunk enter the log-probability.
+
+    `executed`: steps h < E that the environment runs; `horizon`: all H. Either way only dimensions that are real and
+    move in the demonstrations: padding and held dimensions have no effect.
+    """
+    rows = np.arange(horizon) < (executed if coords == "executed" else horizon)
+    return rows[:, None] & np.asarray(dims)[None, :]
+
+
+class Actor:
+    """Encodes and samples in padded batches of few sizes, so that a rollout compiles once per size.
+
+    A draw depends on the key and on its sample's ids alone: not on the batch, its padding or the device count.
+
+    Attributes:
+        traces: how often each function was traced; it must stop growing.
+    """
+
+    def __init__(
+        self, graphdef: nnx.GraphDef, config: FlowConfig, counted: np.ndarray, mesh: jax.sharding.Mesh, largest: int
+    ):
+        """Args: `counted` bool [H, A]; `largest`: the most observations that one call will bring."""
+        self._mesh = mesh
+        self._counted = jnp.asarray(counted)
+        self._config = config
+        devices = mesh.shape["data"] * mesh.shape["fsdp"]
+        sizes = {largest // 4, largest // 2, largest}
+        self._sizes = sorted({-(-max(size, 1) // devices) * devices for size in sizes})
+        self.traces = {"encode": 0, "sample": 0}
+        self._encode = jax.jit(functools.partial(self._encode_impl, graphdef))
+        self._sample = jax.jit(functools.partial(self._sample_impl, graphdef))
+
+    def encode(self, params: tuple[Any, Any], observation: Observation) -> tuple[PrefixCache, int]:
+        """The prefix cache of a batch of NumPy observations, padded to a known size; and the batch's real size."""
+        count = observation.tokens.shape[0]
+        padded = jax.tree.map(lambda x: pad_rows(x, self._size(count)), observation)
+        return self._encode(*params, distributed.put_batch(padded, self._mesh)), count
+
+    def sample(
+        self, params: tuple[Any, Any], cache: PrefixCache, ids: np.ndarray, key: jax.Array, stochastic: bool
+    ) -> flow.Chain:
+        """Chains [n, M, …] (NumPy) for the first n rows of `cache`, M for each.
+
+        Args:
+            ids: uint32 [n, M, I], what tells a sample from every other.
+            stochastic: false: the ODE sampler; only the first noise is drawn.
+        """
+        count = ids.shape[0]
+        padded = pad_rows(ids.astype(np.uint32), cache.mask.shape[0])
+        chain = self._sample(*params, cache, distributed.put_batch(padded, self._mesh), key, jnp.asarray(stochastic))
+        return jax.tree.map(lambda x: np.asarray(x)[:count], chain)
+
+    def _size(self, count: int) -> int:
+        for size in self._sizes:
+            if count <= size:
+                return size
+        raise ValueError(f"{count} observations in one call, expected at most {self._sizes[-1]}")
+
+    def _encode_impl(
+        self, graphdef: nnx.GraphDef, trainable: Any, frozen: Any, observation: Observation
+    ) -> PrefixCache:
+        self.traces["encode"] += 1
+        return nnx.merge(graphdef, trainable, frozen).encode_prefix(observation)
+
+    def _sample_impl(
+        self,
+        graphdef: nnx.GraphDef,
+        trainable: Any,
+        frozen: Any,
+        cache: PrefixCache,
+        ids: jax.Array,
+        key: jax.Array,
+        stochastic: jax.Array,
+    ) -> flow.Chain:
+        self.traces["sample"] += 1
+        model = nnx.merge(graphdef, trainable, frozen)
+        steps = self._config.steps
+        shape = (steps + 1, *self._counted.shape)
+
+        def draw(sample_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+            sample_key = functools.reduce(jax.random.fold_in, sample_ids, key)
+            noise_key, step_key = jax.random.split(sample_key)
+            drawn = flow.stochastic_steps(step_key, steps, self._config.sde_steps, self._config.last_step)
+            return jax.random.normal(noise_key, shape), drawn & stochastic
+
+        noise, drawn = jax.vmap(jax.vmap(draw))(ids)
+        return flow.sample(
+            lambda x, t: model.velocity(cache, x, t),
+            noise,
+            drawn,
+            self._counted,
+            noise_level=self._config.noise_level,
+            reduce=self._config.logprob_reduce,
+        )
+
+
+def pad_rows(x: np.ndarray, size: int) -> np.ndarray:
+    """`x` with its last row repeated up to `size` rows."""
+    missing = size - x.shape[0]
+    return x if missing == 0 else np.concatenate([x, np.repeat(x[-1:], missing, axis=0)])
+
+
+def stack_ids(*columns: Sequence[int] | np.ndarray) -> np.ndarray:
+    """uint32 [n, M, I] from I arrays that broadcast to [n, M]."""
+    return np.stack(np.broadcast_arrays(*columns), axis=-1).astype(np.uint32)

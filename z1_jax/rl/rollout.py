@@ -1,0 +1,218 @@
+"""Where a policy meets its environments: lockstep chunks over groups of rollouts that share prefixes and branch.
+
+Evaluation is the same walk with groups of one member and the ODE sampler.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from envs.pool import EnvPool
+from z1_jax.data.transforms import InputProcessor
+from z1_jax.rl.actor import Actor, stack_ids
+from z1_jax.rl.tree import BranchPlan
+from z1_jax.types import Observation
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeTable:
+    """The chunks that were taken, each once. N nodes; a node's members are leader … leader + size − 1 of its group."""
+
+    group: np.ndarray  # int [N]
+    chunk: np.ndarray  # int [N], index within the episode
+    leader: np.ndarray  # int [N]
+    size: np.ndarray  # int [N], members that share the chunk
+    look: np.ndarray  # int [N], row of the observation that it was decided on
+    trainable: np.ndarray  # bool [N], false in the part that the whole group shares
+    steps: np.ndarray  # int [N], control steps executed
+    x: np.ndarray  # float32 [N, K + 1, H, A], the denoising chain
+    stochastic: np.ndarray  # bool [N, K]
+    logp: np.ndarray  # float32 [N], under the policy that acted
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """What one call of `collect` brought home. g groups of G members, O observations."""
+
+    seeds: np.ndarray  # int [g], of the environments
+    success: np.ndarray  # bool [g, G]
+    chunks: np.ndarray  # int [g, G], executed until success or the end
+    steps: np.ndarray  # int [g, G], control steps of each member's episode, shared ones included
+    nodes: NodeTable
+    looks: Observation  # NumPy, [O, …]: each observation once
+    caches: list[tuple[Any, int]]  # prefix caches in the order of the looks, each with its number of real rows
+    seconds: dict[str, float]  # sample, simulate, render, pool
+
+    @property
+    def simulated_steps(self) -> int:
+        """Control steps that were simulated; shared ones count once."""
+        return int(self.nodes.steps.sum())
+
+
+def collect(
+    pool: EnvPool,
+    actor: Actor,
+    params: tuple[Any, Any],
+    processor: InputProcessor,
+    plan: BranchPlan,
+    seeds: np.ndarray,
+    key: jax.Array,
+    *,
+    executed: int,
+    stochastic: bool = True,
+    keep_caches: bool = True,
+) -> Rollouts:
+    """Rolls out one group per seed, `pool.num_envs // G` groups at a time.
+
+    Args:
+        seeds: int [g]; every member of a group starts from its seed's state.
+        key: of the sampler's noise.
+        executed: E, steps of each predicted chunk that the environment runs.
+        keep_caches: keep the prefix cache of every observation, for an update with a frozen VLM.
+    """
+    at_once = pool.num_envs // plan.group_size
+    if at_once == 0:
+        raise ValueError(f"the pool has {pool.num_envs} environments, expected at least group size {plan.group_size}")
+    pool.take_times()
+    walks = []
+    for start in range(0, len(seeds), at_once):
+        walk = _Walk(pool, actor, params, processor, plan, seeds[start : start + at_once], key, start)
+        walk.run(executed, stochastic, keep_caches)
+        walks.append(walk)
+    return _join(walks, seeds, pool.take_times())
+
+
+class _Walk:
+    """One lockstep pass over as many groups as the pool holds."""
+
+    def __init__(
+        self,
+        pool: EnvPool,
+        actor: Actor,
+        params: tuple[Any, Any],
+        processor: InputProcessor,
+        plan: BranchPlan,
+        seeds: np.ndarray,
+        key: jax.Array,
+        first_group: int,
+    ):
+        self.pool, self.actor, self.params, self.processor = pool, actor, params, processor
+        self.plan, self.seeds, self.key, self.first_group = plan, np.asarray(seeds), key, first_group
+        shape = (len(seeds), plan.group_size)
+        self.success = np.zeros(shape, bool)
+        self.chunks = np.zeros(shape, int)
+        self.steps = np.zeros(shape, int)
+        self.nodes: list[dict[str, np.ndarray]] = []
+        self.looks: list[Observation] = []
+        self.caches: list[tuple[Any, int]] = []
+        self.look_count = 0
+        self.sample_s = 0.0
+        self.pool_s = 0.0
+
+    def run(self, executed: int, stochastic: bool, keep_caches: bool) -> None:
+        groups, members = np.arange(len(self.seeds)), np.zeros(len(self.seeds), int)  # the clusters' leaders
+        began = time.perf_counter()
+        observations: list[Any] = self.pool.reset(self._slots(groups, members).tolist(), self.seeds.tolist())
+        self.pool_s += time.perf_counter() - began
+        chunk = 0
+        while observations:
+            cluster = self.plan.cluster_size(chunk)
+            children = members[:, None] + cluster * np.arange(self.plan.split(chunk))  # [n, M]
+            chain = self._decide(observations, groups, children, chunk, stochastic, keep_caches)
+            slots = self._slots(groups[:, None], children)
+            began = time.perf_counter()
+            if children.shape[1] > 1:
+                self.pool.branch(np.repeat(slots[:, 0], children.shape[1] - 1).tolist(), slots[:, 1:].ravel().tolist())
+            actions = self.processor.env_actions(chain.x[:, :, -1, :executed])
+            results, following = self.pool.step(slots.ravel().tolist(), actions.reshape(-1, *actions.shape[2:]))
+            self.pool_s += time.perf_counter() - began
+            self._record(groups, children, chunk, cluster, chain, results)
+            alive = [i for i, result in enumerate(results) if not result.done]
+            groups, members = np.repeat(groups, children.shape[1])[alive], children.ravel()[alive]
+            observations = [following[i] for i in alive]
+            chunk += 1
+
+    def _slots(self, groups: np.ndarray, members: np.ndarray) -> np.ndarray:
+        """Environment slots, turned by one from group to group: the pool deals slots round-robin to its workers, and
+        leaders (members 0, 4, 2, 6 …) would otherwise all live on one worker."""
+        size = self.plan.group_size
+        return groups * size + (members + groups) % size
+
+    def _decide(
+        self,
+        observations: list[Any],
+        groups: np.ndarray,
+        children: np.ndarray,
+        chunk: int,
+        stochastic: bool,
+        keep_caches: bool,
+    ) -> Any:
+        """One look per observation, one chain per child: the VLM runs once however many members part here."""
+        began = time.perf_counter()
+        looks = self.processor.observation(observations)
+        cache, count = self.actor.encode(self.params, looks)
+        ids = stack_ids(self.seeds[groups][:, None], chunk, children)
+        chain = self.actor.sample(self.params, cache, ids, self.key, stochastic)
+        self.sample_s += time.perf_counter() - began
+        self.looks.append(looks)
+        if keep_caches:
+            self.caches.append((cache, count))
+        return chain
+
+    def _record(
+        self, groups: np.ndarray, children: np.ndarray, chunk: int, cluster: int, chain: Any, results: list[Any]
+    ) -> None:
+        looks, split = children.shape
+        flat_groups, leaders = np.repeat(groups, split), children.ravel()
+        steps = np.array([result.steps for result in results])
+        self.nodes.append(
+            {
+                "group": flat_groups + self.first_group,
+                "chunk": np.full(looks * split, chunk),
+                "leader": leaders,
+                "size": np.full(looks * split, cluster),
+                "look": np.repeat(np.arange(looks) + self.look_count, split),
+                "trainable": np.full(looks * split, self.plan.trainable(chunk)),
+                "steps": steps,
+                "x": chain.x.reshape(-1, *chain.x.shape[2:]),
+                "stochastic": chain.stochastic.reshape(looks * split, -1),
+                "logp": chain.logp.ravel(),
+            }
+        )
+        self.look_count += looks
+        for group, leader, result in zip(flat_groups, leaders, results, strict=True):
+            members = slice(leader, leader + cluster)
+            self.success[group, members] = result.success
+            self.chunks[group, members] = chunk + 1
+            self.steps[group, members] += result.steps
+
+
+def _join(walks: list[_Walk], seeds: np.ndarray, times: dict[str, float]) -> Rollouts:
+    offsets = np.cumsum([0] + [walk.look_count for walk in walks[:-1]])
+    tables = [
+        {**part, "look": part["look"] + offset}
+        for walk, offset in zip(walks, offsets, strict=True)
+        for part in walk.nodes
+    ]
+    nodes = NodeTable(**{name: np.concatenate([table[name] for table in tables]) for name in tables[0]})
+    looks = [look for walk in walks for look in walk.looks]
+    return Rollouts(
+        seeds=np.asarray(seeds),
+        success=np.concatenate([walk.success for walk in walks]),
+        chunks=np.concatenate([walk.chunks for walk in walks]),
+        steps=np.concatenate([walk.steps for walk in walks]),
+        nodes=nodes,
+        looks=jax.tree.map(lambda *xs: np.concatenate(xs), *looks),
+        caches=[cache for walk in walks for cache in walk.caches],
+        seconds={
+            "sample": sum(walk.sample_s for walk in walks),
+            "pool": sum(walk.pool_s for walk in walks),
+            "simulate": times["simulate"],
+            "render": times["render"],
+        },
+    )
