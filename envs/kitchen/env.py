@@ -1,0 +1,222 @@
+"""The kitchen environment: one task in one compiled scene, behind envs.base.Env."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+
+import mujoco
+import numpy as np
+
+from envs.base import ChunkResult, EnvObservation, EnvSpec, Snapshot
+from envs.kitchen import render as renderer
+from envs.kitchen.robot import ACTION_DIM, CONTROL_HZ, STATE_DIM, SUBSTEPS, add_robot
+from envs.kitchen.scene import LAYOUTS, STYLES, SceneBuilder
+from envs.kitchen.tasks import TASKS, Task
+from envs.kitchen.world import World
+
+CAMERAS = ("robot0_agentview_left", "robot0_eye_in_hand", "robot0_agentview_right")
+DEFAULT_CAMERAS = CAMERAS[:2]
+CAMERA_JITTER = 0.03  # metres
+LIGHT_JITTER = 0.20  # of the intensity
+_PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(task: str, layout: str) -> mujoco.MjModel:
+    """The pristine model of a task in a layout; environments copy it before they write to it."""
+    scene = SceneBuilder(LAYOUTS[layout])
+    scene.room()
+    info = TASKS[task].task
+    info.build(scene)
+    add_robot(scene, info.focus(scene.layout), np.array(info.left_eye))
+    return scene.compile()
+
+
+def _known(kind: str, names: str | Sequence[str], table: Sequence[str]) -> tuple[str, ...]:
+    chosen = (names,) if isinstance(names, str) else tuple(names)
+    unknown = [name for name in chosen if name not in table]
+    if unknown or not chosen:
+        raise ValueError(f"unknown {kind} {unknown or chosen}: expected one or more of {', '.join(table)}")
+    return chosen
+
+
+class KitchenEnv:
+    """One task of the built-in kitchen (see envs.base.Env for the interface)."""
+
+    def __init__(
+        self,
+        task: str,
+        cameras: Sequence[str] = DEFAULT_CAMERAS,
+        image_size: int = 64,
+        horizon: int | None = None,
+        layout: str | Sequence[str] = "straight",
+        style: str | Sequence[str] = "oak",
+    ):
+        """Builds the scene; the first episode begins with `reset`.
+
+        Args:
+          task: a name in `TASKS`.
+          cameras: names out of `CAMERAS`; `observe` renders these and no others.
+          image_size: pixels of the square frames.
+          horizon: control steps of an episode; None takes the task's.
+          layout: names out of `LAYOUTS`; each reset draws one of them.
+          style: names out of `STYLES`; each reset draws one of them.
+
+        Raises:
+          ValueError: an unknown name, or a size or horizon that is not positive.
+        """
+        if task not in TASKS:
+            raise ValueError(f"unknown kitchen task {task!r}: expected one of {', '.join(TASKS)}")
+        if image_size < 1 or (horizon is not None and horizon < 1):
+            raise ValueError(f"image_size and horizon must be positive, got {image_size} and {horizon}")
+        self._layouts = _known("layout", layout, tuple(LAYOUTS))
+        self._styles = _known("style", style, tuple(STYLES))
+        self.info = TASKS[task]
+        self.task: Task = self.info.task
+        self._spec = EnvSpec(
+            task=task,
+            cameras=_known("camera", cameras, CAMERAS),
+            image_size=image_size,
+            action_dim=ACTION_DIM,
+            state_dim=STATE_DIM,
+            control_hz=CONTROL_HZ,
+            horizon=horizon or self.info.horizon,
+        )
+        self._worlds: dict[str, World] = {}
+        self._rng = np.random.default_rng(0)
+        self._light = renderer.Light()
+        self._steps, self._succeeded, self._instruction = 0, False, ""
+        self.layout = self._layouts[0]
+        self.reset(0)
+
+    @property
+    def spec(self) -> EnvSpec:
+        """The environment's constants."""
+        return self._spec
+
+    @property
+    def world(self) -> World:
+        """The scene of the present episode: privileged, for tasks, experts and tests."""
+        if self.layout not in self._worlds:
+            self._worlds[self.layout] = World(copy.copy(_compiled(self._spec.task, self.layout)))
+        return self._worlds[self.layout]
+
+    @property
+    def steps(self) -> int:
+        """Control steps executed in this episode."""
+        return self._steps
+
+    @property
+    def success(self) -> bool:
+        """Whether the task's check has held at some step of this episode."""
+        return self._succeeded
+
+    def reset(self, seed: int) -> None:
+        """Starts the episode of a seed: fixture, object, start and camera poses, colours, light, instruction."""
+        rng = self._rng = np.random.default_rng(seed)
+        self.layout = self._layouts[rng.integers(len(self._layouts))]
+        world = self.world
+        world.clear()
+        world.paint(STYLES[self._styles[rng.integers(len(self._styles))]], rng)
+        world.jitter_cameras(rng, CAMERA_JITTER)
+        self._light = renderer.Light(intensity=float(rng.uniform(1 - LIGHT_JITTER, 1 + LIGHT_JITTER)))
+        layout = LAYOUTS[self.layout]
+        self._instruction = self.task.randomise(world, layout, rng)
+        spread = np.array(self.task.start_spread)
+        world.controller.start(self.task.home(layout) + rng.uniform(-spread, spread))
+        self._steps, self._succeeded = 0, False
+        world.update()
+        self.task.update(world)
+
+    def observe(self) -> EnvObservation:
+        """Renders the spec's cameras now, with the state and the instruction."""
+        images = {camera: self.render(camera, self._spec.image_size) for camera in self._spec.cameras}
+        return EnvObservation(images, self.world.controller.state(), self._instruction)
+
+    def render(self, camera: str = "robot0_agentview_right", size: int = 256) -> np.ndarray:
+        """One camera's picture uint8 [size, size, 3], RGB, upright; changes no physics.
+
+        Raises:
+          ValueError: an unknown camera.
+        """
+        _known("camera", camera, CAMERAS)
+        world = self.world
+        mujoco.mj_kinematics(world.model, world.data)
+        mujoco.mj_camlight(world.model, world.data)
+        return renderer.render(world.model, world.data, world.model.camera(camera).id, size, self._light)
+
+    def step_chunk(self, actions: np.ndarray) -> ChunkResult:
+        """Executes actions [E, 12] in [-1, 1] (clipped), checking success after every control step.
+
+        Raises:
+          ValueError: a wrong shape or a value that is not finite.
+        """
+        actions = np.asarray(actions, np.float64)
+        if actions.ndim != 2 or actions.shape[1] != ACTION_DIM:
+            raise ValueError(f"actions have shape {actions.shape}: expected [E, {ACTION_DIM}], one row a control step")
+        if not np.isfinite(actions).all():
+            rows = np.flatnonzero(~np.isfinite(actions).all(axis=1)).tolist()
+            raise ValueError(f"actions hold NaN or infinity in rows {rows}: expected finite values in [-1, 1]")
+        world, executed, started = self.world, 0, time.perf_counter()
+        for action in actions:
+            if self._succeeded or self._steps >= self._spec.horizon:
+                break
+            world.controller.apply(action)
+            mujoco.mj_step(world.model, world.data, nstep=SUBSTEPS)
+            world.update()
+            self.task.update(world)
+            self._steps += 1
+            executed += 1
+            self._succeeded = bool(self.task.success(world))
+        done = self._succeeded or self._steps >= self._spec.horizon
+        return ChunkResult(executed, self._succeeded, done, time.perf_counter() - started)
+
+    def snapshot(self) -> Snapshot:
+        """The full state: physics, controller targets, randomised model fields, counters, latches, RNG."""
+        world = self.world
+        physics = np.empty(mujoco.mj_stateSize(world.model, _PHYSICS))
+        mujoco.mj_getState(world.model, world.data, physics, _PHYSICS)
+        extra = {
+            "layout": self.layout,
+            "fields": world.fields(),
+            "targets": world.controller.targets(),
+            "memory": dict(world.memory),
+            "light": dataclasses.asdict(self._light),
+            "instruction": self._instruction,
+            "steps": self._steps,
+            "succeeded": self._succeeded,
+            "rng": self._rng.bit_generator.state,
+        }
+        return Snapshot(self._identity, physics, extra)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Back to a snapshot, bit for bit; it may come from another instance or process with the same task.
+
+        Raises:
+          ValueError: the snapshot is of another task.
+        """
+        if snapshot.env != self._identity:
+            raise ValueError(f"snapshot of {snapshot.env!r} cannot be restored here: expected {self._identity!r}")
+        extra = snapshot.extra
+        self.layout = extra["layout"]
+        world = self.world
+        world.set_fields(extra["fields"])
+        mujoco.mj_setState(world.model, world.data, snapshot.physics, _PHYSICS)
+        world.controller.set_targets(extra["targets"])
+        world.memory = dict(extra["memory"])
+        self._light = renderer.Light(**extra["light"])
+        self._instruction, self._steps, self._succeeded = extra["instruction"], extra["steps"], extra["succeeded"]
+        self._rng.bit_generator.state = extra["rng"]
+        world.update()
+
+    @property
+    def _identity(self) -> str:
+        return f"kitchen/{self._spec.task}"
+
+    def close(self) -> None:
+        """Drops the compiled scenes."""
+        self._worlds.clear()
