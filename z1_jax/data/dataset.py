@@ -160,6 +160,7 @@ def write_dataset(path: str | pathlib.Path, episodes: Iterable[Episode], manifes
     partial.mkdir(parents=True)
     writer = _EpisodeWriter(first)
     _write_records(partial, writer, itertools.chain([first], stream))
+    shutil.rmtree(partial / "downloads", ignore_errors=True)  # TFDS makes it, empty
     save_norm_stats(partial / _STATS, {key: value.result() for key, value in writer.stats.items()})
     lines = [json.dumps(dataclasses.asdict(row)) + "\n" for row in writer.rows]
     (partial / _EPISODES).write_text("".join(lines))
