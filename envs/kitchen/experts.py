@@ -10,6 +10,8 @@ from collections.abc import Callable
 import numpy as np
 
 from envs.kitchen.env import KitchenEnv
+from envs.kitchen.fixtures import SINK_HALF
+from envs.kitchen.objects import CATALOGUE
 from envs.kitchen.robot import ACTION_DIM, POSITION_SCALE, ROTATION_SCALE, exponential, logarithm, rotation
 from envs.kitchen.world import World
 
@@ -77,4 +79,81 @@ def _faucet(world: World) -> tuple[np.ndarray, float]:
     return _push(world.eef, tip, np.cross(Z, outward), outward), CLOSE
 
 
-_STRATEGIES: dict[str, Strategy] = {"faucet": _faucet}
+def _drawer(world: World) -> tuple[np.ndarray, float]:
+    """Take the bar between the fingers, close, pull."""
+    eef, handle = world.eef, world.site("drawer_handle")
+    error = eef - handle
+    aside = float(np.hypot(error[1], error[2]))
+    around = abs(error[0]) < 0.016 and aside < 0.02
+    if around and _gap(world) < 0.026:
+        return handle - 0.06 * X, CLOSE
+    if around:
+        return handle, CLOSE
+    return handle - min(0.06, 3.0 * max(aside - 0.012, 0.0)) * X, OPEN
+
+
+def _gap(world: World) -> float:
+    """Metres between the fingers."""
+    return float(world.data.qpos[world.controller.finger_qpos].sum())
+
+
+def _pick_and_place(world: World) -> tuple[np.ndarray, float]:
+    """Above the object, down, close, up, across, open over the basin, up."""
+    eef, thing, sink = world.eef, world.position(world.memory["target"]), world.position("sink")
+    carry = sink[2] + 0.15
+    inside = sink + np.array([0.0, 0.06, 0.02])
+    half = CATALOGUE[world.memory["target"]].half
+    if (np.abs(thing - sink)[:2] < np.array(SINK_HALF) - 0.05).all() and (
+        eef[2] < inside[2] + 0.03 or thing[2] < sink[2]
+    ):
+        return np.array([eef[0], eef[1], sink[2] + 0.35]), OPEN
+    error = eef - thing
+    aside = float(np.linalg.norm(error[:2]))
+    grip = thing + max(0.0, half[2] - 0.045) * Z
+    if aside < 0.022 and abs(eef[2] - grip[2]) < 0.015:
+        if _gap(world) > 2 * half[0] + 0.012:
+            return grip, CLOSE
+    elif not (aside < 0.03 and abs(eef[2] - grip[2]) < 0.03 and _gap(world) < 2 * half[0] + 0.012):
+        return np.array([thing[0], thing[1], grip[2] + min(0.12, 4.0 * max(aside - 0.012, 0.0))]), OPEN
+    # Held: rise first, and go down again over the basin.
+    across = float(np.linalg.norm((inside - eef)[:2]))
+    height = carry if across > 0.05 else inside[2]
+    reach = np.clip((eef[2] - (carry - 0.06)) / 0.04, 0.0, 1.0) if across > 0.05 else 1.0
+    goal = eef + reach * (inside - eef)
+    goal[2] = height
+    return goal, CLOSE
+
+
+def _door(world: World) -> tuple[np.ndarray, float]:
+    """Push the door's outer face near its free edge."""
+    point, hinge = world.site("door_push"), world.site("door_hinge")
+    outward = (point - hinge) / np.linalg.norm(point - hinge)
+    normal = np.cross(outward, Z)  # of the outer face
+    return _push(world.eef, point + 0.010 * normal, -normal, outward), CLOSE
+
+
+def _stove(world: World) -> tuple[np.ndarray, float]:
+    """Push the upper end of the knob's bar sideways."""
+    knob = world.memory["knob"]
+    point, hub = world.site(f"knob_push {knob}"), world.site(f"knob_hub {knob}")
+    radius = (point - hub) / np.linalg.norm(point - hub)
+    return _push(world.eef, point, np.cross(-X, radius), -X), CLOSE
+
+
+def _button(world: World) -> tuple[np.ndarray, float]:
+    """Press; once the lamp is lit, back off."""
+    point = world.site(world.memory["button"])
+    if world.memory["on"]:
+        return point - 0.25 * X, CLOSE
+    aside = float(np.linalg.norm((world.eef - point)[1:]))
+    return point + (0.04 - min(0.10, 4.0 * max(aside - 0.008, 0.0))) * X, CLOSE
+
+
+_STRATEGIES: dict[str, Strategy] = {
+    "faucet": _faucet,
+    "drawer": _drawer,
+    "pick_and_place": _pick_and_place,
+    "door": _door,
+    "stove": _stove,
+    "button": _button,
+}

@@ -75,3 +75,99 @@ def add_drawer(scene: SceneBuilder, pos: Sequence[float], half: Sequence[float] 
     scene.box(drawer, "inside", [0.15, 0, -0.065], [0.14, width - 0.02, 0.005], mass=0.3)
     scene.capsule(drawer, "handle", [-0.058, -0.06, 0], [-0.058, 0.06, 0], 0.010, mass=0.05)
     drawer.add_site(name="drawer_handle", pos=[-0.058, 0, 0])
+
+
+def add_cabinet(
+    scene: SceneBuilder, pos: Sequence[float], half: Sequence[float] = (0.19, 0.22), depth: float = 0.33
+) -> None:
+    """A wall cabinet with one door hinged on the left; its front is at `pos`, `half` its half width and height.
+
+    Joint `door`: 0 is shut, pi/2 is fully open. Sites `door_hinge` and `door_push` lie on the door's outer face.
+    """
+    width, height = half
+    body = scene.body("cabinet", pos)
+    for side in (1, -1):
+        scene.box(body, "cabinet", [depth / 2, side * (width - 0.01), 0], [depth / 2, 0.01, height])
+        scene.box(body, "cabinet", [depth / 2, 0, side * (height - 0.01)], [depth / 2, width - 0.02, 0.01])
+    scene.box(body, "inside", [depth / 2, 0, 0], [depth / 2 - 0.01, width - 0.02, 0.008])
+    scene.box(body, "inside", [depth - 0.005, 0, 0], [0.005, width - 0.02, height - 0.02])
+    door = scene.body("door", [-0.012, width, 0], body)
+    scene.hinge(door, "door", [0, 0, -1], [0.0, 1.5708], damping=0.8, frictionloss=0.15, armature=0.01)
+    scene.box(door, "cabinet", [0, -width, 0], [0.010, width - 0.002, height - 0.002], mass=1.5)
+    edge = -1.75 * width
+    for end in (-0.14, -0.02):
+        scene.capsule(door, "handle", [-0.01, edge, end], [-0.045, edge, end], 0.006, mass=0.02)
+    scene.capsule(door, "handle", [-0.045, edge, -0.14], [-0.045, edge, -0.02], 0.009, mass=0.04)
+    door.add_site(name="door_hinge", pos=[-0.010, 0, 0.06])
+    door.add_site(name="door_push", pos=[-0.010, edge, 0.06])
+
+
+def add_stove(scene: SceneBuilder, pos: Sequence[float]) -> None:
+    """A stove with four burners and a front panel of four knobs; body `stove`, its origin at the top's front edge.
+
+    Joints `knob 0` to `knob 3`, numbered as BURNERS and standing from left to right in the order of KNOB_ORDER;
+    0 is off, positive turns the bar's top to the left. Sites `knob_push i` and `knob_hub i`.
+    """
+    body = scene.body("stove", pos)
+    scene.box(body, "appliance", [0.30, 0, -0.43], [0.30, 0.32, 0.43])
+    scene.box(body, "appliance", [-0.01, 0, -0.06], [0.01, 0.32, 0.06])
+    for i, name in enumerate(BURNERS):
+        x = 0.16 if "front" in name else 0.42
+        y = 0.15 if "left" in name else -0.15
+        scene.cylinder(body, "burner", [x, y, 0.004], 0.085, 0.006, contact="none", name=f"burner/of knob {i}")
+    for place, i in enumerate(KNOB_ORDER):
+        _add_knob(scene, body, i, [-0.02, 0.21 - 0.14 * place, -0.06])
+
+
+KNOB_ORDER = (0, 2, 3, 1)  # indices into BURNERS, knobs from left to right
+
+
+def _add_knob(scene: SceneBuilder, stove: object, i: int, pos: Sequence[float]) -> None:
+    knob = scene.body(f"knob {i}", pos, stove)
+    scene.hinge(knob, f"knob {i}", [-1, 0, 0], [0.0, 2.8], damping=0.02, frictionloss=0.03, armature=0.0005)
+    scene.cylinder(knob, "burner", [-0.006, 0, 0], 0.026, 0.006, mass=0.02, quat=_TURN_TO_X)
+    scene.box(knob, "knob", [-0.026, 0, 0], [0.014, 0.007, 0.036], mass=0.02)
+    knob.add_site(name=f"knob_hub {i}", pos=[-0.020, 0, 0])
+    knob.add_site(name=f"knob_push {i}", pos=[-0.020, 0, 0.027])
+
+
+def _add_button(scene: SceneBuilder, parent: object, name: str, material: str, pos: Sequence[float]) -> None:
+    """A spring-loaded button that is pressed along x; joint and site `name`."""
+    button = scene.body(name, pos, parent)
+    scene.slide(button, name, [1, 0, 0], [0.0, 0.012], stiffness=150.0, damping=4.0, armature=0.02)
+    scene.cylinder(button, material, [0, 0, 0], 0.021, 0.014, mass=0.02, quat=_TURN_TO_X)
+    button.add_site(name=name, pos=[-0.014, 0, 0])
+
+
+def add_coffee_machine(scene: SceneBuilder, pos: Sequence[float]) -> None:
+    """A coffee machine; joint and site `coffee_button`, geom `lamp/coffee`; its origin is the middle of its foot."""
+    body = scene.body("coffee_machine", pos)
+    scene.box(body, "appliance", [0, 0, 0.015], [0.14, 0.11, 0.015])
+    scene.box(body, "appliance", [0.09, 0, 0.17], [0.05, 0.11, 0.14])
+    scene.box(body, "appliance", [0, 0, 0.32], [0.14, 0.11, 0.06])
+    scene.cylinder(body, "metal", [-0.06, 0, 0.245], 0.02, 0.018)
+    scene.cylinder(body, "cream", [-0.06, 0, 0.07], 0.035, 0.04, contact="none")
+    scene.box(body, "lamp", [-0.142, 0, 0.362], [0.003, 0.10, 0.012], contact="none", name="lamp/coffee")
+    _add_button(scene, body, "coffee_button", "stop", [-0.15, 0, 0.31])
+
+
+def add_microwave(scene: SceneBuilder, pos: Sequence[float]) -> None:
+    """A microwave on the counter; its origin is the middle of its front's lower edge.
+
+    Joints `microwave_door` (0 shut, hinged on the left), `microwave_start` and `microwave_stop`; geom `window/glow`.
+    """
+    body = scene.body("microwave", pos)
+    depth, width, height = 0.17, 0.24, 0.14
+    for z in (0.01, 2 * height - 0.01):
+        scene.box(body, "appliance", [depth, 0, z], [depth, width, 0.01])
+    scene.box(body, "appliance", [depth, width - 0.01, height], [depth, 0.01, height - 0.02])
+    scene.box(body, "appliance", [depth, -width + 0.06, height], [depth, 0.06, height - 0.02])
+    scene.box(body, "appliance", [2 * depth - 0.01, 0.05, height], [0.01, 0.18, height - 0.02])
+    door = scene.body("microwave_door", [-0.012, width, height], body)
+    scene.hinge(door, "microwave_door", [0, 0, -1], [0.0, 1.5708], damping=0.6, frictionloss=0.3, armature=0.01)
+    scene.box(door, "appliance", [0, -0.18, 0], [0.010, 0.178, height - 0.002], mass=1.0)
+    scene.box(door, "window", [-0.011, -0.17, 0], [0.002, 0.13, 0.09], contact="none", mass=0, name="window/glow")
+    scene.capsule(door, "metal", [-0.035, -0.335, -0.08], [-0.035, -0.335, 0.08], 0.008, mass=0.05)
+    scene.box(body, "lamp", [-0.002, -width + 0.06, 2 * height - 0.045], [0.003, 0.045, 0.018], contact="none")
+    _add_button(scene, body, "microwave_start", "start", [-0.008, -width + 0.06, 0.165])
+    _add_button(scene, body, "microwave_stop", "stop", [-0.008, -width + 0.06, 0.085])

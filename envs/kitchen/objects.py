@@ -65,13 +65,22 @@ class Zone:
 
 
 def scatter(
-    world: World, rng: np.random.Generator, names: tuple[str, ...], zones: tuple[Zone, ...], gap: float = 0.11
+    world: World,
+    rng: np.random.Generator,
+    names: tuple[str, ...],
+    zones: tuple[Zone, ...],
+    others: tuple[Zone, ...] = (),
+    gap: float = 0.11,
 ) -> None:
-    """Puts objects at random places in the zones, at least `gap` metres apart (as far as 50 tries find such places)."""
+    """Puts objects at random places, at least `gap` metres apart (as far as 50 tries find such places).
+
+    The first object stands in one of `zones`, the rest in `others` or, without these, in `zones` too.
+    """
     taken: list[np.ndarray] = []
-    for name in names:
+    for i, name in enumerate(names):
+        choice = others if i and others else zones
         for _ in range(50):
-            zone = zones[rng.integers(len(zones))]
+            zone = choice[rng.integers(len(choice))]
             place = np.array([rng.uniform(*zone.x), rng.uniform(*zone.y)])
             if all(np.linalg.norm(place - other) >= gap for other in taken):
                 break

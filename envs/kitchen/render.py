@@ -80,7 +80,7 @@ def _shade(
     towards = np.asarray(light.direction) / np.linalg.norm(light.direction)
     head = np.abs(np.einsum("ni,ni->n", normals, rays))
     bright = light.ambient + light.diffuse * np.maximum(np.einsum("ni,i->n", normals, towards), 0.0) + light.head * head
-    plane = model.geom_type[ids] == GEOM.mjGEOM_PLANE
+    plane = model.geom_type[ids] == int(GEOM.mjGEOM_PLANE)  # comparing with the enum itself is slow
     if plane.any():
         tile = np.floor(points[plane, :2] / 0.3).sum(axis=1) % 2
         bright[plane] *= 0.8 + 0.2 * tile
