@@ -1,0 +1,254 @@
+"""The report of a made-up run: what it says, what it leaves out, and that it needs nothing else."""
+
+import json
+import re
+import secrets
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from z1_jax import svg
+from z1_jax.metrics import MetricsWriter
+from z1_jax.report import write_report
+from z1_jax.statistics import mcnemar_exact, paired_difference_interval, wilson_interval
+from z1_jax.video import write_video
+
+
+def moving_square(frames: int, seed: int) -> np.ndarray:
+    film = np.full((frames, 64, 64, 3), np.random.default_rng(seed).integers(60, 200, 3), np.uint8)
+    for i in range(frames):
+        film[i, 20:36, i : i + 16] = 255 - film[i, 0, 0]
+    return film
+
+
+def write_run(run_dir, seed=0, iterations=90, videos=True):
+    """A plausible run; returns its summary."""
+    rng = np.random.default_rng(seed)
+    with MetricsWriter(run_dir) as writer:
+        for step in range(0, 1200, 10):
+            writer.write("sft", step, {"loss": 0.3 + 2 * np.exp(-step / 200) + 0.05 * rng.random()})
+        total = 0
+        for step in range(iterations):
+            rate, steps = 1 / (1 + np.exp(-(step - 30) / 12)), int(rng.integers(2000, 3000))
+            total += steps
+            kept = int(rng.integers(1, 9))
+            times = {
+                f"time/{name}": rng.uniform(0.3, 1.2) for name in ("simulate", "render", "sample", "update", "idle")
+            }
+            writer.write(
+                "grpo",
+                step,
+                {
+                    "success": np.clip(rate + rng.normal(0, 0.06), 0, 1),
+                    "groups/kept": kept,
+                    "groups/all_success": 8 - kept,
+                    "groups/all_fail": 0,
+                    "ratio/first_update_max_error": 10 ** rng.uniform(-5.5, -4.5),
+                    "ratio/mean": rng.normal(1, 0.01),
+                    "ratio/max": rng.uniform(1.1, 1.6),
+                    "clip_fraction": rng.uniform(0, 0.2),
+                    "approx_kl": np.nan if step == 40 else rng.uniform(0, 0.01),
+                    "grad_norm": rng.uniform(0.2, 1),
+                    "steps/simulated": steps,
+                    "steps/total": total,
+                    **times,
+                },
+            )
+            if step % 30 == 0:
+                writer.write("eval", step, {"success": rate})
+    before, after = rng.random(256) < 0.34, rng.random(256) < 0.95
+    summary = {
+        "task": "TurnOnSinkFaucet",
+        "seeds": {"train": 0, "eval": "1000000..1000255"},
+        "protocol": {"sampler": "ode", "denoising_steps": 4, "episodes": 256, "early_stop": True},
+        "before": row(before),
+        "after": row(after),
+        "difference": float(after.mean() - before.mean()),
+        "difference_interval": paired_difference_interval(before, after, seed=0),
+        "mcnemar_p": mcnemar_exact(before, after),
+        "simulated_steps": total,
+        "wall_seconds": {"collect": 34.0, "sft": 221.5, "grpo": 290.1, "evaluate": 40.0},
+        "sentence": f"GRPO raised success from {before.mean():.1%} to {after.mean():.1%} on 256 held-out seeds.",
+        "videos": [],
+    }
+    if videos:
+        for k in range(3):
+            for side in ("before", "after"):
+                write_video(run_dir / f"videos/{side}_seed{k}.webp", moving_square(20, k), fps=20)
+            pair = {"before": f"videos/before_seed{k}.webp", "after": f"videos/after_seed{k}.webp"}
+            summary["videos"].append({"seed": k, **pair, "before_success": k == 1, "after_success": True})
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    (run_dir / "config.json").write_text(json.dumps({"seed": 0, "group": {"size": 8, "kinds": ["a<b"]}, "empty": {}}))
+    return summary
+
+
+def row(outcomes):
+    successes, n = int(outcomes.sum()), len(outcomes)
+    return {"successes": successes, "episodes": n, "rate": successes / n, "interval": wilson_interval(successes, n)}
+
+
+class Page(HTMLParser):
+    """Collects text, links out of the page, and checks that every tag is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.stack, self.words, self.sources, self.tags = [], [], [], []
+        self.feed(text)
+        assert self.stack == []
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
+        if tag not in ("meta", "img", "link", "br"):
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.stack:
+            self.words.append(data)
+
+
+def page_of(run_dir):
+    path = write_report(run_dir)
+    assert path == run_dir / "report.html"
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_a_whole_run_is_told(tmp_path):
+    seed = secrets.randbelow(2**31)
+    print("seed", seed)
+    summary = write_run(tmp_path, seed)
+    page = page_of(tmp_path)
+    assert summary["sentence"] in page.text
+    for side in ("before", "after"):
+        low, high = summary[side]["interval"]
+        assert f"{summary[side]['successes']} of 256" in page.text
+        assert f"{low:.1%} – {high:.1%}" in page.text
+    low, high = summary["difference_interval"]
+    assert f"{100 * summary['difference']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]" in page.text
+    assert re.search(r"p = \d\.\de-\d+", page.text)
+    for text in ("denoising_steps 4", "group.size 8", '["a<b"]', "3 min 42 s", f"{summary['simulated_steps']:,}"):
+        assert text in page.text
+    for title in ("Success of training rollouts", "SFT loss", "Clip fraction", "Groups", "Time per iteration"):
+        assert title in page.text
+    assert page.tags.count("img") == 6 and page.tags.count("svg") == 11
+    assert "Left out" not in page.text
+
+
+def test_the_page_needs_nothing_else(tmp_path):
+    write_run(tmp_path, iterations=3)
+    page = page_of(tmp_path)
+    assert page.sources and all(source.startswith("data:image/") for source in page.sources)
+    text = (tmp_path / "report.html").read_text()
+    assert "script" not in page.tags and "link" not in page.tags and "url(" not in text and "@import" not in text
+
+
+def test_a_run_without_a_summary_still_has_its_curves(tmp_path):
+    write_run(tmp_path, videos=False)
+    (tmp_path / "summary.json").unlink()
+    page = page_of(tmp_path)
+    assert "no summary yet" in page.text and "summary.json is missing" in page.text and "Clip fraction" in page.text
+
+
+def test_missing_and_damaged_parts_become_notes(tmp_path):
+    summary = write_run(tmp_path)
+    (tmp_path / summary["videos"][0]["before"]).unlink()
+    summary["videos"][1]["after"] = "../secret.webp"
+    write_video(tmp_path.parent / "secret.webp", moving_square(2, 0), fps=5)
+    summary["before"] = {"successes": "many"}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "config.json").write_text('{"half": ')
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write("rubbish\n")
+    page = page_of(tmp_path)
+    assert page.tags.count("img") == 4
+    for text in ("before_seed0.webp is missing", "../secret.webp is missing", "“results” could not be made",
+                 "config.json is damaged", "No curves", "is not a JSON object"):  # fmt: skip
+        assert text in page.text
+
+
+def test_names_from_files_are_escaped(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps({"task": "<script>alert(1)</script>", "sentence": "a <b> & c"}))
+    page = page_of(tmp_path)
+    assert "script" not in page.tags and "a <b> & c" in page.text
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "file"])
+def test_what_is_no_run_is_one_line(tmp_path, kind):
+    path = tmp_path / "run"
+    if kind == "empty":
+        path.mkdir()
+    if kind == "file":
+        path.write_text("")
+    done = subprocess.run([sys.executable, "-m", "z1_jax.report", str(path)], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(rf"error: {re.escape(str(path))} is not a (run )?directory: expected .*\n", done.stderr)
+
+
+def test_the_command_prints_the_page(tmp_path):
+    write_run(tmp_path, iterations=2, videos=False)
+    done = subprocess.run([sys.executable, "-m", "z1_jax.report", str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'report.html'}\n")
+
+
+@pytest.mark.parametrize("suffix", ["webp", "gif"])
+def test_videos_play_back_their_frames(tmp_path, suffix):
+    film = moving_square(12, seed=4)
+    path = write_video(tmp_path / "deep" / f"film.{suffix}", film, fps=20)
+    with Image.open(path) as image:
+        assert image.n_frames == 12 and image.info["loop"] == 0
+        for i in range(12):
+            image.seek(i)
+            error = np.abs(np.asarray(image.convert("RGB")).astype(int) - film[i])
+            assert error.mean() < 4, "lossy, but the same picture"
+            assert image.info["duration"] == (1000 if i == 11 else 50)
+
+
+def test_bad_videos_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected .webp or .gif"):
+        write_video(tmp_path / "film.mp4", moving_square(2, 0), fps=20)
+    with pytest.raises(ValueError, match=r"float64 \(2, 64, 64, 3\)"):
+        write_video(tmp_path / "film.webp", moving_square(2, 0) / 255, fps=20)
+    with pytest.raises(ValueError, match="fps=0"):
+        write_video(tmp_path / "film.webp", moving_square(2, 0), fps=0)
+
+
+def points_of(chart):
+    return [tuple(map(float, pair.split())) for pair in re.split("[ML]", re.search(r' d="M([^"]*)"', chart)[1]) if pair]
+
+
+def test_a_line_lies_where_its_numbers_are():
+    chart = svg.line_chart([svg.Series("y", [0, 5, 10], [0.0, None, 1.0])], "x", svg.short, y_range=(0, 1))
+    left, right = svg.LEFT, svg.WIDTH - svg.RIGHT
+    assert points_of(chart) == [(left, svg.HEIGHT - svg.BOTTOM), (right, svg.TOP)]
+    assert chart.count("M", chart.index(' d="')) >= 2  # the gap is not bridged
+
+
+def test_a_logarithmic_axis_spaces_decades_equally():
+    chart = svg.line_chart([svg.Series("y", [0, 1, 2, 3], [1e-4, 1e-3, 0.0, 1e-2])], "x", svg.short, log=True)
+    heights = [y for _, y in points_of(chart)]
+    assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.11) and len(heights) == 3
+
+
+def test_long_curves_are_averaged_not_thinned():
+    rng = np.random.default_rng(secrets.randbelow(2**31))
+    values = rng.random(10_000)
+    binned = svg._binned(svg.Series("y", range(10_000), list(values)))
+    assert len(binned.xs) <= svg.MAX_POINTS
+    size = np.diff(binned.xs)[0]
+    np.testing.assert_allclose(binned.ys[0], values[:size].mean())
+
+
+def test_numbers_are_short():
+    shown = [svg.short(value) for value in (0, 0.25, 64, 1200, 12_000, 3_400_000, 2e-5)]
+    assert shown == ["0", "0.25", "64", "1200", "12k", "3.4M", "2e-05"]
