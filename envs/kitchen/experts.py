@@ -16,7 +16,8 @@ from envs.kitchen.robot import ACTION_DIM, POSITION_SCALE, ROTATION_SCALE, expon
 from envs.kitchen.world import World
 
 OPEN, CLOSE = -1.0, 1.0
-SPEED = 0.4  # largest norm of the position part of an action
+SPEED = {"pick_and_place": 0.5}  # largest norm of the position part of an action, by family
+DEFAULT_SPEED = 0.4
 X, Y, Z = np.eye(3)
 
 # A strategy gives the wanted world position of the tool point and the gripper's command.
@@ -26,9 +27,10 @@ Strategy = Callable[[World], tuple[np.ndarray, float]]
 class Expert:
     """Moves the hand towards what its strategy wants, keeping the task's nominal hand angles."""
 
-    def __init__(self, env: KitchenEnv, strategy: Strategy):
+    def __init__(self, env: KitchenEnv):
         self._env = env
-        self._strategy = strategy
+        self._strategy = _STRATEGIES[env.info.family]
+        self._speed = SPEED.get(env.info.family, DEFAULT_SPEED)
 
     def act(self) -> np.ndarray:
         """The clean action float32 [12] for the present state."""
@@ -39,7 +41,7 @@ class Expert:
         turn = exponential(np.array([0.0, 0.0, -base[2]]))
         offset = turn @ (goal - world.eef)
         action = np.zeros(ACTION_DIM, np.float32)
-        action[:3] = _limited(offset / POSITION_SCALE, SPEED)
+        action[:3] = _limited(offset / POSITION_SCALE, self._speed)
         wanted, present = rotation(np.array(self._env.task.angles)), rotation(controller.arm[3:])
         action[3:6] = _limited(logarithm(wanted @ present.T) / ROTATION_SCALE, 0.3)
         action[6], action[11] = gripper, -1.0
@@ -48,7 +50,7 @@ class Expert:
 
 def make_expert(env: KitchenEnv) -> Expert:
     """The expert of the environment's task; it follows `reset` and `restore` by itself."""
-    return Expert(env, _STRATEGIES[env.info.family])
+    return Expert(env)
 
 
 def _limited(vector: np.ndarray, largest: float) -> np.ndarray:
@@ -98,30 +100,25 @@ def _gap(world: World) -> float:
 
 
 def _pick_and_place(world: World) -> tuple[np.ndarray, float]:
-    """Above the object, down, close, up, across, open over the basin, up."""
+    """Above the object, down, close, up, across, down over the basin, open, up."""
     eef, thing, sink = world.eef, world.position(world.memory["target"]), world.position("sink")
-    carry = sink[2] + 0.15
-    inside = sink + np.array([0.0, 0.06, 0.02])
     half = CATALOGUE[world.memory["target"]].half
-    if (np.abs(thing - sink)[:2] < np.array(SINK_HALF) - 0.05).all() and (
-        eef[2] < inside[2] + 0.03 or thing[2] < sink[2]
-    ):
-        return np.array([eef[0], eef[1], sink[2] + 0.35]), OPEN
-    error = eef - thing
-    aside = float(np.linalg.norm(error[:2]))
     grip = thing + max(0.0, half[2] - 0.045) * Z
-    if aside < 0.022 and abs(eef[2] - grip[2]) < 0.015:
-        if _gap(world) > 2 * half[0] + 0.012:
+    aside, above = float(np.linalg.norm((eef - grip)[:2])), float(eef[2] - grip[2])
+    held = aside < 0.03 and abs(above) < 0.03 and _gap(world) < 2 * half[0] + 0.012
+    drop = sink + np.array([0.0, 0.06, 0.02])
+    if (np.abs(thing - sink)[:2] < np.array(SINK_HALF) - 0.05).all():
+        if not held:
+            return eef * [1, 1, 0] + (sink[2] + 0.35) * Z, OPEN
+        return (eef, OPEN) if eef[2] < drop[2] + 0.06 else (drop, CLOSE)
+    if not held:
+        if aside < 0.022 and abs(above) < 0.015:
             return grip, CLOSE
-    elif not (aside < 0.03 and abs(eef[2] - grip[2]) < 0.03 and _gap(world) < 2 * half[0] + 0.012):
-        return np.array([thing[0], thing[1], grip[2] + min(0.12, 4.0 * max(aside - 0.012, 0.0))]), OPEN
-    # Held: rise first, and go down again over the basin.
-    across = float(np.linalg.norm((inside - eef)[:2]))
-    height = carry if across > 0.05 else inside[2]
-    reach = np.clip((eef[2] - (carry - 0.06)) / 0.04, 0.0, 1.0) if across > 0.05 else 1.0
-    goal = eef + reach * (inside - eef)
-    goal[2] = height
-    return goal, CLOSE
+        return grip + min(0.12, 4.0 * max(aside - 0.012, 0.0)) * Z, OPEN
+    # Held: rise first; how far it may move sideways grows with the height.
+    carry = sink[2] + 0.15
+    goal = eef + np.clip((eef[2] - (carry - 0.06)) / 0.04, 0.0, 1.0) * (drop - eef)
+    return np.array([goal[0], goal[1], carry]), CLOSE
 
 
 def _door(world: World) -> tuple[np.ndarray, float]:

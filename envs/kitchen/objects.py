@@ -45,7 +45,7 @@ def add_things(scene: SceneBuilder, names: tuple[str, ...], movable: bool = True
             body.add_freejoint(name=name)
         scene.box(
             body, thing.material, [0, 0, 0], thing.half, contact="object" if movable else "fixture",
-            group=HIDDEN_GROUP, mass=0.12, friction=[1.2, 0.02, 0.001], condim=4,
+            group=HIDDEN_GROUP, mass=0.12, friction=[1.2, 0.02, 0.001],
         )  # fmt: skip
         x, _, z = thing.half
         if thing.shape == "cylinder":

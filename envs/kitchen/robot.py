@@ -78,7 +78,7 @@ def _add_hand(scene: SceneBuilder, torso: object) -> None:
     for name, side in zip(FINGER_JOINTS, (1, -1), strict=True):
         finger = scene.body(name, [0, 0, 0], hand)
         finger.gravcomp = 1
-        scene.slide(finger, name, [0, side, 0], [0, FINGER_OPEN], damping=1.0)
+        scene.slide(finger, name, [0, side, 0], [0, FINGER_OPEN], armature=0.15, solref_limit=[0.01, 1])
         scene.box(
             finger, "finger", [-0.026, side * 0.006, 0], [0.036, 0.006, 0.011], contact="robot",
             mass=0.05, friction=[1.5, 0.02, 0.001], condim=4, solref=[0.01, 1],
@@ -93,7 +93,7 @@ def _add_servos(scene: SceneBuilder) -> None:
         mass, force = (100.0, 5000.0) if i != 2 else (20.0, 2000.0)
         scene.servo(joint, mass * 40.0**2, 2 * mass * 40.0, force, [BASE_LOW[i], BASE_HIGH[i]])
     for joint in FINGER_JOINTS:
-        scene.servo(joint, 800.0, 12.0, 20.0, [-0.02, FINGER_OPEN])
+        scene.servo(joint, 800.0, 26.0, 25.0, [-0.02, FINGER_OPEN])
 
 
 def rotation(angles: np.ndarray) -> np.ndarray:
