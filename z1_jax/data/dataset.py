@@ -108,12 +108,14 @@ class Dataset:
         """The records at `indices`, decoded, in that order.
 
         Raises:
+            IndexError: an index is not in 0..len - 1.
             ValueError: a record cannot be read back.
         """
+        wanted = [int(index) for index in indices]
+        if wanted and not 0 <= min(wanted) <= max(wanted) < len(self):
+            raise IndexError(f"records {min(wanted)}..{max(wanted)} asked for; the dataset has 0..{len(self) - 1}")
         try:
-            return [self._record(raw) for raw in self._records.__getitems__([int(i) for i in indices])]
-        except IndexError:
-            raise
+            return [self._record(raw) for raw in self._records.__getitems__(wanted)]
         except Exception as error:  # array_record, protobuf and Pillow each have their own
             raise ValueError(
                 f"dataset {self.path} is damaged: its records cannot be read ({_first_line(error)}); make it again"

@@ -59,7 +59,8 @@ class Loader(Iterator[Batch]):
             prefetch: batches read ahead, by `threads` threads, when reading from disk.
 
         Raises:
-            ValueError: a negative seed, sizes that do not divide, a process out of range, or data that do not fit the processor.
+            ValueError: a negative seed, sizes that do not divide, a process out of range, or data that the
+                processor cannot take.
         """
         if batch_size < 1 or process_count < 1 or batch_size % process_count:
             raise ValueError(f"batch_size={batch_size} is not a positive multiple of the {process_count} processes")
@@ -71,9 +72,7 @@ class Loader(Iterator[Batch]):
         self._identity = {"dataset": dataset.identity, "seed": seed, "batch_size": batch_size}
         local = batch_size // process_count
         rows = slice(process_index * local, (process_index + 1) * local)
-        order = (
-            grain.MapDataset.range(len(dataset)).shuffle(seed=seed).repeat().batch(batch_size).map(lambda i: i[rows])
-        )
+        order = grain.MapDataset.source(_ShuffledBatches(len(dataset), batch_size, seed, rows))
         self.memory: Batch | None = None  # all records, where they fit: arrays as in a batch, in the dataset's order
         if decoded_bytes(dataset, processor) <= memory_bytes:
             self.memory = _load(dataset, processor)

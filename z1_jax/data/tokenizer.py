@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import io
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import sentencepiece
@@ -41,13 +42,12 @@ _OBJECTS = (
     *("mango", "milk", "mug", "mushroom", "onion", "orange", "pan", "peach", "plate", "pot", "potato", "sponge"),
     *("squash", "sweet potato", "tomato", "vegetable", "fruit", "box", "ball", "block", "container"),
 )
+_KITCHEN_OBJECTS = ("can", "carton", "lime", "eggplant", "cup", "lemon")  # what stands in the built-in kitchen
 _PLACES = (
     *("counter", "sink", "cabinet", "microwave", "pan on the stove", "plate on the counter", "stove"),
     *("plate", "bowl", "container", "basin", "burner", "container on the counter"),
 )
-_BURNERS = tuple(f"{row}{column}" for row in ("front ", "rear ", "") for column in ("left", "right", "center"))
-
-EncodeTexts = Callable[[list[str]], list[list[int]]]
+_BURNERS = tuple(f"{row}{column}" for row in ("front ", "rear ", "back ", "") for column in ("left", "right", "center"))
 
 
 def discretise_state(state: np.ndarray) -> np.ndarray:
@@ -72,38 +72,32 @@ class PromptTokenizer:
 
     Attributes:
         vocab_size: ids are below it; a model's embedding needs at least so many rows.
-        identity: SHA-256 of the vocabulary, kept in checkpoints: other ids are another policy.
-        model_bytes: the SentencePiece model, or None where it came through `transformers`.
+        prompt_length: tokens of a prompt with its padding, L.
+        identity: SHA-256 of the model, kept in checkpoints: other ids are another policy.
+        model_bytes: the SentencePiece model; small enough to travel with a checkpoint.
     """
 
-    def __init__(
-        self, encode_texts: EncodeTexts, vocab_size: int, prompt_length: int, identity: str, model_bytes: bytes | None
-    ):
-        """Args: `encode_texts` adds BOS to each text; see `load_tokenizer` for the usual way to one."""
+    def __init__(self, model_bytes: bytes, prompt_length: int, source: str = "tokenizer"):
+        """From the bytes of a SentencePiece model; `source` names it in errors.
+
+        Raises:
+            ValueError: the bytes are no SentencePiece model, or `prompt_length` is not positive.
+        """
         if prompt_length < 1:
             raise ValueError(f"prompt_length is {prompt_length}; expected at least 1 token")
-        self._encode_texts = encode_texts
-        self.vocab_size = vocab_size
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{source} is not a SentencePiece model ({error}); expected a .model file") from None
+        self.vocab_size: int = self._model.vocab_size()
         self.prompt_length = prompt_length
-        self.identity = identity
+        self.identity = hashlib.sha256(model_bytes).hexdigest()
         self.model_bytes = model_bytes
 
     @classmethod
-    def from_bytes(cls, model_bytes: bytes, prompt_length: int, source: str = "tokenizer") -> PromptTokenizer:
-        """A tokenizer from the bytes of a SentencePiece model; `source` names it in errors.
-
-        Raises:
-            ValueError: the bytes are no SentencePiece model.
-        """
-        try:
-            model = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"{source} is not a SentencePiece model ({error}); expected a .model file") from None
-
-        def encode(texts: list[str]) -> list[list[int]]:
-            return model.encode(texts, add_bos=True, num_threads=1)
-
-        return cls(encode, model.vocab_size(), prompt_length, hashlib.sha256(model_bytes).hexdigest(), model_bytes)
+    def from_bytes(cls, model_bytes: bytes, prompt_length: int) -> PromptTokenizer:
+        """The tokenizer that a checkpoint holds."""
+        return cls(model_bytes, prompt_length, "the checkpoint's tokenizer")
 
     def encode(self, instruction: str, state: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """One prompt: (ids int32 [L], mask bool [L]); `state` [D] is normalised and unpadded, or None.
@@ -128,7 +122,7 @@ class PromptTokenizer:
             texts = [_with_bins(*pair) for pair in zip(clean, bins, strict=True)]
         tokens = np.full((len(texts), self.prompt_length), PAD_ID, np.int32)
         mask = np.zeros(tokens.shape, bool)
-        for row, ids in enumerate(self._encode_texts(texts)):
+        for row, ids in enumerate(self._model.encode(texts, add_bos=True, num_threads=1)):
             if len(ids) > self.prompt_length:
                 raise ValueError(
                     f"prompt {texts[row]!r} has {len(ids)} tokens, more than prompt_length={self.prompt_length}; "
@@ -144,8 +138,7 @@ class PromptTokenizer:
         Raises:
             ValueError: a number takes several tokens, as in PaliGemma's vocabulary.
         """
-        empty = len(self._encode_texts(["Task:"])[0])
-        encoded = [ids[empty:] for ids in self._encode_texts([f"Task: {number}" for number in _NUMBERS])]
+        encoded = self._model.encode([f" {number}" for number in _NUMBERS])
         for number, ids in zip(_NUMBERS, encoded, strict=True):
             if len(ids) != 1:
                 raise ValueError(f"the number {number} takes {len(ids)} tokens; expected a tokenizer with one for each")
@@ -153,69 +146,61 @@ class PromptTokenizer:
 
 
 def load_tokenizer(source: str | pathlib.Path, prompt_length: int, vocab_size: int | None = None) -> PromptTokenizer:
-    """A tokenizer from a SentencePiece `.model` file, a directory that holds one, or a model name of the hub.
+    """A tokenizer from a SentencePiece `.model` file, a directory that holds one, or a repository of the hub.
 
-    A directory without a `.model` file, and a hub name, go through `transformers`. `vocab_size` is the size that the
-    policy was made for (PaliGemma: 257,152).
+    `vocab_size` is the size that the policy was made for (PaliGemma: 257,152).
 
     Raises:
         ValueError: nothing is there, it is no tokenizer, or its vocabulary has another size.
     """
-    path = pathlib.Path(source).expanduser()
-    models = sorted(path.glob("*.model")) if path.is_dir() else []
-    if len(models) > 1:
-        raise ValueError(f"{path} holds {len(models)} .model files; name the one to use")
-    if path.is_file() or models:
-        path = models[0] if models else path
-        tokenizer = PromptTokenizer.from_bytes(path.read_bytes(), prompt_length, str(path))
-    else:
-        tokenizer = _from_transformers(str(source), path.is_dir(), prompt_length)
+    path = _model_file(str(source))
+    tokenizer = PromptTokenizer(path.read_bytes(), prompt_length, str(path))
     if vocab_size is not None and tokenizer.vocab_size != vocab_size:
         raise ValueError(
-            f"tokenizer {source} has {tokenizer.vocab_size} tokens, expected {vocab_size}; "
+            f"tokenizer {path} has {tokenizer.vocab_size} tokens, expected {vocab_size}; "
             "give the tokenizer that the policy was trained with"
         )
     return tokenizer
 
 
-def _from_transformers(source: str, is_directory: bool, prompt_length: int) -> PromptTokenizer:
-    looks_local = source.startswith(("/", ".", "~")) or source.endswith(".model") or source.count("/") != 1
-    if looks_local and not is_directory:
+def _model_file(source: str) -> pathlib.Path:
+    """The `.model` file that `source` names; a hub repository's is downloaded, or taken from its cache."""
+    path = pathlib.Path(source).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        models = sorted(path.glob("*.model"))
+        if len(models) != 1:
+            raise ValueError(f"{path} holds {len(models)} .model files, expected one; name the tokenizer's file")
+        return models[0]
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source) or source.endswith(".model"):
         raise ValueError(
             f"no tokenizer at {source}; expected PaliGemma's SentencePiece model (paligemma_tokenizer.model or "
             f"tokenizer.model), a directory that holds it, or the hub name {PALIGEMMA}"
         )
-    from transformers import GemmaTokenizer  # takes a second to import
+    from transformers.utils import cached_file  # a second to import
 
     try:
-        model = GemmaTokenizer.from_pretrained(source)
-    except Exception as error:  # transformers raises many kinds: network, access, format
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return pathlib.Path(cached_file(source, "tokenizer.model"))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"cannot load tokenizer {source!r} ({reason}); expected a directory with tokenizer.model or "
-            "tokenizer.json, or a hub name that this machine may download (accept its licence, then `hf auth login`)"
+            f"cannot get tokenizer.model of {source} from the hub ({reason}); accept its licence and run "
+            "`hf auth login`, or give the path of a local tokenizer.model"
         ) from None
-    if len(model) < 100:  # the constructor without files silently gives five special tokens
-        raise ValueError(f"tokenizer {source!r} has {len(model)} tokens; expected a full vocabulary, check its files")
-    vocabulary = "\n".join(f"{index} {token!r}" for token, index in sorted(model.get_vocab().items()))
-    identity = hashlib.sha256(vocabulary.encode()).hexdigest()
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        return [[model.bos_token_id, *ids] for ids in model(texts, add_special_tokens=False)["input_ids"]]
-
-    return PromptTokenizer(encode, len(model), prompt_length, identity, None)
 
 
 def train_small_tokenizer(texts: Iterable[str], path: str | pathlib.Path | None = None, vocab_size: int = 512) -> bytes:
     """Trains a SentencePiece BPE model on instructions; returns its bytes and writes them to `path`.
 
     Each state bin " -1" .. " 255" and each fixed part of the prompt is one token, and all of printable ASCII is
-    covered. The same texts give the same bytes. Few texts may fill fewer than `vocab_size` tokens.
+    covered. The same texts give the same bytes; one given several times weighs more. Few texts may fill fewer than
+    `vocab_size` tokens.
 
     Raises:
         ValueError: no texts, or a vocabulary too small for the fixed tokens.
     """
-    sentences = sorted({text.strip() for text in texts} - {""})
+    sentences = sorted(text.strip() for text in texts if text.strip())
     if not sentences:
         raise ValueError("cannot train a tokenizer without texts; give the instructions of the tasks")
     symbols = [*_SEPARATORS, *(f"▁{number}" for number in _NUMBERS)]
@@ -249,29 +234,32 @@ def train_small_tokenizer(texts: Iterable[str], path: str | pathlib.Path | None 
 
 
 def kitchen_instructions() -> list[str]:
-    """Sentences with every word of the 24 kitchen tasks' instructions: what the small tokenizer is trained on."""
-    sides = ("left", "right")
-    doors = ("cabinet door", "cabinet doors", "microwave door", "single door", "double doors", "drawer", "cabinet")
-    texts = [
-        f"{verb} the {side}{door}" for verb in ("open", "close") for side in ("", "left ", "right ") for door in doors
-    ]
-    texts += [f"pick the {thing} from the {start} and place it in the {end}" for thing, start, end in _moves("in")]
-    texts += [f"pick the {thing} from the {start} and place it on the {end}" for thing, start, end in _moves("on")]
+    """Sentences with every word of the 24 kitchen tasks' instructions: what the small tokenizer is trained on.
+
+    Those of the fixtures and of the built-in kitchen are repeated: each of their words becomes one token. Other objects
+    take several.
+    """
+    sides = ("", "left ", "right ")
+    doors = ("cabinet door", "cabinet doors", "microwave door", "drawer")
+    texts = [f"{verb} the {side}{door}" for verb in ("open", "close") for side in sides for door in doors]
     texts += [f"turn {way} the {burner} burner of the stove" for way in ("on", "off") for burner in _BURNERS]
     texts += [f"turn {way} the {thing}" for way in ("on", "off") for thing in ("sink faucet", "microwave", "stove")]
-    texts += [f"turn the sink spout to the {side}" for side in sides]
-    texts += [
-        f"press the {name} button on the {thing}" for name in ("start", "stop") for thing in ("microwave", "sink")
-    ]
+    texts += [f"turn the sink spout to the {side}" for side in ("left", "right")]
+    texts += [f"press the {name} button on the microwave" for name in ("start", "stop")]
     texts += ["press the button on the coffee machine to serve coffee", "press the start button on the coffee machine"]
-    texts += ["pick the mug from the cabinet and place it under the coffee machine dispenser"]
-    texts += ["pick the mug from the counter and place it under the coffee machine dispenser"]
-    texts += ["pick the mug from under the coffee machine dispenser and place it on the counter"]
-    return texts + [text.capitalize() + "." for text in texts]
+    for place in ("cabinet", "counter"):
+        texts += [f"pick the mug from the {place} and place it under the coffee machine dispenser"]
+        texts += [f"pick the mug from under the coffee machine dispenser and place it on the {place}"]
+    moves = [f"pick the {thing} from the {start} and place it {end}" for thing, start, end in _moves()]
+    texts += [f"pick the {thing} from the counter and place it in the sink" for thing in _KITCHEN_OBJECTS]
+    return 32 * texts + [text.capitalize() + "." for text in texts] + moves
 
 
-def _moves(preposition: str) -> list[tuple[str, str, str]]:
-    """Each object once, with start and end places taken in turn."""
-    shift = 1 if preposition == "in" else 3
+def _moves() -> list[tuple[str, str, str]]:
+    """(thing, start, end): each object once in and once on, with the places taken in turn."""
     count = len(_PLACES)
-    return [(thing, _PLACES[i % count], _PLACES[(i + shift) % count]) for i, thing in enumerate(_OBJECTS)]
+    return [
+        (thing, _PLACES[i % count], f"{preposition} the {_PLACES[(i + shift) % count]}")
+        for preposition, shift in (("in", 1), ("on", 3))
+        for i, thing in enumerate(_OBJECTS)
+    ]

@@ -1,0 +1,146 @@
+import json
+import logging
+import pathlib
+
+import numpy as np
+import pytest
+
+from z1_jax.data.normalize import NormStats, StatsAccumulator, load_norm_stats, save_norm_stats
+
+REFERENCE = np.load(pathlib.Path(__file__).parent / "reference" / "misc.npz")
+SEED = int(np.random.default_rng().integers(2**31))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    print("seed", SEED)
+    return np.random.default_rng(SEED)
+
+
+def reference_stats() -> NormStats:
+    return NormStats(**{name: REFERENCE[f"norm/{name}"] for name in ("mean", "std", "q01", "q99")})
+
+
+def stats_of(rows: np.ndarray) -> NormStats:
+    accumulator = StatsAccumulator()
+    accumulator.update(rows)
+    return accumulator.result()
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("quantile", "q"), ("z_score", "z")])
+def test_matches_openpi(mode, suffix):
+    stats = reference_stats()
+    got = stats.normalise(REFERENCE["norm/data"][:10], mode)
+    np.testing.assert_allclose(got, REFERENCE[f"norm/normalized_{suffix}"], rtol=0, atol=1e-12)
+    wide = stats.unnormalise(REFERENCE["norm/unnorm_in"], mode)  # 32 dimensions, statistics of 7
+    np.testing.assert_allclose(wide, REFERENCE[f"norm/unnorm_{suffix}"], rtol=0, atol=1e-12)
+
+
+def test_accumulated_statistics_match_numpy_in_any_split(rng):
+    data = rng.normal(3.0, [1.0, 1e-3, 50.0], size=(1009, 3)) + [0.0, 1e4, 0.0]
+    accumulator = StatsAccumulator()
+    for part in np.split(data, np.sort(rng.integers(0, len(data), size=7))):
+        accumulator.update(part)
+    stats = accumulator.result()
+    np.testing.assert_allclose(stats.mean, data.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(stats.std, data.std(0), rtol=1e-7)
+    np.testing.assert_allclose([stats.q01, stats.q99], np.quantile(data, [0.01, 0.99], axis=0), rtol=1e-12)
+
+
+def test_leading_axes_count_as_rows(rng):
+    chunks = rng.normal(size=(5, 8, 4))
+    np.testing.assert_allclose(stats_of(chunks).std, chunks.reshape(40, 4).std(0))
+
+
+def test_thinned_quantiles_stay_close_and_moments_stay_exact(rng):
+    data = rng.uniform(-1, 1, size=(40_000, 1))
+    accumulator = StatsAccumulator(max_rows=5_000)
+    for part in np.array_split(data, 37):
+        accumulator.update(part)
+    stats = accumulator.result()
+    np.testing.assert_allclose(stats.mean, data.mean(0), rtol=1e-9, atol=1e-12)
+    assert abs(stats.q01[0] + 0.98) < 0.02 and abs(stats.q99[0] - 0.98) < 0.02  # 2,500 rows: 5 sigma is 0.02
+
+
+def test_thinning_keeps_every_nth_row_whatever_the_parts(rng):
+    data = np.arange(1000.0)[:, None]
+    results = []
+    for parts in (1, 13, 250):
+        accumulator = StatsAccumulator(max_rows=100)
+        for part in np.array_split(data, parts):
+            accumulator.update(part)
+        results.append(accumulator.result())
+    expected = np.quantile(data[::16, 0], [0.01, 0.99])  # 1000 rows, at most 100 kept: stride 16
+    for result in results:
+        np.testing.assert_allclose([result.q01[0], result.q99[0]], expected)
+
+
+@pytest.mark.parametrize("mode", ["quantile", "z_score"])
+def test_roundtrip(rng, mode):
+    data = rng.normal(size=(200, 6)) * rng.uniform(0.1, 10, size=6)
+    stats = stats_of(data)
+    np.testing.assert_allclose(stats.unnormalise(stats.normalise(data, mode), mode), data, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["quantile", "z_score"])
+def test_constant_dimension_is_zero_to_the_model_and_held_in_the_world(rng, mode, caplog):
+    data = rng.normal(size=(300, 3))
+    data[:, 1] = -1.0
+    stats = stats_of(data)
+    assert stats.constant.tolist() == [False, True, False]
+    with caplog.at_level(logging.WARNING):
+        seen = stats.normalise(np.array([[0.0, 0.7, 0.0]]), mode)  # 0.7 was never in the data
+        stats.normalise(data, mode)
+    assert seen[0, 1] == 0.0
+    np.testing.assert_array_equal(stats.unnormalise(rng.normal(size=(4, 3)) * 100, mode)[:, 1], -1.0)
+    assert caplog.text.count("held constant") == (1 if mode == "quantile" else 0)
+
+
+def test_rare_dimension_is_widened_not_frozen(rng, caplog):
+    data = rng.normal(size=(1000, 2))
+    data[:, 0] = -1.0
+    data[:5, 0] = 1.0  # closes in 0.5 % of the rows: both quantiles are -1
+    stats = stats_of(data)
+    assert not stats.constant.any()
+    with caplog.at_level(logging.WARNING):
+        normalised = stats.normalise(data)
+    assert np.abs(normalised).max() < 20 and "equal 1% and 99% quantiles" in caplog.text
+    np.testing.assert_allclose(stats.unnormalise(normalised), data, atol=1e-9)
+
+
+def test_file_is_openpis(tmp_path, rng):
+    stats = {"state": stats_of(rng.normal(size=(50, 16))), "actions": stats_of(rng.normal(size=(50, 12)))}
+    save_norm_stats(tmp_path / "norm_stats.json", stats)
+    content = json.loads((tmp_path / "norm_stats.json").read_text())
+    assert set(content["norm_stats"]["state"]) == {"mean", "std", "q01", "q99"}
+    loaded = load_norm_stats(tmp_path / "norm_stats.json")
+    for key, value in stats.items():
+        np.testing.assert_array_equal(loaded[key].q99, value.q99)  # exact: JSON keeps every digit
+        np.testing.assert_array_equal(loaded[key].mean, value.mean)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"norm_stats": {"state": {"mean": [0.0]}}}', '{"norm_stats": {"state": 3}}']
+)
+def test_bad_files_are_one_line(tmp_path, text):
+    (tmp_path / "norm_stats.json").write_text(text)
+    with pytest.raises(ValueError, match="norm_stats.json") as error:
+        load_norm_stats(tmp_path / "norm_stats.json")
+    assert "\n" not in str(error.value)
+
+
+def test_bad_input_is_named(rng):
+    with pytest.raises(ValueError, match="no file"):
+        load_norm_stats("/nowhere/norm_stats.json")
+    with pytest.raises(ValueError, match="width 9"):
+        reference_stats().normalise(np.zeros((2, 9)))
+    with pytest.raises(ValueError, match="minmax"):
+        reference_stats().normalise(np.zeros((2, 7)), "minmax")
+    with pytest.raises(ValueError, match="NaN"):
+        StatsAccumulator().update(np.array([[np.nan]]))
+    with pytest.raises(ValueError, match="no data"):
+        StatsAccumulator().result()
+    with pytest.raises(ValueError, match="not finite at dimension 1"):
+        NormStats(mean=[0, np.inf], std=[1, 1], q01=[0, 0], q99=[1, 1])
+    with pytest.raises(ValueError, match="q01 has shape"):
+        NormStats(mean=[0, 1], std=[1, 1], q01=[0], q99=[1, 1])

@@ -1,0 +1,144 @@
+import pathlib
+
+import numpy as np
+import pytest
+
+from envs.base import EnvObservation
+from z1_jax.data.normalize import NormStats
+from z1_jax.data.tokenizer import PromptTokenizer, kitchen_instructions, train_small_tokenizer
+from z1_jax.data.transforms import InputProcessor, resize_with_pad
+
+REFERENCE = np.load(pathlib.Path(__file__).parent / "reference" / "misc.npz")
+TOKENIZER = PromptTokenizer(train_small_tokenizer(kitchen_instructions()), 48)
+SEED = int(np.random.default_rng().integers(2**31))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    print("seed", SEED)
+    return np.random.default_rng(SEED)
+
+
+def make_processor(cameras=("left", "wrist"), **kwargs) -> InputProcessor:
+    """State in [-2, 2] x 3; actions: dimension 0 in [0, 10], 1 constant -1, 2 in [-1, 1]."""
+    state = NormStats(mean=np.zeros(3), std=np.ones(3), q01=np.full(3, -2.0), q99=np.full(3, 2.0))
+    actions = NormStats(mean=[5.0, -1.0, 0.0], std=[3.0, 0.0, 0.5], q01=[0.0, -1.0, -1.0], q99=[10.0, -1.0, 1.0])
+    return InputProcessor(TOKENIZER, {"state": state, "actions": actions}, cameras, 8, 5, **kwargs)
+
+
+def make_observation(rng, size=8, state=(0.0, 1.0, -3.0)) -> EnvObservation:
+    images = {name: rng.integers(0, 256, (size, size, 3), dtype=np.uint8) for name in ("left", "right", "wrist")}
+    return EnvObservation(images, np.asarray(state, np.float32), "open the left drawer")
+
+
+@pytest.mark.parametrize("case", [0, 1, 2])
+def test_resize_matches_openpi(case):
+    image, (height, width) = REFERENCE[f"resize/{case}/in_uint8"][0], REFERENCE[f"resize/{case}/target"]
+    got = resize_with_pad(image, int(height), int(width))
+    np.testing.assert_array_equal(got, REFERENCE[f"resize/{case}/pil_uint8"][0])
+    assert np.abs(got.astype(int) - REFERENCE[f"resize/{case}/jax_uint8"][0]).max() <= 1
+
+
+def test_resize_leaves_a_fitting_image_alone(rng):
+    image = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    assert resize_with_pad(image, 12, 16) is image
+
+
+def test_resize_pads_with_black_around_the_centre():
+    out = resize_with_pad(np.full((10, 20, 3), 255, np.uint8), 8, 8)
+    assert (out[2:6] == 255).all() and not out[:2].any() and not out[6:].any()
+
+
+@pytest.mark.parametrize(
+    "bad", [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.uint8), np.zeros((0, 4, 3), "u1")]
+)
+def test_resize_refuses_other_arrays(bad):
+    with pytest.raises(ValueError, match="expected uint8"):
+        resize_with_pad(bad, 8, 8)
+
+
+def test_observation_fills_the_slots_in_order(rng):
+    raw = [make_observation(rng), make_observation(rng)]
+    batch = make_processor(("wrist", None, "left")).observation(raw)
+    assert batch.images.shape == (2, 3, 8, 8, 3) and batch.images.dtype == np.uint8
+    for row, observation in zip(batch.images, raw, strict=True):
+        np.testing.assert_array_equal(row[0], observation.images["wrist"])
+        np.testing.assert_array_equal(row[2], observation.images["left"])
+    assert not batch.images[:, 1].any()
+    np.testing.assert_array_equal(batch.image_mask, [[True, False, True]] * 2)
+
+
+def test_observation_resizes(rng):
+    raw = make_observation(rng, size=20)
+    batch = make_processor().observation([raw])
+    np.testing.assert_array_equal(batch.images[0, 0], resize_with_pad(raw.images["left"], 8, 8))
+
+
+def test_prompt_holds_the_normalised_state(rng):
+    batch = make_processor().observation([make_observation(rng, state=(0.0, 1.0, -3.0))])
+    ids = TOKENIZER.number_ids()
+    found = [int(np.flatnonzero(ids == token)[0]) - 1 for token in batch.tokens[0] if token in ids]
+    # state / 2 to within openpi's 1e-6 of the span: just below 0 -> 127, just below 0.5 -> 191, -1.5 -> -1
+    assert found == [127, 191, -1]
+
+
+def test_state_may_stay_out_of_the_prompt(rng):
+    batch = make_processor(state_in_prompt=False).observation([make_observation(rng)])
+    assert not np.isin(batch.tokens[0], TOKENIZER.number_ids()).any()
+    np.testing.assert_array_equal(batch.tokens[0], TOKENIZER.encode("open the left drawer", None)[0])
+
+
+def test_actions_roundtrip_padded_with_zeros(rng):
+    processor = make_processor()
+    raw = np.stack([rng.uniform(-2, 12, (4, 6)), np.full((4, 6), -1.0), rng.normal(size=(4, 6))], axis=-1)
+    model = processor.model_actions(raw)
+    assert model.shape == (4, 6, 5) and model.dtype == np.float32
+    np.testing.assert_allclose(model[..., 0], raw[..., 0] / 5 - 1, atol=1e-5)
+    assert not model[..., 1].any() and not model[..., 3:].any()
+    np.testing.assert_allclose(processor.env_actions(model), raw, atol=1e-5)
+
+
+def test_constant_dimensions_are_held_and_not_counted(rng):
+    processor = make_processor()
+    np.testing.assert_array_equal(processor.counted_dims, [True, False, True, False, False])
+    noisy = processor.env_actions(rng.normal(size=(3, 6, 5)) * 10)
+    assert noisy.shape == (3, 6, 3) and noisy.dtype == np.float32
+    np.testing.assert_array_equal(noisy[..., 1], -1.0)
+
+
+def test_uncounted_dimensions_never_reach_the_environment(rng):
+    processor = make_processor()
+    model = rng.normal(size=(2, 6, 5))
+    other = np.where(processor.counted_dims, model, rng.normal(size=model.shape))
+    np.testing.assert_array_equal(processor.env_actions(model), processor.env_actions(other))
+
+
+def test_clip_bounds_raw_actions(rng):
+    model = rng.normal(size=(20, 6, 5)) * 3
+    free, clipped = make_processor().env_actions(model), make_processor(clip=(-1.0, 1.0)).env_actions(model)
+    assert np.abs(free).max() > 1
+    np.testing.assert_array_equal(clipped, np.clip(free, -1, 1))
+
+
+def test_z_score_mode(rng):
+    processor = make_processor(norm_mode="z_score")
+    raw = np.array([[[8.0, -1.0, 0.25]]])
+    np.testing.assert_allclose(processor.model_actions(raw)[0, 0], [1.0, 0.0, 0.5, 0, 0], atol=1e-5)
+    np.testing.assert_allclose(processor.env_actions(processor.model_actions(raw)), raw, atol=1e-5)
+
+
+def test_bad_input_is_named(rng):
+    with pytest.raises(ValueError, match=r"no camera 'top'; got \['left', 'right', 'wrist'\]"):
+        make_processor(("top",)).observation([make_observation(rng)])
+    with pytest.raises(ValueError, match=r"states have shape \[1, 2\]; expected \[batch, 3\]"):
+        make_processor().observation([make_observation(rng, state=(0.0, 1.0))])
+    with pytest.raises(ValueError, match=r"states of rows \[1\] are not finite"):
+        make_processor().observation([make_observation(rng), make_observation(rng, state=(0.0, np.nan, 0.0))])
+    with pytest.raises(ValueError, match="actions have width 4"):
+        make_processor().model_actions(np.zeros((1, 6, 4)))
+    with pytest.raises(ValueError, match="names no camera"):
+        make_processor((None, None))
+    with pytest.raises(ValueError, match=r"lack \['actions'\]"):
+        InputProcessor(TOKENIZER, {"state": make_processor().stats["state"]}, ("left",), 8, 5)
+    with pytest.raises(ValueError, match="action_dim=2 is less"):
+        InputProcessor(TOKENIZER, make_processor().stats, ("left",), 8, 2)
