@@ -1,6 +1,7 @@
 """The pool against the same environments stepped one by one in this process, with and without injected faults."""
 
 import functools
+import multiprocessing.connection
 import os
 import secrets
 import signal
@@ -11,80 +12,14 @@ import time
 
 import numpy as np
 import pytest
+from tiny_env import TinyEnv
 
-from envs.base import ChunkResult, EnvObservation, EnvSpec, Snapshot
+from envs import kitchen
+from envs.base import EnvObservation
 from envs.pool import EnvPool, PoolError
-
-HORIZON = 12
-
-
-class TinyEnv:
-    """A chaotic map with noise: any lost, repeated or reordered step shows in every later number."""
-
-    def __init__(self, fault: str = "", flag: str = "") -> None:
-        self.spec = EnvSpec("Tiny", ("eye",), 4, action_dim=3, state_dim=2, control_hz=20.0, horizon=HORIZON)
-        self._fault, self._flag = fault, flag
-        if fault == "build":
-            raise OSError("no scene file")
-
-    def reset(self, seed: int) -> None:
-        self._rng = np.random.default_rng(seed)
-        self._x = self._rng.uniform(0.2, 0.8, 2)
-        self._t = 0
-
-    def observe(self) -> EnvObservation:
-        image = np.full((4, 4, 3), int(self._x[0] * 255), np.uint8)
-        return EnvObservation({"eye": image}, self._x.astype(np.float32), "hold still")
-
-    def step_chunk(self, actions: np.ndarray) -> ChunkResult:
-        steps = 0
-        for action in actions:
-            if self._t >= HORIZON:
-                break
-            self._x = (
-                3.9 * self._x * (1 - self._x) + 0.01 * np.tanh(action[:2]) + 1e-3 * self._rng.normal(size=2)
-            ) % 1.0
-            self._t += 1
-            steps += 1
-        if self._t == 8:
-            self._misbehave()
-        success = bool(self._x[1] > 0.97)
-        return ChunkResult(steps, success, success or self._t >= HORIZON)
-
-    def _misbehave(self) -> None:
-        if self._flag:  # only the first to get here, in any process
-            try:
-                open(self._flag, "x").close()
-            except FileExistsError:
-                return
-        if self._fault == "raise":
-            raise RuntimeError("the solver\ndiverged")
-        if self._fault == "value":
-            raise ValueError("a bad request")
-        if self._fault == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self._fault == "hang":
-            time.sleep(1000)
-
-    def snapshot(self) -> Snapshot:
-        return Snapshot("Tiny", self._x.copy(), {"t": self._t, "rng": self._rng.bit_generator.state})
-
-    def restore(self, snapshot: Snapshot) -> None:
-        self._x, self._t = snapshot.physics.copy(), snapshot.extra["t"]
-        self._rng = np.random.default_rng()
-        self._rng.bit_generator.state = snapshot.extra["rng"]
-
-    def render(self, camera: str, size: int) -> np.ndarray:
-        return np.full((size, size, 3), int(self._x[1] * 255), np.uint8)
-
-    def close(self) -> None:
-        pass
 
 
 def make_kitchen():
-    kitchen = pytest.importorskip("envs.kitchen")
-    if not hasattr(kitchen, "make"):
-        pytest.skip("the kitchen has no tasks yet")
     return functools.partial(kitchen.make, "TurnOnSinkFaucet")
 
 
@@ -210,23 +145,51 @@ def test_results_after_a_fault_are_those_without(tmp_path, fault, num_workers):
     assert_same_record(got, expected)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_worker_killed_between_calls_is_replaced(victim):
+@pytest.mark.parametrize("make", [lambda: TinyEnv, make_kitchen], ids=["tiny", "kitchen"])
+def test_a_worker_killed_between_calls_is_replaced(make):
     seed = secrets.randbelow(2**31)
-    actions = random_chunks(seed, 2, 3, 3)
+    print("seed", seed)
     states = []
-    for kill in (False, True):
-        with EnvPool(TinyEnv, 3, 2) as pool:
+    for victim in (None, seed % 2):
+        with EnvPool(make(), 3, 2) as pool:
+            actions = random_chunks(seed, 3, 3, pool.spec.action_dim) * 0.3
             pool.reset([0, 1, 2], range(seed, seed + 3))
             pool.step([0, 1, 2], actions[0])
-            if kill:
+            pool.branch([0], [1])
+            pool.step([0, 1, 2], actions[1])
+            if victim is not None:
                 process = pool._workers[victim]._process
                 process.kill()
                 process.wait()
-            pool.step([0, 1, 2], actions[1])
-            states.append([snapshot.physics for snapshot in pool.snapshot([0, 1, 2])])
-            assert pool.replaced == kill
-    np.testing.assert_array_equal(*states)
+            observations = pool.step([0, 1, 2], actions[2])[1]
+            states.append(observations + [snapshot.physics for snapshot in pool.snapshot([0, 1, 2])])
+            assert pool.replaced == (victim is not None)
+    assert_same_record(*states)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C at a chosen moment, without ending the test run should it escape."""
+
+
+@pytest.mark.parametrize("when", ["before the answers", "between two answers"])
+def test_an_interrupted_call_leaves_no_trace(monkeypatch, when):
+    actions = random_chunks(11, 2, 2, 3)
+    wait = multiprocessing.connection.wait
+
+    def interrupt(connections, timeout=None):
+        if when == "before the answers" or len(connections) == 1:
+            raise Interrupted
+        return wait(connections, timeout)[:1]
+
+    with EnvPool(TinyEnv, 2, 2) as pool:
+        pool.reset([0, 1], [1, 2])
+        pool.step([0, 1], actions[0])
+        before = [snapshot.physics for snapshot in pool.snapshot([0, 1])]
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(multiprocessing.connection, "wait", interrupt)
+            pool.step([0, 1], actions[1])
+        after = [snapshot.physics for snapshot in pool.snapshot([0, 1])]
+    np.testing.assert_array_equal(after, before)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +294,8 @@ def test_workers_end_with_their_parent(how):
     script = textwrap.dedent(f"""
         import sys, time
         sys.path.insert(0, {os.path.dirname(__file__)!r})
-        from test_pool import EnvPool, TinyEnv
+        from tiny_env import TinyEnv
+        from envs.pool import EnvPool
         if __name__ != "__main__":
             raise SystemExit("a worker must not run the main module again")
         with EnvPool(TinyEnv, 2, 2) as pool:

@@ -90,7 +90,7 @@ def stacked_chart(series: Sequence[Series], x_label: str, y_format: Format) -> s
 def interval_chart(rows: Sequence[tuple[str, float, tuple[float, float]]]) -> str:
     """Rates in [0, 1] with their intervals, one row each: (label, rate, (low, high))."""
     height, step = 30 + 34 * len(rows), 34
-    left, right = 110, 16
+    left, right = 110, 28
     parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="Success rates with intervals">']
 
     def px(rate: float) -> float:
