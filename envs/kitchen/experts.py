@@ -83,15 +83,14 @@ def _faucet(world: World) -> tuple[np.ndarray, float]:
 
 def _drawer(world: World) -> tuple[np.ndarray, float]:
     """Take the bar between the fingers, close, pull."""
-    eef, handle = world.eef, world.site("drawer_handle")
-    error = eef - handle
-    aside = float(np.hypot(error[1], error[2]))
-    around = abs(error[0]) < 0.016 and aside < 0.02
-    if around and _gap(world) < 0.026:
-        return handle - 0.06 * X, CLOSE
-    if around:
+    handle = world.site("drawer_handle") + 0.008 * X  # a little behind the bar, for a firm grip
+    depth, along, across = np.abs(world.eef - handle)
+    if 0.010 < _gap(world) < 0.028 and depth < 0.026 and along < 0.06 and across < 0.045:
+        return handle - 0.06 * X, CLOSE  # held
+    if depth < 0.022 and along < 0.05 and across < 0.024:
         return handle, CLOSE
-    return handle - min(0.06, 3.0 * max(aside - 0.012, 0.0)) * X, OPEN
+    astray = max(along - 0.03, across - 0.012, 0.0)
+    return handle - min(0.06, 3.0 * astray) * X, OPEN
 
 
 def _gap(world: World) -> float:

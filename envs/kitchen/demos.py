@@ -1,0 +1,154 @@
+"""Demonstrations: episodes of the scripted experts with disturbed execution and clean labels.
+
+The executed action is the expert's plus noise, so that the recorded states spread around the expert's path; the label
+stays what the expert would do from the state that was reached (as in DART, Laskey et al. 2017).
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import multiprocessing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from envs.base import EnvObservation
+from envs.kitchen.env import KitchenEnv
+from envs.kitchen.experts import make_expert
+from envs.kitchen.robot import ACTION_DIM
+
+WHITE, OFFSET = 0.6, 0.5  # standard deviations of white noise and constant offsets, as parts of the noise scale
+OFFSET_STEPS = 6  # control steps that an offset lasts
+# Full noise on the position; less where a unit is half a radian or a finger's grip; none on the base.
+_NOISE_PROFILE = np.array([1.0] * 3 + [0.3] * 4 + [0.0] * 5)
+_NOISE_STREAM = 1  # keeps the noise of a seed apart from the randomisation of the same seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """One demonstration: N observations, each with the labels of the control steps that follow it."""
+
+    task: str
+    seed: int
+    instruction: str
+    success: bool
+    control_steps: int  # control steps executed
+    noise: float  # the noise scale drawn for this episode
+    step: np.ndarray  # int32 [N], control steps executed before each observation
+    images: dict[str, np.ndarray]  # camera -> uint8 [N, S, S, 3]
+    state: np.ndarray  # float32 [N, 16]
+    actions: np.ndarray  # float32 [N, chunk, 12], clean expert actions from each observation on
+
+
+def run_episode(env: KitchenEnv, seed: int, noise: float = 0.2, stride: int = 4, chunk: int = 8) -> Episode:
+    """Runs the expert for one episode.
+
+    Args:
+      env: a kitchen environment; it is reset with `seed`.
+      seed: of the episode and, in a stream of its own, of the noise.
+      noise: n; the episode's noise scale is drawn from {0, n, 2n}, in units of the action.
+      stride: control steps between observations.
+      chunk: labels an observation. Where the episode ends before, its last label is repeated: experts end in a steady
+        pull, push or retreat, and a policy that is not quite done should go on with it rather than stop.
+
+    Returns:
+      The episode, also when it failed: the caller keeps what it wants.
+    """
+    env.reset(seed)
+    expert, rng = make_expert(env), np.random.default_rng([seed, _NOISE_STREAM])
+    scale = float(rng.choice([0.0, 1.0, 2.0]) * noise)
+    observations: list[EnvObservation] = []
+    labels: list[np.ndarray] = []
+    offset = np.zeros(ACTION_DIM)
+    done = False
+    while not done:
+        step = len(labels)
+        if step % stride == 0:
+            observations.append(env.observe())
+        if step % OFFSET_STEPS == 0:
+            offset = OFFSET * rng.standard_normal(ACTION_DIM)
+        labels.append(expert.act())
+        disturbance = scale * _NOISE_PROFILE * (WHITE * rng.standard_normal(ACTION_DIM) + offset)
+        done = env.step_chunk((labels[-1] + disturbance)[None]).done
+    return _episode(env, seed, scale, stride, chunk, observations, np.stack(labels))
+
+
+def _episode(
+    env: KitchenEnv,
+    seed: int,
+    scale: float,
+    stride: int,
+    chunk: int,
+    observations: list[EnvObservation],
+    labels: np.ndarray,
+) -> Episode:
+    step = np.arange(len(observations), dtype=np.int32) * stride
+    following = np.minimum(step[:, None] + np.arange(chunk), len(labels) - 1)
+    return Episode(
+        task=env.spec.task,
+        seed=seed,
+        instruction=observations[0].instruction,
+        success=env.success,
+        control_steps=len(labels),
+        noise=scale,
+        step=step,
+        images={camera: np.stack([seen.images[camera] for seen in observations]) for camera in env.spec.cameras},
+        state=np.stack([seen.state for seen in observations]),
+        actions=labels[following],
+    )
+
+
+_worker_env: KitchenEnv | None = None
+
+
+def _start_worker(task: str, options: dict[str, Any]) -> None:
+    global _worker_env
+    _worker_env = KitchenEnv(task, **options)
+
+
+def _run_in_worker(seed: int, noise: float, stride: int, chunk: int) -> Episode:
+    return run_episode(_worker_env, seed, noise, stride, chunk)
+
+
+def collect(
+    task: str,
+    seeds: Iterable[int],
+    noise: float = 0.2,
+    processes: int = 2,
+    stride: int = 4,
+    chunk: int = 8,
+    options: Mapping[str, Any] | None = None,
+) -> Iterator[Episode]:
+    """Episodes of `seeds`, in their order, also those that failed.
+
+    Args:
+      task: a kitchen task.
+      seeds: of the episodes; may be endless, because only a few episodes are under way beyond what was consumed.
+      noise, stride, chunk: as in `run_episode`.
+      processes: worker processes; 1 or less runs in this process.
+      options: KitchenEnv's further arguments.
+
+    Raises:
+      ValueError: an unknown task or option value.
+    """
+    options = dict(options or {})
+    env = KitchenEnv(task, **options)  # a mistake in the arguments shows here, not inside a worker
+    if processes <= 1:
+        yield from (run_episode(env, seed, noise, stride, chunk) for seed in seeds)
+        return
+    pool = concurrent.futures.ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), _start_worker, (task, options)
+    )
+    try:
+        pending: collections.deque[concurrent.futures.Future[Episode]] = collections.deque()
+        for seed in seeds:
+            pending.append(pool.submit(_run_in_worker, seed, noise, stride, chunk))
+            if len(pending) >= 4 * processes:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
