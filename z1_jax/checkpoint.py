@@ -76,6 +76,13 @@ class Checkpoints:
         """The JSON document of a step."""
         return self._metadata(step)["document"]
 
+    def shape(self, step: int, part: str, name: str) -> tuple[int, ...]:
+        """Shape of one array, where the reader cannot know it."""
+        try:
+            return tuple(self._checkpointer.checkpointables_metadata(step).metadata[part][name].shape)
+        except Exception as error:
+            raise self._damaged(step, error) from error
+
     def _metadata(self, step: int) -> dict[str, Any]:
         if step not in self.steps():
             raise CheckpointError(f"no checkpoint {step} in {self.directory}; there: {self.steps() or 'none'}")
@@ -127,6 +134,13 @@ class Checkpoints:
             "delete that folder to go on from the one before"
         )
 
+    def discard(self, step: int) -> None:
+        """Moves a damaged step out of the way, to <step>.damaged, so that the run can write it again."""
+        folder = self.directory / str(step)
+        if folder.exists():
+            folder.rename(folder.with_name(f"{step}.damaged"))
+        self._checkpointer.reload()
+
     def close(self) -> None:
         """Waits for whatever is being written."""
         self._checkpointer.close()
@@ -136,5 +150,7 @@ def _first(names: list[str]) -> str:
     return f" (first: {names[0]})" if names else ""
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
+    while error.__cause__ is not None:  # Orbax wraps the reason several times
+        error = error.__cause__
     return " ".join(str(error).split())[:160] or type(error).__name__

@@ -149,6 +149,7 @@ class EvalConfig:
     noise_seed: int = 0  # of the sampler's initial noise
     confidence: float = 0.95
     videos: int = 4  # seeds filmed before and after
+    video_size: int = 160  # pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +257,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "eval.noise_seed": (0, 2**31 - 1),
     "eval.confidence": (0.5, 0.9999),
     "eval.videos": (0, 64),
+    "eval.video_size": (16, 1024),
     "log.every": (1, None),
     **{
         f"{part}.{key}": bounds

@@ -28,6 +28,6 @@ class PrefixCache:
     v: Float[Array, "layers B T K D"]
     mask: Bool[Array, "B T"]  # true at tokens that may be attended to
 
-    def take(self, rows: Int[Array, " N"]) -> "PrefixCache":
+    def take(self, rows: Int[Array, " N"]) -> PrefixCache:
         """The cache of observations `rows`, in that order (repeats allowed)."""
         return PrefixCache(self.k[:, rows], self.v[:, rows], self.mask[rows])

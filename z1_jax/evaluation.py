@@ -1,0 +1,196 @@
+"""Paired evaluation under a frozen protocol: ODE sampler, fixed noise, held-out seeds; intervals and exact tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from envs.pool import EnvPool
+from z1_jax.config import EvalConfig, FlowConfig
+from z1_jax.metrics import Progress
+from z1_jax.policy import Policy
+from z1_jax.rl import rollout
+from z1_jax.rl.actor import Actor, counted_coordinates
+from z1_jax.rl.tree import BranchPlan
+from z1_jax.statistics import mcnemar_exact, paired_difference_interval, wilson_interval
+
+ALONE = BranchPlan(group_size=1, points=(), fanout=())
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Outcome of each held-out seed."""
+
+    seeds: np.ndarray  # int [n]
+    success: np.ndarray  # bool [n]
+    steps: np.ndarray  # int [n], control steps until success or the end
+
+    def summary(self, confidence: float) -> dict[str, Any]:
+        """Successes, episodes, rate and its Wilson interval."""
+        successes, episodes = int(self.success.sum()), len(self.success)
+        return {
+            "successes": successes,
+            "episodes": episodes,
+            "rate": successes / episodes,
+            "interval": list(wilson_interval(successes, episodes, confidence)),
+            "control_steps": int(self.steps.sum()),
+        }
+
+
+def evaluate(
+    policy: Policy,
+    pool: EnvPool,
+    mesh: jax.sharding.Mesh,
+    config: EvalConfig,
+    flow: FlowConfig,
+    results: pathlib.Path,
+    *,
+    title: str,
+    actor: Actor | None = None,
+    params: tuple[Any, Any] | None = None,
+) -> Evaluation:
+    """Runs every held-out seed once. Finished waves are kept in `results` (JSONL); a second call goes on after them.
+
+    Args:
+        actor, params: to act with functions that are compiled already, and parameters split as they want them.
+    """
+    seeds = np.arange(config.first_seed, config.first_seed + config.episodes)
+    done = _read_results(results, seeds)
+    if len(done) < len(seeds):
+        if actor is None:
+            graphdef, trainable, frozen = policy.split("expert")
+            params = (trainable, frozen)
+            actor = make_actor(policy, graphdef, flow, mesh, pool.num_envs)
+        key = jax.random.key(config.noise_seed)
+        results.parent.mkdir(parents=True, exist_ok=True)
+        with Progress(title, len(seeds), "episode", {"success": ".1%"}, start=len(done), interval_s=5.0) as progress:
+            for start in range(len(done), len(seeds), pool.num_envs):
+                wave = seeds[start : start + pool.num_envs]
+                out = rollout.collect(
+                    pool,
+                    actor,
+                    params,
+                    policy.processor,
+                    ALONE,
+                    wave,
+                    key,
+                    executed=policy.executed,
+                    stochastic=False,
+                    keep_caches=False,
+                )
+                rows = [
+                    {"seed": int(seed), "success": bool(success), "steps": int(steps)}
+                    for seed, success, steps in zip(wave, out.success[:, 0], out.steps[:, 0], strict=True)
+                ]
+                with results.open("a") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in rows)
+                done.extend(rows)
+                progress.report(len(done), {"success": float(np.mean([row["success"] for row in done]))})
+    return Evaluation(
+        seeds=seeds,
+        success=np.array([row["success"] for row in done]),
+        steps=np.array([row["steps"] for row in done]),
+    )
+
+
+def _read_results(path: pathlib.Path, seeds: np.ndarray) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    if path.exists():
+        for line, seed in zip(path.read_text().splitlines(), seeds, strict=False):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                break  # a line that was being written when the run was killed
+            if row.get("seed") != int(seed):
+                raise ValueError(f"{path} holds other seeds than this evaluation's; move it away to evaluate anew")
+            rows.append(row)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def make_actor(policy: Policy, graphdef: Any, flow: FlowConfig, mesh: jax.sharding.Mesh, largest: int) -> Actor:
+    """The actor of a policy for up to `largest` observations at once."""
+    counted = counted_coordinates(
+        policy.config.horizon, policy.executed, policy.processor.counted_dims, flow.logprob_coords
+    )
+    return Actor(graphdef, flow, counted, mesh, largest)
+
+
+def compare(before: Evaluation, after: Evaluation, confidence: float) -> dict[str, Any]:
+    """The paired comparison of two policies on the same seeds.
+
+    Raises:
+        ValueError: the seeds differ.
+    """
+    if not np.array_equal(before.seeds, after.seeds):
+        raise ValueError("the two evaluations ran on different seeds; a paired test needs the same ones")
+    interval = paired_difference_interval(before.success, after.success, seed=0, confidence=confidence)
+    return {
+        "before": before.summary(confidence),
+        "after": after.summary(confidence),
+        "difference": float(after.success.mean() - before.success.mean()),
+        "difference_interval": list(interval),
+        "mcnemar_p": float(mcnemar_exact(before.success, after.success)),
+        "gained": int((after.success & ~before.success).sum()),
+        "lost": int((before.success & ~after.success).sum()),
+    }
+
+
+def sentence(task: str, method: str, result: dict[str, Any], confidence: float) -> str:
+    """The result in one sentence."""
+    low, high = (100 * x for x in result["difference_interval"])
+    interval = f"{100 * confidence:g} % CI {low:+.1f} to {high:+.1f}"
+    gain = 100 * result["difference"]
+    verb = "raised" if gain > 0 else "lowered" if gain < 0 else "left"
+    p = result["mcnemar_p"]
+    shown = f"p = {p:.2g}" if p >= 1e-300 else "p < 1e-300"
+    return (
+        f"{method} {verb} success on {task} from {100 * result['before']['rate']:.1f} % to "
+        f"{100 * result['after']['rate']:.1f} % ({gain:+.1f} points, {interval}, "
+        f"exact McNemar {shown}, {result['before']['episodes']} held-out seeds)"
+    )
+
+
+def film(
+    policy: Policy,
+    pool: EnvPool,
+    actor: Actor,
+    params: tuple[Any, Any],
+    seeds: Sequence[int],
+    config: EvalConfig,
+    camera: str,
+    size: int,
+) -> list[np.ndarray]:
+    """Films the evaluation's own episodes of `seeds`: uint8 [N, size, size, 3] each, one frame a control step.
+
+    The chunks are those of `evaluate` (same key, same ids); each is stepped one control step at a time.
+    """
+    key = jax.random.key(config.noise_seed)
+    slots = list(range(len(seeds)))
+    observations: list[Any] = pool.reset(slots, list(seeds))
+    frames = [[frame] for frame in pool.render(slots, camera, size)]
+    alive, chunk = slots, 0
+    while alive:
+        cache, _ = actor.encode(params, policy.processor.observation(observations))
+        ids = rollout.stack_ids(np.array([seeds[i] for i in alive])[:, None], chunk, np.zeros((len(alive), 1), int))
+        chain = actor.sample(params, cache, ids, key, stochastic=False)
+        actions = policy.processor.env_actions(chain.x[:, 0, -1, : policy.executed])
+        current = list(range(len(alive)))
+        looks: dict[int, Any] = {}
+        for h in range(policy.executed):
+            results, after = pool.step([alive[i] for i in current], actions[current, h : h + 1])
+            for i, frame in zip(current, pool.render([alive[i] for i in current], camera, size), strict=True):
+                frames[alive[i]].append(frame)
+            looks = {i: look for i, result, look in zip(current, results, after, strict=True) if not result.done}
+            current = sorted(looks)
+            if not current:
+                break
+        observations = [looks[i] for i in current]
+        alive, chunk = [alive[i] for i in current], chunk + 1
+    return [np.stack(clip) for clip in frames]

@@ -1,0 +1,203 @@
+"""A policy: network, parameters and everything that turns observations into its inputs and its outputs into actions.
+
+Saved whole: a checkpoint without its statistics and tokenizer is not a policy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from z1_jax.checkpoint import CheckpointError, Checkpoints
+from z1_jax.data.normalize import NormStats
+from z1_jax.data.tokenizer import PromptTokenizer
+from z1_jax.data.transforms import InputProcessor
+from z1_jax.models import pi05
+from z1_jax.models.gemma import GemmaConfig
+from z1_jax.models.siglip import SiglipConfig
+from z1_jax.sharding import param_sharding
+
+STAGES = ("grpo", "sft")  # where a run keeps policies, the later stage first
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A network with its parameters and its processor.
+
+    Attributes:
+        executed: E, steps of each predicted chunk of H that the environment runs before the policy looks again.
+        denoising_steps: K that the policy acts with.
+    """
+
+    config: pi05.Pi05Config
+    graphdef: nnx.GraphDef
+    params: nnx.State
+    processor: InputProcessor
+    executed: int
+    denoising_steps: int
+
+    def with_params(self, *states: nnx.State) -> Policy:
+        """The same policy with other parameters."""
+        return dataclasses.replace(self, params=nnx.merge_state(*states))
+
+    def split(self, scope: str) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+        """(graphdef, trainable, frozen) for a training scope."""
+        return pi05.split_model(nnx.merge(self.graphdef, self.params), scope)
+
+    def document(self) -> dict[str, Any]:
+        """What `load_policy` needs besides the arrays."""
+        processor = self.processor
+        stats = {
+            key: {field.name: getattr(value, field.name).tolist() for field in dataclasses.fields(value)}
+            for key, value in processor.stats.items()
+        }
+        return {
+            "architecture": dataclasses.asdict(self.config),
+            "norm_stats": stats,
+            "norm_mode": processor.norm_mode,
+            "cameras": list(processor.cameras),
+            "state_in_prompt": processor.state_in_prompt,
+            "clip": processor.clip,
+            "tokenizer_sha256": processor.tokenizer.identity,
+            "executed": self.executed,
+            "denoising_steps": self.denoising_steps,
+        }
+
+    def parts(self) -> dict[str, Any]:
+        """The arrays of a checkpoint: parameters by name, and the tokenizer's bytes."""
+        model = self.processor.tokenizer.model_bytes
+        if model is None:
+            raise CheckpointError("this tokenizer has no SentencePiece model to store; load it from its .model file")
+        return {"params": named(self.params), "assets": {"tokenizer": np.frombuffer(model, np.uint8)}}
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """Leaves by their dotted path."""
+
+    def name(path: tuple[Any, ...]) -> str:
+        parts = (getattr(k, "key", getattr(k, "name", getattr(k, "idx", None))) for k in path)
+        return ".".join(str(part) for part in parts if part != "value")
+
+    return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unnamed(like: Any, leaves: Mapping[str, Any]) -> Any:
+    """The tree of `like`'s structure with the leaves of `named`."""
+    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in named(like)])
+
+
+def fresh_policy(
+    config: pi05.Pi05Config,
+    processor: InputProcessor,
+    seed: int,
+    mesh: jax.sharding.Mesh,
+    *,
+    executed: int,
+    denoising_steps: int,
+) -> Policy:
+    """A policy with random parameters, to be trained from scratch: neighbouring state bins start alike."""
+    model_key, number_key = jax.random.split(jax.random.key(seed))
+    model = pi05.init_model(config, model_key, mesh)
+    ids = jnp.asarray(processor.tokenizer.number_ids())
+    table = model.language.embedding
+    table.set_value(pi05.smooth_number_embedding(table.get_value(), ids, number_key))
+    graphdef, params = nnx.split(model)
+    params = jax.device_put(params, param_sharding(params, mesh))
+    return Policy(config, graphdef, params, processor, executed, denoising_steps)
+
+
+def make_processor(
+    config: pi05.Pi05Config,
+    tokenizer: PromptTokenizer,
+    stats: Mapping[str, NormStats],
+    cameras: Sequence[str],
+) -> InputProcessor:
+    """The processor of a policy on RoboCasa's action interface (raw actions within [−1, 1])."""
+    return InputProcessor(
+        tokenizer=tokenizer,
+        stats=stats,
+        cameras=tuple(cameras),
+        image_size=config.vision.image_size,
+        action_dim=config.action_dim,
+        clip=(-1.0, 1.0),
+    )
+
+
+def abstract_params(config: pi05.Pi05Config, mesh: jax.sharding.Mesh) -> tuple[nnx.GraphDef, nnx.State]:
+    """The network's graph and its parameters as shapes with their shardings."""
+    graphdef, state = nnx.split(pi05.abstract_model(config))
+    shardings = param_sharding(state, mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+    return graphdef, abstract
+
+
+def load_policy(checkpoints: Checkpoints, step: int, mesh: jax.sharding.Mesh) -> Policy:
+    """The policy of a checkpoint, each parameter placed straight onto its shards.
+
+    Raises:
+        CheckpointError: absent, damaged, or not a policy of this project.
+    """
+    document = checkpoints.document(step)
+    try:
+        config = _architecture(document["architecture"])
+        stats = {
+            key: NormStats(**{k: np.asarray(v) for k, v in value.items()})
+            for key, value in document["norm_stats"].items()
+        }
+        graphdef, abstract = abstract_params(config, mesh)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {checkpoints.directory / str(step)} holds no policy ({error})") from error
+    size = checkpoints.shape(step, "assets", "tokenizer")
+    loaded = checkpoints.load(step, {"params": named(abstract), "assets": {"tokenizer": np.empty(size, np.uint8)}})
+    tokenizer = PromptTokenizer.from_bytes(np.asarray(loaded["assets"]["tokenizer"]).tobytes(), config.prompt_length)
+    if tokenizer.identity != document["tokenizer_sha256"]:
+        raise CheckpointError(f"checkpoint {checkpoints.directory / str(step)} holds another tokenizer than it names")
+    processor = InputProcessor(
+        tokenizer=tokenizer,
+        stats=stats,
+        cameras=tuple(document["cameras"]),
+        image_size=config.vision.image_size,
+        action_dim=config.action_dim,
+        norm_mode=document["norm_mode"],
+        state_in_prompt=document["state_in_prompt"],
+        clip=tuple(document["clip"]) if document["clip"] else None,
+    )
+    params = unnamed(abstract, loaded["params"])
+    return Policy(config, graphdef, params, processor, document["executed"], document["denoising_steps"])
+
+
+def _architecture(values: Mapping[str, Any]) -> pi05.Pi05Config:
+    parts = {
+        "vision": SiglipConfig(**values["vision"]),
+        "language": GemmaConfig(**values["language"]),
+        "expert": GemmaConfig(**values["expert"]),
+    }
+    return pi05.Pi05Config(**{**values, **parts})
+
+
+def find_policy(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
+    """The newest policy at `path`: a run directory, a directory of checkpoints, or one checkpoint.
+
+    Returns:
+        The directory of checkpoints and the step.
+
+    Raises:
+        CheckpointError: nothing of the kind is there.
+    """
+    root = pathlib.Path(path).expanduser().absolute()
+    if root.name.isdigit() and (root / "params").is_dir():
+        return root.parent, int(root.name)
+    for directory in (*(root / "checkpoints" / stage for stage in STAGES), root):
+        steps = [int(p.name) for p in directory.glob("*") if p.name.isdigit() and (p / "params").is_dir()]
+        if steps:
+            return directory, max(steps)
+    raise CheckpointError(
+        f"no policy at {root}; expected a run directory, a directory of checkpoints, or one checkpoint in it"
+    )

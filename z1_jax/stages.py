@@ -1,0 +1,157 @@
+"""The stages that the commands are made of: environments, demonstrations, SFT. Each finds its own finished work."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from envs.base import Env
+from envs.pool import EnvPool
+from z1_jax.checkpoint import Checkpoints
+from z1_jax.config import Config, ConfigError
+from z1_jax.data import tokenizer
+from z1_jax.data.dataset import Dataset, open_dataset, write_dataset
+from z1_jax.metrics import MetricsWriter, Progress
+from z1_jax.models.presets import PRESETS, get_preset
+from z1_jax.policy import Policy, find_policy, fresh_policy, load_policy, make_processor
+from z1_jax.sft import train_sft
+
+DEMO_SEEDS = 10_000  # seeds reserved for the demonstrations of one run seed; all lie below 10^8
+
+
+def make_env(config: Config, task: str) -> functools.partial[Env]:
+    """What a worker calls to build one environment.
+
+    Raises:
+        ConfigError: the suite has no such task or camera.
+    """
+    from envs import kitchen
+
+    _check_names("task", [task], list(kitchen.TASKS))
+    _check_names("env.cameras", list(config.env.cameras), list(kitchen.CAMERAS))
+    return functools.partial(
+        kitchen.make,
+        task,
+        cameras=config.env.cameras,
+        image_size=config.env.image_size,
+        horizon=config.env.horizon or None,
+    )
+
+
+def _check_names(key: str, given: list[str], known: list[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"config key {key}: {name!r} does not exist; known: {', '.join(known)}")
+
+
+def make_pool(config: Config) -> EnvPool:
+    """The worker processes of a run, not started twice."""
+    return EnvPool(
+        make_env(config, config.task), config.env.parallel, config.env.workers, timeout_s=config.env.timeout_s
+    )
+
+
+def demonstrations(config: Config, directory: pathlib.Path) -> Dataset:
+    """The expert's demonstrations of a run: read where they are complete, collected where they are not."""
+    if directory.exists():
+        return open_dataset(directory)
+    source = {
+        "made_by": f"{config.env.suite} expert",
+        "task": config.task,
+        "noise": config.demos.noise,
+        "stride": config.demos.stride,
+        "seed": config.seed,
+    }
+    return write_dataset(directory, _successful_episodes(config), source)
+
+
+def _successful_episodes(config: Config) -> Iterator[Any]:
+    from envs.kitchen import demos
+
+    wanted = config.demos.episodes
+    first = config.seed * DEMO_SEEDS
+    horizon = get_preset(config.model.preset).horizon
+    episodes = demos.collect(
+        config.task,
+        range(first, first + max(DEMO_SEEDS, 3 * wanted)),
+        noise_scale=config.demos.noise,
+        processes=max(config.env.workers, 1),
+        stride=config.demos.stride,
+        chunk=horizon,
+        cameras=config.env.cameras,
+        image_size=config.env.image_size,
+    )
+    kept = tried = 0
+    with Progress("demonstrations", wanted, "episode", {"success": ".1%"}, interval_s=5.0) as progress:
+        for episode in itertools.islice(episodes, 3 * wanted):
+            tried += 1
+            if episode.success:
+                kept += 1
+                progress.report(kept, {"success": kept / tried})
+                yield episode
+            if kept == wanted:
+                episodes.close()
+                return
+    raise ConfigError(f"the expert of {config.task} succeeded only {kept} times in {tried} tries, {wanted} wanted")
+
+
+def supervised_policy(
+    config: Config, dataset: Dataset, mesh: jax.sharding.Mesh, directory: pathlib.Path, writer: MetricsWriter
+) -> Policy:
+    """The policy after SFT on the demonstrations: from the finished checkpoint, or trained from where it stopped."""
+    checkpoints = Checkpoints(directory)
+    finished = config.sft.steps in checkpoints.steps()
+    checkpoints.close()
+    if finished:
+        return load_policy(checkpoints, config.sft.steps, mesh)
+    policy = new_policy(config, dataset, mesh)
+    return train_sft(policy, dataset, config.sft, config.seed, mesh, directory, writer, report_every=config.log.every)
+
+
+def new_policy(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) -> Policy:
+    """A policy with random parameters that fits the demonstrations.
+
+    Raises:
+        ConfigError: an unknown preset, or one whose shapes do not fit the environment.
+    """
+    _check_names("model.preset", [config.model.preset], list(PRESETS))
+    architecture = get_preset(config.model.preset, dtype=config.model.dtype)
+    if architecture.vision.image_size != config.env.image_size or architecture.cameras != len(config.env.cameras):
+        raise ConfigError(
+            f"config key model.preset: {config.model.preset} sees {architecture.cameras} cameras of "
+            f"{architecture.vision.image_size} pixels, the environment has {len(config.env.cameras)} of "
+            f"{config.env.image_size}; set env.cameras and env.image_size to match"
+        )
+    vocabulary = tokenizer.train_small_tokenizer(tokenizer.kitchen_instructions(), vocab_size=architecture.vocab_size)
+    prompts = tokenizer.PromptTokenizer.from_bytes(vocabulary, architecture.prompt_length)
+    processor = make_processor(architecture, prompts, dataset.stats, config.env.cameras)
+    return fresh_policy(
+        architecture,
+        processor,
+        config.seed,
+        mesh,
+        executed=architecture.horizon,
+        denoising_steps=config.flow.steps,
+    )
+
+
+def given_policy(config: Config, path: str, mesh: jax.sharding.Mesh) -> Policy:
+    """The policy at `path`, checked against the environments of this run.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        ConfigError: it wants other cameras than the run's environments have.
+    """
+    directory, step = find_policy(path)
+    checkpoints = Checkpoints(directory)
+    policy = load_policy(checkpoints, step, mesh)
+    checkpoints.close()
+    wanted = tuple(camera for camera in policy.processor.cameras if camera)
+    if wanted != config.env.cameras:
+        raise ConfigError(f"config key env.cameras: got {config.env.cameras}, the policy at {path} wants {wanted}")
+    return policy

@@ -1,0 +1,257 @@
+"""python -m z1_jax.train --config=configs/grpo.py: demonstrations → SFT → GRPO → paired evaluation → report.
+
+Every stage finds its own finished work in the run directory, so the same command continues an interrupted run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from z1_jax import __version__, sharding
+from z1_jax import config as z1_config
+from z1_jax.config import Config
+from z1_jax.evaluation import Evaluation, compare, evaluate, film, sentence
+from z1_jax.metrics import MetricsWriter
+from z1_jax.policy import Policy
+from z1_jax.report import write_report
+from z1_jax.rl.loop import GrpoTrainer, train_grpo
+from z1_jax.stages import demonstrations, given_policy, make_env, make_pool, supervised_policy
+from z1_jax.video import write_video
+
+
+def main(argv: Sequence[str]) -> int | None:
+    """Runs the stages of a config in order; each prints what it does."""
+    config = z1_config.parse_command_line(argv)
+    make_env(config, config.task)  # an unknown task is told before anything is written
+    run_dir = z1_config.claim_directory(config)
+    print(f"run directory {run_dir}", flush=True)
+    finished = run_dir / "summary.json"
+    if finished.exists():
+        print(f"already finished: {json.loads(finished.read_text())['sentence']}")
+        return None
+    start_jax()
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    clock = StageClock(run_dir / "wall_seconds.json")
+    writer = MetricsWriter(
+        run_dir, tensorboard=config.log.tensorboard, wandb_project="z1-jax" if config.log.wandb else None
+    )
+    with writer, jax.set_mesh(mesh):
+        policy = start_policy(config, mesh, run_dir, writer, clock)
+        if config.algorithm == "sft":
+            finish_sft(config, policy, mesh, run_dir, clock)
+        else:
+            finish_grpo(config, policy, mesh, run_dir, writer, clock)
+    return None
+
+
+def start_policy(
+    config: Config, mesh: jax.sharding.Mesh, run_dir: pathlib.Path, writer: MetricsWriter, clock: StageClock
+) -> Policy:
+    """The policy that RL starts from: `init`, or SFT on fresh demonstrations."""
+    if config.init:
+        return given_policy(config, config.init, mesh)
+    with clock.stage("demonstrations"):
+        dataset = demonstrations(config, run_dir / "demonstrations")
+    with clock.stage("sft"):
+        return supervised_policy(config, dataset, mesh, run_dir / "checkpoints" / "sft", writer)
+
+
+def finish_sft(
+    config: Config, policy: Policy, mesh: jax.sharding.Mesh, run_dir: pathlib.Path, clock: StageClock
+) -> None:
+    """Evaluates an SFT policy and writes the summary."""
+    with make_pool(config) as pool, clock.stage("evaluation"):
+        after = evaluate(
+            policy, pool, mesh, config.eval, config.flow, run_dir / "evaluation" / "after.jsonl", title="evaluation"
+        )
+    result = {"after": after.summary(config.eval.confidence)}
+    low, high = (100 * x for x in result["after"]["interval"])
+    line = (
+        f"SFT reaches {100 * result['after']['rate']:.1f} % on {config.task} "
+        f"({100 * config.eval.confidence:g} % CI {low:.1f} to {high:.1f}, {len(after.seeds)} held-out seeds)"
+    )
+    conclude(config, policy, run_dir, clock, result, line)
+
+
+def finish_grpo(
+    config: Config,
+    policy: Policy,
+    mesh: jax.sharding.Mesh,
+    run_dir: pathlib.Path,
+    writer: MetricsWriter,
+    clock: StageClock,
+) -> None:
+    """Evaluates, trains by GRPO, evaluates again on the same seeds, films, compares, reports."""
+    with make_pool(config) as pool:
+        trainer = GrpoTrainer(policy, config, mesh, pool.num_envs)
+
+        def measure(name: str, title: str) -> Evaluation:
+            with clock.stage("evaluation"):
+                results = run_dir / "evaluation" / f"{name}.jsonl"
+                return evaluate(
+                    policy,
+                    pool,
+                    mesh,
+                    config.eval,
+                    config.flow,
+                    results,
+                    title=title,
+                    actor=trainer.actor,
+                    params=trainer.params,
+                )
+
+        before = measure("before", "evaluation before RL")
+        clips = record_clips(config, policy, pool, trainer, before, run_dir, "before", clock)
+        with clock.stage("grpo"):
+            policy = train_grpo(trainer, pool, run_dir / "checkpoints" / "grpo", writer)
+        after = measure("after", "evaluation after RL")
+        record_clips(config, policy, pool, trainer, before, run_dir, "after", clock)
+    result = compare(before, after, config.eval.confidence)
+    result["videos"] = [
+        {
+            "seed": seed,
+            "before": f"videos/before_seed{seed}.webp",
+            "after": f"videos/after_seed{seed}.webp",
+            "before_success": bool(before.success[before.seeds == seed][0]),
+            "after_success": bool(after.success[after.seeds == seed][0]),
+        }
+        for seed in clips
+    ]
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rl = [record for record in records if record["stage"] == "grpo"]
+    result["simulated_steps"] = rl[-1]["steps/total"]
+    result["iterations"] = len(rl)
+    result["compilations"] = trainer.traces
+    conclude(config, policy, run_dir, clock, result, sentence(config.task, "GRPO", result, config.eval.confidence))
+
+
+def record_clips(
+    config: Config,
+    policy: Policy,
+    pool: Any,
+    trainer: GrpoTrainer,
+    before: Evaluation,
+    run_dir: pathlib.Path,
+    name: str,
+    clock: StageClock,
+) -> list[int]:
+    """Films the first held-out seeds, those that failed before RL first; returns them."""
+    order = [*before.seeds[~before.success], *before.seeds[before.success]]
+    seeds = [int(seed) for seed in order[: config.eval.videos]]
+    paths = [run_dir / "videos" / f"{name}_seed{seed}.webp" for seed in seeds]
+    if not seeds or all(path.exists() for path in paths):
+        return seeds
+    with clock.stage("videos"):
+        print(f"filming {len(seeds)} episodes", flush=True)
+        clips = film(
+            policy,
+            pool,
+            trainer.actor,
+            trainer.params,
+            seeds,
+            config.eval,
+            config.env.cameras[0],
+            config.eval.video_size,
+        )
+        for path, clip in zip(paths, clips, strict=True):
+            path.parent.mkdir(exist_ok=True)
+            write_video(path, clip, fps=20)
+    return seeds
+
+
+def conclude(
+    config: Config,
+    policy: Policy,
+    run_dir: pathlib.Path,
+    clock: StageClock,
+    result: dict[str, Any],
+    line: str,
+) -> None:
+    """Writes summary.json and the report, and prints the result."""
+    summary = {
+        "task": config.task,
+        "seeds": {"run": config.seed, "evaluation": [config.eval.first_seed, config.eval.episodes]},
+        "protocol": protocol(config, policy),
+        **result,
+        "wall_seconds": clock.seconds,
+        "sentence": line,
+    }
+    path = run_dir / "summary.json"
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(summary, indent=1))
+    aside.rename(path)
+    page = write_report(run_dir)
+    total = sum(clock.seconds.values())
+    print(f"\n{line}")
+    print(f"{total / 60:.1f} minutes in all; summary {path}, report {page}", flush=True)
+
+
+def protocol(config: Config, policy: Policy) -> dict[str, Any]:
+    """What the success rates depend on (method: section 7)."""
+    return {
+        "version": __version__,
+        "revision": _revision(),
+        "suite": config.env.suite,
+        "task": config.task,
+        "config": z1_config.fingerprint(config),
+        "evaluation_seeds": f"{config.eval.first_seed} … {config.eval.first_seed + config.eval.episodes - 1}",
+        "noise_seed": config.eval.noise_seed,
+        "horizon": config.env.horizon or "the task's own",
+        "predicted_steps_per_chunk": policy.config.horizon,
+        "executed_steps_per_chunk": policy.executed,
+        "denoising_steps": config.flow.steps,
+        "sampler": "ODE",
+        "cameras": list(config.env.cameras),
+        "stop_on_success": True,
+        "latched_success": True,
+        "tokenizer": policy.processor.tokenizer.identity[:12],
+        "jax": jax.__version__,
+        "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+    }
+
+
+def _revision() -> str:
+    try:
+        root = pathlib.Path(__file__).parent
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "not a git checkout"
+
+
+class StageClock:
+    """Wall seconds of each stage, kept over interruptions."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the time within to the stage, also when it is interrupted."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            self._path.write_text(json.dumps(self.seconds))
+
+
+def start_jax() -> None:
+    """Settings of the process: compiled functions are kept from run to run."""
+    cache = os.environ.get("Z1_JAX_CACHE", str(pathlib.Path.home() / ".cache" / "z1_jax" / "xla"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+if __name__ == "__main__":
+    z1_config.run_main(main)
