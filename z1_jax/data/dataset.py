@@ -268,6 +268,9 @@ class _EpisodeWriter:
             raise ValueError(
                 f"episode {len(self.rows)} has arrays {got}; expected {expected} and at least one decision"
             )
+        types = {camera: str(np.asarray(frames).dtype) for camera, frames in episode.images.items()}
+        if set(types.values()) != {"uint8"}:
+            raise ValueError(f"episode {len(self.rows)} has images of types {types}; expected uint8 for each camera")
         return number
 
 
