@@ -20,7 +20,7 @@ from envs.kitchen.env import KitchenEnv
 from envs.kitchen.experts import make_expert
 from envs.kitchen.robot import ACTION_DIM
 
-WHITE, OFFSET = 0.6, 0.5  # standard deviations of white noise and constant offsets, as parts of the noise scale
+WHITE, OFFSET = 0.5, 0.35  # standard deviations of white noise and constant offsets, as parts of the noise scale
 OFFSET_STEPS = 6  # control steps that an offset lasts
 # Full noise on the position; less where a unit is half a radian or a finger's grip; none on the base.
 _NOISE_PROFILE = np.array([1.0] * 3 + [0.3] * 4 + [0.0] * 5)

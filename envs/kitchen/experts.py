@@ -16,7 +16,7 @@ from envs.kitchen.robot import ACTION_DIM, POSITION_SCALE, ROTATION_SCALE, expon
 from envs.kitchen.world import World
 
 OPEN, CLOSE = -1.0, 1.0
-SPEED = {"pick_and_place": 0.5}  # largest norm of the position part of an action, by family
+SPEED = {"pick_and_place": 0.5, "drawer": 0.5, "door": 0.5}  # largest norm of the position part of an action, by family
 DEFAULT_SPEED = 0.4
 X, Y, Z = np.eye(3)
 
@@ -85,7 +85,7 @@ def _drawer(world: World) -> tuple[np.ndarray, float]:
     """Take the bar between the fingers, close, pull."""
     handle = world.site("drawer_handle") + 0.008 * X  # a little behind the bar, for a firm grip
     depth, along, across = np.abs(world.eef - handle)
-    if 0.010 < _gap(world) < 0.028 and depth < 0.026 and along < 0.06 and across < 0.045:
+    if 0.010 < _gap(world) < 0.034 and depth < 0.026 and along < 0.06 and across < 0.045:
         return handle - 0.06 * X, CLOSE  # held
     if depth < 0.022 and along < 0.05 and across < 0.024:
         return handle, CLOSE

@@ -278,7 +278,7 @@ TASKS: dict[str, TaskInfo] = {
         TaskInfo("TurnOnSinkFaucet", "faucet", 64, Faucet()),
         TaskInfo("OpenDrawer", "drawer", 64, Drawer()),
         TaskInfo("PnPCounterToSink", "pick_and_place", 96, PickAndPlace()),
-        TaskInfo("CloseSingleDoor", "door", 64, Door()),
+        TaskInfo("CloseSingleDoor", "door", 80, Door()),
         TaskInfo("TurnOnStove", "stove", 64, Stove()),
         TaskInfo("CoffeePressButton", "button", 64, CoffeeButton()),
         TaskInfo("TurnOnMicrowave", "button", 64, MicrowaveButton()),
