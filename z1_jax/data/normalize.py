@@ -19,7 +19,7 @@ import numpy as np
 NormMode = Literal["quantile", "z_score"]
 
 EPSILON = 1e-6  # openpi's guard against division by zero
-CONSTANT_SPAN = 1e-4  # raw units: a dimension that moves less than this carries no information
+CONSTANT_SPAN = 1e-3  # raw units (1 mm, 1 mrad, 0.1 % of an action): less than this carries no information
 WIDENED_STDS = 3.0  # half-width, in standard deviations, given to a dimension whose quantiles coincide
 MAX_ROWS = 1 << 20  # rows kept for the quantiles; above it every 2nd, 4th, ... row is kept
 
