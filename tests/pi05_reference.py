@@ -197,9 +197,7 @@ def adamw_comparisons(case: Case, grads: nnx.State) -> Iterator[Comparison]:
 
 def all_comparisons(case: Case) -> list[Comparison]:
     """Every comparison, from one forward and backward pass."""
-    value_and_grad = jax.jit(
-        jax.value_and_grad(lambda state, obs: loss(case, state, obs), has_aux=True)
-    )
+    value_and_grad = jax.jit(jax.value_and_grad(lambda state, obs: loss(case, state, obs), has_aux=True))
     (_, aux), grads = value_and_grad(case.state, case.obs)
     return [
         *piece_comparisons(),

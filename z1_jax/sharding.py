@@ -111,6 +111,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def on_one_device() -> bool:
+    """Whether the code being traced runs on a single device: no mesh is set, or one of a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins the sharding of an activation whose leading dimensions have the logical names `axes`.
 

@@ -25,13 +25,26 @@ def attend(
     if implementation != "einsum":
         full_mask = None if mask is None else mask[:, None, None, :]
         return jax.nn.dot_product_attention(q, k, v, mask=full_mask, scale=1.0, implementation=implementation)
-    batch, length, heads, width = q.shape
-    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], width)
-    logits = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    grouped = _group(q, k.shape[2])
+    logits = jnp.einsum("bkxd,bskd->bkxs", grouped, k, preferred_element_type=jnp.float32)
     if mask is not None:
-        logits = jnp.where(mask[:, None, None, None, :], logits, MASKED_LOGIT)
+        logits = jnp.where(mask[:, None, None, :], logits, MASKED_LOGIT)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape)
+    return _ungroup(jnp.einsum("bkxs,bskd->bkxd", weights, v), q.shape)
+
+
+def _group(q: Float[Array, "B T N D"], kv_heads: int) -> Float[Array, "B K X D"]:
+    """Queries that share a key head, one after the other (X = N/K heads x T): one large product per key head."""
+    batch, length, heads, width = q.shape
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
+    return q.reshape(batch, kv_heads, -1, width)
+
+
+def _ungroup(x: Float[Array, "B K X D"], shape: tuple[int, ...]) -> Float[Array, "B T N D"]:
+    batch, length, heads, width = shape
+    kv_heads = x.shape[1]
+    x = x.reshape(batch, kv_heads, heads // kv_heads, length, width).transpose(0, 3, 1, 2, 4)
+    return x.reshape(shape)
 
 
 def attend_shared_prefix(
@@ -48,13 +61,15 @@ def attend_shared_prefix(
     """
     batch, chunks, horizon, heads, width = q.shape
     kv_heads, prefix_length = k.shape[3], prefix_k.shape[1]
-    grouped = q.reshape(batch, chunks, horizon, kv_heads, heads // kv_heads, width)
-    to_prefix = jnp.einsum(
-        "bmhkgd,btkd->bkmght", grouped, prefix_k.astype(q.dtype), preferred_element_type=jnp.float32
-    )
-    to_prefix = jnp.where(prefix_mask[:, None, None, None, None, :], to_prefix, MASKED_LOGIT)
-    to_chunk = jnp.einsum("bmhkgd,bmskd->bkmghs", grouped, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.concatenate([to_prefix, to_chunk], axis=-1), axis=-1).astype(v.dtype)
+    group = heads // kv_heads
+    grouped = q.reshape(batch, chunks, horizon, kv_heads, group, width).transpose(0, 3, 4, 1, 2, 5)
+    flat = grouped.reshape(batch, kv_heads, -1, width)  # every query of an observation: the prefix is read once
+    to_prefix = jnp.einsum("bkxd,btkd->bkxt", flat, prefix_k.astype(q.dtype), preferred_element_type=jnp.float32)
+    to_prefix = jnp.where(prefix_mask[:, None, None, :], to_prefix, MASKED_LOGIT)
+    to_chunk = jnp.einsum("bkgmhd,bmskd->bkgmhs", grouped, k, preferred_element_type=jnp.float32)
+    logits = [to_prefix.reshape(*grouped.shape[:-1], prefix_length), to_chunk]
+    weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1).astype(v.dtype)
     over_prefix, over_chunk = weights[..., :prefix_length], weights[..., prefix_length:]
-    out = jnp.einsum("bkmght,btkd->bmhkgd", over_prefix, prefix_v.astype(v.dtype))
-    return (out + jnp.einsum("bkmghs,bmskd->bmhkgd", over_chunk, v)).reshape(q.shape)
+    flat = jnp.einsum("bkxt,btkd->bkxd", over_prefix.reshape(*flat.shape[:3], -1), prefix_v.astype(v.dtype))
+    out = flat.reshape(grouped.shape) + jnp.einsum("bkgmhs,bmskd->bkgmhd", over_chunk, v)
+    return out.transpose(0, 3, 4, 1, 2, 5).reshape(q.shape)

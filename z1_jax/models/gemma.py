@@ -19,9 +19,9 @@ from z1_jax.models.layers import (
     AdaRMSNorm,
     Einsum,
     GatedMlp,
+    Init,
     RMSNorm,
     dense,
-    normal,
     param,
     rope,
     scan_layers,
@@ -59,20 +59,20 @@ class GemmaConfig:
 class GemmaBlock(nnx.Module):
     """Attention and gated MLP; with `adaptive`, norms and residual gates follow a condition."""
 
-    def __init__(self, config: GemmaConfig, rngs: nnx.Rngs, *, adaptive: bool, layers: int | None = None):
+    def __init__(self, config: GemmaConfig, *, adaptive: bool, layers: int | None = None):
         width, heads, kv_heads, head_dim = config.width, config.heads, config.kv_heads, config.head_dim
         norm = AdaRMSNorm if adaptive else RMSNorm
-        self.norm_attention = norm(width, rngs, layers=layers)
-        self.norm_mlp = norm(width, rngs, layers=layers)
-        by_input = normal(width**-0.5)
+        self.norm_attention = norm(width, layers=layers)
+        self.norm_mlp = norm(width, layers=layers)
+        by_input = Init(width**-0.5)
         q_shape, q_axes = (heads, width, head_dim), ("heads", "embed", None)
-        self.q = Einsum("...d,ndh->...nh", q_shape, q_axes, by_input, rngs, layers=layers)
+        self.q = Einsum("...d,ndh->...nh", q_shape, q_axes, by_input, layers=layers)
         kv_shape, kv_axes = (2, kv_heads, width, head_dim), (None, "kv_heads", "embed", None)
-        self.kv = Einsum("...d,ckdh->c...kh", kv_shape, kv_axes, by_input, rngs, layers=layers)
+        self.kv = Einsum("...d,ckdh->c...kh", kv_shape, kv_axes, by_input, layers=layers)
         out_shape, out_axes = (heads, head_dim, width), ("heads", None, "embed")
-        by_heads = normal((heads * head_dim) ** -0.5)
-        self.out = Einsum("...nh,nhd->...d", out_shape, out_axes, by_heads, rngs, layers=layers)
-        self.mlp = GatedMlp(width, config.mlp, rngs, layers=layers)
+        by_heads = Init((heads * head_dim) ** -0.5)
+        self.out = Einsum("...nh,nhd->...d", out_shape, out_axes, by_heads, layers=layers)
+        self.mlp = GatedMlp(width, config.mlp, layers=layers)
         self.query_scale = head_dim**-0.5
 
     def keys_values(self, h: Float[Array, "B ... W"], positions: Int[Array, "B ..."]) -> tuple[Array, Array]:
@@ -112,17 +112,16 @@ class LanguageModel(nnx.Module):
         self,
         config: GemmaConfig,
         vocab_size: int,
-        rngs: nnx.Rngs,
         *,
         dtype: str = "float32",
         remat: str = "none",
         implementation: str = "einsum",
     ):
         self.config, self.dtype, self.remat, self.implementation = config, dtype, remat, implementation
-        self.embedding = param(rngs, (vocab_size, config.width), ("vocab", "embed"), normal(config.width**-0.5))
-        self.layers = GemmaBlock(config, rngs, adaptive=False, layers=config.depth - 1)
-        self.last = GemmaBlock(config, rngs, adaptive=False)
-        self.norm = RMSNorm(config.width, rngs)
+        self.embedding = param((vocab_size, config.width), ("vocab", "embed"), Init(config.width**-0.5))
+        self.layers = GemmaBlock(config, adaptive=False, layers=config.depth - 1)
+        self.last = GemmaBlock(config, adaptive=False)
+        self.norm = RMSNorm(config.width)
 
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L W"]:
         """Embedded tokens, scaled by sqrt(width), in the compute dtype."""
@@ -154,18 +153,16 @@ def prefix_positions(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
 class ActionExpert(nnx.Module):
     """Velocity of noisy action chunks, given the prefix cache and the flow time."""
 
-    def __init__(
-        self, config: GemmaConfig, action_dim: int, rngs: nnx.Rngs, *, dtype: str = "float32", remat: str = "none"
-    ):
+    def __init__(self, config: GemmaConfig, action_dim: int, *, dtype: str = "float32", remat: str = "none"):
         width = config.width
         self.config, self.dtype, self.remat = config, dtype, remat
-        self.action_in = dense(action_dim, width, (None, "embed"), rngs, keep_float32=True)
-        self.time_in = dense(width, width, ("embed", None), rngs, keep_float32=True)
-        self.time_out = dense(width, width, ("embed", None), rngs, keep_float32=True)
-        self.layers = GemmaBlock(config, rngs, adaptive=True, layers=config.depth)
-        self.norm = AdaRMSNorm(width, rngs)
-        small = normal(0.1 * width**-0.5)  # a fresh policy starts near zero velocity
-        self.action_out = dense(width, action_dim, ("embed", None), rngs, init=small, keep_float32=True)
+        self.action_in = dense(action_dim, width, (None, "embed"), keep_float32=True)
+        self.time_in = dense(width, width, ("embed", None), keep_float32=True)
+        self.time_out = dense(width, width, ("embed", None), keep_float32=True)
+        self.layers = GemmaBlock(config, adaptive=True, layers=config.depth)
+        self.norm = AdaRMSNorm(width)
+        small = Init(0.1 * width**-0.5)  # a fresh policy starts near zero velocity
+        self.action_out = dense(width, action_dim, ("embed", None), init=small, keep_float32=True)
 
     def condition(self, t: Float[Array, "B M"]) -> Float[Array, "B M W"]:
         """The adaRMS condition of the flow time, in float32."""

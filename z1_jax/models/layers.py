@@ -6,6 +6,7 @@ Norms, rotary and time embeddings compute in float32 whatever the compute dtype.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from z1_jax.sharding import constrain
+from z1_jax.sharding import constrain, on_one_device
 
 NORM_EPS = 1e-6
 ROPE_BASE = 10_000.0
@@ -27,38 +28,47 @@ REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,  # keep each layer's input only
 }
 
-Initializer = Callable[[Array, tuple[int, ...]], Array]
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """Initial values of a parameter: normal with this mean and standard deviation (0: constant)."""
+
+    std: float = 0.0
+    mean: float = 0.0
 
 
-def normal(std: float) -> Initializer:
-    """Normal entries of mean 0 and the given standard deviation."""
-    return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
-
-
-def constant(value: float) -> Initializer:
-    """Every entry the same."""
-    return lambda key, shape: jnp.full(shape, value, jnp.float32)
+ZEROS, ONES = Init(), Init(mean=1.0)
 
 
 def param(
-    rngs: nnx.Rngs,
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
-    init: Initializer,
+    init: Init,
     *,
     layers: int | None = None,
     keep_float32: bool = False,
 ) -> nnx.Param:
-    """Declares a float32 parameter: shape, logical axes (see sharding) and initialiser of one layer.
+    """Declares a float32 parameter: shape, logical axes (see sharding) and initial values of one layer.
 
-    `layers` adds a leading axis of that length. `keep_float32` marks what must not be cast down when frozen: it is
-    used in float32 whatever the compute dtype.
+    Its value is a `jax.ShapeDtypeStruct` until `pi05.init_model` or a checkpoint fills it. `layers` adds a leading
+    axis of that length. `keep_float32` marks what must not be cast down when frozen: it is used in float32 whatever
+    the compute dtype.
     """
     if len(shape) != len(axes):
         raise ValueError(f"a parameter of shape {shape} needs {len(shape)} logical axes; got {axes}")
     if layers is not None:
         shape, axes = (layers, *shape), ("layers", *axes)
-    return nnx.Param(init(rngs.params(), shape), logical_axes=axes, keep_float32=keep_float32)
+    value = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return nnx.Param(value, logical_axes=axes, init=init, keep_float32=keep_float32)
+
+
+def _flatten_tokens(x: Array, kept: int) -> Array:
+    """`x` with all but its last `kept` dimensions merged, on a single device; as it is on several.
+
+    XLA's CPU backend computes a weight gradient that sums over two dimensions several times slower than one that
+    sums over their product. Across devices the dimensions stay apart: the batch is what is sharded.
+    """
+    return x.reshape(-1, *x.shape[x.ndim - kept :]) if on_one_device() else x
 
 
 class Einsum(nnx.Module):
@@ -69,42 +79,43 @@ class Einsum(nnx.Module):
         pattern: str,
         shape: tuple[int, ...],
         axes: tuple[str | None, ...],
-        init: Initializer,
-        rngs: nnx.Rngs,
+        init: Init,
         *,
         bias: tuple[tuple[int, ...], tuple[str | None, ...]] | None = None,  # its shape and logical axes
         layers: int | None = None,
         keep_float32: bool = False,
     ):
         self.pattern = pattern
-        self.kernel = param(rngs, shape, axes, init, layers=layers, keep_float32=keep_float32)
+        self.kernel = param(shape, axes, init, layers=layers, keep_float32=keep_float32)
         if bias is None:
             self.bias = None
         else:
-            self.bias = param(rngs, *bias, constant(0.0), layers=layers, keep_float32=keep_float32)
+            self.bias = param(*bias, ZEROS, layers=layers, keep_float32=keep_float32)
 
     def __call__(self, x: Array) -> Array:
         """Applies the map in the dtype of `x`."""
-        y = jnp.einsum(self.pattern, x, self.kernel[...].astype(x.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        kept = self.pattern.index(",") - len("...")  # dimensions of the input that are not tokens
+        at = self.pattern.split("->")[1].index("...")  # where the tokens stand in the output
+        flat = _flatten_tokens(x, kept)
+        y = jnp.einsum(self.pattern, flat, self.kernel[...].astype(x.dtype))
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        return y.reshape(*y.shape[:at], *x.shape[: x.ndim - kept], *y.shape[at + flat.ndim - kept :])
 
 
 def dense(
     inputs: int,
     outputs: int,
     axes: tuple[str | None, str | None],
-    rngs: nnx.Rngs,
     *,
-    init: Initializer | None = None,
+    init: Init | None = None,
     layers: int | None = None,
     keep_float32: bool = False,
 ) -> Einsum:
     """A plain linear layer with bias, initialised by 1/sqrt(inputs) unless `init` says otherwise."""
-    init = init or normal(inputs**-0.5)
+    init = init or Init(inputs**-0.5)
     bias = ((outputs,), (axes[1] if axes[1] != "embed" else None,))
-    return Einsum(
-        "...d,df->...f", (inputs, outputs), axes, init, rngs, bias=bias, layers=layers, keep_float32=keep_float32
-    )
+    return Einsum("...d,df->...f", (inputs, outputs), axes, init, bias=bias, layers=layers, keep_float32=keep_float32)
 
 
 def _rms_normalise(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -115,8 +126,8 @@ def _rms_normalise(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
 class RMSNorm(nnx.Module):
     """Root-mean-square norm; the stored weight is an offset from 1."""
 
-    def __init__(self, width: int, rngs: nnx.Rngs, *, layers: int | None = None):
-        self.scale = param(rngs, (width,), (None,), constant(0.0), layers=layers, keep_float32=True)
+    def __init__(self, width: int, *, layers: int | None = None):
+        self.scale = param((width,), (None,), ZEROS, layers=layers, keep_float32=True)
 
     def __call__(self, x: Float[Array, "... D"], condition: None = None) -> tuple[Float[Array, "... D"], None]:
         """Normalised `x` in its dtype, and no gate."""
@@ -130,8 +141,8 @@ class AdaRMSNorm(nnx.Module):
     Initialised to zero: a fresh network starts with every residual branch closed.
     """
 
-    def __init__(self, width: int, rngs: nnx.Rngs, *, layers: int | None = None):
-        self.modulation = dense(width, 3 * width, ("embed", None), rngs, init=constant(0.0), layers=layers)
+    def __init__(self, width: int, *, layers: int | None = None):
+        self.modulation = dense(width, 3 * width, ("embed", None), init=ZEROS, layers=layers)
 
     def __call__(
         self, x: Float[Array, "B M H D"], condition: Float[Array, "B M D"]
@@ -146,9 +157,9 @@ class AdaRMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """Layer norm with scale and bias."""
 
-    def __init__(self, width: int, rngs: nnx.Rngs, *, layers: int | None = None):
-        self.scale = param(rngs, (width,), (None,), constant(1.0), layers=layers, keep_float32=True)
-        self.bias = param(rngs, (width,), (None,), constant(0.0), layers=layers, keep_float32=True)
+    def __init__(self, width: int, *, layers: int | None = None):
+        self.scale = param((width,), (None,), ONES, layers=layers, keep_float32=True)
+        self.bias = param((width,), (None,), ZEROS, layers=layers, keep_float32=True)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         y = x.astype(jnp.float32)
@@ -160,9 +171,9 @@ class LayerNorm(nnx.Module):
 class Mlp(nnx.Module):
     """The vision tower's two-layer MLP with a tanh-approximated GELU."""
 
-    def __init__(self, width: int, hidden: int, rngs: nnx.Rngs, *, layers: int | None = None):
-        self.up = dense(width, hidden, ("embed", "mlp"), rngs, layers=layers)
-        self.down = dense(hidden, width, ("mlp", "embed"), rngs, layers=layers)
+    def __init__(self, width: int, hidden: int, *, layers: int | None = None):
+        self.up = dense(width, hidden, ("embed", "mlp"), layers=layers)
+        self.down = dense(hidden, width, ("mlp", "embed"), layers=layers)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         return self.down(jax.nn.gelu(self.up(x), approximate=True))
@@ -171,14 +182,14 @@ class Mlp(nnx.Module):
 class GatedMlp(nnx.Module):
     """Gemma's MLP: down(gelu(gate(x)) * up(x)); gate and up are stored in one array."""
 
-    def __init__(self, width: int, hidden: int, rngs: nnx.Rngs, *, layers: int | None = None):
-        self.gate_up = param(rngs, (2, width, hidden), (None, "embed", "mlp"), normal(width**-0.5), layers=layers)
-        self.down = param(rngs, (hidden, width), ("mlp", "embed"), normal(hidden**-0.5), layers=layers)
+    def __init__(self, width: int, hidden: int, *, layers: int | None = None):
+        self.gate_up = param((2, width, hidden), (None, "embed", "mlp"), Init(width**-0.5), layers=layers)
+        self.down = param((hidden, width), ("mlp", "embed"), Init(hidden**-0.5), layers=layers)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        gate_up = self.gate_up[...].astype(x.dtype)
-        hidden = jax.nn.gelu(x @ gate_up[0], approximate=True) * (x @ gate_up[1])
-        return hidden @ self.down[...].astype(x.dtype)
+        gate_up, flat = self.gate_up[...].astype(x.dtype), _flatten_tokens(x, 1)
+        hidden = jax.nn.gelu(flat @ gate_up[0], approximate=True) * (flat @ gate_up[1])
+        return (hidden @ self.down[...].astype(x.dtype)).reshape(x.shape)
 
 
 def rope(x: Float[Array, "... T N D"], positions: Int[Array, "... T"]) -> Float[Array, "... T N D"]:

@@ -67,13 +67,13 @@ class Pi05Config:
 class Pi05(nnx.Module):
     """The policy network: `encode_prefix` once per observation, then `velocity` for any number of chunks and times."""
 
-    def __init__(self, config: Pi05Config, rngs: nnx.Rngs):
+    def __init__(self, config: Pi05Config):
         self.config = config
         common = {"dtype": config.dtype, "remat": config.remat}
         prefix = {**common, "implementation": config.attention}
-        self.vision = Siglip(config.vision, config.language.width, rngs, **prefix)
-        self.language = LanguageModel(config.language, config.vocab_size, rngs, **prefix)
-        self.expert = ActionExpert(config.expert, config.action_dim, rngs, **common)
+        self.vision = Siglip(config.vision, config.language.width, **prefix)
+        self.language = LanguageModel(config.language, config.vocab_size, **prefix)
+        self.expert = ActionExpert(config.expert, config.action_dim, **common)
 
     def image_tokens(self, images: Array) -> Float[Array, "B C P W"]:
         """Tokens of every camera slot of `images` [B, C, S, S, 3], by one pass of the vision tower.
@@ -127,16 +127,31 @@ class Pi05(nnx.Module):
 
 def init_model(config: Pi05Config, seed: int | Array, mesh: Mesh | None = None) -> Pi05:
     """A freshly initialised model; `seed` is an int or a JAX key. With `mesh`, parameters are created sharded."""
-    key = jax.random.key(seed) if isinstance(seed, int) else seed
     graphdef, abstract = nnx.split(abstract_model(config))
-    shardings = None if mesh is None else param_sharding(abstract, mesh)
-    create = jax.jit(lambda key: nnx.state(Pi05(config, nnx.Rngs(params=key))), out_shardings=shardings)
-    return nnx.merge(graphdef, create(key))
+    words = np.asarray(seed if isinstance(seed, int) else jax.random.key_data(seed)).ravel().tolist()
+    filled = []
+    for path, variable in nnx.to_flat_state(abstract):
+        value = _initial_value(variable, [*words, *"/".join(map(str, path)).encode()])
+        sharding = None if mesh is None else param_sharding(variable, mesh).get_value()
+        filled.append((path, variable.replace(jax.device_put(value, sharding))))
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def _initial_value(variable: nnx.Variable, seed: list[int]) -> np.ndarray:
+    # Drawn on the host: compiling a generator for every shape would take a small model half a minute. Seeded by the
+    # parameter's path: the value depends neither on the order of declarations nor on devices.
+    shape, init = variable.get_value().shape, variable.get_metadata("init")
+    if init.std == 0:
+        return np.full(shape, init.mean, np.float32)
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+    values = generator.standard_normal(shape, dtype=np.float32)
+    values *= init.std
+    return values if init.mean == 0 else values + np.float32(init.mean)
 
 
 def abstract_model(config: Pi05Config) -> Pi05:
     """The model with `jax.ShapeDtypeStruct`s for parameters: nothing is allocated."""
-    return nnx.eval_shape(lambda: Pi05(config, nnx.Rngs(params=0)))
+    return Pi05(config)
 
 
 def count_parameters(model: Pi05 | nnx.State) -> int:
@@ -153,9 +168,7 @@ def part_of(path: tuple) -> Part:
     return part
 
 
-def split_model(
-    model: Pi05, scope: str, frozen_dtype: str | None = None
-) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+def split_model(model: Pi05, scope: str, frozen_dtype: str | None = None) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """`(graphdef, trainable, frozen)` for scope "expert" (vision and language frozen) or "joint" (nothing frozen).
 
     `frozen_dtype="bfloat16"` stores frozen weights in half the memory; norms, patch and position embeddings, which

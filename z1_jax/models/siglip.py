@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from z1_jax.models import attention
-from z1_jax.models.layers import Einsum, LayerNorm, Mlp, constant, dense, normal, param, scan_layers
+from z1_jax.models.layers import ZEROS, Einsum, Init, LayerNorm, Mlp, dense, param, scan_layers
 from z1_jax.sharding import constrain
 
 
@@ -42,7 +42,7 @@ class SiglipConfig:
 class SiglipBlock(nnx.Module):
     """Pre-norm transformer block with biases; all tokens of an image attend to each other."""
 
-    def __init__(self, config: SiglipConfig, rngs: nnx.Rngs, layers: int):
+    def __init__(self, config: SiglipConfig, layers: int):
         width, heads, head_dim = config.width, config.heads, config.width // config.heads
 
         def projection() -> Einsum:
@@ -50,25 +50,23 @@ class SiglipBlock(nnx.Module):
                 "...d,dnh->...nh",
                 (width, heads, head_dim),
                 ("embed", "heads", None),
-                normal(width**-0.5),
-                rngs,
+                Init(width**-0.5),
                 bias=((heads, head_dim), ("heads", None)),
                 layers=layers,
             )
 
-        self.norm_attention = LayerNorm(width, rngs, layers=layers)
-        self.norm_mlp = LayerNorm(width, rngs, layers=layers)
+        self.norm_attention = LayerNorm(width, layers=layers)
+        self.norm_mlp = LayerNorm(width, layers=layers)
         self.q, self.k, self.v = projection(), projection(), projection()
         self.out = Einsum(
             "...nh,nhd->...d",
             (heads, head_dim, width),
             ("heads", None, "embed"),
-            normal(width**-0.5),
-            rngs,
+            Init(width**-0.5),
             bias=((width,), (None,)),
             layers=layers,
         )
-        self.mlp = Mlp(width, config.mlp, rngs, layers=layers)
+        self.mlp = Mlp(width, config.mlp, layers=layers)
         self.query_scale = head_dim**-0.5
 
     def __call__(self, x: Float[Array, "B T W"], implementation: str) -> Float[Array, "B T W"]:
@@ -86,7 +84,6 @@ class Siglip(nnx.Module):
         self,
         config: SiglipConfig,
         out_width: int,
-        rngs: nnx.Rngs,
         *,
         dtype: str = "float32",
         remat: str = "none",
@@ -95,13 +92,13 @@ class Siglip(nnx.Module):
         self.config, self.dtype, self.remat, self.implementation = config, dtype, remat, implementation
         patch_shape = (config.patch, config.patch, 3, config.width)
         patch_std = (3 * config.patch**2) ** -0.5
-        self.patch_kernel = param(rngs, patch_shape, (None, None, None, "embed"), normal(patch_std), keep_float32=True)
-        self.patch_bias = param(rngs, (config.width,), (None,), constant(0.0), keep_float32=True)
+        self.patch_kernel = param(patch_shape, (None, None, None, "embed"), Init(patch_std), keep_float32=True)
+        self.patch_bias = param((config.width,), (None,), ZEROS, keep_float32=True)
         position_shape, position_std = (1, config.tokens, config.width), config.width**-0.5
-        self.position = param(rngs, position_shape, (None, None, "embed"), normal(position_std), keep_float32=True)
-        self.layers = SiglipBlock(config, rngs, config.depth)
-        self.norm = LayerNorm(config.width, rngs)
-        self.head = dense(config.width, out_width, ("embed", None), rngs)
+        self.position = param(position_shape, (None, None, "embed"), Init(position_std), keep_float32=True)
+        self.layers = SiglipBlock(config, config.depth)
+        self.norm = LayerNorm(config.width)
+        self.head = dense(config.width, out_width, ("embed", None))
 
     def embed_patches(self, images: Float[Array, "B S S 3"]) -> Float[Array, "B P W"]:
         """Patches with their position embedding, in float32. Images in [-1, 1]."""
