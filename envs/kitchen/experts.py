@@ -16,8 +16,8 @@ from envs.kitchen.robot import ACTION_DIM, POSITION_SCALE, ROTATION_SCALE, expon
 from envs.kitchen.world import World
 
 OPEN, CLOSE = -1.0, 1.0
-SPEED = {"pick_and_place": 0.5, "drawer": 0.5, "door": 0.5}  # largest norm of the position part of an action, by family
-DEFAULT_SPEED = 0.4
+SPEED = {"pick_and_place": 0.5, "drawer": 0.45, "door": 0.4}  # largest norm of an action's position part
+DEFAULT_SPEED = 0.3
 X, Y, Z = np.eye(3)
 
 # A strategy gives the wanted world position of the tool point and the gripper's command.

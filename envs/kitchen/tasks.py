@@ -142,7 +142,7 @@ class Door(Task):
     """Close a cabinet's single door: at most 0.05 of its range."""
 
     start_offset = (-0.40, 0.24, 0.02)
-    left_eye = (-0.62, 0.34, 0.36)
+    left_eye = (-0.66, 0.38, 0.32)
 
     def build(self, scene: SceneBuilder) -> None:
         room = scene.layout
@@ -167,7 +167,7 @@ class Stove(Task):
     """Turn on one burner of four: its knob between 0.35 and 2 pi - 0.35 radians."""
 
     start_offset = (-0.22, 0.0, 0.04)
-    left_eye = (-0.48, 0.28, 0.30)
+    left_eye = (-0.52, 0.30, 0.30)
 
     def build(self, scene: SceneBuilder) -> None:
         room = scene.layout
@@ -177,7 +177,7 @@ class Stove(Task):
             scene.box(scene.world, "counter", [room.counter_front + 0.3, side * 0.82, 0.46], [0.3, 0.48, 0.46])
 
     def focus(self, layout: Layout) -> np.ndarray:
-        return np.array([layout.counter_front - 0.02, 0.0, layout.counter_height - 0.05])
+        return np.array([layout.counter_front - 0.04, -0.03, layout.counter_height - 0.06])
 
     def randomise(self, world: World, layout: Layout, rng: np.random.Generator) -> str:
         world.move("stove", rng.uniform([-0.02, -0.04, 0.0], [0.02, 0.04, 0.0]))
@@ -254,7 +254,7 @@ class MicrowaveButton(Button):
         add_things(scene, self.things, movable=False)
 
     def focus(self, layout: Layout) -> np.ndarray:
-        return np.array([layout.counter_front + 0.22, -0.02, layout.counter_height + 0.14])
+        return np.array([layout.counter_front + 0.20, -0.08, layout.counter_height + 0.14])
 
 
 def _beside(layout: Layout, low: float, high: float) -> Zone:
