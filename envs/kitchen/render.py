@@ -15,6 +15,7 @@ from envs.kitchen.scene import GEOM, VISIBLE_GROUPS
 
 _GROUPS = np.array([group in VISIBLE_GROUPS for group in range(6)], np.uint8)
 _NORMAL_ARGUMENT = {"normal": None} if "normal" in (mujoco.mj_multiRay.__doc__ or "") else {}
+TILE = 0.3  # metres, side of the floor's tiles
 _SKY = np.array([0.75, 0.82, 0.90])
 
 
@@ -63,41 +64,51 @@ def render(model: mujoco.MjModel, data: mujoco.MjData, camera: int, size: int, l
         m=model, d=data, pnt=eye, vec=rays.ravel(), geomgroup=_GROUPS, flg_static=1, bodyexclude=-1,
         geomid=geom, dist=distance, nray=count, cutoff=20.0, **_NORMAL_ARGUMENT,
     )  # fmt: skip
-    hit = np.flatnonzero(geom >= 0)
     image = np.empty((count, 3))
     image[:] = _SKY * light.intensity
-    ids, rays = geom[hit], rays[hit]
-    points = eye + rays * distance[hit, None]
-    normals = _normals(model, data, ids, points)
-    image[hit] = _shade(model, ids, points, normals, rays, light)
+    hit = np.flatnonzero(geom >= 0)
+    image[hit] = _shade(model, data, eye, rays[hit], geom[hit], distance[hit], light)
     return (np.clip(image, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8).reshape(size, size, 3)
 
 
 def _shade(
-    model: mujoco.MjModel, ids: np.ndarray, points: np.ndarray, normals: np.ndarray, rays: np.ndarray, light: Light
+    model: mujoco.MjModel,
+    data: mujoco.MjData,
+    eye: np.ndarray,
+    rays: np.ndarray,
+    ids: np.ndarray,
+    distance: np.ndarray,
+    light: Light,
 ) -> np.ndarray:
-    """Lambertian colour [N, 3] of the hit points; planes get a checker of 30 cm."""
+    """Lambertian colour [N, 3] where `rays` [N, 3] meet geoms `ids` [N] at `distance` [N]; planes get a checker.
+
+    Works in each geom's own frame, where normals are simple: only the rays are turned there pixel by pixel.
+    """
+    frames = data.geom_xmat.reshape(-1, 3, 3)
     towards = np.asarray(light.direction) / np.linalg.norm(light.direction)
-    head = np.abs(np.einsum("ni,ni->n", normals, rays))
-    bright = light.ambient + light.diffuse * np.maximum(np.einsum("ni,i->n", normals, towards), 0.0) + light.head * head
-    plane = model.geom_type[ids] == int(GEOM.mjGEOM_PLANE)  # comparing with the enum itself is slow
-    if plane.any():
-        tile = np.floor(points[plane, :2] / 0.3).sum(axis=1) % 2
-        bright[plane] *= 0.8 + 0.2 * tile
+    local_light = np.einsum("gji,j->gi", frames, towards)
+    local_eye = np.einsum("gji,gj->gi", frames, eye - data.geom_xpos)
+    local_rays = np.einsum("nji,nj->ni", frames[ids], rays)
+    points = local_eye[ids] + local_rays * distance[:, None]
+    normals = _local_normals(model, ids, points)
+    lambert = np.maximum(np.einsum("ni,ni->n", normals, local_light[ids]), 0.0)
+    facing = np.abs(np.einsum("ni,ni->n", normals, local_rays))
+    bright = light.ambient + light.diffuse * lambert + light.head * facing
+    plane = np.flatnonzero(model.geom_type[ids] == int(GEOM.mjGEOM_PLANE))  # comparing with the enum itself is slow
+    if plane.size:
+        bright[plane] *= 0.8 + 0.2 * (np.floor(points[plane, :2] / TILE).sum(axis=1) % 2)
     return model.geom_rgba[ids, :3] * (light.intensity * bright)[:, None]
 
 
-def _normals(model: mujoco.MjModel, data: mujoco.MjData, ids: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Outward unit normals [N, 3] in the world, from each geom's type and the hit point."""
-    frames = data.geom_xmat[ids].reshape(-1, 3, 3)
-    local = np.einsum("nji,nj->ni", frames, points - data.geom_xpos[ids])
+def _local_normals(model: mujoco.MjModel, ids: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Outward unit normals [N, 3] in the geoms' frames, from each geom's type and the hit point in its frame."""
     size, kinds = model.geom_size[ids], model.geom_type[ids]
-    normals = np.zeros_like(local)
+    normals = np.zeros_like(points)
     for kind, function in _LOCAL_NORMALS.items():
         chosen = np.flatnonzero(kinds == kind)
         if chosen.size:
-            normals[chosen] = function(local[chosen], size[chosen])
-    return np.einsum("nij,nj->ni", frames, normals)
+            normals[chosen] = function(points[chosen], size[chosen])
+    return normals
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -78,7 +78,7 @@ class World:
     def fraction(self, joint: str) -> float:
         """A joint's value as a fraction of its range."""
         low, high = self.model.joint(joint).range
-        return (self.joint(joint) - low) / (high - low)
+        return float((self.joint(joint) - low) / (high - low))
 
     def move(self, body: str, offset: np.ndarray, yaw: float = 0.0) -> None:
         """Moves a fixture from where the scene was compiled, by `offset` [3] metres and `yaw` radians."""
