@@ -110,7 +110,7 @@ def _child_environment() -> dict[str, str]:
 
 
 def test_restore_brings_back_latches_counters_and_rng(seed):
-    env = make("CoffeePressButton", image_size=8)
+    env = make("CoffeePressButton", image_size=48)
     env.reset(seed)
     fresh = env.snapshot()
     env.world.set_joint("coffee_button", 0.012)
