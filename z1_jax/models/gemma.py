@@ -115,9 +115,11 @@ class LanguageModel(nnx.Module):
         *,
         dtype: str = "float32",
         remat: str = "none",
+        unroll: bool = False,
         implementation: str = "einsum",
     ):
-        self.config, self.dtype, self.remat, self.implementation = config, dtype, remat, implementation
+        self.config, self.dtype, self.implementation = config, dtype, implementation
+        self.remat, self.unroll = remat, unroll
         self.embedding = param((vocab_size, config.width), ("vocab", "embed"), Init(config.width**-0.5))
         self.layers = GemmaBlock(config, adaptive=False, layers=config.depth - 1)
         self.last = GemmaBlock(config, adaptive=False)
@@ -140,7 +142,7 @@ class LanguageModel(nnx.Module):
         def step(layer: GemmaBlock, x: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
             return layer(x, positions, attend)
 
-        x, (k, v) = scan_layers(self.layers, step, x, remat=self.remat)
+        x, (k, v) = scan_layers(self.layers, step, x, remat=self.remat, unroll=self.unroll)
         last_k, last_v = self.last.keys_values(self.last.norm_attention(x)[0], positions)
         return jnp.concatenate([k, last_k[None]]), jnp.concatenate([v, last_v[None]])
 
@@ -153,9 +155,17 @@ def prefix_positions(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
 class ActionExpert(nnx.Module):
     """Velocity of noisy action chunks, given the prefix cache and the flow time."""
 
-    def __init__(self, config: GemmaConfig, action_dim: int, *, dtype: str = "float32", remat: str = "none"):
+    def __init__(
+        self,
+        config: GemmaConfig,
+        action_dim: int,
+        *,
+        dtype: str = "float32",
+        remat: str = "none",
+        unroll: bool = False,
+    ):
         width = config.width
-        self.config, self.dtype, self.remat = config, dtype, remat
+        self.config, self.dtype, self.remat, self.unroll = config, dtype, remat, unroll
         self.action_in = dense(action_dim, width, (None, "embed"), keep_float32=True)
         self.time_in = dense(width, width, ("embed", None), keep_float32=True)
         self.time_out = dense(width, width, ("embed", None), keep_float32=True)
@@ -184,6 +194,6 @@ class ActionExpert(nnx.Module):
 
             return layer(x, positions, attend, condition)[0], None
 
-        x, _ = scan_layers(self.layers, step, x, (cache.k, cache.v), remat=self.remat)
+        x, _ = scan_layers(self.layers, step, x, (cache.k, cache.v), remat=self.remat, unroll=self.unroll)
         x, _ = self.norm(x, condition)
         return constrain(self.action_out(x.astype(jnp.float32)), "batch")

@@ -217,11 +217,13 @@ def scan_layers(
     inputs: Any = None,
     *,
     remat: str = "none",
+    unroll: bool = False,
 ) -> tuple[Array, Any]:
     """Applies `step(layer, x, input) -> (x, output)` for each layer of a stack, by one `jax.lax.scan`.
 
     `stack` is a module whose parameters have a leading "layers" axis; `layer` is the same module without it.
-    `inputs` and the returned outputs are stacked over layers. `remat` names a policy of REMAT_POLICIES.
+    `inputs` and the returned outputs are stacked over layers. `remat` names a policy of REMAT_POLICIES;
+    `unroll` writes the layers out instead of looping (faster on CPU, slower to compile when deep).
     """
     graphdef, state = nnx.split(stack)
 
@@ -231,4 +233,4 @@ def scan_layers(
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(body, x, (state, inputs))
+    return jax.lax.scan(body, x, (state, inputs), unroll=unroll)

@@ -42,6 +42,7 @@ class Pi05Config:
     horizon: int  # H, predicted control steps
     dtype: str = "bfloat16"  # of the computation
     remat: str = "none"  # activations kept for the backward pass: none (all) | dots | full (recompute all)
+    unroll: bool = False  # write the layers out instead of looping: faster for a few small layers on a CPU
     attention: str = "einsum"  # of vision and prefix: einsum | xla | cudnn
 
     def __post_init__(self):
@@ -69,7 +70,7 @@ class Pi05(nnx.Module):
 
     def __init__(self, config: Pi05Config):
         self.config = config
-        common = {"dtype": config.dtype, "remat": config.remat}
+        common = {"dtype": config.dtype, "remat": config.remat, "unroll": config.unroll}
         prefix = {**common, "implementation": config.attention}
         self.vision = Siglip(config.vision, config.language.width, **prefix)
         self.language = LanguageModel(config.language, config.vocab_size, **prefix)

@@ -22,15 +22,16 @@ PRESETS: dict[str, Pi05Config] = {
     ),
     # A policy for the built-in kitchen that trains from scratch on two CPU cores.
     "kitchen": Pi05Config(
-        vision=SiglipConfig(width=96, depth=2, mlp=256, heads=4, patch=16, image_size=64),
-        language=GemmaConfig(width=128, depth=4, mlp=256, heads=4, kv_heads=1, head_dim=32),
-        expert=GemmaConfig(width=128, depth=4, mlp=256, heads=4, kv_heads=1, head_dim=32),
+        vision=SiglipConfig(width=96, depth=2, mlp=192, heads=4, patch=16, image_size=64),
+        language=GemmaConfig(width=128, depth=3, mlp=192, heads=4, kv_heads=1, head_dim=32),
+        expert=GemmaConfig(width=96, depth=3, mlp=192, heads=4, kv_heads=1, head_dim=32),
         vocab_size=512,
         cameras=2,
         prompt_length=44,
         action_dim=12,
         horizon=8,
         dtype="float32",
+        unroll=True,
     ),
     # The size of the reference numbers that the tests compare with.
     "tiny": Pi05Config(

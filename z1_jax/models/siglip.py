@@ -87,9 +87,11 @@ class Siglip(nnx.Module):
         *,
         dtype: str = "float32",
         remat: str = "none",
+        unroll: bool = False,
         implementation: str = "einsum",
     ):
-        self.config, self.dtype, self.remat, self.implementation = config, dtype, remat, implementation
+        self.config, self.dtype, self.implementation = config, dtype, implementation
+        self.remat, self.unroll = remat, unroll
         patch_shape = (config.patch, config.patch, 3, config.width)
         patch_std = (3 * config.patch**2) ** -0.5
         self.patch_kernel = param(patch_shape, (None, None, None, "embed"), Init(patch_std), keep_float32=True)
@@ -115,7 +117,7 @@ class Siglip(nnx.Module):
         def step(layer: SiglipBlock, x: Array, _: None) -> tuple[Array, None]:
             return layer(x, self.implementation), None
 
-        x, _ = scan_layers(self.layers, step, x, remat=self.remat)
+        x, _ = scan_layers(self.layers, step, x, remat=self.remat, unroll=self.unroll)
         return self.norm(x)
 
     def __call__(self, images: Float[Array, "B S S 3"]) -> Float[Array, "B P D"]:
