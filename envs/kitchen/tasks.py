@@ -21,6 +21,7 @@ class Task:
 
     angles: tuple[float, float, float] = FORWARD  # nominal hand angles
     start_spread: tuple[float, ...] = (0.05, 0.08, 0.06, 0.06, 0.06, 0.06)  # +- of the six arm joints at the start
+    start_offset: tuple[float, float, float] = (-0.25, 0.0, 0.05)  # from the focus to the tool point
     left_eye: tuple[float, float, float] = (-0.38, 0.36, 0.26)  # from the focus to the left camera, metres
     things: tuple[str, ...] = ("can", "carton", "lime")
 
@@ -35,8 +36,6 @@ class Task:
     def home(self, layout: Layout) -> np.ndarray:
         """The arm's joint values [6] about which starts are drawn."""
         return np.array([*(self.focus(layout) + self.start_offset), *self.angles])
-
-    start_offset: tuple[float, float, float] = (-0.25, 0.0, 0.05)  # from the focus to the tool point
 
     def randomise(self, world: World, layout: Layout, rng: np.random.Generator) -> str:
         """Draws the episode's fixtures, objects and choices; returns the instruction."""
@@ -129,7 +128,7 @@ class PickAndPlace(Task):
 
     def success(self, world: World) -> bool:
         thing = world.position(world.memory["target"])
-        return in_sink(world, thing) and np.linalg.norm(thing - world.eef) > 0.25
+        return in_sink(world, thing) and bool(np.linalg.norm(thing - world.eef) > 0.25)
 
 
 def in_sink(world: World, point: np.ndarray) -> bool:
@@ -202,6 +201,7 @@ class Stove(Task):
 class Button(Task):
     """Press a button until its machine turns on (a latch), then take the hand 0.15 m away."""
 
+    fixture: str  # the body that varies
     joint: str  # the button's joint and site
     lamp: str  # the geom that lights up
     lit: tuple[float, float, float]
@@ -213,8 +213,6 @@ class Button(Task):
         scatter(world, rng, self.things, (_beside(layout, 0.36, 0.60), _beside(layout, -0.60, -0.36)))
         return self.instruction
 
-    fixture: str  # the body that varies
-
     def update(self, world: World) -> None:
         if world.fraction(self.joint) > 0.5:
             world.memory["on"] = True
@@ -222,7 +220,7 @@ class Button(Task):
             world.tint(self.lamp, self.lit)
 
     def success(self, world: World) -> bool:
-        return world.memory["on"] and np.linalg.norm(world.eef - world.site(self.joint)) > 0.15
+        return world.memory["on"] and bool(np.linalg.norm(world.eef - world.site(self.joint)) > 0.15)
 
 
 class CoffeeButton(Button):
