@@ -12,15 +12,16 @@ import hashlib
 import importlib.util
 import json
 import pathlib
-import sys
 import typing
 from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
 
+from z1_jax.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """A setting that cannot be used."""
 
 
@@ -419,14 +420,19 @@ def claim_directory(config: Config) -> pathlib.Path:
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
             raise ConfigError(f"{directory} belongs to another config ({shown}{more}); choose another --config.run_dir")
         return directory
-    if directory.exists() and any(directory.iterdir()):
+    aside = path.with_suffix(".tmp")
+    if directory.is_dir() and any(entry != aside for entry in directory.iterdir()):
         raise ConfigError(
             f"{directory} is not empty and holds no run (no config.json); choose another --config.run_dir"
         )
-    directory.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(dataclasses.asdict(config), indent=1))
-    aside.rename(path)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(dataclasses.asdict(config), indent=1))
+        aside.rename(path)
+    except OSError as error:
+        raise ConfigError(
+            f"config key run_dir: {directory} cannot be written ({error.strerror}); choose another --config.run_dir"
+        ) from error
     return directory
 
 
@@ -503,16 +509,3 @@ def _parse_value(key: str, text: str, current: Any) -> Any:
     except ValueError:
         kind = {"int": "a whole number", "float": "a number"}[type(current).__name__]
         raise ConfigError(f"config key {key}: got {text!r}, expected {kind} (default {current})") from None
-
-
-def run_main(main: typing.Callable[[Sequence[str]], int | None]) -> None:
-    """Runs a command: a user's mistake prints one line and exits with 2, an interruption with 130."""
-    try:
-        code = main(sys.argv)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command continues where it stopped", file=sys.stderr)
-        code = 130
-    sys.exit(code or 0)

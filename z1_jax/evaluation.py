@@ -13,6 +13,7 @@ import numpy as np
 
 from envs.pool import EnvPool
 from z1_jax.config import EvalConfig, FlowConfig
+from z1_jax.errors import UserError
 from z1_jax.metrics import Progress
 from z1_jax.policy import Policy
 from z1_jax.rl import rollout
@@ -108,7 +109,7 @@ def _read_results(path: pathlib.Path, seeds: np.ndarray) -> list[dict[str, Any]]
             except json.JSONDecodeError:
                 break  # a line that was being written when the run was killed
             if row.get("seed") != int(seed):
-                raise ValueError(f"{path} holds other seeds than this evaluation's; move it away to evaluate anew")
+                raise UserError(f"{path} holds other seeds than this evaluation's; move it away to evaluate anew")
             rows.append(row)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows

@@ -7,7 +7,10 @@ from types import FrameType
 
 
 class GracefulStop:
-    """Within this context the first SIGINT or SIGTERM only sets `requested`; a second one interrupts at once."""
+    """Within this context the first SIGINT or SIGTERM only sets `requested`; a second one interrupts at once.
+
+    Leaving the context raises KeyboardInterrupt when a stop was requested: also one that came during the last step.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -24,6 +27,8 @@ class GracefulStop:
         self.requested = True
         print("\nstopping: the running step ends and is saved first (again: stop at once)", flush=True)
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.requested and kind is None:
+            raise KeyboardInterrupt

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from z1_jax.errors import UserError
+
 METRICS = "metrics.jsonl"
 EPISODES = "episodes.jsonl"
 
@@ -213,7 +215,7 @@ def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
         except ValueError:
             record = None
         if not isinstance(record, dict):
-            raise ValueError(f"{path}:{number} is not a JSON object: the file is damaged; mend or delete that line")
+            raise UserError(f"{path}:{number} is not a JSON object: the file is damaged; mend or delete that line")
         records.append(record)
     return records
 
@@ -266,7 +268,7 @@ def _open_tensorboard(directory: Path) -> Any:
     try:
         import tensorboardX
     except ImportError:
-        raise ValueError("TensorBoard is on but tensorboardX is not installed: pip install 'z1-jax[log]'") from None
+        raise UserError("TensorBoard is on but tensorboardX is not installed: pip install 'z1-jax[log]'") from None
     return tensorboardX.SummaryWriter(str(directory))
 
 
@@ -274,7 +276,7 @@ def _open_wandb(project: str, directory: Path, config: Mapping[str, Any] | None)
     try:
         import wandb
     except ImportError:
-        raise ValueError("W&B is on but wandb is not installed: pip install 'z1-jax[log]'") from None
+        raise UserError("W&B is on but wandb is not installed: pip install 'z1-jax[log]'") from None
     return wandb.init(project=project, dir=str(directory), config=dict(config or {}))
 
 

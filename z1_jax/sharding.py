@@ -14,6 +14,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from z1_jax.errors import UserError
+
 MESH_AXES = ("data", "fsdp", "tensor")
 
 # Logical axis -> mesh axes that it is split over, in this order. Kernels of the time MLP and of the adaRMS modulation
@@ -33,23 +35,23 @@ LOGICAL_RULES: Mapping[str, tuple[str, ...]] = {
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A (data, fsdp, tensor) mesh over all of `devices` (default: every device of the job).
 
-    `data=-1` takes what fsdp and tensor leave. Raises ValueError when the sizes do not cover the devices exactly.
+    `data=-1` takes what fsdp and tensor leave. Raises UserError when the sizes do not cover the devices exactly.
     """
     devices = list(jax.devices() if devices is None else devices)
     for name, size, lowest in (("data", data, -1), ("fsdp", fsdp, 1), ("tensor", tensor, 1)):
         if size < lowest or size == 0:
             allowed = "a positive size, or -1 for the rest" if name == "data" else "a positive size"
-            raise ValueError(f"mesh axis {name} must be {allowed}; got {size}")
+            raise UserError(f"mesh axis {name} must be {allowed}; got {size}")
     if data == -1:
         data, rest = divmod(len(devices), fsdp * tensor)
         if rest or data == 0:
-            raise ValueError(
+            raise UserError(
                 f"a mesh with fsdp={fsdp} and tensor={tensor} needs a multiple of {fsdp * tensor} devices; "
                 f"there are {len(devices)}: choose sizes whose product divides {len(devices)}"
             )
     shape = (data, fsdp, tensor)
     if math.prod(shape) != len(devices):
-        raise ValueError(
+        raise UserError(
             f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs {math.prod(shape)} devices; "
             f"there are {len(devices)}: set data=-1, or pass that many devices"
         )

@@ -5,25 +5,21 @@ Every stage finds its own finished work in the run directory, so the same comman
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import pathlib
-import subprocess
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from z1_jax import __version__, sharding
 from z1_jax import config as z1_config
+from z1_jax import sharding
 from z1_jax.config import Config
 from z1_jax.evaluation import Evaluation, compare, evaluate, film, sentence
 from z1_jax.metrics import MetricsWriter
 from z1_jax.policy import Policy
-from z1_jax.report import write_report
 from z1_jax.rl.loop import GrpoTrainer, train_grpo
+from z1_jax.runs import StageClock, conclude, finished_sentence, require_algorithm, run_main, start_jax
 from z1_jax.stages import demonstrations, given_policy, make_env, make_pool, supervised_policy
 from z1_jax.video import write_video
 
@@ -31,12 +27,12 @@ from z1_jax.video import write_video
 def main(argv: Sequence[str]) -> int | None:
     """Runs the stages of a config in order; each prints what it does."""
     config = z1_config.parse_command_line(argv)
+    require_algorithm(config, ("grpo", "sft"), "train")
     make_env(config, config.task)  # an unknown task is told before anything is written
     run_dir = z1_config.claim_directory(config)
     print(f"run directory {run_dir}", flush=True)
-    finished = run_dir / "summary.json"
-    if finished.exists():
-        print(f"already finished: {json.loads(finished.read_text())['sentence']}")
+    if finished := finished_sentence(run_dir):
+        print(f"already finished: {finished}")
         return None
     start_jax()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -168,90 +164,5 @@ def record_clips(
     return seeds
 
 
-def conclude(
-    config: Config,
-    policy: Policy,
-    run_dir: pathlib.Path,
-    clock: StageClock,
-    result: dict[str, Any],
-    line: str,
-) -> None:
-    """Writes summary.json and the report, and prints the result."""
-    summary = {
-        "task": config.task,
-        "seeds": {"run": config.seed, "evaluation": [config.eval.first_seed, config.eval.episodes]},
-        "protocol": protocol(config, policy),
-        **result,
-        "wall_seconds": clock.seconds,
-        "sentence": line,
-    }
-    path = run_dir / "summary.json"
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(summary, indent=1))
-    aside.rename(path)
-    page = write_report(run_dir)
-    total = sum(clock.seconds.values())
-    print(f"\n{line}")
-    print(f"{total / 60:.1f} minutes in all; summary {path}, report {page}", flush=True)
-
-
-def protocol(config: Config, policy: Policy) -> dict[str, Any]:
-    """What the success rates depend on (method: section 7)."""
-    return {
-        "version": __version__,
-        "revision": _revision(),
-        "suite": config.env.suite,
-        "task": config.task,
-        "config": z1_config.fingerprint(config),
-        "evaluation_seeds": f"{config.eval.first_seed} … {config.eval.first_seed + config.eval.episodes - 1}",
-        "noise_seed": config.eval.noise_seed,
-        "horizon": config.env.horizon or "the task's own",
-        "predicted_steps_per_chunk": policy.config.horizon,
-        "executed_steps_per_chunk": policy.executed,
-        "denoising_steps": config.flow.steps,
-        "sampler": "ODE",
-        "cameras": list(config.env.cameras),
-        "stop_on_success": True,
-        "latched_success": True,
-        "tokenizer": policy.processor.tokenizer.identity[:12],
-        "jax": jax.__version__,
-        "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-    }
-
-
-def _revision() -> str:
-    try:
-        root = pathlib.Path(__file__).parent
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "not a git checkout"
-
-
-class StageClock:
-    """Wall seconds of each stage, kept over interruptions."""
-
-    def __init__(self, path: pathlib.Path):
-        self._path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Adds the time within to the stage, also when it is interrupted."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
-            self._path.write_text(json.dumps(self.seconds))
-
-
-def start_jax() -> None:
-    """Settings of the process: compiled functions are kept from run to run."""
-    cache = os.environ.get("Z1_JAX_CACHE", str(pathlib.Path.home() / ".cache" / "z1_jax" / "xla"))
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
 if __name__ == "__main__":
-    z1_config.run_main(main)
+    run_main(main)

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from z1_jax.data.normalize import NormStats, StatsAccumulator, load_norm_stats, save_norm_stats
+from z1_jax.errors import UserError
 
 FORMAT = 1
 _MANIFEST, _EPISODES, _STATS = "manifest.json", "episodes.jsonl", "norm_stats.json"
@@ -117,7 +118,7 @@ class Dataset:
         try:
             return [self._record(raw) for raw in self._records.__getitems__(wanted)]
         except Exception as error:  # array_record, protobuf and Pillow each have their own
-            raise ValueError(
+            raise UserError(
                 f"dataset {self.path} is damaged: its records cannot be read ({_first_line(error)}); make it again"
             ) from None
 
@@ -152,11 +153,11 @@ def write_dataset(path: str | pathlib.Path, episodes: Iterable[Episode], manifes
     """
     path = pathlib.Path(path).absolute()
     if path.exists():
-        raise ValueError(f"{path} exists already; give another path or remove it")
+        raise UserError(f"{path} exists already; give another path or remove it")
     stream = iter(episodes)
     first = next(stream, None)
     if first is None:
-        raise ValueError(f"cannot write dataset {path}: no episodes; expected at least one")
+        raise UserError(f"cannot write dataset {path}: no episodes; expected at least one")
     partial = _partial_path(path)
     shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
     partial.mkdir(parents=True)
@@ -192,7 +193,7 @@ def open_dataset(path: str | pathlib.Path) -> Dataset:
     if not (path / _MANIFEST).is_file():
         half = _partial_path(path).exists() or (path.is_dir() and any(path.iterdir()))
         state = "was only half written" if half else "does not exist"
-        raise ValueError(f"dataset {path} {state}; expected a directory with {_MANIFEST}, made by write_dataset")
+        raise UserError(f"dataset {path} {state}; expected a directory with {_MANIFEST}, made by write_dataset")
     try:
         text = (path / _MANIFEST).read_bytes()
         content = json.loads(text)
@@ -213,7 +214,7 @@ def open_dataset(path: str | pathlib.Path) -> Dataset:
             identity=hashlib.sha256(text).hexdigest(),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise ValueError(f"dataset {path} is damaged ({_first_line(error)}); make it again") from None
+        raise UserError(f"dataset {path} is damaged ({_first_line(error)}); make it again") from None
 
 
 class _EpisodeWriter:

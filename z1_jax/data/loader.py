@@ -17,6 +17,7 @@ import numpy as np
 
 from z1_jax.data.dataset import Dataset
 from z1_jax.data.transforms import InputProcessor
+from z1_jax.errors import UserError
 from z1_jax.types import Observation
 
 MEMORY_BYTES = 2 << 30
@@ -100,7 +101,7 @@ class Loader(Iterator[Batch]):
         """
         for key, value in self._identity.items():
             if state.get(key) != value:
-                raise ValueError(
+                raise UserError(
                     f"the data position was saved with {key}={state.get(key)!r}, this run has {value!r}; "
                     f"use the same {key}, or start a new run"
                 )

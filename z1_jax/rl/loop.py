@@ -203,7 +203,7 @@ def train_grpo(trainer: GrpoTrainer, pool: EnvPool, directory: pathlib.Path, wri
             progress.report(iteration + 1, values)
             if (iteration + 1) % config.train.checkpoint_every == 0 or iteration + 1 == last:
                 save(iteration + 1)
-    save(last)
+        save(last)  # within the context: a stop that was asked for late must find it written
     checkpoints.close()
     return trainer.policy()
 

@@ -16,6 +16,7 @@ from flax import nnx
 
 from z1_jax import distributed
 from z1_jax.config import FlowConfig, UpdateConfig
+from z1_jax.errors import UserError
 from z1_jax.rl import flow, loss
 from z1_jax.rl.prefix_cache import PrefixStore
 from z1_jax.rl.rollout import NodeTable
@@ -36,7 +37,7 @@ class NodeBatch:
     valid: Any  # bool [B], false at padding
 
 
-class RatioError(RuntimeError):
+class RatioError(UserError):
     """The importance ratio of the first update is not 1: the update does not score what the rollout sampled."""
 
 

@@ -1,0 +1,168 @@
+"""What every command does around its own work: the process, the run directory's clock, protocol and summary.
+
+Mains compose this with the stages. A user's mistake ends in one line here; a bug keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+from envs.pool import PoolError
+from z1_jax import __version__
+from z1_jax import config as z1_config
+from z1_jax.config import Config, ConfigError
+from z1_jax.errors import UserError
+from z1_jax.policy import Policy
+from z1_jax.report import write_report
+
+SUMMARY = "summary.json"
+TRACEBACK = "Z1_JAX_TRACEBACK"  # set: a user's mistake shows its traceback too
+# A disk that is full, read-only or not ours: the user's to mend, wherever it shows.
+_DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EIO}
+
+
+def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
+    """Runs a command: a user's mistake prints one line and exits with 2, an interruption with 130."""
+    try:
+        code = main(sys.argv)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command continues where it stopped", file=sys.stderr)
+        code = 130
+    except (UserError, PoolError, FloatingPointError, OSError) as error:
+        if TRACEBACK in os.environ or isinstance(error, OSError) and error.errno not in _DISK:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    sys.exit(code or 0)
+
+
+def require_algorithm(config: Config, known: Sequence[str], command: str) -> None:
+    """Refuses a config file that was made for another command.
+
+    Raises:
+        ConfigError: one line.
+    """
+    if config.algorithm not in known:
+        other = "evaluate" if config.algorithm == "eval" else "train"
+        raise ConfigError(
+            f"config key algorithm: got {config.algorithm!r}, z1_jax.{command} expects {' or '.join(known)}; "
+            f"this config is for python -m z1_jax.{other}"
+        )
+
+
+def start_jax() -> None:
+    """Settings of the process: compiled functions are kept from run to run."""
+    cache = os.environ.get("Z1_JAX_CACHE", str(pathlib.Path.home() / ".cache" / "z1_jax" / "xla"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def finished_sentence(run_dir: pathlib.Path) -> str | None:
+    """The result of a run that is finished; None for one that is not.
+
+    Raises:
+        UserError: its summary is damaged.
+    """
+    path = run_dir / SUMMARY
+    if not path.exists():
+        return None
+    try:
+        return str(json.loads(path.read_text())["sentence"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; delete it, and the same command writes it anew") from None
+
+
+class StageClock:
+    """Wall seconds of each stage, kept over interruptions."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self.seconds: dict[str, float] = {}
+        with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged file costs only the times it held
+            self.seconds = dict(json.loads(path.read_text()))
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the time within to the stage, also when it is interrupted."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            write_json(self._path, self.seconds)
+
+
+def conclude(
+    config: Config,
+    policy: Policy,
+    run_dir: pathlib.Path,
+    clock: StageClock,
+    result: dict[str, Any],
+    line: str,
+) -> None:
+    """Writes summary.json and the report, and prints the result."""
+    summary = {
+        "task": config.task,
+        "seeds": {"run": config.seed, "evaluation": [config.eval.first_seed, config.eval.episodes]},
+        "protocol": protocol(config, policy),
+        **result,
+        "wall_seconds": clock.seconds,
+        "sentence": line,
+    }
+    path = run_dir / SUMMARY
+    write_json(path, summary)
+    page = write_report(run_dir)
+    total = sum(clock.seconds.values())
+    print(f"\n{line}")
+    print(f"{total / 60:.1f} minutes in all; summary {path}, report {page}", flush=True)
+
+
+def protocol(config: Config, policy: Policy) -> dict[str, Any]:
+    """What the success rates depend on."""
+    return {
+        "version": __version__,
+        "revision": _revision(),
+        "suite": config.env.suite,
+        "task": config.task,
+        "config": z1_config.fingerprint(config),
+        "evaluation_seeds": f"{config.eval.first_seed} … {config.eval.first_seed + config.eval.episodes - 1}",
+        "noise_seed": config.eval.noise_seed,
+        "horizon": config.env.horizon or "the task's own",
+        "predicted_steps_per_chunk": policy.config.horizon,
+        "executed_steps_per_chunk": policy.executed,
+        "denoising_steps": config.flow.steps,
+        "sampler": "ODE",
+        "cameras": list(config.env.cameras),
+        "stop_on_success": True,
+        "latched_success": True,
+        "tokenizer": policy.processor.tokenizer.identity[:12],
+        "jax": jax.__version__,
+        "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+    }
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a JSON file whole: a kill leaves the old one or the new one."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=1))
+    aside.replace(path)
+
+
+def _revision() -> str:
+    try:
+        root = pathlib.Path(__file__).parent
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "not a git checkout"
