@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import pathlib
@@ -16,12 +17,13 @@ from z1_jax.checkpoint import Checkpoints
 from z1_jax.config import Config, ConfigError
 from z1_jax.data import tokenizer
 from z1_jax.data.dataset import Dataset, open_dataset, write_dataset
+from z1_jax.data.journal import EpisodeJournal
 from z1_jax.metrics import MetricsWriter, Progress
 from z1_jax.models.presets import PRESETS, get_preset
 from z1_jax.policy import Policy, find_policy, fresh_policy, load_policy, make_processor
 from z1_jax.sft import train_sft
 
-DEMO_SEEDS = 10_000  # seeds reserved for the demonstrations of one run seed; all lie below 10^8
+DEMO_SEEDS = 10_000  # seeds reserved for the demonstrations of one run seed
 
 
 def make_env(config: Config, task: str) -> functools.partial[Env]:
@@ -57,47 +59,93 @@ def make_pool(config: Config) -> EnvPool:
 
 
 def demonstrations(config: Config, directory: pathlib.Path) -> Dataset:
-    """The expert's demonstrations of a run: read where they are complete, collected where they are not."""
+    """The expert's demonstrations of a run: read where they are complete, collected where they are not.
+
+    Each finished episode is kept in `<directory>.episodes` until the dataset is written, so that an interrupted
+    collection goes on with the next seed and ends in the same dataset.
+
+    Raises:
+        UserError: the dataset is damaged or does not fit the config, or the expert fails too often.
+    """
+    if config.demos.dataset:
+        return _fitting(config, open_dataset(config.demos.dataset))
     if directory.exists():
-        return open_dataset(directory)
-    source = {
+        return _fitting(config, open_dataset(directory))
+    source = demonstrations_source(config)
+    with EpisodeJournal(directory.with_name(directory.name + ".episodes"), source) as journal:
+        dataset = write_dataset(directory, _successful_episodes(config, journal), source)
+        journal.remove()
+    return dataset
+
+
+def demonstrations_source(config: Config) -> dict[str, Any]:
+    """What the demonstrations of a config depend on, besides their number."""
+    return {
         "made_by": f"{config.env.suite} expert",
         "task": config.task,
         "noise": config.demos.noise,
         "stride": config.demos.stride,
+        "chunk": get_preset(config.model.preset).horizon,
+        "cameras": list(config.env.cameras),
+        "image_size": config.env.image_size,
+        "horizon": config.env.horizon,
         "seed": config.seed,
     }
-    return write_dataset(directory, _successful_episodes(config), source)
 
 
-def _successful_episodes(config: Config) -> Iterator[Any]:
+def _fitting(config: Config, dataset: Dataset) -> Dataset:
+    horizon = get_preset(config.model.preset).horizon
+    missing = [camera for camera in config.env.cameras if camera not in dataset.cameras]
+    if missing:
+        raise ConfigError(
+            f"config key env.cameras: got {missing[0]}, the dataset {dataset.path} has {', '.join(dataset.cameras)}"
+        )
+    if dataset.chunk != horizon:
+        raise ConfigError(
+            f"config key model.preset: {config.model.preset} predicts chunks of {horizon} steps, the dataset "
+            f"{dataset.path} has chunks of {dataset.chunk}; choose another preset or collect anew"
+        )
+    return dataset
+
+
+def _successful_episodes(config: Config, journal: EpisodeJournal) -> Iterator[Any]:
+    """The first successes in the order of the seeds: those in the journal, then new ones that enter it."""
     from envs.kitchen import demos
 
     wanted = config.demos.episodes
     first = config.seed * DEMO_SEEDS
-    horizon = get_preset(config.model.preset).horizon
+    yield from itertools.islice(journal.episodes(), wanted)
+    if journal.kept >= wanted:
+        return
     episodes = demos.collect(
         config.task,
-        range(first, first + max(DEMO_SEEDS, 3 * wanted)),
-        noise_scale=config.demos.noise,
-        processes=max(config.env.workers, 1),
+        range(first + journal.tried, first + 3 * wanted),
+        noise=config.demos.noise,
+        processes=config.env.workers,
         stride=config.demos.stride,
-        chunk=horizon,
-        cameras=config.env.cameras,
-        image_size=config.env.image_size,
+        chunk=get_preset(config.model.preset).horizon,
+        options={
+            "cameras": config.env.cameras,
+            "image_size": config.env.image_size,
+            "horizon": config.env.horizon or None,
+        },
     )
-    kept = tried = 0
-    with Progress("demonstrations", wanted, "episode", {"success": ".1%"}, interval_s=5.0) as progress:
-        for episode in itertools.islice(episodes, 3 * wanted):
-            tried += 1
+    columns = {"success": ".1%"}
+    with (
+        contextlib.closing(episodes),
+        Progress("demonstrations", wanted, "episode", columns, start=journal.kept, interval_s=5.0) as progress,
+    ):
+        for episode in episodes:
+            journal.append(episode)
             if episode.success:
-                kept += 1
-                progress.report(kept, {"success": kept / tried})
+                progress.report(journal.kept, {"success": journal.kept / journal.tried})
                 yield episode
-            if kept == wanted:
-                episodes.close()
+            if journal.kept == wanted:
                 return
-    raise ConfigError(f"the expert of {config.task} succeeded only {kept} times in {tried} tries, {wanted} wanted")
+    raise ConfigError(
+        f"config key demos.episodes: the expert of {config.task} succeeded only {journal.kept} times in "
+        f"{journal.tried} tries, {wanted} wanted; ask for fewer or lower demos.noise"
+    )
 
 
 def supervised_policy(
