@@ -65,13 +65,19 @@ def stochastic_steps(key: Array, steps: int, sde_steps: str, last_step: str) -> 
     return index == jax.random.randint(key, (), 0, candidates)
 
 
-def step_logp(
-    x_next: Array, mean: Array, std: Array, counted: Bool[Array, "H A"], reduce: str = "sum"
-) -> Float[Array, "*N"]:
-    """log N(x_next; mean, std²) over the counted coordinates: their sum (a density) or their mean (a surrogate)."""
+def step_logp(x_next: Array, mean: Array, std: Array, counted: Bool[Array, "H A"]) -> Float[Array, "*N"]:
+    """log N(x_next; mean, std²), summed over the counted coordinates."""
     per_coordinate = -0.5 * ((x_next - mean) / std) ** 2 - jnp.log(std) - 0.5 * jnp.log(2.0 * jnp.pi)
-    total = jnp.sum(jnp.where(counted, per_coordinate, 0.0), axis=(-2, -1))
-    return total / jnp.sum(counted) if reduce == "mean" else total
+    return jnp.sum(jnp.where(counted, per_coordinate, 0.0), axis=(-2, -1))
+
+
+def reduce_logp(
+    total: Float[Array, "*N"], stochastic: Bool[Array, "*N K"], counted: Bool[Array, "H A"], reduce: str
+) -> Float[Array, "*N"]:
+    """The sum over steps and coordinates (a density), or its mean over all these terms (a surrogate)."""
+    if reduce == "sum":
+        return total
+    return total / jnp.maximum(jnp.sum(stochastic, axis=-1) * jnp.sum(counted), 1)
 
 
 def sample(
@@ -103,14 +109,14 @@ def sample(
         wide = drawn[..., None, None]
         x_next = jnp.where(wide, mean + std * z, x - v / steps)
         # A deterministic step is scored at a point of density, then left out: no NaN can reach the gradient.
-        scored = step_logp(jnp.where(wide, x_next, mean), mean, std, counted, reduce)
+        scored = step_logp(jnp.where(wide, x_next, mean), mean, std, counted)
         return (x_next, logp + jnp.where(drawn, scored, 0.0)), x_next
 
     first = noise[..., 0, :, :]
     inputs = (times(steps), jnp.moveaxis(noise[..., 1:, :, :], -3, 0), jnp.moveaxis(stochastic, -1, 0))
     (_, logp), xs = jax.lax.scan(step, (first, jnp.zeros(first.shape[:-2], jnp.float32)), inputs)
     x = jnp.concatenate([first[..., None, :, :], jnp.moveaxis(xs, 0, -3)], axis=-3)
-    return Chain(x=x, stochastic=stochastic, logp=logp)
+    return Chain(x=x, stochastic=stochastic, logp=reduce_logp(logp, stochastic, counted, reduce))
 
 
 def chain_logp(
@@ -129,8 +135,8 @@ def chain_logp(
     t = jnp.broadcast_to(times(steps), stochastic.shape)
     mean, std = transition(now, velocity(now, t), t, steps, noise_level)
     after = jnp.where(stochastic[..., None, None], after, jax.lax.stop_gradient(mean))
-    scored = step_logp(after, mean, std, counted, reduce)
-    return jnp.sum(jnp.where(stochastic, scored, 0.0), axis=-1)
+    scored = step_logp(after, mean, std, counted)
+    return reduce_logp(jnp.sum(jnp.where(stochastic, scored, 0.0), axis=-1), stochastic, counted, reduce)
 
 
 def training_pair(actions: Array, noise: Array, t: Array) -> tuple[Array, Array]:
