@@ -9,3 +9,14 @@ import jax  # noqa: E402
 
 jax.config.update("jax_compilation_cache_dir", os.environ.get("Z1_TEST_CACHE", "/tmp/z1-test-xla-cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A generator with a fresh seed; a failing test shows the seed."""
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    print(f"seed {seed}")
+    return np.random.default_rng(seed)
