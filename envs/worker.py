@@ -142,7 +142,7 @@ class SlotServer:
 def main(fd: int, parent: int) -> None:
     """Serves requests from the pipe `fd` until it closes. `parent` is the process id of the pool's owner."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it closes the pipe
-    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+    threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
     connection = Connection(fd)
     try:
         server = SlotServer(connection.recv())
@@ -167,8 +167,8 @@ def command(fd: int, parent: int) -> Sequence[str]:
     return [sys.executable, "-c", code]
 
 
-def _exit_with_parent(parent: int) -> None:
-    # The pipe's end tells an idle worker; this tells one that is deep inside an environment.
+def exit_with_parent(parent: int) -> None:
+    """Ends this process when `parent` has: the pipe's end tells an idle worker, not one deep inside an environment."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)

@@ -6,9 +6,11 @@ each becomes one.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pathlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -75,6 +77,15 @@ class Checkpoints:
     def document(self, step: int) -> dict[str, Any]:
         """The JSON document of a step."""
         return self._metadata(step)["document"]
+
+    def digest(self, step: int, parts: Sequence[str]) -> str:
+        """A short hash of the named parts' checksums: the same content has the same digest."""
+        stored = self._metadata(step)["crc32"]
+        missing = [name for name in parts if name not in stored]
+        if missing:
+            raise CheckpointError(f"checkpoint {self.directory / str(step)} has no part {missing[0]!r}")
+        text = json.dumps({name: stored[name] for name in parts}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def shape(self, step: int, part: str, name: str) -> tuple[int, ...]:
         """Shape of one array, where the reader cannot know it."""

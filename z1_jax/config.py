@@ -53,6 +53,7 @@ class DemosConfig:
     episodes: int = 250  # successful ones to keep
     noise: float = 0.2  # an episode's action noise is one of 0, noise, 2·noise
     stride: int = 4  # control steps between recorded observations
+    dataset: str = ""  # a dataset directory (see z1_jax.collect) that replaces the collection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,9 +179,10 @@ class Config:
     algorithm: str = "grpo"  # grpo: demonstrations → SFT → GRPO → paired evaluation; sft: without GRPO; eval
     task: str = "TurnOnSinkFaucet"
     seed: int = 0
-    run_dir: str = ""  # empty: runs/<algorithm>-<task>-seed<seed>
+    run_dir: str = ""  # empty: runs/<algorithm>-<task>-seed<seed>, runs/eval-<task>-<fingerprint>
     init: str = ""  # a run directory or checkpoint whose policy replaces demonstrations and SFT
-    checkpoint: str = ""  # eval: the policy to evaluate
+    checkpoint: str = ""  # eval: the policy to evaluate, a run directory or checkpoint
+    compare: str = ""  # eval: another policy, to be compared with it on the same seeds
     env: EnvConfig = dataclasses.field(default_factory=EnvConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     demos: DemosConfig = dataclasses.field(default_factory=DemosConfig)
@@ -197,7 +199,8 @@ class Config:
     @property
     def directory(self) -> pathlib.Path:
         """The run directory, absolute."""
-        name = self.run_dir or f"runs/{self.algorithm}-{self.task}-seed{self.seed}"
+        which = fingerprint(self)[:8] if self.algorithm == "eval" else f"seed{self.seed}"  # one of each set of policies
+        name = self.run_dir or f"runs/{self.algorithm}-{self.task}-{which}"
         return pathlib.Path(name).expanduser().absolute()
 
 

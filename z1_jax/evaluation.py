@@ -144,17 +144,43 @@ def compare(before: Evaluation, after: Evaluation, confidence: float) -> dict[st
 
 
 def sentence(task: str, method: str, result: dict[str, Any], confidence: float) -> str:
-    """The result in one sentence."""
-    low, high = (100 * x for x in result["difference_interval"])
-    interval = f"{100 * confidence:g} % CI {low:+.1f} to {high:+.1f}"
-    gain = 100 * result["difference"]
+    """A method's gain in one sentence."""
+    gain = result["difference"]
     verb = "raised" if gain > 0 else "lowered" if gain < 0 else "left"
+    return (
+        f"{method} {verb} success on {task} from {_percent(result['before'])} to {_percent(result['after'])} "
+        f"({_paired(result, confidence)})"
+    )
+
+
+def versus_sentence(name: str, other: str, task: str, result: dict[str, Any], confidence: float) -> str:
+    """Two policies in one sentence; `other` is the result's `before`."""
+    return (
+        f"{name} succeeds on {task} in {_percent(result['after'])}, {other} in {_percent(result['before'])} "
+        f"({_paired(result, confidence)})"
+    )
+
+
+def rate_sentence(name: str, task: str, summary: dict[str, Any], confidence: float) -> str:
+    """One policy in one sentence, with its Wilson interval."""
+    low, high = (100 * x for x in summary["interval"])
+    return (
+        f"{name} succeeds on {task} in {_percent(summary)} "
+        f"({100 * confidence:g} % CI {low:.1f} to {high:.1f}, {summary['episodes']} held-out seeds)"
+    )
+
+
+def _percent(summary: dict[str, Any]) -> str:
+    return f"{100 * summary['rate']:.1f} %"
+
+
+def _paired(result: dict[str, Any], confidence: float) -> str:
+    low, high = (100 * x for x in result["difference_interval"])
     p = result["mcnemar_p"]
     shown = f"p = {p:.2g}" if p >= 1e-300 else "p < 1e-300"
     return (
-        f"{method} {verb} success on {task} from {100 * result['before']['rate']:.1f} % to "
-        f"{100 * result['after']['rate']:.1f} % ({gain:+.1f} points, {interval}, "
-        f"exact McNemar {shown}, {result['before']['episodes']} held-out seeds)"
+        f"{100 * result['difference']:+.1f} points, {100 * confidence:g} % CI {low:+.1f} to {high:+.1f}, "
+        f"exact McNemar {shown}, {result['before']['episodes']} held-out seeds"
     )
 
 

@@ -13,7 +13,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,9 +21,10 @@ import jax
 from envs.pool import PoolError
 from z1_jax import __version__
 from z1_jax import config as z1_config
+from z1_jax.checkpoint import Checkpoints
 from z1_jax.config import Config, ConfigError
 from z1_jax.errors import UserError
-from z1_jax.policy import Policy
+from z1_jax.policy import Policy, find_policy
 from z1_jax.report import write_report
 
 SUMMARY = "summary.json"
@@ -81,6 +82,37 @@ def finished_sentence(run_dir: pathlib.Path) -> str | None:
         return str(json.loads(path.read_text())["sentence"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged; delete it, and the same command writes it anew") from None
+
+
+def policy_identity(path: str) -> str:
+    """A short hash of the policy's parameters and tokenizer, wherever they lie.
+
+    Raises:
+        CheckpointError: there is no policy at `path`, or it is damaged.
+    """
+    directory, step = find_policy(path)
+    checkpoints = Checkpoints(directory)
+    try:
+        return checkpoints.digest(step, ("params", "assets"))
+    finally:
+        checkpoints.close()
+
+
+def claim_policy(run_dir: pathlib.Path, identities: Mapping[str, str]) -> None:
+    """Notes which policies a run directory is about, or checks that they are still the same.
+
+    Raises:
+        UserError: a path leads to another policy than before: its run went on, or was made anew.
+    """
+    path = run_dir / "policies.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for name, identity in identities.items():
+        if known.get(name, identity) != identity:
+            raise UserError(
+                f"{run_dir} evaluated policy {known[name]} as {name}, the path leads to {identity} now; "
+                "choose another --config.run_dir"
+            )
+    write_json(path, dict(identities))
 
 
 class StageClock:

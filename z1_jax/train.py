@@ -15,7 +15,7 @@ import jax
 from z1_jax import config as z1_config
 from z1_jax import sharding
 from z1_jax.config import Config
-from z1_jax.evaluation import Evaluation, compare, evaluate, film, sentence
+from z1_jax.evaluation import Evaluation, compare, evaluate, film, rate_sentence, sentence
 from z1_jax.metrics import MetricsWriter
 from z1_jax.policy import Policy
 from z1_jax.rl.loop import GrpoTrainer, train_grpo
@@ -70,11 +70,7 @@ def finish_sft(
             policy, pool, mesh, config.eval, config.flow, run_dir / "evaluation" / "after.jsonl", title="evaluation"
         )
     result = {"after": after.summary(config.eval.confidence)}
-    low, high = (100 * x for x in result["after"]["interval"])
-    line = (
-        f"SFT reaches {100 * result['after']['rate']:.1f} % on {config.task} "
-        f"({100 * config.eval.confidence:g} % CI {low:.1f} to {high:.1f}, {len(after.seeds)} held-out seeds)"
-    )
+    line = rate_sentence("SFT", config.task, result["after"], config.eval.confidence)
     conclude(config, policy, run_dir, clock, result, line)
 
 
@@ -159,7 +155,6 @@ def record_clips(
             config.eval.video_size,
         )
         for path, clip in zip(paths, clips, strict=True):
-            path.parent.mkdir(exist_ok=True)
             write_video(path, clip, fps=20)
     return seeds
 

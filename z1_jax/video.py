@@ -33,5 +33,7 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float) -> Path
     images = [Image.fromarray(frame) for frame in frames]
     durations = [round(1000 / fps)] * (len(images) - 1) + [HOLD_MS]
     options = {"quality": 80, "method": 4} if path.suffix == ".webp" else {"optimize": True}
-    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0, **options)
+    aside = path.with_name(f"{path.stem}.partial{path.suffix}")  # a kill must leave no half video under the name
+    images[0].save(aside, save_all=True, append_images=images[1:], duration=durations, loop=0, **options)
+    os.replace(aside, path)
     return path

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +23,7 @@ from envs.base import EnvObservation
 from envs.kitchen.env import KitchenEnv
 from envs.kitchen.experts import make_expert
 from envs.kitchen.robot import ACTION_DIM
+from envs.worker import exit_with_parent
 
 WHITE, OFFSET = 0.5, 0.35  # standard deviations of white noise and constant offsets, as parts of the noise scale
 OFFSET_STEPS = 6  # control steps that an offset lasts
@@ -104,8 +109,9 @@ def _episode(
 _worker_env: KitchenEnv | None = None
 
 
-def _start_worker(task: str, options: dict[str, Any]) -> None:
+def _start_worker(task: str, options: dict[str, Any], parent: int) -> None:
     global _worker_env
+    threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
     _worker_env = KitchenEnv(task, **options)
 
 
@@ -140,15 +146,26 @@ def collect(
         yield from (run_episode(env, seed, noise, stride, chunk) for seed in seeds)
         return
     pool = concurrent.futures.ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), _start_worker, (task, options)
+        processes, multiprocessing.get_context("spawn"), _start_worker, (task, options, os.getpid())
     )
     try:
         pending: collections.deque[concurrent.futures.Future[Episode]] = collections.deque()
         for seed in seeds:
-            pending.append(pool.submit(_run_in_worker, seed, noise, stride, chunk))
+            with _interrupts_held():
+                pending.append(pool.submit(_run_in_worker, seed, noise, stride, chunk))
             if len(pending) >= 4 * processes:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Processes that start within inherit a blocked SIGINT: Ctrl-C is the parent's to handle, from its first moment."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

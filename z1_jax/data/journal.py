@@ -1,0 +1,139 @@
+"""Episodes that were collected so far, in one append-only file: an interrupted collection goes on where it stopped.
+
+Each entry carries its length and checksum; what a kill left half written at the end is cut off and collected again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import pathlib
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from z1_jax.data.dataset import Episode
+from z1_jax.errors import UserError
+
+_HEADER = struct.Struct("<QI")  # bytes of the payload, its CRC-32
+_FACTS = ("task", "seed", "instruction", "success", "control_steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class JournaledEpisode:
+    """An episode as read back; see `z1_jax.data.dataset.Episode`."""
+
+    task: str
+    seed: int
+    instruction: str
+    success: bool
+    control_steps: int
+    images: dict[str, np.ndarray]
+    state: np.ndarray
+    actions: np.ndarray
+
+
+class EpisodeJournal:
+    """The journal at `path`, made when it is missing.
+
+    Args:
+        source: what makes the episodes (JSON); all of one journal have the same.
+
+    Attributes:
+        tried: episodes in the journal.
+        kept: those of them that succeeded; only these keep their arrays.
+
+    Raises:
+        UserError: the file belongs to another source, or is no journal.
+    """
+
+    def __init__(self, path: pathlib.Path, source: Mapping[str, Any]):
+        self.path = pathlib.Path(path)
+        self.tried = self.kept = 0
+        head = json.dumps(dict(source), sort_keys=True).encode()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists():
+            self.path.write_bytes(b"")
+        end = 0
+        for number, (end, payload) in enumerate(self._entries()):  # noqa: B007 - the last `end` is used below
+            if number:
+                self.tried += 1
+                self.kept += _facts(payload)["success"]
+            elif payload != head:
+                raise UserError(
+                    f"{self.path} holds episodes of {payload[:300].decode(errors='replace')}, expected "
+                    f"{head.decode()}; delete it, or collect elsewhere"
+                )
+        self._file = self.path.open("r+b")
+        self._file.truncate(end)
+        self._file.seek(end)
+        if end == 0:
+            self._write(head)
+
+    def episodes(self) -> Iterator[JournaledEpisode]:
+        """The successful episodes, in the order of their collection."""
+        for number, (_, payload) in enumerate(self._entries()):
+            if number and _facts(payload)["success"]:
+                yield _unpack(payload)
+
+    def append(self, episode: Episode) -> None:
+        """Adds an episode; it is on its way to the disk when this returns."""
+        self._write(_pack(episode))
+        self.tried += 1
+        self.kept += bool(episode.success)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def remove(self) -> None:
+        """Deletes the file: the dataset that it was for is written."""
+        self.close()
+        self.path.unlink()
+
+    def __enter__(self) -> EpisodeJournal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _write(self, payload: bytes) -> None:
+        self._file.write(_HEADER.pack(len(payload), zlib.crc32(payload)) + payload)
+        self._file.flush()
+
+    def _entries(self) -> Iterator[tuple[int, bytes]]:
+        """(end, payload) of each whole entry; stops at the first that is not."""
+        with self.path.open("rb") as file:
+            while len(header := file.read(_HEADER.size)) == _HEADER.size:
+                size, checksum = _HEADER.unpack(header)
+                payload = file.read(size)
+                if len(payload) != size or zlib.crc32(payload) != checksum:
+                    return
+                yield file.tell(), payload
+
+
+def _pack(episode: Episode) -> bytes:
+    """One line of JSON; after it, for a success, the compressed arrays."""
+    facts = {name: getattr(episode, name) for name in _FACTS}
+    facts |= {"seed": int(episode.seed), "success": bool(episode.success), "control_steps": int(episode.control_steps)}
+    line = json.dumps(facts).encode() + b"\n"
+    if not episode.success:
+        return line
+    out = io.BytesIO()
+    images = {f"images/{camera}": frames for camera, frames in episode.images.items()}
+    np.savez(out, state=episode.state, actions=episode.actions, **images)
+    return line + zlib.compress(out.getvalue(), level=1)
+
+
+def _facts(payload: bytes) -> dict[str, Any]:
+    return json.loads(payload[: payload.index(b"\n")])
+
+
+def _unpack(payload: bytes) -> JournaledEpisode:
+    packed = payload[payload.index(b"\n") + 1 :]
+    with np.load(io.BytesIO(zlib.decompress(packed)), allow_pickle=False) as arrays:
+        images = {name.removeprefix("images/"): arrays[name] for name in arrays if name.startswith("images/")}
+        return JournaledEpisode(**_facts(payload), images=images, state=arrays["state"], actions=arrays["actions"])
