@@ -15,13 +15,13 @@ from z1_jax import config as z1_config
 from z1_jax.config import Config, ConfigError, DemosConfig, EnvConfig
 from z1_jax.data.dataset import Dataset, open_dataset
 from z1_jax.runs import run_main
-from z1_jax.stages import demonstrations, demonstrations_source, make_env
+from z1_jax.stages import check_inputs, demonstrations, demonstrations_source
 
 
 def main(argv: Sequence[str]) -> None:
     """Collects what the command line asks for, or says that it is there."""
     config, out = parse_arguments(argv[1:])
-    make_env(config, config.task)
+    check_inputs(config)
     if out.exists():
         dataset = open_dataset(out)
         check_same(config, dataset)

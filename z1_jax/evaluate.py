@@ -27,26 +27,26 @@ from z1_jax.runs import (
     run_main,
     start_jax,
 )
-from z1_jax.stages import given_policy, make_env, make_pool
+from z1_jax.stages import check_inputs, given_policy, make_pool
 
 
 def main(argv: Sequence[str]) -> None:
     """Evaluates `checkpoint`, and `compare` beside it on the same seeds where it is given."""
     config = z1_config.parse_command_line(argv)
     require_algorithm(config, ("eval",), "evaluate")
-    make_env(config, config.task)
+    check_inputs(config)
     paths = {"checkpoint": config.checkpoint, "compare": config.compare}
     identities = {name: policy_identity(path) for name, path in paths.items() if path}
     if len(set(identities.values())) < len(identities):
         raise ConfigError("config key compare: got the same policy as checkpoint, expected another one")
+    start_jax()
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     run_dir = z1_config.claim_directory(config)
     claim_policy(run_dir, identities)
     print(f"run directory {run_dir}", flush=True)
     if finished := finished_sentence(run_dir):
         print(f"already finished: {finished}")
         return
-    start_jax()
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     clock = StageClock(run_dir / "wall_seconds.json")
     with jax.set_mesh(mesh):
         policies = {name: given_policy(config, paths[name], mesh) for name in identities}

@@ -124,7 +124,8 @@ def _sentence(summary: dict) -> str:
 
 
 def _results(summary: dict) -> str:
-    rows = [(label, summary[key]) for label, key in (("Before RL", "before"), ("After RL", "after")) if key in summary]
+    labels = summary.get("labels", ("Before RL", "After RL"))
+    rows = [(label, summary[key]) for label, key in zip(labels, ("before", "after"), strict=True) if key in summary]
     if not rows:
         return ""
     chart = svg.interval_chart([(label, _rate(row), _interval(row)) for label, row in rows])

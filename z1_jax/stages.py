@@ -19,6 +19,7 @@ from z1_jax.data import tokenizer
 from z1_jax.data.dataset import Dataset, open_dataset, write_dataset
 from z1_jax.data.journal import EpisodeJournal
 from z1_jax.metrics import MetricsWriter, Progress
+from z1_jax.models.pi05 import Pi05Config
 from z1_jax.models.presets import PRESETS, get_preset
 from z1_jax.policy import Policy, find_policy, fresh_policy, load_policy, make_processor
 from z1_jax.sft import train_sft
@@ -43,6 +44,21 @@ def make_env(config: Config, task: str) -> functools.partial[Env]:
         image_size=config.env.image_size,
         horizon=config.env.horizon or None,
     )
+
+
+def check_inputs(config: Config) -> None:
+    """Looks at everything that a config names before a run directory is claimed for it.
+
+    Raises:
+        UserError: an unknown task, camera or preset; a policy or dataset that is absent, damaged or does not fit.
+    """
+    make_env(config, config.task)
+    for path in filter(None, (config.init, config.checkpoint, config.compare)):
+        check_policy(config, path)
+    if not (config.init or config.algorithm == "eval"):
+        architecture(config)
+        if config.demos.dataset:
+            _fitting(config, open_dataset(config.demos.dataset))
 
 
 def _check_names(key: str, given: list[str], known: list[str]) -> None:
@@ -85,7 +101,7 @@ def demonstrations_source(config: Config) -> dict[str, Any]:
         "task": config.task,
         "noise": config.demos.noise,
         "stride": config.demos.stride,
-        "chunk": get_preset(config.model.preset).horizon,
+        "chunk": architecture(config).horizon,
         "cameras": list(config.env.cameras),
         "image_size": config.env.image_size,
         "horizon": config.env.horizon,
@@ -94,7 +110,7 @@ def demonstrations_source(config: Config) -> dict[str, Any]:
 
 
 def _fitting(config: Config, dataset: Dataset) -> Dataset:
-    horizon = get_preset(config.model.preset).horizon
+    horizon = architecture(config).horizon
     missing = [camera for camera in config.env.cameras if camera not in dataset.cameras]
     if missing:
         raise ConfigError(
@@ -123,7 +139,7 @@ def _successful_episodes(config: Config, journal: EpisodeJournal) -> Iterator[An
         noise=config.demos.noise,
         processes=config.env.workers,
         stride=config.demos.stride,
-        chunk=get_preset(config.model.preset).horizon,
+        chunk=architecture(config).horizon,
         options={
             "cameras": config.env.cameras,
             "image_size": config.env.image_size,
@@ -161,29 +177,35 @@ def supervised_policy(
     return train_sft(policy, dataset, config.sft, config.seed, mesh, directory, writer, report_every=config.log.every)
 
 
-def new_policy(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) -> Policy:
-    """A policy with random parameters that fits the demonstrations.
+def architecture(config: Config) -> Pi05Config:
+    """The shapes of a fresh policy.
 
     Raises:
         ConfigError: an unknown preset, or one whose shapes do not fit the environment.
     """
     _check_names("model.preset", [config.model.preset], list(PRESETS))
-    architecture = get_preset(config.model.preset, dtype=config.model.dtype)
-    if architecture.vision.image_size != config.env.image_size or architecture.cameras != len(config.env.cameras):
+    chosen = get_preset(config.model.preset, dtype=config.model.dtype)
+    if chosen.vision.image_size != config.env.image_size or chosen.cameras != len(config.env.cameras):
         raise ConfigError(
-            f"config key model.preset: {config.model.preset} sees {architecture.cameras} cameras of "
-            f"{architecture.vision.image_size} pixels, the environment has {len(config.env.cameras)} of "
+            f"config key model.preset: {config.model.preset} sees {chosen.cameras} cameras of "
+            f"{chosen.vision.image_size} pixels, the environment has {len(config.env.cameras)} of "
             f"{config.env.image_size}; set env.cameras and env.image_size to match"
         )
-    vocabulary = tokenizer.train_small_tokenizer(tokenizer.kitchen_instructions(), vocab_size=architecture.vocab_size)
-    prompts = tokenizer.PromptTokenizer.from_bytes(vocabulary, architecture.prompt_length)
-    processor = make_processor(architecture, prompts, dataset.stats, config.env.cameras)
+    return chosen
+
+
+def new_policy(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) -> Policy:
+    """A policy with random parameters that fits the demonstrations."""
+    shapes = architecture(config)
+    vocabulary = tokenizer.train_small_tokenizer(tokenizer.kitchen_instructions(), vocab_size=shapes.vocab_size)
+    prompts = tokenizer.PromptTokenizer.from_bytes(vocabulary, shapes.prompt_length)
+    processor = make_processor(shapes, prompts, dataset.stats, config.env.cameras)
     return fresh_policy(
-        architecture,
+        shapes,
         processor,
         config.seed,
         mesh,
-        executed=architecture.horizon,
+        executed=shapes.horizon,
         denoising_steps=config.flow.steps,
     )
 
@@ -195,11 +217,23 @@ def given_policy(config: Config, path: str, mesh: jax.sharding.Mesh) -> Policy:
         CheckpointError: there is none, or it is damaged.
         ConfigError: it wants other cameras than the run's environments have.
     """
+    check_policy(config, path)
     directory, step = find_policy(path)
     checkpoints = Checkpoints(directory)
     policy = load_policy(checkpoints, step, mesh)
     checkpoints.close()
-    wanted = tuple(camera for camera in policy.processor.cameras if camera)
-    if wanted != config.env.cameras:
-        raise ConfigError(f"config key env.cameras: got {config.env.cameras}, the policy at {path} wants {wanted}")
     return policy
+
+
+def check_policy(config: Config, path: str) -> None:
+    """As `given_policy`, without reading the parameters."""
+    directory, step = find_policy(path)
+    checkpoints = Checkpoints(directory)
+    document = checkpoints.document(step)
+    checkpoints.close()
+    wanted = tuple(camera for camera in document.get("cameras", ()) if camera)
+    if wanted != config.env.cameras:
+        raise ConfigError(
+            f"config key env.cameras: got {', '.join(config.env.cameras)}; the policy at {path} wants "
+            f"{', '.join(wanted) or 'none'}: set --config.env.cameras={','.join(wanted)}"
+        )

@@ -20,7 +20,7 @@ from z1_jax.metrics import MetricsWriter
 from z1_jax.policy import Policy
 from z1_jax.rl.loop import GrpoTrainer, train_grpo
 from z1_jax.runs import StageClock, conclude, finished_sentence, require_algorithm, run_main, start_jax
-from z1_jax.stages import demonstrations, given_policy, make_env, make_pool, supervised_policy
+from z1_jax.stages import check_inputs, demonstrations, given_policy, make_pool, supervised_policy
 from z1_jax.video import write_video
 
 
@@ -28,14 +28,14 @@ def main(argv: Sequence[str]) -> int | None:
     """Runs the stages of a config in order; each prints what it does."""
     config = z1_config.parse_command_line(argv)
     require_algorithm(config, ("grpo", "sft"), "train")
-    make_env(config, config.task)  # an unknown task is told before anything is written
+    check_inputs(config)  # before anything is written
+    start_jax()
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     run_dir = z1_config.claim_directory(config)
     print(f"run directory {run_dir}", flush=True)
     if finished := finished_sentence(run_dir):
         print(f"already finished: {finished}")
         return None
-    start_jax()
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     clock = StageClock(run_dir / "wall_seconds.json")
     writer = MetricsWriter(
         run_dir, tensorboard=config.log.tensorboard, wandb_project="z1-jax" if config.log.wandb else None

@@ -193,7 +193,7 @@ def open_dataset(path: str | pathlib.Path) -> Dataset:
     if not (path / _MANIFEST).is_file():
         half = _partial_path(path).exists() or (path.is_dir() and any(path.iterdir()))
         state = "was only half written" if half else "does not exist"
-        raise UserError(f"dataset {path} {state}; expected a directory with {_MANIFEST}, made by write_dataset")
+        raise UserError(f"dataset {path} {state}; expected a directory with {_MANIFEST}, as z1_jax.collect makes")
     try:
         text = (path / _MANIFEST).read_bytes()
         content = json.loads(text)

@@ -55,9 +55,11 @@ class EpisodeJournal:
         self.path = pathlib.Path(path)
         self.tried = self.kept = 0
         head = json.dumps(dict(source), sort_keys=True).encode()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self.path.exists():
-            self.path.write_bytes(b"")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written ({error.strerror}); collect elsewhere") from error
         end = 0
         for number, (end, payload) in enumerate(self._entries()):  # noqa: B007 - the last `end` is used below
             if number:
