@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import pathlib
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from envs.base import Env
 from envs.pool import EnvPool
@@ -198,7 +200,9 @@ def new_policy(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) -> Pol
     """A policy with random parameters that fits the demonstrations."""
     shapes = architecture(config)
     vocabulary = tokenizer.train_small_tokenizer(tokenizer.kitchen_instructions(), vocab_size=shapes.vocab_size)
-    prompts = tokenizer.PromptTokenizer.from_bytes(vocabulary, shapes.prompt_length)
+    length = _prompt_length(dataset, tokenizer.PromptTokenizer.from_bytes(vocabulary, shapes.prompt_length))
+    shapes = dataclasses.replace(shapes, prompt_length=length)
+    prompts = tokenizer.PromptTokenizer.from_bytes(vocabulary, length)
     processor = make_processor(shapes, prompts, dataset.stats, config.env.cameras)
     return fresh_policy(
         shapes,
@@ -208,6 +212,16 @@ def new_policy(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) -> Pol
         executed=shapes.horizon,
         denoising_steps=config.flow.steps,
     )
+
+
+def _prompt_length(dataset: Dataset, prompts: tokenizer.PromptTokenizer) -> int:
+    """Tokens of the longest prompt, two to spare, rounded up to a multiple of 4: unused slots cost too.
+
+    A state bin is one token whatever its value, so any state gives the lengths.
+    """
+    instructions = sorted({episode.instruction for episode in dataset.episodes})
+    _, mask = prompts.encode_batch(instructions, np.zeros((len(instructions), dataset.state_dim)))
+    return min(-(-(int(mask.sum(axis=1).max()) + 2) // 4) * 4, prompts.prompt_length)
 
 
 def given_policy(config: Config, path: str, mesh: jax.sharding.Mesh) -> Policy:

@@ -31,7 +31,6 @@ PRESETS: dict[str, Pi05Config] = {
         action_dim=12,
         horizon=8,
         dtype="float32",
-        unroll=True,
     ),
     # The size of the reference numbers that the tests compare with.
     "tiny": Pi05Config(
