@@ -262,6 +262,9 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "eval.confidence": (0.5, 0.9999),
     "eval.videos": (0, 64),
     "eval.video_size": (16, 1024),
+    "mesh.data": (-1, None),
+    "mesh.fsdp": (1, None),
+    "mesh.tensor": (1, None),
     "log.every": (1, None),
     **{
         f"{part}.{key}": bounds
@@ -298,7 +301,11 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Config:
     Raises:
         ConfigError: an unknown key, a value of the wrong type or out of range, or values that do not fit together.
     """
-    built = _build(Config, config.to_dict(), "")
+    return _checked(config.copy_and_resolve_references().to_dict())
+
+
+def _checked(values: dict[str, Any]) -> Config:
+    built = _build(Config, values, "")
     check(built)
     return built
 
@@ -317,6 +324,8 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
             continue
         value = values[key]
         if dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise ConfigError(f"config key {name}: got {value!r}, expected a section of keys")
             built[key] = _build(kind, value, name + ".")
         elif kind is float and isinstance(value, int) and not isinstance(value, bool):
             built[key] = float(value)
@@ -385,6 +394,8 @@ def _check_combinations(config: Config) -> None:
             "config key group.prefix_chunks: branching=none shares no prefix, "
             f"got {group.prefix_chunks} → {group.prefix_chunks_end}, expected 0 → 0"
         )
+    if config.mesh.data == 0:
+        raise ConfigError("config key mesh.data: got 0, expected a number of devices, or -1 for all that are left")
     if config.algorithm == "eval" and not config.checkpoint:
         raise ConfigError("config key checkpoint: got '', expected a run directory or a checkpoint to evaluate")
 
@@ -413,7 +424,7 @@ def claim_directory(config: Config) -> pathlib.Path:
     if path.exists():
         try:
             theirs = identity(_build(Config, json.loads(path.read_text()), ""))
-        except (json.JSONDecodeError, ConfigError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError, OSError) as error:
             raise ConfigError(
                 f"{path} cannot be read ({error}); restore it or choose another --config.run_dir"
             ) from error
@@ -450,7 +461,7 @@ def parse_command_line(argv: Sequence[str]) -> Config:
     given = [argument.removeprefix("--config=") for argument in argv[1:] if argument.startswith("--config=")]
     if len(given) != 1:
         raise ConfigError(f"got {len(given)} configs, expected one --config=configs/FILE.py[:PRESET]")
-    config = _load(given[0]).copy_and_resolve_references()
+    values = _load(given[0])
     known = flat(Config())
     for argument in argv[1:]:
         if argument.startswith("--config="):
@@ -461,11 +472,11 @@ def parse_command_line(argv: Sequence[str]) -> Config:
         if key not in known:
             raise ConfigError(f"config key {key} does not exist{_suggestion(key, known)}")
         *sections, leaf = key.split(".")
-        node = config
+        node = values
         for section in sections:
-            node = node[section]
+            node = node.setdefault(section, {})
         node[leaf] = _parse_value(key, text, known[key])
-    return from_config_dict(config)
+    return _checked(values)
 
 
 def _suggestion(key: str, known: dict[str, Any]) -> str:
@@ -477,7 +488,7 @@ def _suggestion(key: str, known: dict[str, Any]) -> str:
     )
 
 
-def _load(source: str) -> ml_collections.ConfigDict:
+def _load(source: str) -> dict[str, Any]:
     file, _, preset = source.partition(":")
     path = pathlib.Path(file)
     if not path.is_file():
@@ -488,7 +499,8 @@ def _load(source: str) -> ml_collections.ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return module.get_config(preset) if preset else module.get_config()
+        config = module.get_config(preset) if preset else module.get_config()
+        return config.copy_and_resolve_references().to_dict()
     except ConfigError:
         raise
     except Exception as error:  # a config file is the user's own code: anything can be wrong in it
