@@ -1,0 +1,202 @@
+"""Every mistake on the command line is one line that names the key; a run directory belongs to one config."""
+
+import dataclasses
+import json
+import pathlib
+
+import ml_collections
+import pytest
+
+from z1_jax import config as z1_config
+from z1_jax.config import Config, ConfigError, claim_directory, flat, parse_command_line
+
+ROOT = pathlib.Path(__file__).parent.parent
+GRPO = f"--config={ROOT / 'configs' / 'grpo.py'}"
+# Leaves that take any text here: their values are checked where the things they name are known.
+FREE_TEXT = {"task", "run_dir", "init", "checkpoint", "compare", "model.preset", "env.cameras", "demos.dataset"}
+
+
+def parse(*arguments: str) -> Config:
+    return parse_command_line(["train", *arguments])
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        parse(*arguments)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_defaults_and_overrides():
+    assert parse(GRPO) == Config()
+    config = parse(
+        GRPO,
+        "--config.group.size=4",
+        "--config.update.optim.lr=1",
+        "--config.group.shuffle_advantages=True",
+        "--config.task=OpenDrawer",
+        "--config.env.cameras=('a', 'b')",
+    )
+    assert (config.group.size, config.update.optim.lr, config.group.shuffle_advantages) == (4, 1.0, True)
+    assert type(config.update.optim.lr) is float
+    assert config.task == "OpenDrawer" and config.env.cameras == ("a", "b")
+    assert config.sft == Config().sft  # nothing else moved
+
+
+def test_presets():
+    assert parse(f"{GRPO}:kitchen") == parse(GRPO)
+    assert parse(f"{GRPO}:smoke").train.iterations == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--config.group.sise=4"], ["group.sise does not exist", "did you mean group.size?"]),
+        (["--config.lr=4"], ["config key lr does not exist", "did you mean"]),
+        (["--config.zzz=4"], ["config key zzz does not exist"]),
+        (["--config.group=4"], ["config key group does not exist"]),
+        (["--config.group.size=four"], ["group.size", "'four'", "a whole number"]),
+        (["--config.group.size=4.5"], ["group.size", "'4.5'", "a whole number"]),
+        (["--config.update.optim.lr=fast"], ["update.optim.lr", "'fast'", "a number"]),
+        (["--config.group.shuffle_advantages=1"], ["group.shuffle_advantages", "'1'", "true or false"]),
+        (["--config.group.size=1"], ["group.size", "got 1", "2 … 1024"]),
+        (["--config.flow.steps=1"], ["flow.steps", "got 1", "2 … 1000"]),
+        (["--config.reward.discount=nan"], ["reward.discount", "nan"]),
+        (["--config.flow.noise_level=0"], ["flow.noise_level", "got 0.0"]),
+        (["--config.update.epochs=0"], ["update.epochs", "at least 1"]),
+        (["--config.seed=-1"], ["seed", "-1"]),
+        (["--config.group.branching=star"], ["group.branching", "'star'", "none, prefix, tree"]),
+        (["--config.group.size=6", "--config.env.parallel=66"], ["group.size", "got 6", "power of two"]),
+        (["--config.env.parallel=63"], ["env.parallel", "got 63", "multiple of group.size = 8"]),
+        (["--config.update.micro_batch=48"], ["update.batch_size", "got 128", "multiple of update.micro_batch = 48"]),
+        (["--config.reward.keep_low=0.9", "--config.reward.keep_high=0.5"], ["reward.keep_low", "0.9", "0.5"]),
+        (["--config.group.branching=none"], ["group.prefix_chunks", "none"]),
+        (["--config.mesh.data=0"], ["mesh.data", "got 0", "-1"]),
+        (["--config.mesh.fsdp=0"], ["mesh.fsdp", "got 0", "at least 1"]),
+        (["--config.algorithm=eval"], ["checkpoint", "expected a run directory"]),
+        (["--config.algorithm=ppo"], ["algorithm", "'ppo'", "grpo, sft, eval"]),
+        (["--conf.seed=1"], ["'--conf.seed=1' is not understood"]),
+        (["--config.seed"], ["'--config.seed' is not understood"]),
+        (["seed=1"], ["'seed=1' is not understood"]),
+        ([GRPO], ["got 2 configs, expected one"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(arguments, parts):
+    message = refusal(GRPO, *arguments)
+    for part in parts:
+        assert part in message
+
+
+def test_mistakes_in_the_config_file(tmp_path):
+    assert "got 0 configs" in refusal()
+    assert "no/such.py does not exist" in refusal("--config=no/such.py")
+    assert "is no Python file" in refusal(f"--config={ROOT / 'pyproject.toml'}")
+    message = refusal(f"{GRPO}:gigantic")
+    assert "preset 'gigantic'" in message and "smoke" in message
+
+    def written(body: str) -> str:
+        path = tmp_path / "mine.py"
+        path.write_text("import ml_collections\ndef get_config():\n    " + body)
+        return f"--config={path}"
+
+    assert "ZeroDivisionError" in refusal(written("return 1 / 0"))
+    assert "mine.py failed" in refusal(written("return None"))
+    assert "did you mean group.size?" in refusal(written("return ml_collections.ConfigDict({'group': {'sizes': 4}})"))
+    assert "group.size: got '4' (str), expected int" in refusal(
+        written("return ml_collections.ConfigDict({'group': {'size': '4'}})")
+    )
+    assert "config key group: got 4" in refusal(written("return ml_collections.ConfigDict({'group': 4})"))
+    # A file need not name every key, and any key can still be given.
+    short = written("return ml_collections.ConfigDict({'task': 'OpenDrawer'})")
+    config = parse(short, "--config.group.size=4")
+    assert config.task == "OpenDrawer" and config.group.size == 4
+
+
+def test_every_leaf_is_checked():
+    """A new key must get a range or a list of choices, or be named here as free text."""
+    values = flat(Config())
+    for key, value in values.items():
+        kinds = [key in z1_config._CHOICES, key in z1_config._RANGES, key in FREE_TEXT, isinstance(value, bool)]
+        assert sum(kinds) == 1, f"{key} must be in exactly one of _CHOICES, _RANGES and FREE_TEXT"
+        if key in z1_config._RANGES:
+            assert isinstance(value, int | float)
+    assert set(z1_config._CHOICES) | set(z1_config._RANGES) | FREE_TEXT <= set(values)
+
+
+@pytest.mark.parametrize("key", sorted(z1_config._RANGES))
+def test_every_bound_is_enforced(key):
+    low, high = z1_config._RANGES[key]
+    kind = type(flat(Config())[key])
+    for bound, outside in ((low, -1), (high, +1)):
+        if bound is not None:
+            beyond = bound + outside if kind is int else bound + outside * max(1e-9, abs(bound) * 1e-3)
+            assert f"config key {key}: got" in refusal(GRPO, f"--config.{key}={beyond}")
+
+
+@pytest.mark.parametrize("key", sorted(z1_config._CHOICES))
+def test_every_choice_is_enforced(key):
+    message = refusal(GRPO, f"--config.{key}=nonsense")
+    assert f"config key {key}: got 'nonsense'" in message
+    assert all(choice in message for choice in z1_config._CHOICES[key])
+
+
+def with_run_dir(path: pathlib.Path, **changes) -> Config:
+    values = ml_collections.ConfigDict(dataclasses.asdict(Config()))
+    values.update_from_flattened_dict({"run_dir": str(path), **changes})
+    return z1_config.from_config_dict(values)
+
+
+def test_a_run_directory_belongs_to_its_config(tmp_path):
+    run = tmp_path / "a" / "run"
+    config = with_run_dir(run)
+    assert claim_directory(config) == run
+    assert (run / "config.json").exists()
+    (run / "metrics.jsonl").write_text("")
+    assert claim_directory(config) == run  # again: the same run goes on
+    with pytest.raises(ConfigError) as error:
+        claim_directory(with_run_dir(run, **{"group.size": 4, "seed": 3}))
+    message = str(error.value)
+    assert "seed is 0, asked for 3" in message and "group.size is 8, asked for 4" in message and "\n" not in message
+
+
+def test_free_keys_may_change(tmp_path):
+    run = tmp_path / "run"
+    claim_directory(with_run_dir(run))
+    changes = {"log.every": 7, "env.workers": 5, "env.timeout_s": 9.0, "train.checkpoint_every": 3}
+    claim_directory(with_run_dir(run, **changes))
+    run.rename(tmp_path / "moved")
+    claim_directory(with_run_dir(tmp_path / "moved"))
+    for key in z1_config.FREE_KEYS:  # none of them is misspelt
+        assert any(leaf == key or leaf.startswith(key + ".") for leaf in flat(Config()))
+
+
+def test_directories_that_are_something_else(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        claim_directory(with_run_dir(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(ConfigError, match="cannot be written"):
+        claim_directory(with_run_dir(tmp_path / "thesis.tex"))
+    (tmp_path / "empty").mkdir()
+    claim_directory(with_run_dir(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("content", [b'{"seed": 0', b"\xff\xfe\x00", b"[1]", b'{"group": 4}', b'{"colour": 1}'])
+def test_a_damaged_config_json_is_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match="config.json cannot be read") as error:
+        claim_directory(with_run_dir(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_killed_claim_can_be_repeated(tmp_path):
+    (tmp_path / "config.tmp").write_text("{")
+    claim_directory(with_run_dir(tmp_path))
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
+
+
+def test_fingerprint_follows_what_moves_numbers(tmp_path):
+    base = with_run_dir(tmp_path)
+    assert z1_config.fingerprint(base) == z1_config.fingerprint(with_run_dir(tmp_path / "b", **{"log.every": 9}))
+    assert z1_config.fingerprint(base) != z1_config.fingerprint(with_run_dir(tmp_path, seed=1))

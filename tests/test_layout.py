@@ -1,0 +1,106 @@
+"""The directions of imports, read from the sources: who may know whom."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SOURCES = sorted(p for top in ("envs", "z1_jax", "configs") for p in (ROOT / top).rglob("*.py"))
+MAINS = {f"z1_jax.{name}" for name in ("train", "evaluate", "convert", "collect", "serve")}
+ACCELERATOR = {"jax", "flax", "optax", "orbax", "chex"}
+PURE = {f"z1_jax.rl.{name}" for name in ("flow", "tree", "advantage", "loss")}
+INPUT_OUTPUT = {"os", "io", "json", "pathlib", "subprocess", "multiprocessing", "shutil", "ml_collections", "mujoco"}
+
+
+def module_of(path: pathlib.Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in SOURCES}
+
+
+def imports(source: str, module: str = "m") -> set[str]:
+    """Every module that `source` imports, also inside functions: `from a import b` is a.b where that is a module."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in MODULES else node.module)
+    return found
+
+
+IMPORTS = {name: imports(path.read_text(), name) for name, path in MODULES.items()}
+
+
+def under(name: str, *tops: str) -> bool:
+    return any(name == top or name.startswith(top + ".") for top in tops)
+
+
+def test_the_scan_sees_what_it_should():
+    assert len(SOURCES) > 30
+    assert imports("def f():\n    import jax.numpy as jnp\n    from z1_jax import train") == {
+        "jax.numpy",
+        "z1_jax.train",
+    }
+    assert "z1_jax.rl.flow" in IMPORTS["z1_jax.rl.actor"] and "envs.base" in IMPORTS["envs.pool"]
+
+
+def offenders(chosen, forbidden) -> list[str]:
+    return [f"{name} imports {other}" for name in chosen for other in sorted(IMPORTS[name]) if forbidden(other)]
+
+
+def test_environments_know_neither_the_project_nor_jax():
+    """Workers start fast and hold no accelerator."""
+    envs = [name for name in MODULES if under(name, "envs")]
+    assert offenders(envs, lambda other: under(other, "z1_jax", "configs", *ACCELERATOR)) == []
+
+
+def test_models_know_only_types_sharding_and_models():
+    models = [name for name in MODULES if under(name, "z1_jax.models")]
+    allowed = ("z1_jax.errors", "z1_jax.types", "z1_jax.sharding", "z1_jax.models")
+    assert offenders(models, lambda o: under(o, "z1_jax", "envs", "configs") and not under(o, *allowed)) == []
+
+
+def test_the_methods_formulas_are_pure():
+    assert set(MODULES) >= PURE
+    allowed = (*PURE, "z1_jax.errors", "z1_jax.types")
+    assert offenders(PURE, lambda o: under(o, *INPUT_OUTPUT) or (under(o, "z1_jax", "envs") and o not in allowed)) == []
+
+
+def test_data_knows_neither_models_nor_environments():
+    data = [name for name in MODULES if under(name, "z1_jax.data")]
+    allowed = ("z1_jax.errors", "z1_jax.types", "z1_jax.data")
+    assert offenders(data, lambda o: under(o, "z1_jax", "envs") and not under(o, *allowed)) == []
+
+
+def test_errors_types_and_sharding_stand_at_the_bottom():
+    bottom = ["z1_jax.errors", "z1_jax.types", "z1_jax.sharding"]
+    allowed = ("z1_jax.errors", "z1_jax.types")
+    assert offenders(bottom, lambda o: under(o, "z1_jax", "envs") and o not in allowed) == []
+
+
+def test_only_config_knows_ml_collections():
+    others = [name for name in MODULES if name != "z1_jax.config" and not under(name, "configs")]
+    assert offenders(others, lambda o: under(o, "ml_collections", "absl")) == []
+
+
+def test_nothing_imports_the_mains():
+    assert offenders(MODULES, lambda o: o in MAINS) == []
+    composers = MAINS | {"z1_jax.runs"}  # the report's page is written at a command's end
+    assert offenders([m for m in MODULES if m not in composers], lambda o: o == "z1_jax.report") == []
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if under(m, "envs")))
+def test_environments_draw_from_explicit_generators(module):
+    """No global random state: `np.random.normal()`, `random.random()` and the like."""
+    allowed = {"default_rng", "Generator", "SeedSequence", "Philox", "PCG64", "BitGenerator"}
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("np.random", "numpy.random"):
+            assert node.attr in allowed, f"{module}:{node.lineno} uses np.random.{node.attr}"
+    assert "random" not in IMPORTS[module]
