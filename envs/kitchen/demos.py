@@ -13,7 +13,9 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -151,7 +153,7 @@ def collect(
     try:
         pending: collections.deque[concurrent.futures.Future[Episode]] = collections.deque()
         for seed in seeds:
-            with _interrupts_held():
+            with _starting_workers():
                 pending.append(pool.submit(_run_in_worker, seed, noise, stride, chunk))
             if len(pending) >= 4 * processes:
                 yield pending.popleft().result()
@@ -162,10 +164,14 @@ def collect(
 
 
 @contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Processes that start within inherit a blocked SIGINT: Ctrl-C is the parent's to handle, from its first moment."""
+def _starting_workers() -> Iterator[None]:
+    """Processes that start within inherit a blocked SIGINT (Ctrl-C is the parent's to handle, from their first moment)
+    and do not import the parent's main module, which may take seconds and hold an accelerator."""
+    main = sys.modules["__main__"]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         yield
     finally:
+        sys.modules["__main__"] = main
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

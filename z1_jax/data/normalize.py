@@ -69,7 +69,7 @@ class NormStats:
         """(low, high) of the quantile map, with constant and coinciding dimensions widened."""
         widened = (self.q99 - self.q01 <= CONSTANT_SPAN) & ~self.constant
         if self.constant.any():
-            _logger.warning("dimensions %s never move: held constant", np.flatnonzero(self.constant).tolist())
+            _logger.info("dimensions %s never move: held constant", np.flatnonzero(self.constant).tolist())
         if widened.any():
             _logger.warning(
                 "dimensions %s have equal 1%% and 99%% quantiles: normalised over mean ± %g std instead",
