@@ -1,0 +1,222 @@
+"""Rollouts in the real kitchen against a replay of each member's stored actions in a fresh environment."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import tiny_policy as tiny
+from flax import nnx
+
+from z1_jax.config import FlowConfig
+from z1_jax.rl import flow, rollout
+from z1_jax.rl.tree import branch_plan
+
+PLANS = {
+    "none": branch_plan("none", 4, 0),
+    "prefix": branch_plan("prefix", 4, 1),
+    "tree": branch_plan("tree", 4, 2),  # splits before the second and the third chunk
+}
+SEED = int(np.random.SeedSequence().generate_state(1)[0]) % 10**8
+SEEDS = np.arange(SEED, SEED + 4)
+
+
+def collect(plan, seeds=SEEDS, slots=16, key=SEED, **options):
+    actor, params = tiny.acting()
+    return rollout.collect(
+        tiny.pool(slots), actor, params, tiny.processor(), plan, seeds, jax.random.key(key), executed=8, **options
+    )
+
+
+@functools.cache
+def collected(name: str) -> rollout.Rollouts:
+    print(f"seed {SEED}")
+    return collect(PLANS[name])
+
+
+def path_of(out: rollout.Rollouts, group: int, member: int) -> list[int]:
+    """The rows of the nodes that one member passed through, in order."""
+    nodes = out.nodes
+    mine = (nodes.group == group) & (nodes.leader <= member) & (member < nodes.leader + nodes.size)
+    rows = np.flatnonzero(mine)
+    return rows[np.argsort(nodes.chunk[rows])].tolist()
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_member_equals_its_own_replay(name):
+    """From the seed, with the actions of its nodes: the same success, chunks and steps as if it had run alone."""
+    out, env = collected(name), tiny.make_env()
+    assert out.success.any() and not out.success.all()  # both kinds of episodes are replayed
+    for group, seed in enumerate(out.seeds):
+        for member in range(4):
+            env.reset(int(seed))
+            rows, steps, success = path_of(out, group, member), 0, False
+            assert out.nodes.chunk[rows].tolist() == list(range(len(rows)))
+            for place, row in enumerate(rows):
+                actions = tiny.processor().env_actions(out.nodes.x[row, -1])
+                result = env.step_chunk(actions)
+                assert result.steps == out.nodes.steps[row]
+                assert result.done == (place == len(rows) - 1)
+                steps, success = steps + result.steps, result.success
+            assert (success, len(rows), steps) == (
+                out.success[group, member],
+                out.chunks[group, member],
+                out.steps[group, member],
+            )
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_each_look_is_what_the_member_saw(name):
+    """The stored observation of a node is that of a replay up to it: a follower's state equals its leader's."""
+    out, env = collected(name), tiny.make_env()
+    for group in range(2):
+        for member in range(4):
+            env.reset(int(out.seeds[group]))
+            for row in path_of(out, group, member):
+                look = tiny.processor().observation([env.observe()])
+                at = out.nodes.look[row]
+                np.testing.assert_array_equal(out.looks.images[at], look.images[0])
+                np.testing.assert_array_equal(out.looks.tokens[at], look.tokens[0])
+                env.step_chunk(tiny.processor().env_actions(out.nodes.x[row, -1]))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_table_is_the_plan(name):
+    """Every node's members, mask and look, from the plan and the members' lengths alone."""
+    out, plan = collected(name), PLANS[name]
+    expected = {}
+    for group in range(len(out.seeds)):
+        for member in range(4):
+            for chunk in range(out.chunks[group, member]):
+                width = plan.cluster_size(chunk)
+                expected[group, chunk, member // width * width] = (width, plan.trainable(chunk))
+    nodes = out.nodes
+    got = {
+        (g, c, leader): (size, trainable)
+        for g, c, leader, size, trainable in zip(
+            nodes.group, nodes.chunk, nodes.leader, nodes.size, nodes.trainable, strict=True
+        )
+    }
+    assert got == expected and len(nodes.group) == len(expected)
+    # Members that part at a node share one look; nothing else does.
+    before = {
+        (g, c, 0 if c == 0 else leader // plan.cluster_size(c - 1) * plan.cluster_size(c - 1)) for g, c, leader in got
+    }
+    assert len(set(nodes.look)) == len(before) == len(out.looks.tokens)
+    assert out.simulated_steps == nodes.steps.sum() <= out.steps.sum()
+    if name != "none":
+        assert out.simulated_steps < out.steps.sum()
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_each_observation_is_encoded_once(monkeypatch, name):
+    actor, params = tiny.acting()
+    seen = []
+    encode = actor.encode
+
+    def counted(params, observation):
+        seen.append(observation)
+        return encode(params, observation)
+
+    monkeypatch.setattr(actor, "encode", counted)
+    out = collect(PLANS[name])
+    assert sum(len(batch.tokens) for batch in seen) == len(out.looks.tokens) == sum(n for _, n in out.caches)
+    keys = {(g, c, look) for g, c, look in zip(out.nodes.group, out.nodes.chunk, out.nodes.look, strict=True)}
+    assert len(keys) == len(out.looks.tokens)
+
+
+def test_members_differ_once_they_part_and_not_before():
+    out = collected("tree")
+    first = out.nodes.chunk == 0
+    assert first.sum() == 4 and (out.nodes.size[first] == 4).all()
+    for chunk in (1, 2):
+        rows = np.flatnonzero((out.nodes.chunk == chunk) & (out.nodes.group == 0))
+        final = out.nodes.x[rows, -1].reshape(len(rows), -1)
+        assert len(np.unique(final, axis=0)) == len(rows)
+
+
+def test_draws_do_not_depend_on_the_pool():
+    """Half as many environments, so two walks of other batch sizes: the same chains, whichever row they were in."""
+    whole = collected("tree")
+    halves = collect(PLANS["tree"], slots=8)
+
+    def order(out):
+        return np.lexsort((out.nodes.leader, out.nodes.chunk, out.nodes.group))
+
+    a, b = order(whole), order(halves)
+    for field in ("group", "chunk", "leader", "size", "trainable", "stochastic", "steps"):
+        np.testing.assert_array_equal(getattr(whole.nodes, field)[a], getattr(halves.nodes, field)[b])
+    np.testing.assert_allclose(whole.nodes.x[a], halves.nodes.x[b], atol=1e-5)
+    np.testing.assert_array_equal(whole.looks.images[whole.nodes.look[a]], halves.looks.images[halves.nodes.look[b]])
+    np.testing.assert_array_equal(whole.success, halves.success)
+    np.testing.assert_array_equal(whole.steps, halves.steps)
+
+
+def test_other_keys_and_seeds_draw_other_chains():
+    base = collected("none").nodes.x[:4]
+    assert not np.allclose(base, collect(PLANS["none"], seeds=SEEDS[:1], key=SEED + 1).nodes.x[:4])
+    moved = collect(PLANS["none"], seeds=SEEDS[:1] + 1).nodes
+    np.testing.assert_allclose(moved.x[:4, 0], collected("none").nodes.x[4:8, 0], atol=1e-6)  # seed, not place
+    assert len(np.unique(collected("none").nodes.x[:, 0].reshape(-1, 8 * 16), axis=0)) == len(collected("none").nodes.x)
+
+
+def test_nothing_is_compiled_twice():
+    actor, _ = tiny.acting()
+    collected("tree")
+    before = dict(actor.traces)
+    again = collect(PLANS["tree"])
+    assert actor.traces == before
+    np.testing.assert_array_equal(again.nodes.x, collected("tree").nodes.x)  # and the same draw is the same number
+
+
+def test_stored_density_is_that_of_the_stored_chain():
+    """The real path: whatever the batch was when a chain was sampled, scoring it alone gives its log-probability."""
+    out = collected("tree")
+    actor, (trainable, frozen) = tiny.acting()
+    rows = np.arange(len(out.nodes.look))
+    graphdef, _, _ = tiny.policy().split("expert")
+
+    @jax.jit
+    def score(looks, x, stochastic):
+        model = nnx.merge(graphdef, trainable, frozen)
+        cache = model.encode_prefix(looks)
+        return flow.chain_logp(lambda y, t: model.velocity(cache, y, t), x, stochastic, actor._counted, noise_level=0.5)
+
+    looks = jax.tree.map(lambda x: x[out.nodes.look[rows]], out.looks)
+    logp = np.asarray(score(looks, out.nodes.x[rows], out.nodes.stochastic[rows]))
+    assert np.abs(np.exp(logp - out.nodes.logp[rows]) - 1).max() < 1e-3
+    assert np.ptp(out.nodes.logp) > 1
+
+
+def test_the_ode_sampler_draws_one_noise_and_has_no_density():
+    out = collect(PLANS["none"], seeds=SEEDS[:1], stochastic=False, keep_caches=False)
+    assert not out.nodes.stochastic.any() and not out.nodes.logp.any() and out.caches == []
+    # Its chunks start from the stochastic sampler's own noise.
+    np.testing.assert_allclose(out.nodes.x[:4, 0], collected("none").nodes.x[:4, 0], atol=1e-6)
+
+
+def test_slots_are_spread_over_the_groups():
+    walk = rollout._Walk.__new__(rollout._Walk)
+    walk.plan = PLANS["tree"]
+    groups, members = np.divmod(np.arange(16), 4)
+    slots = walk._slots(groups, members)
+    assert sorted(slots) == list(range(16)) and (slots // 4 == groups).all()
+    assert len(set(slots[::4] % 4)) == 4  # the leaders live on different workers
+
+
+def test_a_pool_smaller_than_a_group_is_refused():
+    with pytest.raises(ValueError, match="the pool has 8 environments, expected at least group size 16"):
+        collect(branch_plan("none", 16, 0), slots=8)
+
+
+@pytest.mark.parametrize("mode", [("one", "sde"), ("one", "ode"), ("all", "ode")])
+def test_step_modes_reach_the_stored_chains(mode):
+    sde_steps, last_step = mode
+    actor, params = tiny.acting(FlowConfig(sde_steps=sde_steps, last_step=last_step))
+    seeds, key = SEEDS[:1], jax.random.key(SEED)
+    out = rollout.collect(tiny.pool(16), actor, params, tiny.processor(), PLANS["none"], seeds, key, executed=8)
+    number = out.nodes.stochastic.sum(axis=1)
+    assert (number == (1 if sde_steps == "one" else 3)).all()
+    assert not (last_step == "ode" and out.nodes.stochastic[:, -1].any())
+    if sde_steps == "one":
+        assert len(np.unique(out.nodes.stochastic.argmax(axis=1))) > 1  # per sample, not per batch
