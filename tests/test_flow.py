@@ -32,11 +32,15 @@ def one_mode(x, t):
     return exact_velocity(x, t, jnp.array([1.0]), jnp.array([2.0]), jnp.array([0.5]))
 
 
+def chosen_steps(rng, samples, steps, sde_steps, last_step):
+    return np.stack([flow.stochastic_steps(rng, steps, sde_steps, last_step) for _ in range(samples)])
+
+
 def draw(velocity, key, samples, steps, sde_steps, last_step, noise_level=0.5):
-    noise_key, step_key = jax.random.split(key)
-    noise = jax.random.normal(noise_key, (samples, steps + 1, 1, 1))
-    keys = jax.random.split(step_key, samples)
-    chosen = jax.vmap(lambda k: flow.stochastic_steps(k, steps, sde_steps, last_step))(keys)
+    noise = jax.random.normal(key, (samples, steps + 1, 1, 1))
+    chosen = chosen_steps(
+        np.random.default_rng(np.asarray(jax.random.key_data(key))), samples, steps, sde_steps, last_step
+    )
     chain = jax.jit(lambda n, s: flow.sample(velocity, n, s, ONE, noise_level=noise_level))(noise, chosen)
     return np.asarray(chain.x[:, -1, 0, 0])
 
@@ -248,8 +252,7 @@ def test_deterministic_steps_never_enter(rng, case):
 def test_gradients_are_finite_in_every_mode(rng, sde_steps, last_step):
     """Through the sampler and through the score, also where a deterministic step lies far from its mean."""
     n = 8
-    keys = jax.random.split(jax.random.key(int(rng.integers(2**31))), n)
-    stochastic = jax.vmap(lambda k: flow.stochastic_steps(k, STEPS, sde_steps, last_step))(keys)
+    stochastic = chosen_steps(rng, n, STEPS, sde_steps, last_step)
     noise = rng.normal(size=(n, STEPS + 1, HORIZON, WIDTH)).astype("f")
 
     def sampled(theta):
@@ -288,8 +291,7 @@ def test_gradient_matches_finite_differences(case, reduce):
 @pytest.mark.parametrize("last_step", ["sde", "ode"])
 def test_one_step_index_per_sample_is_uniform(rng, last_step):
     n = 4000
-    keys = jax.random.split(jax.random.key(int(rng.integers(2**31))), n)
-    chosen = np.asarray(jax.vmap(lambda k: flow.stochastic_steps(k, STEPS, "one", last_step))(keys))
+    chosen = chosen_steps(rng, n, STEPS, "one", last_step)
     candidates = STEPS - (last_step == "ode")
     np.testing.assert_array_equal(chosen.sum(axis=1), 1)
     np.testing.assert_array_equal(chosen[:, candidates:], False)
@@ -297,9 +299,9 @@ def test_one_step_index_per_sample_is_uniform(rng, last_step):
 
 
 def test_all_steps_but_a_deterministic_last():
-    key = jax.random.key(0)
-    np.testing.assert_array_equal(flow.stochastic_steps(key, 4, "all", "sde"), [True] * 4)
-    np.testing.assert_array_equal(flow.stochastic_steps(key, 4, "all", "ode"), [True] * 3 + [False])
+    rng = np.random.default_rng(0)
+    np.testing.assert_array_equal(flow.stochastic_steps(rng, 4, "all", "sde"), [True] * 4)
+    np.testing.assert_array_equal(flow.stochastic_steps(rng, 4, "all", "ode"), [True] * 3 + [False])
 
 
 def test_training_times_have_the_reference_quantiles(rng):

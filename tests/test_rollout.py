@@ -24,7 +24,7 @@ SEEDS = np.arange(SEED, SEED + 4)
 def collect(plan, seeds=SEEDS, slots=16, key=SEED, **options):
     actor, params = tiny.acting()
     return rollout.collect(
-        tiny.pool(slots), actor, params, tiny.processor(), plan, seeds, jax.random.key(key), executed=8, **options
+        tiny.pool(slots), actor, params, tiny.processor(), plan, seeds, (key,), executed=8, **options
     )
 
 
@@ -213,7 +213,7 @@ def test_a_pool_smaller_than_a_group_is_refused():
 def test_step_modes_reach_the_stored_chains(mode):
     sde_steps, last_step = mode
     actor, params = tiny.acting(FlowConfig(sde_steps=sde_steps, last_step=last_step))
-    seeds, key = SEEDS[:1], jax.random.key(SEED)
+    seeds, key = SEEDS[:1], (SEED,)
     out = rollout.collect(tiny.pool(16), actor, params, tiny.processor(), PLANS["none"], seeds, key, executed=8)
     number = out.nodes.stochastic.sum(axis=1)
     assert (number == (1 if sde_steps == "one" else 3)).all()

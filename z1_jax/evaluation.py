@@ -68,7 +68,6 @@ def evaluate(
             graphdef, trainable, frozen = policy.split("expert")
             params = (trainable, frozen)
             actor = make_actor(policy, graphdef, flow, mesh, pool.num_envs)
-        key = jax.random.key(config.noise_seed)
         results.parent.mkdir(parents=True, exist_ok=True)
         with Progress(title, len(seeds), "episode", {"success": ".1%"}, start=len(done), interval_s=5.0) as progress:
             for start in range(len(done), len(seeds), pool.num_envs):
@@ -80,7 +79,7 @@ def evaluate(
                     policy.processor,
                     ALONE,
                     wave,
-                    key,
+                    (config.noise_seed,),
                     executed=policy.executed,
                     stochastic=False,
                     keep_caches=False,
@@ -198,7 +197,6 @@ def film(
 
     The chunks are those of `evaluate` (same key, same ids); each is stepped one control step at a time.
     """
-    key = jax.random.key(config.noise_seed)
     slots = list(range(len(seeds)))
     observations: list[Any] = pool.reset(slots, list(seeds))
     frames = [[frame] for frame in pool.render(slots, camera, size)]
@@ -206,7 +204,7 @@ def film(
     while alive:
         cache, _ = actor.encode(params, policy.processor.observation(observations))
         ids = rollout.stack_ids(np.array([seeds[i] for i in alive])[:, None], chunk, np.zeros((len(alive), 1), int))
-        chain = actor.sample(params, cache, ids, key, stochastic=False)
+        chain = actor.sample(params, cache, ids, (config.noise_seed,), stochastic=False)
         actions = policy.processor.env_actions(chain.x[:, 0, -1, : policy.executed])
         current = list(range(len(alive)))
         looks: dict[int, Any] = {}

@@ -57,18 +57,34 @@ class Actor:
         return self._encode(*params, distributed.put_batch(padded, self._mesh)), count
 
     def sample(
-        self, params: tuple[Any, Any], cache: PrefixCache, ids: np.ndarray, key: jax.Array, stochastic: bool
+        self,
+        params: tuple[Any, Any],
+        cache: PrefixCache,
+        ids: np.ndarray,
+        noise_key: tuple[int, ...],
+        stochastic: bool,
     ) -> flow.Chain:
         """Chains [n, M, …] (NumPy) for the first n rows of `cache`, M for each.
 
         Args:
-            ids: uint32 [n, M, I], what tells a sample from every other.
-            stochastic: false: the ODE sampler; only the first noise is drawn.
+            ids: int [n, M, I], what tells a sample from every other one that is drawn with this key.
+            noise_key: non-negative numbers.
+            stochastic: false: the ODE sampler; only the first noise is used.
         """
-        count = ids.shape[0]
-        padded = pad_rows(ids.astype(np.uint32), cache.mask.shape[0])
-        chain = self._sample(*params, cache, distributed.put_batch(padded, self._mesh), key, jnp.asarray(stochastic))
-        return jax.tree.map(lambda x: np.asarray(x)[:count], chain)
+        drawn = [self._draw((*noise_key, *map(int, sample))) for sample in ids.reshape(-1, ids.shape[-1])]
+        noise = np.stack([z for z, _ in drawn]).reshape(*ids.shape[:2], *drawn[0][0].shape)
+        steps = np.stack([s for _, s in drawn]).reshape(*ids.shape[:2], -1) & stochastic
+        inputs = [pad_rows(x, cache.mask.shape[0]) for x in (noise, steps)]
+        chain = self._sample(*params, cache, *distributed.put_batch(inputs, self._mesh))
+        return jax.tree.map(lambda x: np.asarray(x)[: ids.shape[0]], chain)
+
+    def _draw(self, key: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """One sample's noise [K + 1, H, A] and stochastic steps [K]. Drawn on the host: XLA's CPU compiler takes
+        seconds for each shape of a random generator."""
+        rng = np.random.default_rng(key)
+        config = self._config
+        drawn = flow.stochastic_steps(rng, config.steps, config.sde_steps, config.last_step)
+        return rng.standard_normal((config.steps + 1, *self._counted.shape), np.float32), drawn
 
     def _size(self, count: int) -> int:
         for size in self._sizes:
@@ -88,22 +104,11 @@ class Actor:
         trainable: Any,
         frozen: Any,
         cache: PrefixCache,
-        ids: jax.Array,
-        key: jax.Array,
-        stochastic: jax.Array,
+        noise: jax.Array,
+        drawn: jax.Array,
     ) -> flow.Chain:
         self.traces["sample"] += 1
         model = nnx.merge(graphdef, trainable, frozen)
-        steps = self._config.steps
-        shape = (steps + 1, *self._counted.shape)
-
-        def draw(sample_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-            sample_key = functools.reduce(jax.random.fold_in, sample_ids, key)
-            noise_key, step_key = jax.random.split(sample_key)
-            drawn = flow.stochastic_steps(step_key, steps, self._config.sde_steps, self._config.last_step)
-            return jax.random.normal(noise_key, shape), drawn & stochastic
-
-        noise, drawn = jax.vmap(jax.vmap(draw))(ids)
         return flow.sample(
             lambda x, t: model.velocity(cache, x, t),
             noise,
@@ -121,5 +126,5 @@ def pad_rows(x: np.ndarray, size: int) -> np.ndarray:
 
 
 def stack_ids(*columns: Sequence[int] | np.ndarray) -> np.ndarray:
-    """uint32 [n, M, I] from I arrays that broadcast to [n, M]."""
-    return np.stack(np.broadcast_arrays(*columns), axis=-1).astype(np.uint32)
+    """int [n, M, I] from I arrays that broadcast to [n, M]."""
+    return np.stack(np.broadcast_arrays(*columns), axis=-1)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 Velocity = Callable[[Array, Array], Array]  # (x [..., H, A], t [...]) -> v [..., H, A]
@@ -53,16 +54,16 @@ def transition(x: Array, v: Array, t: Array, steps: int, noise_level: float) -> 
     return mean, sigma * jnp.sqrt(dt)
 
 
-def stochastic_steps(key: Array, steps: int, sde_steps: str, last_step: str) -> Bool[Array, " K"]:
+def stochastic_steps(rng: np.random.Generator, steps: int, sde_steps: str, last_step: str) -> Bool[np.ndarray, " K"]:
     """Which steps of one sample draw noise.
 
     `sde_steps="all"`: each; `"one"`: one index drawn uniformly. `last_step="ode"` takes the last step out of both.
     """
     candidates = steps - 1 if last_step == "ode" else steps
-    index = jnp.arange(steps)
+    index = np.arange(steps)
     if sde_steps == "all":
         return index < candidates
-    return index == jax.random.randint(key, (), 0, candidates)
+    return index == rng.integers(candidates)
 
 
 def step_logp(x_next: Array, mean: Array, std: Array, counted: Bool[Array, "H A"]) -> Float[Array, "*N"]:

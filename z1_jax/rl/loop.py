@@ -62,7 +62,6 @@ class GrpoTrainer:
         config = self.config
         group = config.group
         chunks = tree.prefix_schedule(group.prefix_chunks, group.prefix_chunks_end, iteration, config.train.iterations)
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 0x6E0), iteration)
         return rollout.collect(
             pool,
             self.actor,
@@ -70,7 +69,7 @@ class GrpoTrainer:
             self._policy.processor,
             tree.branch_plan(group.branching, group.size, chunks),
             training_seeds(config.seed, iteration, group.count),
-            key,
+            (config.seed, 0x6E0, iteration),
             executed=self._policy.executed,
             keep_caches=config.train.scope == "expert",
         )

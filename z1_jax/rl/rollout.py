@@ -61,7 +61,7 @@ def collect(
     processor: InputProcessor,
     plan: BranchPlan,
     seeds: np.ndarray,
-    key: jax.Array,
+    noise_key: tuple[int, ...],
     *,
     executed: int,
     stochastic: bool = True,
@@ -71,7 +71,7 @@ def collect(
 
     Args:
         seeds: int [g]; every member of a group starts from its seed's state.
-        key: of the sampler's noise.
+        noise_key: of the sampler's noise.
         executed: E, steps of each predicted chunk that the environment runs.
         keep_caches: keep the prefix cache of every observation, for an update with a frozen VLM.
     """
@@ -81,7 +81,7 @@ def collect(
     pool.take_times()
     walks = []
     for start in range(0, len(seeds), at_once):
-        walk = _Walk(pool, actor, params, processor, plan, seeds[start : start + at_once], key, start)
+        walk = _Walk(pool, actor, params, processor, plan, seeds[start : start + at_once], noise_key, start)
         walk.run(executed, stochastic, keep_caches)
         walks.append(walk)
     return _join(walks, seeds, pool.take_times())
@@ -98,11 +98,11 @@ class _Walk:
         processor: InputProcessor,
         plan: BranchPlan,
         seeds: np.ndarray,
-        key: jax.Array,
+        noise_key: tuple[int, ...],
         first_group: int,
     ):
         self.pool, self.actor, self.params, self.processor = pool, actor, params, processor
-        self.plan, self.seeds, self.key, self.first_group = plan, np.asarray(seeds), key, first_group
+        self.plan, self.seeds, self.noise_key, self.first_group = plan, np.asarray(seeds), noise_key, first_group
         shape = (len(seeds), plan.group_size)
         self.success = np.zeros(shape, bool)
         self.chunks = np.zeros(shape, int)
@@ -157,7 +157,7 @@ class _Walk:
         looks = self.processor.observation(observations)
         cache, count = self.actor.encode(self.params, looks)
         ids = stack_ids(self.seeds[groups][:, None], chunk, children)
-        chain = self.actor.sample(self.params, cache, ids, self.key, stochastic)
+        chain = self.actor.sample(self.params, cache, ids, self.noise_key, stochastic)
         self.sample_s += time.perf_counter() - began
         self.looks.append(looks)
         if keep_caches:
