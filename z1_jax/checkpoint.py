@@ -6,11 +6,14 @@ each becomes one.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import json
+import logging
 import pathlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +22,8 @@ import numpy as np
 from z1_jax.config import ConfigError
 
 Tree = Any
+_FILES = "files.json"  # in each checkpoint: its files' sizes and checksums
+_HASHED_BYTES = 64 << 20
 
 
 class CheckpointError(ConfigError):
@@ -36,6 +41,59 @@ def _crc(leaf: Any) -> int | None:
     return zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).view(np.uint8).reshape(-1).data)
 
 
+def _file_entry(path: pathlib.Path) -> list[int]:
+    """Size and CRC-32; −1 for a large file, whose arrays' own checksums must do."""
+    size = path.stat().st_size
+    return [size, zlib.crc32(path.read_bytes()) if size <= _HASHED_BYTES else -1]
+
+
+def _write_file_list(folder: pathlib.Path) -> None:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != _FILES]
+    aside = folder / f"{_FILES}.tmp"
+    aside.write_text(json.dumps({path.relative_to(folder).as_posix(): _file_entry(path) for path in files}))
+    aside.replace(folder / _FILES)
+
+
+def _check_files(folder: pathlib.Path) -> None:
+    """Compares the files with the list that was written with them: Orbax opens all parts to read one.
+
+    Raises:
+        ValueError: names the first file that differs.
+    """
+    if not (folder / _FILES).is_file():
+        return  # killed before the list was written; the arrays have checksums of their own
+    try:
+        listed = json.loads((folder / _FILES).read_text())
+    except ValueError:
+        raise ValueError(f"{_FILES} cannot be read") from None
+    for name, entry in listed.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{name} is missing")
+        if _file_entry(folder / name) != entry:
+            raise ValueError(f"{name} was changed after it was written")
+
+
+def _seal(document: Mapping[str, Any], checksums: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps([document, checksums], sort_keys=True).encode())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Holds back the pages that Orbax and asyncio log about a damaged file; the raised error says it in one line."""
+    loggers = [logging.getLogger("absl"), logging.getLogger("asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except Exception:
+        gc.collect()  # asyncio complains about a failed task when it is collected
+        raise
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 class Checkpoints:
     """The checkpoints of one training stage: DIRECTORY/<step>, the newest `keep` of them."""
 
@@ -44,12 +102,13 @@ class Checkpoints:
         from orbax.checkpoint import v1 as ocp
 
         self.directory = pathlib.Path(directory).absolute()
-        self._checkpointer = ocp.training.Checkpointer(
-            self.directory,
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            cleanup_tmp_directories=True,
-        )
+        with _quiet():
+            self._checkpointer = ocp.training.Checkpointer(
+                self.directory,
+                preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                cleanup_tmp_directories=True,
+            )
 
     def steps(self) -> list[int]:
         """Complete checkpoints, ascending."""
@@ -66,9 +125,10 @@ class Checkpoints:
             return
         checksums = {name: {key: _crc(leaf) for key, leaf in _leaves(tree).items()} for name, tree in parts.items()}
         try:
-            self._checkpointer.save_checkpointables(
-                step, dict(parts), custom_metadata={"document": dict(document), "crc32": checksums}
-            )
+            metadata = {"document": dict(document), "crc32": checksums, "seal": _seal(document, checksums)}
+            self._checkpointer.save_checkpointables(step, dict(parts), custom_metadata=metadata)
+            if jax.process_index() == 0:
+                _write_file_list(self.directory / str(step))
         except Exception as error:  # Orbax raises what its storage layers raise
             raise CheckpointError(
                 f"checkpoint {self.directory / str(step)} cannot be written: {_short(error)}"
@@ -90,7 +150,9 @@ class Checkpoints:
     def shape(self, step: int, part: str, name: str) -> tuple[int, ...]:
         """Shape of one array, where the reader cannot know it."""
         try:
-            return tuple(self._checkpointer.checkpointables_metadata(step).metadata[part][name].shape)
+            _check_files(self.directory / str(step))
+            with _quiet():
+                return tuple(self._checkpointer.checkpointables_metadata(step).metadata[part][name].shape)
         except Exception as error:
             raise self._damaged(step, error) from error
 
@@ -98,9 +160,15 @@ class Checkpoints:
         if step not in self.steps():
             raise CheckpointError(f"no checkpoint {step} in {self.directory}; there: {self.steps() or 'none'}")
         try:
-            return dict(self._checkpointer.checkpointables_metadata(step).custom_metadata)
+            _check_files(self.directory / str(step))
+            with _quiet():
+                metadata = dict(self._checkpointer.checkpointables_metadata(step).custom_metadata)
+            seal = _seal(metadata["document"], metadata["crc32"])
         except Exception as error:
             raise self._damaged(step, error) from error
+        if metadata.get("seal", seal) != seal:
+            raise self._damaged(step, ValueError("its document fails its checksum"))
+        return metadata
 
     def load(self, step: int, abstract: Mapping[str, Tree]) -> dict[str, Tree]:
         """Reads the named parts of a step, each leaf straight onto the sharding that its abstract leaf names.
@@ -112,7 +180,9 @@ class Checkpoints:
         for name, tree in abstract.items():
             self._check_keys(step, name, metadata["crc32"].get(name), tree)
         try:
-            loaded = self._checkpointer.load_checkpointables(step, dict(abstract))
+            _check_files(self.directory / str(step))
+            with _quiet():
+                loaded = self._checkpointer.load_checkpointables(step, dict(abstract))
         except Exception as error:
             raise self._damaged(step, error) from error
         for name, tree in abstract.items():
@@ -150,7 +220,8 @@ class Checkpoints:
         folder = self.directory / str(step)
         if folder.exists():
             folder.rename(folder.with_name(f"{step}.damaged"))
-        self._checkpointer.reload()
+        with _quiet():
+            self._checkpointer.reload()
 
     def close(self) -> None:
         """Waits for whatever is being written."""
