@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import itertools
 import json
 import logging
 import pathlib
@@ -219,7 +220,8 @@ class Checkpoints:
         """Moves a damaged step out of the way, to <step>.damaged, so that the run can write it again."""
         folder = self.directory / str(step)
         if folder.exists():
-            folder.rename(folder.with_name(f"{step}.damaged"))
+            names = (f"{step}.damaged{'' if n == 1 else f'-{n}'}" for n in itertools.count(1))
+            folder.rename(next(path for path in map(folder.with_name, names) if not path.exists()))
         with _quiet():
             self._checkpointer.reload()
 

@@ -159,18 +159,22 @@ def load_policy(checkpoints: Checkpoints, step: int, mesh: jax.sharding.Mesh) ->
     tokenizer = PromptTokenizer.from_bytes(np.asarray(loaded["assets"]["tokenizer"]).tobytes(), config.prompt_length)
     if tokenizer.identity != document["tokenizer_sha256"]:
         raise CheckpointError(f"checkpoint {checkpoints.directory / str(step)} holds another tokenizer than it names")
-    processor = InputProcessor(
-        tokenizer=tokenizer,
-        stats=stats,
-        cameras=tuple(document["cameras"]),
-        image_size=config.vision.image_size,
-        action_dim=config.action_dim,
-        norm_mode=document["norm_mode"],
-        state_in_prompt=document["state_in_prompt"],
-        clip=tuple(document["clip"]) if document["clip"] else None,
-    )
+    try:
+        processor = InputProcessor(
+            tokenizer=tokenizer,
+            stats=stats,
+            cameras=tuple(document["cameras"]),
+            image_size=config.vision.image_size,
+            action_dim=config.action_dim,
+            norm_mode=document["norm_mode"],
+            state_in_prompt=document["state_in_prompt"],
+            clip=tuple(document["clip"]) if document["clip"] else None,
+        )
+        executed, denoising_steps = document["executed"], document["denoising_steps"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {checkpoints.directory / str(step)} holds no policy ({error})") from error
     params = unnamed(abstract, loaded["params"])
-    return Policy(config, graphdef, params, processor, document["executed"], document["denoising_steps"])
+    return Policy(config, graphdef, params, processor, executed, denoising_steps)
 
 
 def _architecture(values: Mapping[str, Any]) -> pi05.Pi05Config:
