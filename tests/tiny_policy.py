@@ -88,8 +88,13 @@ def processor() -> Any:
 
 @functools.cache
 def policy(seed: int = 0) -> Policy:
-    """Random parameters, on one device; nobody may consume them."""
-    return fresh_policy(CONFIG, processor(), seed, one_device(), executed=8, denoising_steps=4)
+    """Random parameters, on one device; nobody may consume them.
+
+    None is zero: a fresh expert's closed gates would hide the whole prefix from every test.
+    """
+    fresh = fresh_policy(CONFIG, processor(), seed, one_device(), executed=8, denoising_steps=4)
+    rng = np.random.default_rng(seed)
+    return fresh.with_params(jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, "f"), fresh.params))
 
 
 @functools.cache

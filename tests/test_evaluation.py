@@ -1,0 +1,138 @@
+"""The paired evaluation: the same policy gives the same outcome, interrupted or not; comparisons by hand."""
+
+import functools
+import json
+import math
+
+import numpy as np
+import pytest
+import tiny_policy as tiny
+
+from z1_jax.config import EvalConfig, FlowConfig
+from z1_jax.evaluation import Evaluation, compare, evaluate, film, sentence
+
+FIRST = 900_000_000 + int(np.random.SeedSequence().generate_state(1)[0]) % 10**8
+CONFIG = EvalConfig(episodes=24, first_seed=FIRST)
+
+
+def run(results, config=CONFIG):
+    actor, params = tiny.acting()
+    return evaluate(
+        tiny.policy(),
+        tiny.pool(16),
+        tiny.one_device(),
+        config,
+        FlowConfig(),
+        results,
+        title="evaluation",
+        actor=actor,
+        params=params,
+    )
+
+
+@functools.cache
+def whole(directory):
+    print(f"first seed {FIRST}")
+    return run(directory / "whole.jsonl")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("evaluation")
+
+
+def equal(a: Evaluation, b: Evaluation) -> bool:
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("seeds", "success", "steps"))
+
+
+def test_every_held_out_seed_once(directory):
+    out = whole(directory)
+    np.testing.assert_array_equal(out.seeds, np.arange(FIRST, FIRST + 24))
+    assert out.success.dtype == bool and ((out.steps > 0) & (out.steps <= tiny.HORIZON)).all()
+    assert (out.steps[~out.success] == tiny.HORIZON).all()
+    rows = [json.loads(line) for line in (directory / "whole.jsonl").read_text().splitlines()]
+    assert [row["seed"] for row in rows] == out.seeds.tolist()
+    assert [row["success"] for row in rows] == out.success.tolist()
+
+
+def test_the_same_policy_twice_is_the_same(directory):
+    assert equal(run(directory / "again.jsonl"), whole(directory))
+
+
+@pytest.mark.parametrize("kept", [0, 5, 16, 23])
+def test_it_resumes_wherever_it_was_killed(directory, kept):
+    """Some finished rows, and half a line; the rest runs in waves of other sizes."""
+    expected = whole(directory)
+    lines = (directory / "whole.jsonl").read_text().splitlines(keepends=True)
+    path = directory / f"cut{kept}.jsonl"
+    path.write_text("".join(lines[:kept]) + lines[kept][: len(lines[kept]) // 2])
+    assert equal(run(path), expected)
+    assert path.read_text() == "".join(lines)
+
+
+def test_finished_results_are_read_and_nothing_runs(directory):
+    expected = whole(directory)
+    again = evaluate(
+        tiny.policy(), None, tiny.one_device(), CONFIG, FlowConfig(), directory / "whole.jsonl", title="evaluation"
+    )
+    assert equal(again, expected)
+
+
+def test_results_of_other_seeds_are_refused(directory):
+    whole(directory)
+    other = EvalConfig(episodes=24, first_seed=FIRST + 1)
+    before = (directory / "whole.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="holds other seeds"):
+        run(directory / "whole.jsonl", other)
+    assert (directory / "whole.jsonl").read_bytes() == before
+
+
+def test_films_show_the_evaluations_own_episodes(directory):
+    expected = whole(directory)
+    actor, params = tiny.acting()
+    order = np.argsort(~expected.success, kind="stable")[:3]  # successes first: these end early
+    seeds = expected.seeds[order].tolist()
+    clips = film(tiny.policy(), tiny.pool(16), actor, params, seeds, CONFIG, tiny.CAMERA, 32)
+    assert [len(clip) for clip in clips] == [int(expected.steps[i]) + 1 for i in order]
+    assert all(clip.shape[1:] == (32, 32, 3) and clip.dtype == np.uint8 for clip in clips)
+    assert all((clip[0] != clip[-1]).any() for clip in clips)
+
+
+def outcome(pattern: str) -> Evaluation:
+    success = np.array([c == "x" for c in pattern])
+    return Evaluation(np.arange(len(pattern)), success, np.where(success, 10, 24))
+
+
+def test_compare_by_hand():
+    # 8 seeds: both 1, gained 5, lost 1, neither 1.  2/8 → 6/8: +50 points.
+    # Exact McNemar on 6 pairs that differ, 1 against 5: 2·(C(6,0) + C(6,1))/2^6 = 14/64.
+    before, after = outcome("xx......"), outcome("x.xxxxx.")
+    result = compare(before, after, 0.95)
+    assert (result["gained"], result["lost"]) == (5, 1)
+    assert result["difference"] == pytest.approx(0.5)
+    assert result["mcnemar_p"] == pytest.approx(14 / 64)
+    assert result["before"]["successes"] == 2 and result["after"]["successes"] == 6
+    assert result["after"]["rate"] == 0.75 and result["after"]["episodes"] == 8
+    assert result["before"]["control_steps"] == 2 * 10 + 6 * 24
+    # Wilson, 6 of 8, z = 1.959964: centre (p + z²/2n)/(1 + z²/n), half z/(1 + z²/n)·√(pq/n + z²/4n²)
+    z, n, p = 1.959964, 8, 0.75
+    centre, half = (p + z * z / (2 * n)), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    assert result["after"]["interval"] == pytest.approx([(centre - half) / scale, (centre + half) / scale], rel=1e-5)
+    low, high = result["difference_interval"]
+    assert -0.25 <= low <= 0.5 <= high <= 1.0 and low < high
+    line = sentence("OpenDrawer", "GRPO", result, 0.95)
+    assert line.startswith("GRPO raised success on OpenDrawer from 25.0 % to 75.0 % (+50.0 points, 95 % CI ")
+    assert "exact McNemar p = 0.22, 8 held-out seeds" in line and "\n" not in line
+
+
+def test_equal_policies_differ_by_nothing():
+    result = compare(outcome("x.x."), outcome("x.x."), 0.95)
+    assert result["difference"] == 0 and result["mcnemar_p"] == 1.0 and result["difference_interval"] == [0.0, 0.0]
+    assert "left success" in sentence("T", "GRPO", result, 0.95)
+
+
+def test_only_the_same_seeds_are_compared():
+    moved = Evaluation(np.arange(1, 5), np.ones(4, bool), np.ones(4, int))
+    with pytest.raises(ValueError, match="different seeds"):
+        compare(outcome("x.x."), moved, 0.95)
