@@ -1,0 +1,118 @@
+"""The commands as a user starts them: one line for a mistake, nothing lost by an interruption."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMOKE = ("z1_jax.train", "--config=configs/grpo.py:smoke", "--config.eval.videos=0", "--config.demos.episodes=6")
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    """A command in its own process group, with one device."""
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    command = [sys.executable, "-u", "-m", *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    """Exit code and everything that was printed."""
+    process = start(*arguments)
+    out, _ = process.communicate(timeout=300)
+    return process.returncode, out
+
+
+def run_and_signal(number: int, at: str, delay_s: float, *arguments: str) -> tuple[int, str]:
+    """As `run`, with a signal to the whole group, as Ctrl-C sends it, some time after a line with `at` was printed."""
+    process, lines, sent = start(*arguments), [], False
+    for line in process.stdout:
+        lines.append(line)
+        if at in line and not sent:
+            sent = True
+            time.sleep(delay_s)
+            if number == signal.SIGKILL:
+                process.kill()
+            else:
+                os.killpg(process.pid, number)
+    code = process.wait(timeout=300)
+    assert sent, f"never printed {at!r}:\n{''.join(lines)}"
+    return code, "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("z1_jax.train", "--config=configs/grpo.py", "--config.task=Juggle"), "config key task: 'Juggle'"),
+        (("z1_jax.train", "--config=configs/grpo.py:huge"), "preset 'huge' of configs/grpo.py does not exist"),
+        (("z1_jax.train", "--config=configs/grpo.py", "--config.sft.stepz=3"), "did you mean sft.steps?"),
+        (("z1_jax.train", "--config=configs/grpo.py", "--config.run_dir=/dev/null/x"), "cannot be written"),
+        (("z1_jax.train", "--config=configs/eval.py", "--config.checkpoint=x"), "for python -m z1_jax.evaluate"),
+        (("z1_jax.evaluate", "--config=configs/eval.py", "--config.checkpoint=/nowhere"), "no policy at /nowhere"),
+        (("z1_jax.collect", "OpenDrawer"), "--out"),
+        (("z1_jax.report", "/nowhere"), "is not a directory"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message):
+    code, out = run(*arguments)
+    assert code in (1, 2) and out.startswith("error: ") and message in out and out.count("\n") == 1, out
+
+
+def test_a_bug_keeps_its_traceback(tmp_path):
+    code = "from z1_jax import runs; runs.run_main(lambda argv: [][1])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "IndexError" in done.stderr
+
+
+def test_ctrl_c_while_collecting_loses_no_episode(tmp_path):
+    command = ("z1_jax.collect", "OpenDrawer", "--episodes=40", f"--out={tmp_path / 'data'}")
+    code, out = run_and_signal(signal.SIGINT, " left", 4.0, *command)
+    assert code == 130 and "the same command continues" in out and "Traceback" not in out, out
+    collected = (tmp_path / "data.episodes").stat().st_size
+    code, out = run(*command)
+    assert code == 0 and "40 demonstrations of OpenDrawer" in out, out
+    assert collected > 0 and not (tmp_path / "data.episodes").exists()
+    assert run(*command)[1].startswith("already collected")
+
+
+@pytest.mark.slow
+def test_interruptions_at_every_stage_change_nothing(tmp_path):
+    undisturbed = tmp_path / "undisturbed"
+    code, out = run(*SMOKE, f"--config.run_dir={undisturbed}")
+    assert code == 0, out
+    command = (*SMOKE, f"--config.run_dir={tmp_path / 'run'}")
+    moments = [
+        (signal.SIGKILL, "demonstrations ·", 2.0),
+        (signal.SIGINT, "sft ·", 0.5),
+        (signal.SIGINT, "10/30", 0.0),
+        (signal.SIGKILL, "evaluation before RL ·", 1.0),
+        (signal.SIGINT, "evaluation before RL ·", 1.0),
+        (signal.SIGINT, "grpo ·", 0.5),
+    ]
+    for number, at, delay_s in moments:
+        code, out = run_and_signal(number, at, delay_s, *command)
+        assert "Traceback" not in out, out
+        assert code == (130 if number == signal.SIGINT else -number), out
+    code, out = run(*command)
+    assert code == 0, out
+    for name in ("before", "after"):
+        file = pathlib.Path("evaluation") / f"{name}.jsonl"
+        assert (tmp_path / "run" / file).read_text() == (undisturbed / file).read_text()
+    one, other = (json.loads((path / "summary.json").read_text()) for path in (tmp_path / "run", undisturbed))
+    assert one["sentence"] == other["sentence"] and one["simulated_steps"] == other["simulated_steps"]
+    assert "already finished" in run(*command)[1]
+    code, out = run(*command, "--config.seed=3")
+    assert code == 2 and "belongs to another config (seed is 0, asked for 3)" in out and out.count("\n") == 1, out

@@ -1,0 +1,75 @@
+import dataclasses
+
+import pytest
+
+from envs.kitchen import demos
+from z1_jax.config import Config, ConfigError, DemosConfig, EnvConfig
+from z1_jax.errors import UserError
+from z1_jax.stages import check_inputs, demonstrations
+
+
+def make_config(seed: int = 0, **demos: object) -> Config:
+    return Config(task="OpenDrawer", seed=seed, demos=DemosConfig(**{"episodes": 3, **demos}), env=EnvConfig(workers=0))
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_an_interrupted_collection_ends_in_the_same_dataset(stop_after, rng, tmp_path, monkeypatch, capsys):
+    config = make_config(seed=int(rng.integers(9_999)))
+    whole = demonstrations(config, tmp_path / "whole")
+
+    simulate, simulated = demos.run_episode, []
+
+    def interrupted(env, seed, *args):
+        if len(simulated) == stop_after:
+            raise KeyboardInterrupt
+        simulated.append(seed)
+        return simulate(env, seed, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(demos, "run_episode", interrupted)
+        demonstrations(config, tmp_path / "data")
+    assert not (tmp_path / "data").exists() and len(simulated) == stop_after
+
+    def counted(env, seed, *args):
+        assert seed not in simulated, "a finished episode was simulated again"
+        return simulate(env, seed, *args)
+
+    monkeypatch.setattr(demos, "run_episode", counted)
+    resumed = demonstrations(config, tmp_path / "data")
+    assert resumed.identity == whole.identity
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("whole", "data")] == []
+
+
+def test_a_given_dataset_replaces_the_collection_where_it_fits(tmp_path, capsys):
+    dataset = demonstrations(make_config(episodes=1), tmp_path / "data")
+    config = make_config(episodes=50, dataset=str(tmp_path / "data"))
+    assert demonstrations(config, tmp_path / "unused").identity == dataset.identity
+    assert not (tmp_path / "unused").exists()
+    other = dataclasses.replace(config.env, cameras=("robot0_agentview_right", "robot0_eye_in_hand"))
+    with pytest.raises(ConfigError, match="env.cameras: got robot0_agentview_right, the dataset .* has"):
+        check_inputs(dataclasses.replace(config, env=other))
+
+
+def test_too_many_failures_are_told(tmp_path, monkeypatch, capsys):
+    simulate = demos.run_episode
+
+    def failing(env, seed, *args):
+        return dataclasses.replace(simulate(env, seed, *args), success=False)
+
+    monkeypatch.setattr(demos, "run_episode", failing)
+    with pytest.raises(UserError, match="OpenDrawer succeeded only 0 times in 3 tries, 1 wanted"):
+        demonstrations(make_config(episodes=1), tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "Juggle"}, "task: 'Juggle' does not exist; known: TurnOnSinkFaucet"),
+        ({"init": "/nowhere"}, "no policy at /nowhere"),
+        ({"demos": DemosConfig(dataset="/nowhere")}, "dataset /nowhere does not exist"),
+        ({"env": EnvConfig(image_size=32)}, "model.preset: kitchen sees 2 cameras of 64 pixels"),
+    ],
+)
+def test_what_a_config_names_is_checked_before_the_run(change, message):
+    with pytest.raises(UserError, match=message):
+        check_inputs(dataclasses.replace(make_config(), **change))
