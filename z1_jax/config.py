@@ -75,12 +75,12 @@ class OptimConfig:
 class SftConfig:
     """Supervised flow matching on the demonstrations."""
 
-    steps: int = 1200
+    steps: int = 500
     batch_size: int = 64  # observations a step
     flows: int = 4  # flow times and noises drawn per encoded observation
     loss_dims: str = "all"  # all: padding included, as openpi; real: the environment's action dimensions
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
-    checkpoint_every: int = 400  # steps
+    checkpoint_every: int = 250  # steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class GroupConfig:
     size: int = 8  # G, members of a group
     branching: str = "tree"  # none | prefix | tree
     prefix_chunks: int = 2  # P at the first iteration
-    prefix_chunks_end: int = 0  # P at the last iteration; linear in between
+    prefix_chunks_end: int = 1  # P at the last iteration; linear in between
     shuffle_advantages: bool = False  # control: permutes the advantages within each group, which must gain nothing
 
 
@@ -127,7 +127,8 @@ class UpdateConfig:
     clip_high: float = 0.2  # η above 1
     ratio_gate: float = 0.0  # largest |ρ − 1| at the first update; 0: 1e-3 in float32, 0.1 in bfloat16
     optim: OptimConfig = dataclasses.field(
-        default_factory=lambda: OptimConfig(lr=4e-5, warmup_steps=4, schedule="constant", b2=0.999, weight_decay=0.01)
+        # Steps of this schedule are iterations.
+        default_factory=lambda: OptimConfig(lr=8e-5, warmup_steps=2, lr_end=2e-5, b2=0.999, weight_decay=0.01)
     )
 
 
@@ -135,7 +136,7 @@ class UpdateConfig:
 class TrainConfig:
     """The loop."""
 
-    iterations: int = 60  # GRPO iterations
+    iterations: int = 80  # GRPO iterations
     scope: str = "expert"  # expert: the VLM is frozen; joint: everything is trained
     checkpoint_every: int = 10  # iterations
     stop_success: float = 1.01  # stop early when the training success over `stop_window` iterations reaches this
@@ -270,7 +271,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
         f"{part}.{key}": bounds
         for part in ("sft.optim", "update.optim")
         for key, bounds in {
-            "lr": (0.0, 1.0),
+            "lr": (1e-12, 1.0),
             "lr_end": (0.0, 1.0),
             "warmup_steps": (0, None),
             "b1": (0.0, 0.99999),

@@ -273,12 +273,12 @@ class TaskInfo:
 TASKS: dict[str, TaskInfo] = {
     info.name: info
     for info in (
-        TaskInfo("TurnOnSinkFaucet", "faucet", 64, Faucet()),
-        TaskInfo("OpenDrawer", "drawer", 64, Drawer()),
-        TaskInfo("PnPCounterToSink", "pick_and_place", 96, PickAndPlace()),
-        TaskInfo("CloseSingleDoor", "door", 80, Door()),
-        TaskInfo("TurnOnStove", "stove", 64, Stove()),
-        TaskInfo("CoffeePressButton", "button", 64, CoffeeButton()),
-        TaskInfo("TurnOnMicrowave", "button", 64, MicrowaveButton()),
+        TaskInfo("TurnOnSinkFaucet", "faucet", 40, Faucet()),
+        TaskInfo("OpenDrawer", "drawer", 48, Drawer()),
+        TaskInfo("PnPCounterToSink", "pick_and_place", 64, PickAndPlace()),
+        TaskInfo("CloseSingleDoor", "door", 56, Door()),
+        TaskInfo("TurnOnStove", "stove", 40, Stove()),
+        TaskInfo("CoffeePressButton", "button", 48, CoffeeButton()),
+        TaskInfo("TurnOnMicrowave", "button", 48, MicrowaveButton()),
     )
 }

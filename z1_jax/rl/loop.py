@@ -15,7 +15,7 @@ from z1_jax.config import Config
 from z1_jax.evaluation import make_actor
 from z1_jax.interrupt import GracefulStop
 from z1_jax.metrics import MetricsWriter, Progress, read_records
-from z1_jax.optim import make_optimizer
+from z1_jax.optim import make_optimizer, schedule
 from z1_jax.policy import Policy, named, unnamed
 from z1_jax.rl import advantage, rollout, tree
 from z1_jax.rl.actor import Actor, counted_coordinates
@@ -35,7 +35,9 @@ class GrpoTrainer:
         self.graphdef, self.trainable, self.frozen = policy.split(config.train.scope)
         # The update consumes its parameters; the caller's policy stays whole.
         self.trainable = jax.tree.map(lambda x: x.copy(), self.trainable)
-        self._optimizer = make_optimizer(config.update.optim, steps=config.train.iterations)
+        optim = config.update.optim
+        self._optimizer = make_optimizer(optim, optim.lr)
+        self._lr = schedule(optim, config.train.iterations)
         self.opt_state = jax.jit(self._optimizer.init)(self.trainable)
         self.actor: Actor = make_actor(policy, self.graphdef, config.flow, mesh, slots)
         counted = counted_coordinates(
@@ -91,12 +93,13 @@ class GrpoTrainer:
         positive, negative = tree.signed_advantage_sums(advantages, nodes.group, nodes.leader, nodes.size)
         usable = nodes.trainable & kept[nodes.group]
         seen = PrefixStore(rollouts.caches) if rollouts.caches else rollouts.looks
+        lr_scale = float(self._lr(iteration)) / config.update.optim.lr
         rows = []
         for _ in range(config.update.epochs):
             batches = mini_batches(nodes, positive, negative, usable, seen, config.update.batch_size, rng)
             for batch, normaliser in batches:
                 self.trainable, self.opt_state, stats = self._updater.step(
-                    self.trainable, self.opt_state, self.frozen, batch, normaliser
+                    self.trainable, self.opt_state, self.frozen, batch, normaliser, lr_scale
                 )
                 self._check(stats, first=not rows)
                 rows.append(stats)
@@ -108,6 +111,7 @@ class GrpoTrainer:
             "chunks": int(rollouts.chunks.sum()),
             "nodes": len(nodes.size),
             "nodes/used": int(usable.sum()),
+            "lr": lr_scale * config.update.optim.lr,
             **_update_stats(rows),
         }
 

@@ -63,21 +63,36 @@ class Updater:
         self._step = jax.jit(functools.partial(self._step_impl, graphdef), donate_argnums=(0, 1))
 
     def step(
-        self, trainable: Any, opt_state: Any, frozen: Any, batch: NodeBatch, normaliser: float
+        self, trainable: Any, opt_state: Any, frozen: Any, batch: NodeBatch, normaliser: float, lr_scale: float = 1.0
     ) -> tuple[Any, Any, dict[str, float]]:
-        """One optimiser step on a NumPy batch; `trainable` and `opt_state` are consumed."""
+        """One optimiser step on a NumPy batch; `trainable` and `opt_state` are consumed.
+
+        `lr_scale` multiplies the optimiser's learning rate: a schedule over iterations, whose number of steps varies.
+        """
         if isinstance(batch.seen, PrefixCache):
             seen = distributed.put_cache(batch.seen, self._mesh)
         else:
             seen = distributed.put_batch(batch.seen, self._mesh)
         rest = distributed.put_batch(dataclasses.replace(batch, seen=None), self._mesh)
         trainable, opt_state, stats = self._step(
-            trainable, opt_state, frozen, dataclasses.replace(rest, seen=seen), jnp.float32(normaliser)
+            trainable,
+            opt_state,
+            frozen,
+            dataclasses.replace(rest, seen=seen),
+            jnp.float32(normaliser),
+            jnp.float32(lr_scale),
         )
         return trainable, opt_state, {name: float(value) for name, value in jax.device_get(stats).items()}
 
     def _step_impl(
-        self, graphdef: nnx.GraphDef, trainable: Any, opt_state: Any, frozen: Any, batch: NodeBatch, normaliser: Any
+        self,
+        graphdef: nnx.GraphDef,
+        trainable: Any,
+        opt_state: Any,
+        frozen: Any,
+        batch: NodeBatch,
+        normaliser: Any,
+        lr_scale: Any,
     ) -> tuple[Any, Any, dict[str, Any]]:
         self.traces += 1
         config = self._config
@@ -98,6 +113,7 @@ class Updater:
                 for name, value in stacked.items()
             }
         updates, opt_state = self._optimizer.update(grads, opt_state, trainable)
+        updates = jax.tree.map(lambda update: (update * lr_scale).astype(update.dtype), updates)
         stats["grad_norm"] = optax.global_norm(grads)
         stats["update_to_weight"] = optax.global_norm(updates) / optax.global_norm(trainable)
         return optax.apply_updates(trainable, updates), opt_state, stats
