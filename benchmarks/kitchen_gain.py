@@ -34,7 +34,12 @@ class Cell:
 
 def cells(seeds: list[int]) -> list[Cell]:
     """Parents come before their children; the cells that matter most come first."""
-    rows = [Cell(f"{task}-seed{seed}", task, seed, ()) for seed in seeds for task in TASKS]
+    preset = {FAUCET: "configs/grpo.py"}
+    rows = [
+        Cell(f"{task}-seed{seed}", task, seed, (), config=preset.get(task, "configs/grpo.py:long"))
+        for seed in seeds
+        for task in TASKS
+    ]
     for seed in seeds:
         parent = f"{FAUCET}-seed{seed}"
         for branching, extra in (
