@@ -116,7 +116,7 @@ def train_sft(
     if start == config.steps:
         checkpoints.close()
         return trainer.policy()
-    writer.resume(stage, start)
+    writer.resume(stage, start + 1)  # records count finished steps: that of `start` is covered by its checkpoint
 
     def save(step: int) -> None:
         saved = trainer.policy()
