@@ -128,7 +128,7 @@ class UpdateConfig:
     ratio_gate: float = 0.0  # largest |ρ − 1| at the first update; 0: 1e-3 in float32, 0.1 in bfloat16
     optim: OptimConfig = dataclasses.field(
         # Steps of this schedule are iterations.
-        default_factory=lambda: OptimConfig(lr=8e-5, warmup_steps=2, lr_end=2e-5, b2=0.999, weight_decay=0.01)
+        default_factory=lambda: OptimConfig(lr=8e-5, warmup_steps=2, lr_end=4e-5, b2=0.999, weight_decay=0.01)
     )
 
 
@@ -136,7 +136,7 @@ class UpdateConfig:
 class TrainConfig:
     """The loop."""
 
-    iterations: int = 80  # GRPO iterations
+    iterations: int = 110  # GRPO iterations
     scope: str = "expert"  # expert: the VLM is frozen; joint: everything is trained
     checkpoint_every: int = 10  # iterations
     stop_success: float = 1.01  # stop early when the training success over `stop_window` iterations reaches this
