@@ -36,11 +36,9 @@ def chosen_steps(rng, samples, steps, sde_steps, last_step):
     return np.stack([flow.stochastic_steps(rng, steps, sde_steps, last_step) for _ in range(samples)])
 
 
-def draw(velocity, key, samples, steps, sde_steps, last_step, noise_level=0.5):
-    noise = jax.random.normal(key, (samples, steps + 1, 1, 1))
-    chosen = chosen_steps(
-        np.random.default_rng(np.asarray(jax.random.key_data(key))), samples, steps, sde_steps, last_step
-    )
+def draw(velocity, rng, samples, steps, sde_steps, last_step, noise_level=0.5):
+    noise = rng.standard_normal((samples, steps + 1, 1, 1), np.float32)
+    chosen = chosen_steps(rng, samples, steps, sde_steps, last_step)
     chain = jax.jit(lambda n, s: flow.sample(velocity, n, s, ONE, noise_level=noise_level))(noise, chosen)
     return np.asarray(chain.x[:, -1, 0, 0])
 

@@ -175,7 +175,7 @@ def test_gradient_equals_the_naive_per_member_loss(scope):
 
 def test_optimiser_step_equals_plain_optax():
     config = OptimConfig(lr=1e-2, warmup_steps=1, schedule="constant", eps=1e-2, weight_decay=0.1, clip_norm=0.02)
-    before, after, _ = run(optimizer=make_optimizer(config, steps=10))
+    before, after, _ = run(optimizer=make_optimizer(config, schedule(config, 10)))
     _, gradient = jax.device_get(naive("expert"))
     scale = min(1.0, 0.02 / norm(gradient))
     assert scale < 1

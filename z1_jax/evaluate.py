@@ -13,7 +13,6 @@ import jax
 
 from envs.pool import EnvPool
 from z1_jax import config as z1_config
-from z1_jax import sharding
 from z1_jax.config import Config, ConfigError
 from z1_jax.evaluation import Evaluation, compare, evaluate, rate_sentence, versus_sentence
 from z1_jax.policy import Policy, find_policy
@@ -27,7 +26,7 @@ from z1_jax.runs import (
     run_main,
     start_jax,
 )
-from z1_jax.stages import check_inputs, given_policy, make_pool
+from z1_jax.stages import check_inputs, given_policy, make_mesh, make_pool
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     if len(set(identities.values())) < len(identities):
         raise ConfigError("config key compare: got the same policy as checkpoint, expected another one")
     start_jax()
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(config)
     run_dir = z1_config.claim_directory(config)
     claim_policy(run_dir, identities)
     print(f"run directory {run_dir}", flush=True)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import optax
 
 from z1_jax.config import OptimConfig
+from z1_jax.sharding import replicated
 
 
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -34,4 +38,20 @@ def make_optimizer(config: OptimConfig, lr: optax.ScalarOrSchedule) -> optax.Gra
             eps=config.eps,
             weight_decay=config.weight_decay,
         ),
+    )
+
+
+def init_optimizer(optimizer: optax.GradientTransformation, params: Any, mesh: jax.sharding.Mesh) -> Any:
+    """The optimiser's state for `params`: moments lie where their parameters do, the rest on every device.
+
+    Placed explicitly: a step whose inputs lie elsewhere than its outputs is compiled a second time.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    whole = replicated(mesh)
+    return optax.tree.map_params(
+        optimizer,
+        lambda leaf, sharding: jax.device_put(leaf, sharding),
+        jax.jit(optimizer.init)(params),
+        shardings,
+        transform_non_params=lambda leaf: jax.device_put(leaf, whole),
     )

@@ -19,7 +19,7 @@ from z1_jax.data.dataset import Dataset
 from z1_jax.data.loader import Loader, batch_observation
 from z1_jax.interrupt import GracefulStop
 from z1_jax.metrics import MetricsWriter, Progress
-from z1_jax.optim import make_optimizer, schedule
+from z1_jax.optim import init_optimizer, make_optimizer, schedule
 from z1_jax.policy import Policy, named, unnamed
 from z1_jax.rl import flow
 from z1_jax.types import Observation
@@ -56,7 +56,7 @@ class SftTrainer:
         self._policy, self._config, self._mesh = policy, config, mesh
         self.graphdef, self.params, self._frozen = policy.split("joint")
         self._optimizer = make_optimizer(config.optim, schedule(config.optim, config.steps))
-        self.opt_state = jax.jit(self._optimizer.init)(self.params)
+        self.opt_state = init_optimizer(self._optimizer, self.params, mesh)
         self._key = jax.random.fold_in(jax.random.key(seed), 0x5F7)
         dims = np.arange(policy.config.action_dim) < policy.processor.env_action_dim
         self._counted = jnp.asarray(np.ones_like(dims) if config.loss_dims == "all" else dims, jnp.float32)

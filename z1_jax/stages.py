@@ -15,6 +15,7 @@ import numpy as np
 
 from envs.base import Env
 from envs.pool import EnvPool
+from z1_jax import sharding
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.config import Config, ConfigError
 from z1_jax.data import tokenizer
@@ -67,6 +68,20 @@ def _check_names(key: str, given: list[str], known: list[str]) -> None:
     for name in given:
         if name not in known:
             raise ConfigError(f"config key {key}: {name!r} does not exist; known: {', '.join(known)}")
+
+
+def make_mesh(config: Config) -> jax.sharding.Mesh:
+    """The mesh of a run over all devices.
+
+    Raises:
+        ConfigError: the devices, or a batch over them, do not divide.
+    """
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    for key, size in (("sft.batch_size", config.sft.batch_size), ("update.micro_batch", config.update.micro_batch)):
+        if size % shards:
+            raise ConfigError(f"config key {key}: got {size}, expected a multiple of the {shards} shards of a batch")
+    return mesh
 
 
 def make_pool(config: Config) -> EnvPool:

@@ -13,14 +13,13 @@ from typing import Any
 import jax
 
 from z1_jax import config as z1_config
-from z1_jax import sharding
 from z1_jax.config import Config
 from z1_jax.evaluation import Evaluation, compare, evaluate, film, rate_sentence, sentence
 from z1_jax.metrics import MetricsWriter
 from z1_jax.policy import Policy
 from z1_jax.rl.loop import GrpoTrainer, train_grpo
 from z1_jax.runs import StageClock, conclude, finished_sentence, require_algorithm, run_main, start_jax
-from z1_jax.stages import check_inputs, demonstrations, given_policy, make_pool, supervised_policy
+from z1_jax.stages import check_inputs, demonstrations, given_policy, make_mesh, make_pool, supervised_policy
 from z1_jax.video import write_video
 
 
@@ -30,7 +29,7 @@ def main(argv: Sequence[str]) -> int | None:
     require_algorithm(config, ("grpo", "sft"), "train")
     check_inputs(config)  # before anything is written
     start_jax()
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(config)
     run_dir = z1_config.claim_directory(config)
     print(f"run directory {run_dir}", flush=True)
     if finished := finished_sentence(run_dir):

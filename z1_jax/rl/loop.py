@@ -15,7 +15,7 @@ from z1_jax.config import Config
 from z1_jax.evaluation import make_actor
 from z1_jax.interrupt import GracefulStop
 from z1_jax.metrics import MetricsWriter, Progress, read_records
-from z1_jax.optim import make_optimizer, schedule
+from z1_jax.optim import init_optimizer, make_optimizer, schedule
 from z1_jax.policy import Policy, named, unnamed
 from z1_jax.rl import advantage, rollout, tree
 from z1_jax.rl.actor import Actor, counted_coordinates
@@ -38,7 +38,7 @@ class GrpoTrainer:
         optim = config.update.optim
         self._optimizer = make_optimizer(optim, optim.lr)
         self._lr = schedule(optim, config.train.iterations)
-        self.opt_state = jax.jit(self._optimizer.init)(self.trainable)
+        self.opt_state = init_optimizer(self._optimizer, self.trainable, mesh)
         self.actor: Actor = make_actor(policy, self.graphdef, config.flow, mesh, slots)
         counted = counted_coordinates(
             policy.config.horizon, policy.executed, policy.processor.counted_dims, config.flow.logprob_coords
