@@ -3,7 +3,12 @@
 import os
 
 # Unoptimised code: nearly all the time of these tests would go into compiling what then runs for milliseconds.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    # Eight devices on two busy cores: a late one is waited for, where XLA would end the process after 40 s.
+    " --xla_cpu_collective_call_terminate_timeout_seconds=600",
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402

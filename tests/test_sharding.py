@@ -55,7 +55,8 @@ def on_one_device(case, batch):
     return jax.device_get(loss_and_grads(case, case.state, batch))
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+# At (2, 2, 2) XLA's CPU collectives were seen to wait for each other for ever on two busy cores: run it alone.
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
 def test_loss_and_every_gradient_match_one_device(case, batch, on_one_device, shape):
     mesh = sharding.make_mesh(*shape)
     with jax.set_mesh(mesh):
