@@ -156,7 +156,7 @@ def train_grpo(trainer: GrpoTrainer, pool: EnvPool, directory: pathlib.Path, wri
 
     Raises:
         KeyboardInterrupt: after an interruption; the last finished iteration is saved.
-        RatioError: a broken ratio or number; the iteration before it is saved.
+        RatioError: a broken ratio or number; the last checkpoint stays.
     """
     config = trainer.config
     checkpoints = Checkpoints(directory)
