@@ -204,7 +204,7 @@ def test_stored_density_is_that_of_the_stored_chain():
     def score(looks, x, stochastic):
         model = nnx.merge(graphdef, trainable, frozen)
         cache = model.encode_prefix(looks)
-        return flow.chain_logp(lambda y, t: model.velocity(cache, y, t), x, stochastic, actor._counted, noise_level=0.5)
+        return flow.chain_logp(lambda y, t: model.velocity(cache, y, t), x, stochastic, actor.counted, noise_level=0.5)
 
     looks = jax.tree.map(lambda x: x[out.nodes.look[rows]], out.looks)
     logp = np.asarray(score(looks, out.nodes.x[rows], out.nodes.stochastic[rows]))

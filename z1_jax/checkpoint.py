@@ -181,7 +181,6 @@ class Checkpoints:
         for name, tree in abstract.items():
             self._check_keys(step, name, metadata["crc32"].get(name), tree)
         try:
-            _check_files(self.directory / str(step))
             with _quiet():
                 loaded = self._checkpointer.load_checkpointables(step, dict(abstract))
         except Exception as error:
@@ -198,6 +197,16 @@ class Checkpoints:
                 if expected is not None and _crc(leaf) != expected:
                     raise self._damaged(step, ValueError(f"{name}{key} fails its checksum"))
         return loaded
+
+    def load_newest(self, abstract: Mapping[str, Tree]) -> tuple[int, dict[str, Tree], dict[str, Any]] | None:
+        """The newest step that can be read: (step, parts, document), or None. Damaged ones are moved aside."""
+        for step in reversed(self.steps()):
+            try:
+                return step, self.load(step, abstract), self.document(step)
+            except CheckpointError as error:
+                print(f"warning: {error}", flush=True)
+                self.discard(step)
+        return None
 
     def _check_keys(self, step: int, name: str, stored: Mapping[str, Any] | None, tree: Tree) -> None:
         wanted = _leaves(tree)

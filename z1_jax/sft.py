@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from z1_jax import distributed
-from z1_jax.checkpoint import CheckpointError, Checkpoints
+from z1_jax.checkpoint import Checkpoints
 from z1_jax.config import SftConfig
 from z1_jax.data.dataset import Dataset
 from z1_jax.data.loader import Loader, batch_observation
@@ -149,22 +149,16 @@ def train_sft(
 
 def _restore(checkpoints: Checkpoints, trainer: SftTrainer, loader: Loader) -> int:
     """Loads the newest intact checkpoint into the trainer and the loader; returns its step, 0 for none."""
-    for step in reversed(checkpoints.steps()):
-        try:
-            loaded = checkpoints.load(
-                step,
-                {"params": named(abstract_like(trainer.params)), "optimizer": named(abstract_like(trainer.opt_state))},
-            )
-            document = checkpoints.document(step)
-        except CheckpointError as error:
-            print(f"warning: {error}", flush=True)
-            checkpoints.discard(step)
-            continue
-        trainer.params = unnamed(trainer.params, loaded["params"])
-        trainer.opt_state = unnamed(trainer.opt_state, loaded["optimizer"])
-        loader.set_state(document["loader"])
-        return step
-    return 0
+    newest = checkpoints.load_newest(
+        {"params": named(abstract_like(trainer.params)), "optimizer": named(abstract_like(trainer.opt_state))}
+    )
+    if newest is None:
+        return 0
+    step, loaded, document = newest
+    trainer.params = unnamed(trainer.params, loaded["params"])
+    trainer.opt_state = unnamed(trainer.opt_state, loaded["optimizer"])
+    loader.set_state(document["loader"])
+    return step
 
 
 def abstract_like(tree: Any) -> Any:

@@ -5,7 +5,6 @@ Every stage finds its own finished work in the run directory, so the same comman
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,7 @@ import jax
 from z1_jax import config as z1_config
 from z1_jax.config import Config
 from z1_jax.evaluation import Evaluation, compare, evaluate, film, rate_sentence, sentence
-from z1_jax.metrics import MetricsWriter
+from z1_jax.metrics import MetricsWriter, read_records
 from z1_jax.policy import Policy
 from z1_jax.rl.loop import GrpoTrainer, train_grpo
 from z1_jax.runs import StageClock, conclude, finished_sentence, require_algorithm, run_main, start_jax
@@ -117,8 +116,7 @@ def finish_grpo(
         }
         for seed in clips
     ]
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    rl = [record for record in records if record["stage"] == "grpo"]
+    rl = [record for record in read_records(run_dir / "metrics.jsonl") if record["stage"] == "grpo"]
     result["simulated_steps"] = rl[-1]["steps/total"]
     result["iterations"] = len(rl)
     result["compilations"] = trainer.traces

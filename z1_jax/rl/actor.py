@@ -33,6 +33,7 @@ class Actor:
     A draw depends on the key and on its sample's ids alone: not on the batch, its padding or the device count.
 
     Attributes:
+        counted: bool [H, A], the coordinates that its log-probabilities sum over; the update scores the same.
         traces: how often each function was traced; it must stop growing.
     """
 
@@ -41,7 +42,7 @@ class Actor:
     ):
         """Args: `counted` bool [H, A]; `largest`: the most observations that one call will bring."""
         self._mesh = mesh
-        self._counted = jnp.asarray(counted)
+        self.counted = jnp.asarray(counted)
         self._config = config
         devices = mesh.shape["data"] * mesh.shape["fsdp"]
         sizes = {largest // 4, largest // 2, largest}
@@ -84,7 +85,7 @@ class Actor:
         rng = np.random.default_rng(key)
         config = self._config
         drawn = flow.stochastic_steps(rng, config.steps, config.sde_steps, config.last_step)
-        return rng.standard_normal((config.steps + 1, *self._counted.shape), np.float32), drawn
+        return rng.standard_normal((config.steps + 1, *self.counted.shape), np.float32), drawn
 
     def _size(self, count: int) -> int:
         for size in self._sizes:
@@ -113,7 +114,7 @@ class Actor:
             lambda x, t: model.velocity(cache, x, t),
             noise,
             drawn,
-            self._counted,
+            self.counted,
             noise_level=self._config.noise_level,
             reduce=self._config.logprob_reduce,
         )

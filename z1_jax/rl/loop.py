@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from envs.pool import EnvPool
-from z1_jax.checkpoint import CheckpointError, Checkpoints
+from z1_jax.checkpoint import Checkpoints
 from z1_jax.config import Config
 from z1_jax.evaluation import make_actor
 from z1_jax.interrupt import GracefulStop
@@ -18,7 +18,7 @@ from z1_jax.metrics import MetricsWriter, Progress, read_records
 from z1_jax.optim import init_optimizer, make_optimizer, schedule
 from z1_jax.policy import Policy, named, unnamed
 from z1_jax.rl import advantage, rollout, tree
-from z1_jax.rl.actor import Actor, counted_coordinates
+from z1_jax.rl.actor import Actor
 from z1_jax.rl.prefix_cache import PrefixStore
 from z1_jax.rl.update import RatioError, Updater, mini_batches
 from z1_jax.sft import abstract_like
@@ -40,10 +40,7 @@ class GrpoTrainer:
         self._lr = schedule(optim, config.train.iterations)
         self.opt_state = init_optimizer(self._optimizer, self.trainable, mesh)
         self.actor: Actor = make_actor(policy, self.graphdef, config.flow, mesh, slots)
-        counted = counted_coordinates(
-            policy.config.horizon, policy.executed, policy.processor.counted_dims, config.flow.logprob_coords
-        )
-        self._updater = Updater(self.graphdef, self._optimizer, config.flow, config.update, counted, mesh)
+        self._updater = Updater(self.graphdef, self._optimizer, config.flow, config.update, self.actor.counted, mesh)
         self._gate = config.update.ratio_gate or GATES[policy.config.dtype]
 
     @property
@@ -248,21 +245,16 @@ def _write_episodes(writer: MetricsWriter, rollouts: rollout.Rollouts, iteration
 
 def _restore(checkpoints: Checkpoints, trainer: GrpoTrainer) -> int:
     """Loads the newest intact checkpoint into the trainer; returns its iteration, 0 for none."""
-    for step in reversed(checkpoints.steps()):
-        try:
-            loaded = checkpoints.load(
-                step,
-                {
-                    "params": named(abstract_like(trainer.policy().params)),
-                    "optimizer": named(abstract_like(trainer.opt_state)),
-                },
-            )
-        except CheckpointError as error:
-            print(f"warning: {error}", flush=True)
-            checkpoints.discard(step)
-            continue
-        trainer.trainable = unnamed(trainer.trainable, loaded["params"])
-        trainer.frozen = unnamed(trainer.frozen, loaded["params"])
-        trainer.opt_state = unnamed(trainer.opt_state, loaded["optimizer"])
-        return step
-    return 0
+    newest = checkpoints.load_newest(
+        {
+            "params": named(abstract_like(trainer.policy().params)),
+            "optimizer": named(abstract_like(trainer.opt_state)),
+        }
+    )
+    if newest is None:
+        return 0
+    step, loaded, _ = newest
+    trainer.trainable = unnamed(trainer.trainable, loaded["params"])
+    trainer.frozen = unnamed(trainer.frozen, loaded["params"])
+    trainer.opt_state = unnamed(trainer.opt_state, loaded["optimizer"])
+    return step
