@@ -1,6 +1,7 @@
 """A ray-casting renderer on mj_multiRay and NumPy: needs no OpenGL, and shows the same picture on every machine.
 
-Normals are computed from the geom's type and the hit point, because MuJoCo before 3.5 does not return them.
+MuJoCo returns the normals of what its rays meet from 3.5 on; for older ones (RoboCasa pins 3.3.1) they are computed
+from the geom's type and the hit point.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from envs.kitchen.scene import GEOM, VISIBLE_GROUPS
 
 _GROUPS = np.array([group in VISIBLE_GROUPS for group in range(6)], np.uint8)
-_NORMAL_ARGUMENT = {"normal": None} if "normal" in (mujoco.mj_multiRay.__doc__ or "") else {}
+_RETURNS_NORMALS = "normal" in (mujoco.mj_multiRay.__doc__ or "")
 TILE = 0.3  # metres, side of the floor's tiles
 _SKY = np.array([0.75, 0.82, 0.90])
 
@@ -60,44 +61,40 @@ def render(model: mujoco.MjModel, data: mujoco.MjData, camera: int, size: int, l
     rays = np.einsum("ij,nj->ni", data.cam_xmat[camera].reshape(3, 3), _rays(size, float(model.cam_fovy[camera])))
     count = size * size
     geom, distance = np.empty(count, np.int32), np.empty(count)
+    normals = np.zeros((count, 3)) if _RETURNS_NORMALS else None
     mujoco.mj_multiRay(
         m=model, d=data, pnt=eye, vec=rays.ravel(), geomgroup=_GROUPS, flg_static=1, bodyexclude=-1,
-        geomid=geom, dist=distance, nray=count, cutoff=20.0, **_NORMAL_ARGUMENT,
+        geomid=geom, dist=distance, nray=count, cutoff=20.0, **({} if normals is None else {"normal": normals.ravel()}),
     )  # fmt: skip
-    image = np.empty((count, 3))
-    image[:] = _SKY * light.intensity
     hit = np.flatnonzero(geom >= 0)
-    image[hit] = _shade(model, data, eye, rays[hit], geom[hit], distance[hit], light)
-    return (np.clip(image, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8).reshape(size, size, 3)
+    if normals is None:
+        normals = np.zeros((count, 3))
+        normals[hit] = _normals(model, data, eye + rays[hit] * distance[hit, None], geom[hit])
+    bright = _brightness(rays, normals, light)
+    floor = np.flatnonzero((geom >= 0) & (model.geom_type[geom] == int(GEOM.mjGEOM_PLANE)))  # the enum itself is slow
+    if floor.size:
+        tiles = np.floor((eye[:2] + rays[floor, :2] * distance[floor, None] - data.geom_xpos[geom[floor], :2]) / TILE)
+        bright[floor] *= 0.8 + 0.2 * (tiles.sum(axis=1) % 2)
+    # Colours by geom, the sky's last: where a ray meets nothing its geom is -1.
+    palette = np.concatenate([model.geom_rgba[:, :3], np.float32([_SKY])]) * np.float32(255.0 * light.intensity)
+    bright[geom < 0] = 1.0
+    image = palette[geom] * bright[:, None]
+    return np.minimum(image + np.float32(0.5), 255.0).astype(np.uint8).reshape(size, size, 3)
 
 
-def _shade(
-    model: mujoco.MjModel,
-    data: mujoco.MjData,
-    eye: np.ndarray,
-    rays: np.ndarray,
-    ids: np.ndarray,
-    distance: np.ndarray,
-    light: Light,
-) -> np.ndarray:
-    """Lambertian colour [N, 3] where `rays` [N, 3] meet geoms `ids` [N] at `distance` [N]; planes get a checker.
-
-    Works in each geom's own frame, where normals are simple: only the rays are turned there pixel by pixel.
-    """
-    frames = data.geom_xmat.reshape(-1, 3, 3)
+def _brightness(rays: np.ndarray, normals: np.ndarray, light: Light) -> np.ndarray:
+    """Lambertian brightness float32 [N] of surfaces with world `normals` [N, 3], seen along `rays` [N, 3]."""
     towards = np.asarray(light.direction) / np.linalg.norm(light.direction)
-    local_light = np.einsum("gji,j->gi", frames, towards)
-    local_eye = np.einsum("gji,gj->gi", frames, eye - data.geom_xpos)
-    local_rays = np.einsum("nji,nj->ni", frames[ids], rays)
-    points = local_eye[ids] + local_rays * distance[:, None]
-    normals = _local_normals(model, ids, points)
-    lambert = np.maximum(np.einsum("ni,ni->n", normals, local_light[ids]), 0.0)
-    facing = np.abs(np.einsum("ni,ni->n", normals, local_rays))
-    bright = light.ambient + light.diffuse * lambert + light.head * facing
-    plane = np.flatnonzero(model.geom_type[ids] == int(GEOM.mjGEOM_PLANE))  # comparing with the enum itself is slow
-    if plane.size:
-        bright[plane] *= 0.8 + 0.2 * (np.floor(points[plane, :2] / TILE).sum(axis=1) % 2)
-    return model.geom_rgba[ids, :3] * (light.intensity * bright)[:, None]
+    lambert = np.maximum(np.einsum("ni,i->n", normals, towards), 0.0)
+    facing = np.abs(np.einsum("ni,ni->n", normals, rays))
+    return (light.ambient + light.diffuse * lambert + light.head * facing).astype(np.float32)
+
+
+def _normals(model: mujoco.MjModel, data: mujoco.MjData, points: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Outward unit normals [N, 3] at world `points` [N, 3] on geoms `ids` [N]."""
+    frames = data.geom_xmat.reshape(-1, 3, 3)[ids]
+    local = np.einsum("nji,nj->ni", frames, points - data.geom_xpos[ids])
+    return np.einsum("nij,nj->ni", frames, _local_normals(model, ids, local))
 
 
 def _local_normals(model: mujoco.MjModel, ids: np.ndarray, points: np.ndarray) -> np.ndarray:
