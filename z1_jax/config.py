@@ -75,7 +75,7 @@ class OptimConfig:
 class SftConfig:
     """Supervised flow matching on the demonstrations."""
 
-    steps: int = 500
+    steps: int = 400
     batch_size: int = 64  # observations a step
     flows: int = 4  # flow times and noises drawn per encoded observation
     loss_dims: str = "all"  # all: padding included, as openpi; real: the environment's action dimensions
@@ -136,7 +136,7 @@ class UpdateConfig:
 class TrainConfig:
     """The loop."""
 
-    iterations: int = 110  # GRPO iterations
+    iterations: int = 150  # GRPO iterations
     scope: str = "expert"  # expert: the VLM is frozen; joint: everything is trained
     checkpoint_every: int = 10  # iterations
     stop_success: float = 1.01  # stop early when the training success over `stop_window` iterations reaches this
