@@ -50,8 +50,8 @@ def main(argv: Sequence[str]) -> int | None:
 def start_policy(
     config: Config, mesh: jax.sharding.Mesh, run_dir: pathlib.Path, writer: MetricsWriter, clock: StageClock
 ) -> Policy:
-    """The policy that RL starts from: `init`, or SFT on fresh demonstrations."""
-    if config.init:
+    """The policy that RL starts from: `init`, or SFT on demonstrations; algorithm=sft trains `init` on."""
+    if config.init and config.algorithm == "grpo":
         return given_policy(config, config.init, mesh)
     with clock.stage("demonstrations"):
         dataset = demonstrations(config, run_dir / "demonstrations")
