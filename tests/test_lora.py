@@ -13,7 +13,7 @@ from flax import nnx
 from z1_jax import sharding
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.config import LoraConfig, OptimConfig
-from z1_jax.models import lora, pi05
+from z1_jax.models import lora, pi05, weights
 from z1_jax.models.layers import Einsum, GatedMlp
 from z1_jax.models.params import Init, initialise
 from z1_jax.optim import init_optimizer, make_optimizer
@@ -77,6 +77,8 @@ def test_folded_adapters_compute_the_same():
     assert np.abs(unfolded - plain()).max() > 0.1 * np.abs(plain()).max()
     folded = tiny.policy().with_params(adapters, frozen)
     assert jax.tree.structure(folded.params) == jax.tree.structure(tiny.policy().params)
+    with pytest.raises(ValueError, match="adapters that are not folded in"):
+        weights.to_openpi(nnx.merge_state(adapters, frozen))
     difference = np.abs(velocity(folded.graphdef, folded.params) - unfolded).max()
     assert difference <= 1e-6 * max(1.0, np.abs(unfolded).max())
 
