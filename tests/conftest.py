@@ -10,6 +10,9 @@ os.environ.setdefault(
     " --xla_cpu_collective_call_terminate_timeout_seconds=600",
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A collective holds a thread until every device has come, and a device may wait in several. XLA's pool has as many
+# threads as there are devices: when all wait, those that would free them get none, for ever. Idle threads cost nothing.
+os.environ.setdefault("PJRT_NPROC", "64")
 
 import jax  # noqa: E402
 

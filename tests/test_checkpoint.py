@@ -4,6 +4,7 @@ import pathlib
 import shutil
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from z1_jax import sft
 from z1_jax.checkpoint import CheckpointError, Checkpoints
 from z1_jax.rl import loop
+from z1_jax.training import TrainState
 
 
 def parts(seed: int) -> dict:
@@ -52,7 +54,7 @@ def test_round_trip_is_bit_identical(tmp_path):
     assert again.steps() == [3] and again.document(3) == {"step": 3, "loader": {"position": 9}}
     assert same(again.load(3, like(parts(3))), parts(3))
     assert list(again.load(3, {"params": like(parts(3))["params"]})) == ["params"]  # one part alone
-    assert again.shape(3, "params", "a.kernel") == (64, 96)
+    assert again.arrays(3, "params")["a.kernel"] == jax.ShapeDtypeStruct((64, 96), np.float32)
 
 
 def test_the_newest_two_are_kept(tmp_path):
@@ -155,9 +157,8 @@ def test_half_written_folders_are_no_checkpoints(tmp_path):
 def stub(tree: dict) -> types.SimpleNamespace:
     """As much of a trainer as restoring touches."""
     params, optimizer = ({k: jnp.zeros_like(v) for k, v in tree[part].items()} for part in ("params", "optimizer"))
-    trainer = types.SimpleNamespace(params=params, trainable=params, frozen={}, opt_state=optimizer)
-    trainer.policy = lambda: types.SimpleNamespace(params=params)
-    return trainer
+    state = TrainState(params, {}, optimizer)
+    return types.SimpleNamespace(state=state, trainable=params, frozen={}, opt_state=optimizer)
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
@@ -168,7 +169,7 @@ def test_resuming_falls_back_to_the_one_before(tmp_path, capsys, stage, damage):
     checkpoints, trainer, positions = Checkpoints(tmp_path), stub(parts(0)), []
     if stage == "sft":
         start = sft._restore(checkpoints, trainer, types.SimpleNamespace(set_state=positions.append))
-        restored = trainer.params
+        restored, trainer.opt_state = trainer.state.trainable, trainer.state.opt_state
         assert positions == [{"position": 6}]
     else:
         start = loop._restore(checkpoints, trainer)

@@ -192,10 +192,10 @@ def test_split_model_by_scope(case):
     assert dtypes["language/embedding"] == dtypes["vision/layers/q/kernel"] == jnp.bfloat16
     assert dtypes["vision/patch_kernel"] == dtypes["language/layers/norm_mlp/scale"] == jnp.float32
     assert jax.tree.structure(nnx.state(nnx.merge(graphdef, trainable, frozen))) == jax.tree.structure(case.state)
-    _, everything, nothing = pi05.split_model(model, "joint")
+    _, everything, nothing = pi05.split_model(model, "everything")
     assert not jax.tree.leaves(nothing)
     assert pi05.count_parameters(everything) == pi05.count_parameters(model)
-    with pytest.raises(ValueError, match="expert, joint"):
+    with pytest.raises(ValueError, match="expert, joint, lora, everything"):
         pi05.split_model(model, "vlm")
 
 

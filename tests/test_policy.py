@@ -126,7 +126,7 @@ def test_names_are_unique_and_invert(rng):
 
 def test_split_scopes_and_back():
     policy = tiny.policy(0)
-    for scope, parts in (("expert", {"expert"}), ("joint", {"expert", "vision", "language"})):
+    for scope, parts in (("expert", {"expert"}), ("everything", {"expert", "vision", "language"})):
         _, trainable, frozen = policy.split(scope)
         assert set(trainable) == parts and set(frozen) == {"expert", "vision", "language"} - parts
         assert named(policy.with_params(trainable, frozen).params).keys() == named(policy.params).keys()

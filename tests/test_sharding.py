@@ -1,25 +1,51 @@
 """Meshes, logical rules, and the model's numbers on 8 virtual devices against one."""
 
+import dataclasses
+import functools
+import math
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pi05_reference as reference
 import pytest
+import tiny_policy as tiny
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from z1_jax import sharding
+from z1_jax.checkpoint import Checkpoints
+from z1_jax.config import OptimConfig
+from z1_jax.errors import UserError
 from z1_jax.models import pi05
 from z1_jax.models.presets import get_preset
+from z1_jax.optim import init_optimizer, make_optimizer
+from z1_jax.policy import load_policy, named
+from z1_jax.rl import flow
+from z1_jax.training import TrainState
 from z1_jax.types import Observation
 
 MESH_SHAPE = {"data": 2, "fsdp": 2, "tensor": 2}
-BATCH = 8
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)]
+BATCH, DENOISING = 8, 3
+TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module")
-def batch():
-    """A random batch of observations, noisy chunks and times, and random parameters (none of them zero)."""
+@dataclasses.dataclass
+class Result:
+    """What one jitted call computes on one mesh, on the host."""
+
+    loss: np.ndarray
+    grads: dict[str, np.ndarray]
+    after_step: dict[str, np.ndarray]
+    actions: np.ndarray  # [B, M, H, A], sampled with the stochastic sampler
+
+
+@functools.cache
+def batch() -> tuple[np.ndarray, ...]:
+    """Observations, noisy chunks, times, and the sampler's noise and stochastic steps."""
     seed = np.random.SeedSequence().entropy
     print(f"seed {seed}")
     rng = np.random.default_rng(seed)
@@ -30,46 +56,178 @@ def batch():
         token_mask=np.arange(12) < rng.integers(1, 13, (BATCH, 1)),
     )
     x, t = rng.normal(size=(BATCH, 2, 6, 8)).astype("f"), rng.uniform(size=(BATCH, 2)).astype("f")
-    return obs, x, t
+    noise = rng.normal(size=(BATCH, 2, DENOISING + 1, 6, 8)).astype("f")
+    return obs, x, t, noise, rng.random((BATCH, 2, DENOISING)) < 0.7
 
 
-@pytest.fixture(scope="module")
-def case():
+@functools.cache
+def case() -> reference.Case:
     return reference.load_case()
 
 
-def loss_and_grads(case, state, batch):
-    @jax.jit
-    def run(state, obs, x, t):
-        def loss(state):
-            model = nnx.merge(case.graphdef, state)
-            return jnp.mean(jnp.square(model.velocity(model.encode_prefix(obs), x, t) - x))
+def training_step(state, obs, x, t, noise, stochastic):
+    """Loss, gradients, the parameters after clip and AdamW, and sampled actions."""
 
-        return jax.value_and_grad(loss)(state)
+    def loss(state):
+        model = nnx.merge(case().graphdef, state)
+        cache = model.encode_prefix(obs)
+        return jnp.mean(jnp.square(model.velocity(cache, x, t) - x)), cache
 
-    return run(state, *batch)
+    (value, cache), grads = jax.value_and_grad(loss, has_aux=True)(state)
+    optimizer = make_optimizer(OptimConfig(), 1e-3)
+    updates, _ = optimizer.update(grads, optimizer.init(state), state)
+    model = nnx.merge(case().graphdef, state)
+    counted = jnp.ones(x.shape[-2:], bool)
+    chain = flow.sample(lambda x, t: model.velocity(cache, x, t), noise, stochastic, counted, noise_level=0.5)
+    return value, grads, optax.apply_updates(state, updates), chain.x[..., -1, :, :]
 
 
-@pytest.fixture(scope="module")
-def on_one_device(case, batch):
-    return jax.device_get(loss_and_grads(case, case.state, batch))
-
-
-# At (2, 2, 2) XLA's CPU collectives were seen to wait for each other for ever on two busy cores: run it alone.
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
-def test_loss_and_every_gradient_match_one_device(case, batch, on_one_device, shape):
-    mesh = sharding.make_mesh(*shape)
-    with jax.set_mesh(mesh):
-        state = sharding.shard(case.state, mesh)
-        loss, grads = loss_and_grads(case, state, jax.device_put(batch, sharding.batch_sharding(mesh)))
-    expected_loss, expected = on_one_device
-    assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
-    norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(expected)))
-    errors = jax.tree.map(lambda a, b: float(np.linalg.norm(np.asarray(a) - b) / norm), grads, expected)
-    assert max(jax.tree.leaves(errors)) < 1e-5
-    if shape[1] > 1:
+def run_on(mesh: jax.sharding.Mesh | None) -> Result:
+    if mesh is None:
+        out = jax.jit(training_step)(case().state, *batch())
+    else:
+        with jax.set_mesh(mesh):
+            state = sharding.shard(case().state, mesh)
+            out = jax.jit(training_step)(state, *jax.device_put(batch(), sharding.batch_sharding(mesh)))
         kernel = state["language"]["layers"]["mlp"]["gate_up"].get_value()
-        assert kernel.addressable_shards[0].data.size == kernel.size // (shape[1] * shape[2])
+        assert kernel.addressable_shards[0].data.size == kernel.size // (mesh.shape["fsdp"] * mesh.shape["tensor"])
+    loss, grads, after, actions = jax.device_get(out)
+    return Result(loss, named(grads), named(after), actions)
+
+
+@functools.cache
+def unsharded() -> Result:
+    return run_on(None)
+
+
+def errors(got: Result) -> dict[str, float]:
+    """The largest error of each kind: relative, gradients by the global norm."""
+    expected = unsharded()
+    norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in expected.grads.values()))
+    steps = [0.0]
+    for name, before in named(case().state).items():
+        # Adam's first step is the gradient's sign: where that is rounding noise, so is the step.
+        size = np.abs(expected.grads[name])
+        clear = size >= max(1e-5 * norm, 1e-4 * size.max())
+        change = np.abs(got.after_step[name] - expected.after_step[name])[clear]
+        steps.append(float(change.max(initial=0)) / float(np.abs(before).max()))
+    return {
+        "loss": abs(float(got.loss / expected.loss) - 1),
+        "gradients": max(
+            float(np.linalg.norm(got.grads[name] - leaf)) / float(norm) for name, leaf in expected.grads.items()
+        ),
+        "step": max(steps),
+        "actions": float(np.abs(got.actions - expected.actions).max() / np.abs(expected.actions).max()),
+    }
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_every_mesh_computes_the_same(shape):
+    mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
+    found = errors(run_on(mesh))
+    print(found)
+    assert found.keys() == {"loss", "gradients", "step", "actions"} and max(found.values()) < TOLERANCE, found
+
+
+def adaptive_block(params, condition, x, *, constrained: bool):
+    """An adaRMS block as one would write it first: a 2-D condition times a kernel over fsdp and tensor."""
+    time, modulate, gate_up, down = params
+    modulation = jax.nn.swish(condition @ time) @ modulate
+    if constrained:
+        modulation = sharding.constrain(modulation, "batch")
+    scale, shift, gate = jnp.split(modulation[:, None, :], 3, axis=-1)
+    h = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6) * (1 + scale) + shift
+    return jnp.mean(jnp.square(x + gate * (jax.nn.gelu(h @ gate_up) @ down)))
+
+
+def test_the_compilers_trap_and_its_cure(rng):
+    """Why every product's output is constrained: on a full mesh XLA gets this one silently wrong."""
+    width = 16
+    shapes = [(width, width), (width, 3 * width), (width, 4 * width), (4 * width, width)]
+    axes = [("embed", None), ("embed", "mlp"), ("embed", "mlp"), ("mlp", "embed")]
+    params = [rng.normal(size=shape).astype("f") for shape in shapes]
+    data = rng.normal(size=(8, width)).astype("f"), rng.normal(size=(8, 3, width)).astype("f")
+    mesh = sharding.make_mesh(2, 2, 2)
+
+    def error(constrained: bool) -> float:
+        run = jax.jit(jax.grad(functools.partial(adaptive_block, constrained=constrained)))
+        with jax.set_mesh(mesh):
+            placed = [
+                jax.device_put(p, jax.sharding.NamedSharding(mesh, sharding.partition_spec(p.shape, names, mesh.shape)))
+                for p, names in zip(params, axes, strict=True)
+            ]
+            found = jax.device_get(run(placed, *jax.device_put(data, sharding.batch_sharding(mesh))))
+        return max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(found, expected, strict=True))
+
+    expected = jax.jit(jax.grad(functools.partial(adaptive_block, constrained=False)))(params, *data)
+    cured, left_alone = error(True), error(False)
+    print(f"relative error of a gradient: {cured:.1e} constrained, {left_alone:.1e} left alone")
+    assert cured < TOLERANCE
+    if left_alone < TOLERANCE:
+        pytest.skip("this XLA does not have the trap")
+    assert left_alone > 0.1  # not rounding: wrong
+
+
+def test_no_single_buffer_holds_the_model_at_initialisation():
+    """The host draws one array at a time, and each goes straight to its shards."""
+    config = get_preset("kitchen")
+    mesh = sharding.make_mesh(1, 8, 1)
+    largest = max(leaf.size for leaf in jax.tree.leaves(nnx.state(pi05.abstract_model(config)))) * 4
+    total = 4 * pi05.count_parameters(pi05.abstract_model(config))
+    tracemalloc.start()
+    state = nnx.state(pi05.init_model(config, 0, mesh))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2.5 * largest < 0.5 * total  # NumPy's own allocations
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    assert held == sharding.bytes_per_device(state, mesh) < 0.13 * total
+
+
+def test_a_checkpoint_restores_onto_another_mesh(tmp_path):
+    """Parameters and moments, saved from one mesh, land on the shards of another, bit for bit."""
+    optimizer = make_optimizer(OptimConfig(), 1e-3)
+
+    def trained(shape):
+        mesh = sharding.make_mesh(*shape)
+        policy = dataclasses.replace(tiny.policy(), params=sharding.shard(tiny.policy().params, mesh))
+        _, trainable, frozen = policy.split("joint")
+        return policy, TrainState(trainable, frozen, init_optimizer(optimizer, trainable, mesh))
+
+    policy, state = trained((1, 8, 1))
+    filled = jax.tree.map(lambda x: x + 1 if x.ndim else x, state)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, filled.parts(policy.with_params(filled.trainable, filled.frozen)), policy.document())
+    for shape in ((2, 2, 2), (8, 1, 1)):
+        _, other = trained(shape)
+        _, restored, _ = other.restored(checkpoints)
+        for got, expected, wanted in zip(*map(jax.tree.leaves, (restored, filled, other)), strict=True):
+            np.testing.assert_array_equal(got, expected)
+            assert got.sharding == wanted.sharding
+        loaded = load_policy(checkpoints, 1, sharding.make_mesh(*shape)).params
+        for got, wanted in zip(
+            jax.tree.leaves(loaded),
+            jax.tree.leaves(sharding.param_sharding(loaded, sharding.make_mesh(*shape))),
+            strict=True,
+        ):
+            assert got.sharding == wanted
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (
+            (1, 1, 3),
+            r"mesh axis tensor = 3 does not divide 'heads' = 4 of parameter .*: set mesh.tensor to a divisor of 4",
+        ),
+        ((1, 7, 1), "mesh axis fsdp = 7 does not divide 'embed' = 32"),
+        ((1, 1, 8), "mesh axis tensor = 8 does not divide 'heads' = 4"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model_is_refused(shape, message):
+    mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
+    with pytest.raises(UserError, match=message) as error:
+        sharding.param_sharding(nnx.state(pi05.abstract_model(get_preset("tiny"))), mesh)
+    assert "\n" not in str(error.value)
 
 
 def test_parameters_can_be_created_sharded():

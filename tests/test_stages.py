@@ -1,11 +1,16 @@
 import dataclasses
 
+import jax
+import numpy as np
 import pytest
+import tiny_policy as tiny
 
 from envs.kitchen import demos
+from z1_jax import stages
+from z1_jax.checkpoint import Checkpoints
 from z1_jax.config import Config, ConfigError, DemosConfig, EnvConfig
 from z1_jax.errors import UserError
-from z1_jax.stages import check_inputs, demonstrations
+from z1_jax.stages import check_inputs, check_policy, demonstrations, supervised_policy
 
 
 def make_config(seed: int = 0, **demos: object) -> Config:
@@ -48,6 +53,29 @@ def test_a_given_dataset_replaces_the_collection_where_it_fits(tmp_path, capsys)
     other = dataclasses.replace(config.env, cameras=("robot0_agentview_right", "robot0_eye_in_hand"))
     with pytest.raises(ConfigError, match="env.cameras: got robot0_agentview_right, the dataset .* has"):
         check_inputs(dataclasses.replace(config, env=other))
+
+
+def test_sft_goes_on_from_a_policy_that_is_given(tmp_path, monkeypatch):
+    """It is trained with its own inputs; one that predicts other chunks than the preset's is refused."""
+    directory = tmp_path / "checkpoints" / "sft"
+    checkpoints = Checkpoints(directory)
+    checkpoints.save(3, tiny.policy().parts(), tiny.policy().document())
+    checkpoints.close()
+    sft = dataclasses.replace(make_config(), algorithm="sft", init=str(tmp_path))
+    sft = dataclasses.replace(sft, env=dataclasses.replace(sft.env, cameras=(tiny.CAMERA,)))
+    check_policy(sft, sft.init)
+    started = {}
+    monkeypatch.setattr(stages, "train_sft", lambda policy, *args, **kwargs: started.update(policy=policy, **kwargs))
+    supervised_policy(sft, None, tiny.one_device(), tmp_path / "new", None)
+    for a, b in zip(jax.tree.leaves(started["policy"].params), jax.tree.leaves(tiny.policy().params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert started["adapters"] == sft.lora
+    shorter = {**tiny.policy().document(), "architecture": {**tiny.policy().document()["architecture"], "horizon": 7}}
+    checkpoints = Checkpoints(directory)
+    checkpoints.save(4, tiny.policy().parts(), shorter)
+    checkpoints.close()
+    with pytest.raises(ConfigError, match="model.preset: kitchen predicts chunks of 8 steps, the policy .* of 7"):
+        check_policy(sft, sft.init)
 
 
 def test_too_many_failures_are_told(tmp_path, monkeypatch, capsys):

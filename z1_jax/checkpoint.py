@@ -148,12 +148,13 @@ class Checkpoints:
         text = json.dumps({name: stored[name] for name in parts}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def shape(self, step: int, part: str, name: str) -> tuple[int, ...]:
-        """Shape of one array, where the reader cannot know it."""
+    def arrays(self, step: int, part: str) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every array of a part, where the reader cannot know them."""
         try:
             _check_files(self.directory / str(step))
             with _quiet():
-                return tuple(self._checkpointer.checkpointables_metadata(step).metadata[part][name].shape)
+                stored = self._checkpointer.checkpointables_metadata(step).metadata[part]
+            return {name: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for name, leaf in stored.items()}
         except Exception as error:
             raise self._damaged(step, error) from error
 
@@ -170,6 +171,10 @@ class Checkpoints:
         if metadata.get("seal", seal) != seal:
             raise self._damaged(step, ValueError("its document fails its checksum"))
         return metadata
+
+    def has(self, step: int, part: str) -> bool:
+        """Whether a checkpoint has a part of that name."""
+        return part in self._metadata(step)["crc32"]
 
     def load(self, step: int, abstract: Mapping[str, Tree]) -> dict[str, Tree]:
         """Reads the named parts of a step, each leaf straight onto the sharding that its abstract leaf names.

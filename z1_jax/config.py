@@ -40,10 +40,12 @@ class EnvConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The policy's size. What a checkpoint says takes precedence when a run starts from one."""
+    """The policy's size and computation. A run that starts from a checkpoint takes preset and dtype from there."""
 
     preset: str = "kitchen"
-    dtype: str = "float32"  # of the computation; parameters are float32
+    dtype: str = "float32"  # of the computation; trained parameters are float32, frozen ones as wide as this
+    remat: str = "none"  # activations kept for the backward pass: none (all) | dots | full (recompute all)
+    attention: str = "einsum"  # of vision and prefix: einsum | xla | cudnn (a GPU, bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,19 @@ class OptimConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters of scope lora: on every kernel of attention and MLP; what has adapters is itself frozen.
+
+    The vision-language model is frozen with and without. The expert without adapters (rank 0) is trained whole.
+    """
+
+    vlm_rank: int = 16  # of the vision tower and the language model; 0: no adapters
+    vlm_alpha: float = 16.0  # the change is scaled by alpha / rank
+    expert_rank: int = 32
+    expert_alpha: float = 32.0
+
+
+@dataclasses.dataclass(frozen=True)
 class SftConfig:
     """Supervised flow matching on the demonstrations."""
 
@@ -79,6 +94,8 @@ class SftConfig:
     batch_size: int = 64  # observations a step
     flows: int = 4  # flow times and noises drawn per encoded observation
     loss_dims: str = "all"  # all: padding included, as openpi; real: the environment's action dimensions
+    scope: str = "everything"  # everything | joint | expert | lora, as train.scope
+    ema: float = 0.0  # decay of a moving average of the parameters, with which the policy then acts; 0: none
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     checkpoint_every: int = 250  # steps
 
@@ -137,7 +154,7 @@ class TrainConfig:
     """The loop."""
 
     iterations: int = 150  # GRPO iterations
-    scope: str = "expert"  # expert: the VLM is frozen; joint: everything is trained
+    scope: str = "expert"  # expert: VLM frozen; joint: all but the token embedding; lora: see lora; everything
     checkpoint_every: int = 10  # iterations
     stop_success: float = 1.01  # stop early when the training success over `stop_window` iterations reaches this
     stop_window: int = 5
@@ -181,13 +198,14 @@ class Config:
     task: str = "TurnOnSinkFaucet"
     seed: int = 0
     run_dir: str = ""  # empty: runs/<algorithm>-<task>-seed<seed>, runs/eval-<task>-<fingerprint>
-    init: str = ""  # a run directory or checkpoint whose policy replaces demonstrations and SFT
+    init: str = ""  # a run directory or checkpoint: grpo starts from its policy, without SFT; sft trains it on
     checkpoint: str = ""  # eval: the policy to evaluate, a run directory or checkpoint
     compare: str = ""  # eval: another policy, to be compared with it on the same seeds
     env: EnvConfig = dataclasses.field(default_factory=EnvConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     demos: DemosConfig = dataclasses.field(default_factory=DemosConfig)
     sft: SftConfig = dataclasses.field(default_factory=SftConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     group: GroupConfig = dataclasses.field(default_factory=GroupConfig)
     flow: FlowConfig = dataclasses.field(default_factory=FlowConfig)
     reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
@@ -212,6 +230,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "algorithm": ("grpo", "sft", "eval"),
     "env.suite": ("kitchen",),
     "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+    "model.attention": ("einsum", "xla", "cudnn"),
+    "sft.scope": ("expert", "joint", "lora", "everything"),
     "sft.loss_dims": ("all", "real"),
     "sft.optim.schedule": ("cosine", "constant"),
     "update.optim.schedule": ("cosine", "constant"),
@@ -220,7 +241,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "flow.last_step": ("sde", "ode"),
     "flow.logprob_reduce": ("sum", "mean"),
     "flow.logprob_coords": ("executed", "horizon"),
-    "train.scope": ("expert", "joint"),
+    "train.scope": ("expert", "joint", "lora", "everything"),
 }
 
 # key: (lowest, highest) allowed, both included; None: no bound.
@@ -238,6 +259,11 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "sft.batch_size": (1, None),
     "sft.flows": (1, None),
     "sft.checkpoint_every": (1, None),
+    "sft.ema": (0.0, 0.99999),
+    "lora.vlm_rank": (0, 1024),
+    "lora.vlm_alpha": (1e-6, 1e6),
+    "lora.expert_rank": (0, 1024),
+    "lora.expert_alpha": (1e-6, 1e6),
     "group.count": (1, 9_999),
     "group.size": (2, 1024),
     "group.prefix_chunks": (0, None),
@@ -395,10 +421,32 @@ def _check_combinations(config: Config) -> None:
             "config key group.prefix_chunks: branching=none shares no prefix, "
             f"got {group.prefix_chunks} → {group.prefix_chunks_end}, expected 0 → 0"
         )
+    _check_scopes(config)
     if config.mesh.data == 0:
         raise ConfigError("config key mesh.data: got 0, expected a number of devices, or -1 for all that are left")
     if config.algorithm == "eval" and not config.checkpoint:
         raise ConfigError("config key checkpoint: got '', expected a run directory or a checkpoint to evaluate")
+
+
+def _check_scopes(config: Config) -> None:
+    """Scopes that would train nothing sensible, and adapters that nobody uses."""
+    trains_sft = config.algorithm == "sft" or (config.algorithm == "grpo" and not config.init)
+    scopes = [config.sft.scope] * trains_sft + [config.train.scope] * (config.algorithm == "grpo")
+    if trains_sft and not config.init and config.sft.scope in ("expert", "lora"):
+        raise ConfigError(
+            f"config key sft.scope: got {config.sft.scope} for a fresh policy, whose frozen part would stay random; "
+            "expected everything or joint, or sft from a policy that is there (algorithm=sft with init)"
+        )
+    lora = config.lora
+    if "lora" in scopes and not (lora.vlm_rank or lora.expert_rank):
+        raise ConfigError("config key lora.vlm_rank: got 0, and lora.expert_rank is 0 too; expected one above 0")
+    for key, value in flat(lora, "lora.").items():
+        if value != flat(LoraConfig(), "lora.")[key] and "lora" not in scopes and config.algorithm != "eval":
+            raise ConfigError(
+                f"config key {key}: got {value}, but no scope of this run is lora; set train.scope or sft.scope to it"
+            )
+    if config.model.attention == "cudnn" and config.model.dtype != "bfloat16":
+        raise ConfigError("config key model.attention: cudnn computes in bfloat16 only; set model.dtype=bfloat16")
 
 
 def identity(config: Config) -> dict[str, Any]:

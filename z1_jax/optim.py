@@ -44,14 +44,15 @@ def make_optimizer(config: OptimConfig, lr: optax.ScalarOrSchedule) -> optax.Gra
 def init_optimizer(optimizer: optax.GradientTransformation, params: Any, mesh: jax.sharding.Mesh) -> Any:
     """The optimiser's state for `params`: moments lie where their parameters do, the rest on every device.
 
-    Placed explicitly: a step whose inputs lie elsewhere than its outputs is compiled a second time.
+    Created there: no device holds a moment whole. And a step whose inputs lie elsewhere than its outputs would be
+    compiled a second time.
     """
-    shardings = jax.tree.map(lambda x: x.sharding, params)
     whole = replicated(mesh)
-    return optax.tree.map_params(
+    shardings = optax.tree.map_params(
         optimizer,
-        lambda leaf, sharding: jax.device_put(leaf, sharding),
-        jax.jit(optimizer.init)(params),
-        shardings,
-        transform_non_params=lambda leaf: jax.device_put(leaf, whole),
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, params),
+        jax.tree.map(lambda x: x.sharding, params),
+        transform_non_params=lambda _: whole,
     )
+    return jax.jit(optimizer.init, out_shardings=shardings)(params)

@@ -16,11 +16,13 @@ import numpy as np
 from flax import nnx
 
 from z1_jax.checkpoint import CheckpointError, Checkpoints
+from z1_jax.config import LoraConfig
 from z1_jax.data.normalize import NormStats
 from z1_jax.data.tokenizer import PromptTokenizer
 from z1_jax.data.transforms import InputProcessor
-from z1_jax.models import pi05
+from z1_jax.models import lora, pi05
 from z1_jax.models.gemma import GemmaConfig
+from z1_jax.models.params import initialise
 from z1_jax.models.siglip import SiglipConfig
 from z1_jax.sharding import param_sharding
 
@@ -44,12 +46,42 @@ class Policy:
     denoising_steps: int
 
     def with_params(self, *states: nnx.State) -> Policy:
-        """The same policy with other parameters."""
-        return dataclasses.replace(self, params=nnx.merge_state(*states))
+        """The same policy with other parameters, adapters folded into their kernels."""
+        return dataclasses.replace(self, params=lora.fold(nnx.merge_state(*states)))
 
-    def split(self, scope: str) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-        """(graphdef, trainable, frozen) for a training scope."""
-        return pi05.split_model(nnx.merge(self.graphdef, self.params), scope)
+    def without_params(self) -> Policy:
+        """The same policy without its arrays, so that they can be freed."""
+        return dataclasses.replace(self, params=nnx.State({}))
+
+    def with_compute(self, remat: str, attention: str) -> Policy:
+        """The same policy with other settings of the computation: they move no number but by rounding."""
+        config = dataclasses.replace(self.config, remat=remat, attention=attention)
+        graphdef, _ = nnx.split(pi05.abstract_model(config))
+        return dataclasses.replace(self, config=config, graphdef=graphdef)
+
+    def split(
+        self, scope: str, adapters: LoraConfig | None = None, seed: int = 0
+    ) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+        """(graphdef, trainable, frozen) for a training scope, see `pi05.is_trained`.
+
+        Trainable parameters are float32. Where the policy computes in bfloat16, frozen ones are kept in it too, but
+        those that are used in float32. Scope lora adds adapters (default: those of LoraConfig), drawn from `seed` onto
+        the policy's mesh; put together again by `with_params`.
+        """
+        model = nnx.merge(self.graphdef, self.params)
+        if scope == "lora":
+            model = self._adapted(model, adapters or LoraConfig(), seed)
+        return pi05.split_model(model, scope, "bfloat16" if self.config.dtype == "bfloat16" else None)
+
+    def _adapted(self, model: pi05.Pi05, adapters: LoraConfig, seed: int) -> pi05.Pi05:
+        vlm, expert = (adapters.vlm_rank, adapters.vlm_alpha), (adapters.expert_rank, adapters.expert_alpha)
+        wanted = {"vision": vlm, "language": vlm, "expert": expert}
+        graphdef, params = nnx.split(
+            pi05.add_adapters(model, {part: size for part, size in wanted.items() if size[0] > 0})
+        )
+        sharding = jax.tree.leaves(self.params)[0].sharding
+        mesh = sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
+        return nnx.merge(graphdef, initialise(params, seed, mesh))
 
     def document(self) -> dict[str, Any]:
         """What `load_policy` needs besides the arrays."""
@@ -139,7 +171,7 @@ def abstract_params(config: pi05.Pi05Config, mesh: jax.sharding.Mesh) -> tuple[n
 
 
 def load_policy(checkpoints: Checkpoints, step: int, mesh: jax.sharding.Mesh) -> Policy:
-    """The policy of a checkpoint, each parameter placed straight onto its shards.
+    """The policy of a checkpoint, each parameter placed straight onto its shards, in the dtype that it was saved in.
 
     Raises:
         CheckpointError: absent, damaged, or not a policy of this project.
@@ -154,8 +186,9 @@ def load_policy(checkpoints: Checkpoints, step: int, mesh: jax.sharding.Mesh) ->
         graphdef, abstract = abstract_params(config, mesh)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {checkpoints.directory / str(step)} holds no policy ({error})") from error
-    size = checkpoints.shape(step, "assets", "tokenizer")
-    loaded = checkpoints.load(step, {"params": named(abstract), "assets": {"tokenizer": np.empty(size, np.uint8)}})
+    stored = checkpoints.arrays(step, "params")
+    params = {name: leaf.update(dtype=stored.get(name, leaf).dtype) for name, leaf in named(abstract).items()}
+    loaded = checkpoints.load(step, {"params": params, "assets": checkpoints.arrays(step, "assets")})
     tokenizer = PromptTokenizer.from_bytes(np.asarray(loaded["assets"]["tokenizer"]).tobytes(), config.prompt_length)
     if tokenizer.identity != document["tokenizer_sha256"]:
         raise CheckpointError(f"checkpoint {checkpoints.directory / str(step)} holds another tokenizer than it names")

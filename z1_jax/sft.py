@@ -1,8 +1,7 @@
-"""Supervised fine-tuning: flow matching on demonstrations, everything trained."""
+"""Supervised fine-tuning: flow matching on demonstrations."""
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from typing import Any
 
@@ -14,14 +13,15 @@ from flax import nnx
 
 from z1_jax import distributed
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config import SftConfig
+from z1_jax.config import LoraConfig, SftConfig
 from z1_jax.data.dataset import Dataset
 from z1_jax.data.loader import Loader, batch_observation
 from z1_jax.interrupt import GracefulStop
 from z1_jax.metrics import MetricsWriter, Progress
 from z1_jax.optim import init_optimizer, make_optimizer, schedule
-from z1_jax.policy import Policy, named, unnamed
+from z1_jax.policy import Policy
 from z1_jax.rl import flow
+from z1_jax.training import TrainState
 from z1_jax.types import Observation
 
 
@@ -50,30 +50,47 @@ def flow_matching_loss(
 
 
 class SftTrainer:
-    """The jitted SFT step and its state."""
+    """The jitted SFT step and its state. The policy that is passed is used up."""
 
-    def __init__(self, policy: Policy, config: SftConfig, seed: int, mesh: jax.sharding.Mesh):
-        self._policy, self._config, self._mesh = policy, config, mesh
-        self.graphdef, self.params, self._frozen = policy.split("joint")
+    def __init__(
+        self, policy: Policy, config: SftConfig, seed: int, mesh: jax.sharding.Mesh, adapters: LoraConfig | None = None
+    ):
+        self._config, self._mesh = config, mesh
+        self.graphdef, trainable, frozen = policy.split(config.scope, adapters, seed)
+        self._policy = policy.without_params()
         self._optimizer = make_optimizer(config.optim, schedule(config.optim, config.steps))
-        self.opt_state = init_optimizer(self._optimizer, self.params, mesh)
+        average = jax.tree.map(lambda x: x.copy(), trainable) if config.ema else None
+        self.state = TrainState(trainable, frozen, init_optimizer(self._optimizer, trainable, mesh), average)
         self._key = jax.random.fold_in(jax.random.key(seed), 0x5F7)
         dims = np.arange(policy.config.action_dim) < policy.processor.env_action_dim
         self._counted = jnp.asarray(np.ones_like(dims) if config.loss_dims == "all" else dims, jnp.float32)
-        self._step = jax.jit(self._step_impl, donate_argnums=(0, 1))
+        moved = self._moved()
+        placed = jax.tree.map(lambda x: x.sharding, moved)  # where they came from: nothing wanders between steps
+        self._step = jax.jit(self._step_impl, donate_argnums=0, out_shardings=(placed, None))
+
+    def _moved(self) -> tuple[Any, Any, Any]:
+        return self.state.trainable, self.state.opt_state, self.state.average
 
     def step(self, batch: dict[str, np.ndarray], step: int) -> dict[str, jax.Array]:
         """One optimiser step; returns device scalars, so that the host need not wait."""
-        observation = distributed.put_batch(batch_observation(batch), self._mesh)
-        actions = distributed.put_batch(batch["actions"], self._mesh)
-        self.params, self.opt_state, stats = self._step(
-            self.params, self.opt_state, self._frozen, observation, actions, jnp.uint32(step)
-        )
+        (trainable, opt_state, average), stats = self._step(*self._inputs(batch, step))
+        self.state = TrainState(trainable, self.state.frozen, opt_state, average)
         return stats
 
+    def lower(self, batch: dict[str, np.ndarray]) -> jax.stages.Lowered:
+        """The step as it would be compiled for such a batch."""
+        return self._step.lower(*self._inputs(batch, 0))
+
+    def _inputs(self, batch: dict[str, np.ndarray], step: int) -> tuple[Any, ...]:
+        observation = distributed.put_batch(batch_observation(batch), self._mesh)
+        actions = distributed.put_batch(batch["actions"], self._mesh)
+        return self._moved(), self.state.frozen, observation, actions, jnp.uint32(step)
+
     def _step_impl(
-        self, params: Any, opt_state: Any, frozen: Any, observation: Observation, actions: jax.Array, step: jax.Array
-    ) -> tuple[Any, Any, dict[str, jax.Array]]:
+        self, moved: tuple[Any, Any, Any], frozen: Any, observation: Observation, actions: jax.Array, step: jax.Array
+    ) -> tuple[tuple[Any, Any, Any], dict[str, jax.Array]]:
+        params, opt_state, average = moved
+
         def loss(params: Any) -> jax.Array:
             model = nnx.merge(self.graphdef, params, frozen)
             key = jax.random.fold_in(self._key, step)
@@ -81,12 +98,15 @@ class SftTrainer:
 
         value, grads = jax.value_and_grad(loss)(params)
         updates, opt_state = self._optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        if average is not None:
+            average = optax.incremental_update(params, average, 1 - self._config.ema)
         stats = {"loss": value, "grad_norm": optax.global_norm(grads)}
-        return optax.apply_updates(params, updates), opt_state, stats
+        return (params, opt_state, average), stats
 
     def policy(self) -> Policy:
-        """The policy as trained so far."""
-        return dataclasses.replace(self._policy, params=nnx.merge_state(self.params, self._frozen))
+        """The policy as trained so far: with the averaged parameters where `sft.ema` asks for them."""
+        return self._policy.with_params(*self.state.acting)
 
 
 def train_sft(
@@ -100,8 +120,9 @@ def train_sft(
     *,
     report_every: int,
     stage: str = "sft",
+    adapters: LoraConfig | None = None,
 ) -> Policy:
-    """Trains to `config.steps`, from the newest checkpoint in `directory` where there is one.
+    """Trains to `config.steps`, from the newest checkpoint in `directory` where there is one. `policy` is used up.
 
     Order of a step: stop if asked → next batch → step → log → save.
 
@@ -111,7 +132,8 @@ def train_sft(
     """
     checkpoints = Checkpoints(directory)
     loader = Loader(dataset, policy.processor, config.batch_size, seed)
-    trainer = SftTrainer(policy, config, seed, mesh)
+    trainer = SftTrainer(policy, config, seed, mesh, adapters)
+    del policy  # frees what is now kept in bfloat16
     start = _restore(checkpoints, trainer, loader)
     if start == config.steps:
         checkpoints.close()
@@ -120,8 +142,7 @@ def train_sft(
 
     def save(step: int) -> None:
         saved = trainer.policy()
-        parts = {**saved.parts(), "optimizer": named(trainer.opt_state)}
-        checkpoints.save(step, parts, {**saved.document(), "loader": loader.get_state()})
+        checkpoints.save(step, trainer.state.parts(saved), {**saved.document(), "loader": loader.get_state()})
 
     columns = {"loss": ".4f", "grad_norm": ".3f"}
     with GracefulStop() as stop, Progress(stage, config.steps, "step", columns, start=start) as progress:
@@ -149,18 +170,9 @@ def train_sft(
 
 def _restore(checkpoints: Checkpoints, trainer: SftTrainer, loader: Loader) -> int:
     """Loads the newest intact checkpoint into the trainer and the loader; returns its step, 0 for none."""
-    newest = checkpoints.load_newest(
-        {"params": named(abstract_like(trainer.params)), "optimizer": named(abstract_like(trainer.opt_state))}
-    )
+    newest = trainer.state.restored(checkpoints)
     if newest is None:
         return 0
-    step, loaded, document = newest
-    trainer.params = unnamed(trainer.params, loaded["params"])
-    trainer.opt_state = unnamed(trainer.opt_state, loaded["optimizer"])
+    step, trainer.state, document = newest
     loader.set_state(document["loader"])
     return step
-
-
-def abstract_like(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of a tree of arrays."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -92,15 +92,23 @@ def _mesh_axes(name: str | None) -> tuple[str, ...]:
 def param_sharding(state: nnx.State, mesh: Mesh) -> nnx.State:
     """NamedShardings with the structure of `state`, from the logical axes that each parameter was declared with.
 
-    `state` may hold arrays or `jax.ShapeDtypeStruct`s.
+    `state` may hold arrays or `jax.ShapeDtypeStruct`s. Raises UserError when the mesh does not divide a parameter:
+    held whole by every device it would be right, but cost the memory that the mesh was asked for to save.
     """
 
-    def of(variable: nnx.Variable) -> nnx.Variable:
-        value = variable.get_value()
-        spec = partition_spec(value.shape, variable.get_metadata("logical_axes"), mesh.shape)
-        return variable.replace(NamedSharding(mesh, spec))
+    def of(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        shape, axes = variable.get_value().shape, variable.get_metadata("logical_axes")
+        for size, name in zip(shape, axes, strict=True):
+            for axis in _mesh_axes(name):
+                if size % mesh.shape[axis]:
+                    where = ".".join(str(getattr(key, "key", key)) for key in path)
+                    raise UserError(
+                        f"mesh axis {axis} = {mesh.shape[axis]} does not divide {name!r} = {size} of parameter "
+                        f"{where}: set mesh.{axis} to a divisor of {size}"
+                    )
+        return variable.replace(NamedSharding(mesh, partition_spec(shape, axes, mesh.shape)))
 
-    return jax.tree.map(of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return jax.tree_util.tree_map_with_path(of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

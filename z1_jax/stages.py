@@ -58,7 +58,7 @@ def check_inputs(config: Config) -> None:
     make_env(config, config.task)
     for path in filter(None, (config.init, config.checkpoint, config.compare)):
         check_policy(config, path)
-    if not (config.init or config.algorithm == "eval"):
+    if config.algorithm == "sft" or not (config.init or config.algorithm == "eval"):
         architecture(config)
         if config.demos.dataset:
             _fitting(config, open_dataset(config.demos.dataset))
@@ -184,14 +184,27 @@ def _successful_episodes(config: Config, journal: EpisodeJournal) -> Iterator[An
 def supervised_policy(
     config: Config, dataset: Dataset, mesh: jax.sharding.Mesh, directory: pathlib.Path, writer: MetricsWriter
 ) -> Policy:
-    """The policy after SFT on the demonstrations: from the finished checkpoint, or trained from where it stopped."""
+    """The policy after SFT on the demonstrations: from the finished checkpoint, or trained from where it stopped.
+
+    It starts from `init` where that is given, with the inputs and statistics of that policy.
+    """
     checkpoints = Checkpoints(directory)
     finished = config.sft.steps in checkpoints.steps()
     checkpoints.close()
     if finished:
         return load_policy(checkpoints, config.sft.steps, mesh)
-    policy = new_policy(config, dataset, mesh)
-    return train_sft(policy, dataset, config.sft, config.seed, mesh, directory, writer, report_every=config.log.every)
+    return train_sft(
+        # No name for the policy here: what SFT freezes in bfloat16 must not stay in memory in float32 too.
+        given_policy(config, config.init, mesh) if config.init else new_policy(config, dataset, mesh),
+        dataset,
+        config.sft,
+        config.seed,
+        mesh,
+        directory,
+        writer,
+        report_every=config.log.every,
+        adapters=config.lora,
+    )
 
 
 def architecture(config: Config) -> Pi05Config:
@@ -201,7 +214,8 @@ def architecture(config: Config) -> Pi05Config:
         ConfigError: an unknown preset, or one whose shapes do not fit the environment.
     """
     _check_names("model.preset", [config.model.preset], list(PRESETS))
-    chosen = get_preset(config.model.preset, dtype=config.model.dtype)
+    model = config.model
+    chosen = get_preset(model.preset, dtype=model.dtype, remat=model.remat, attention=model.attention)
     if chosen.vision.image_size != config.env.image_size or chosen.cameras != len(config.env.cameras):
         raise ConfigError(
             f"config key model.preset: {config.model.preset} sees {chosen.cameras} cameras of "
@@ -211,8 +225,16 @@ def architecture(config: Config) -> Pi05Config:
     return chosen
 
 
+def _check_attention(config: Config) -> None:
+    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ConfigError(
+            f"config key model.attention: got cudnn on {jax.default_backend()}, expected einsum or xla without a GPU"
+        )
+
+
 def new_policy(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) -> Policy:
     """A policy with random parameters that fits the demonstrations."""
+    _check_attention(config)
     shapes = architecture(config)
     vocabulary = tokenizer.train_small_tokenizer(tokenizer.kitchen_instructions(), vocab_size=shapes.vocab_size)
     length = _prompt_length(dataset, tokenizer.PromptTokenizer.from_bytes(vocabulary, shapes.prompt_length))
@@ -244,14 +266,18 @@ def given_policy(config: Config, path: str, mesh: jax.sharding.Mesh) -> Policy:
 
     Raises:
         CheckpointError: there is none, or it is damaged.
-        ConfigError: it wants other cameras than the run's environments have.
+        ConfigError: it wants other cameras than the run's environments have, or cannot compute as `model` says.
     """
     check_policy(config, path)
+    _check_attention(config)
     directory, step = find_policy(path)
     checkpoints = Checkpoints(directory)
     policy = load_policy(checkpoints, step, mesh)
     checkpoints.close()
-    return policy
+    try:
+        return policy.with_compute(config.model.remat, config.model.attention)
+    except ValueError as error:
+        raise ConfigError(f"config key model.attention: {error}, which is that of the policy at {path}") from error
 
 
 def check_policy(config: Config, path: str) -> None:
@@ -260,6 +286,12 @@ def check_policy(config: Config, path: str) -> None:
     checkpoints = Checkpoints(directory)
     document = checkpoints.document(step)
     checkpoints.close()
+    horizon = document.get("architecture", {}).get("horizon")
+    if config.algorithm == "sft" and horizon != architecture(config).horizon:
+        raise ConfigError(
+            f"config key model.preset: {config.model.preset} predicts chunks of {architecture(config).horizon} steps, "
+            f"the policy at {path} of {horizon}; choose the preset that the policy was made with"
+        )
     wanted = tuple(camera for camera in document.get("cameras", ()) if camera)
     if wanted != config.env.cameras:
         raise ConfigError(

@@ -39,19 +39,19 @@ def main(argv: Sequence[str]) -> int | None:
         run_dir, tensorboard=config.log.tensorboard, wandb_project="z1-jax" if config.log.wandb else None
     )
     with writer, jax.set_mesh(mesh):
-        policy = start_policy(config, mesh, run_dir, writer, clock)
+        # No name for the policy here: what RL keeps in bfloat16 must not stay in memory in float32 too.
         if config.algorithm == "sft":
-            finish_sft(config, policy, mesh, run_dir, clock)
+            finish_sft(config, start_policy(config, mesh, run_dir, writer, clock), mesh, run_dir, clock)
         else:
-            finish_grpo(config, policy, mesh, run_dir, writer, clock)
+            finish_grpo(config, start_policy(config, mesh, run_dir, writer, clock), mesh, run_dir, writer, clock)
     return None
 
 
 def start_policy(
     config: Config, mesh: jax.sharding.Mesh, run_dir: pathlib.Path, writer: MetricsWriter, clock: StageClock
 ) -> Policy:
-    """The policy that RL starts from: `init`, or SFT on fresh demonstrations."""
-    if config.init:
+    """The policy that RL starts from: `init`, or SFT on demonstrations; algorithm=sft trains `init` on."""
+    if config.init and config.algorithm == "grpo":
         return given_policy(config, config.init, mesh)
     with clock.stage("demonstrations"):
         dataset = demonstrations(config, run_dir / "demonstrations")
@@ -83,6 +83,7 @@ def finish_grpo(
     """Evaluates, trains by GRPO, evaluates again on the same seeds, films, compares, reports."""
     with make_pool(config) as pool:
         trainer = GrpoTrainer(policy, config, mesh, pool.num_envs)
+        policy = policy.without_params()  # the trainer has them
 
         def measure(name: str, title: str) -> Evaluation:
             with clock.stage("evaluation"):

@@ -19,14 +19,13 @@ from z1_jax.models.layers import (
     AdaRMSNorm,
     Einsum,
     GatedMlp,
-    Init,
     RMSNorm,
     dense,
-    param,
     rope,
     scan_layers,
     time_embedding,
 )
+from z1_jax.models.params import Init, param
 from z1_jax.sharding import constrain
 from z1_jax.types import PrefixCache
 
@@ -74,6 +73,11 @@ class GemmaBlock(nnx.Module):
         self.out = Einsum("...nh,nhd->...d", out_shape, out_axes, by_heads, layers=layers)
         self.mlp = GatedMlp(width, config.mlp, layers=layers)
         self.query_scale = head_dim**-0.5
+
+    def adapt(self, rank: int, alpha: float) -> None:
+        """Adds low-rank adapters to the kernels of attention and MLP."""
+        for linear in (self.q, self.kv, self.out, self.mlp):
+            linear.adapt(rank, alpha)
 
     def keys_values(self, h: Float[Array, "B ... W"], positions: Int[Array, "B ..."]) -> tuple[Array, Array]:
         """Rotated keys and values `[B, ..., K, D]` of normalised inputs."""

@@ -6,7 +6,6 @@ Norms, rotary and time embeddings compute in float32 whatever the compute dtype.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from z1_jax.models.lora import Adapter
+from z1_jax.models.params import ONES, ZEROS, Init, param
 from z1_jax.sharding import constrain, on_one_device
 
 NORM_EPS = 1e-6
@@ -27,39 +28,6 @@ REMAT_POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the products with weights
     "full": jax.checkpoint_policies.nothing_saveable,  # keep each layer's input only
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Init:
-    """Initial values of a parameter: normal with this mean and standard deviation (0: constant)."""
-
-    std: float = 0.0
-    mean: float = 0.0
-
-
-ZEROS, ONES = Init(), Init(mean=1.0)
-
-
-def param(
-    shape: tuple[int, ...],
-    axes: tuple[str | None, ...],
-    init: Init,
-    *,
-    layers: int | None = None,
-    keep_float32: bool = False,
-) -> nnx.Param:
-    """Declares a float32 parameter: shape, logical axes (see sharding) and initial values of one layer.
-
-    Its value is a `jax.ShapeDtypeStruct` until `pi05.init_model` or a checkpoint fills it. `layers` adds a leading
-    axis of that length. `keep_float32` marks what must not be cast down when frozen: it is used in float32 whatever
-    the compute dtype.
-    """
-    if len(shape) != len(axes):
-        raise ValueError(f"a parameter of shape {shape} needs {len(shape)} logical axes; got {axes}")
-    if layers is not None:
-        shape, axes = (layers, *shape), ("layers", *axes)
-    value = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return nnx.Param(value, logical_axes=axes, init=init, keep_float32=keep_float32)
 
 
 def _flatten_tokens(x: Array, kept: int) -> Array:
@@ -91,6 +59,11 @@ class Einsum(nnx.Module):
             self.bias = None
         else:
             self.bias = param(*bias, ZEROS, layers=layers, keep_float32=keep_float32)
+        self.kernel_lora = nnx.data(None)
+
+    def adapt(self, rank: int, alpha: float) -> None:
+        """Adds a low-rank adapter to the kernel, declared but not filled."""
+        self.kernel_lora = Adapter(self.pattern, self.kernel, rank, alpha)
 
     def __call__(self, x: Array) -> Array:
         """Applies the map in the dtype of `x`."""
@@ -98,6 +71,8 @@ class Einsum(nnx.Module):
         at = self.pattern.split("->")[1].index("...")  # where the tokens stand in the output
         flat = _flatten_tokens(x, kept)
         y = jnp.einsum(self.pattern, flat, self.kernel[...].astype(x.dtype))
+        if self.kernel_lora is not None:
+            y = y + self.kernel_lora(flat)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return y.reshape(*y.shape[:at], *x.shape[: x.ndim - kept], *y.shape[at + flat.ndim - kept :])
@@ -175,6 +150,11 @@ class Mlp(nnx.Module):
         self.up = dense(width, hidden, ("embed", "mlp"), layers=layers)
         self.down = dense(hidden, width, ("mlp", "embed"), layers=layers)
 
+    def adapt(self, rank: int, alpha: float) -> None:
+        """Adds low-rank adapters to both kernels."""
+        self.up.adapt(rank, alpha)
+        self.down.adapt(rank, alpha)
+
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         return self.down(jax.nn.gelu(self.up(x), approximate=True))
 
@@ -185,11 +165,24 @@ class GatedMlp(nnx.Module):
     def __init__(self, width: int, hidden: int, *, layers: int | None = None):
         self.gate_up = param((2, width, hidden), (None, "embed", "mlp"), Init(width**-0.5), layers=layers)
         self.down = param((hidden, width), ("mlp", "embed"), Init(hidden**-0.5), layers=layers)
+        self.gate_up_lora, self.down_lora = nnx.data(None), nnx.data(None)
+
+    def adapt(self, rank: int, alpha: float) -> None:
+        """Adds low-rank adapters to gate, up and down."""
+        self.gate_up_lora = Adapter("...d,cdf->c...f", self.gate_up, rank, alpha)
+        self.down_lora = Adapter("...f,fd->...d", self.down, rank, alpha)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         gate_up, flat = self.gate_up[...].astype(x.dtype), _flatten_tokens(x, 1)
-        hidden = jax.nn.gelu(flat @ gate_up[0], approximate=True) * (flat @ gate_up[1])
-        return (hidden @ self.down[...].astype(x.dtype)).reshape(x.shape)
+        gate, up = flat @ gate_up[0], flat @ gate_up[1]
+        if self.gate_up_lora is not None:
+            gate_change, up_change = self.gate_up_lora(flat)
+            gate, up = gate + gate_change, up + up_change
+        hidden = jax.nn.gelu(gate, approximate=True) * up
+        y = hidden @ self.down[...].astype(x.dtype)
+        if self.down_lora is not None:
+            y = y + self.down_lora(hidden)
+        return y.reshape(x.shape)
 
 
 def rope(x: Float[Array, "... T N D"], positions: Int[Array, "... T"]) -> Float[Array, "... T N D"]:

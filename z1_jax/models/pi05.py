@@ -7,6 +7,7 @@ Knows neither losses, samplers, checkpoints nor environments.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Collection, Mapping
 from typing import Literal
 
 import jax
@@ -19,12 +20,14 @@ from jaxtyping import Array, Bool, Float, Int
 from z1_jax.models.attention import IMPLEMENTATIONS
 from z1_jax.models.gemma import ActionExpert, GemmaConfig, LanguageModel
 from z1_jax.models.layers import REMAT_POLICIES
+from z1_jax.models.lora import is_adapter
+from z1_jax.models.params import initialise
 from z1_jax.models.siglip import Siglip, SiglipConfig
-from z1_jax.sharding import constrain, param_sharding
+from z1_jax.sharding import constrain
 from z1_jax.types import Observation, PrefixCache
 
 DTYPES = ("float32", "bfloat16")
-SCOPES = ("expert", "joint")
+SCOPES = ("expert", "joint", "lora", "everything")
 Part = Literal["vision", "language", "expert"]
 
 
@@ -52,6 +55,8 @@ class Pi05Config:
         for name, allowed in (("dtype", DTYPES), ("remat", tuple(REMAT_POLICIES)), ("attention", IMPLEMENTATIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ValueError(f"attention cudnn computes in bfloat16 only; got dtype {self.dtype}")
         for name in ("depth", "heads", "kv_heads", "head_dim"):
             language, expert = getattr(self.language, name), getattr(self.expert, name)
             if language != expert:
@@ -129,25 +134,7 @@ class Pi05(nnx.Module):
 def init_model(config: Pi05Config, seed: int | Array, mesh: Mesh | None = None) -> Pi05:
     """A freshly initialised model; `seed` is an int or a JAX key. With `mesh`, parameters are created sharded."""
     graphdef, abstract = nnx.split(abstract_model(config))
-    words = np.asarray(seed if isinstance(seed, int) else jax.random.key_data(seed)).ravel().tolist()
-    filled = []
-    for path, variable in nnx.to_flat_state(abstract):
-        value = _initial_value(variable, [*words, *"/".join(map(str, path)).encode()])
-        sharding = None if mesh is None else param_sharding(variable, mesh).get_value()
-        filled.append((path, variable.replace(jax.device_put(value, sharding))))
-    return nnx.merge(graphdef, nnx.from_flat_state(filled))
-
-
-def _initial_value(variable: nnx.Variable, seed: list[int]) -> np.ndarray:
-    # Drawn on the host: compiling a generator for every shape would take a small model half a minute. Seeded by the
-    # parameter's path: the value depends neither on the order of declarations nor on devices.
-    shape, init = variable.get_value().shape, variable.get_metadata("init")
-    if init.std == 0:
-        return np.full(shape, init.mean, np.float32)
-    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
-    values = generator.standard_normal(shape, dtype=np.float32)
-    values *= init.std
-    return values if init.mean == 0 else values + np.float32(init.mean)
+    return nnx.merge(graphdef, initialise(abstract, seed, mesh))
 
 
 def abstract_model(config: Pi05Config) -> Pi05:
@@ -169,8 +156,54 @@ def part_of(path: tuple) -> Part:
     return part
 
 
+def part_labels(state: nnx.State) -> nnx.State:
+    """A tree like `state` with the part's name for each parameter, as `optax.multi_transform` wants it."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: part_of((path[0].key,)), state)
+
+
+def reaches_actions(path: tuple) -> bool:
+    """Whether any gradient can reach a parameter: of the language model's last layer only keys and values can."""
+    if path[:2] == ("language", "last"):
+        return path[2] in ("kv", "norm_attention")
+    return path[:2] != ("language", "norm")
+
+
+def add_adapters(model: Pi05, adapters: Mapping[Part, tuple[int, float]]) -> Pi05:
+    """`model` with low-rank adapters, (rank, α) for each part that is named; declared but not filled.
+
+    They change every kernel of attention and MLP, biases, norms, embeddings, projections and adaRMS modulation never.
+    The model that is passed is changed too.
+    """
+    for part, (rank, alpha) in adapters.items():
+        getattr(model, part).layers.adapt(rank, alpha)
+        if part == "language":
+            model.language.last.kv.adapt(rank, alpha)
+    return model
+
+
+def is_trained(path: tuple, scope: str, adapted: Collection[str] = ()) -> bool:
+    """Whether `scope` trains the parameter at `path`; `adapted` names the parts that have adapters.
+
+    expert: the action expert. joint: every part, but what no gradient reaches and the token embedding, a sixth of the
+    model that RL need not move. lora: the adapters; and the expert whole when it has none, for then only the VLM is
+    to be spared. everything: all there is.
+    """
+    if scope == "everything":
+        return True
+    if scope == "joint":
+        return path != ("language", "embedding") and reaches_actions(path)
+    if scope == "lora" and (part_of(path) != "expert" or "expert" in adapted):
+        return is_adapter(path)
+    return part_of(path) == "expert"
+
+
+def vlm_is_frozen(trainable: nnx.State) -> bool:
+    """Whether nothing that the prefix cache depends on is trained."""
+    return all(part_of(path) == "expert" for path, _ in nnx.to_flat_state(trainable))
+
+
 def split_model(model: Pi05, scope: str, frozen_dtype: str | None = None) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """`(graphdef, trainable, frozen)` for scope "expert" (vision and language frozen) or "joint" (nothing frozen).
+    """`(graphdef, trainable, frozen)` for a training scope (see `is_trained`); trainable parameters are float32.
 
     `frozen_dtype="bfloat16"` stores frozen weights in half the memory; norms, patch and position embeddings, which
     compute in float32, keep their dtype. `nnx.merge(graphdef, trainable, frozen)` puts the model together again.
@@ -179,21 +212,26 @@ def split_model(model: Pi05, scope: str, frozen_dtype: str | None = None) -> tup
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}; got {scope!r}")
     if frozen_dtype is not None and frozen_dtype not in DTYPES:
         raise ValueError(f"frozen_dtype must be None or one of {', '.join(DTYPES)}; got {frozen_dtype!r}")
-
-    def is_trainable(path: tuple, _: object) -> bool:
-        return scope == "joint" or part_of(path) == "expert"
-
-    graphdef, trainable, frozen = nnx.split(model, is_trainable, ...)
+    adapted = {part_of(path) for path, _ in nnx.to_flat_state(nnx.state(model)) if is_adapter(path)}
+    if scope == "lora" and not adapted:
+        raise ValueError("scope lora needs adapters; add them to the model first")
+    graphdef, trainable, frozen = nnx.split(model, lambda path, _: is_trained(tuple(path), scope, adapted), ...)
+    trainable = _cast(trainable, "float32", lambda variable: True)
     return graphdef, trainable, frozen if frozen_dtype is None else cast_state(frozen, frozen_dtype)
 
 
 def cast_state(state: nnx.State, dtype: str) -> nnx.State:
-    """`state` with every parameter in `dtype` but those declared to stay in float32."""
+    """`state` (abstract ones too) with every parameter in `dtype` but those declared to stay in float32."""
+    return _cast(state, dtype, lambda variable: not variable.get_metadata("keep_float32"))
 
+
+def _cast(state: nnx.State, dtype: str, chosen: Callable[[nnx.Variable], bool]) -> nnx.State:
     def cast(variable: nnx.Variable) -> nnx.Variable:
-        if variable.get_metadata("keep_float32"):
+        value = variable.get_value()
+        if not chosen(variable) or value.dtype == jnp.dtype(dtype):
             return variable
-        return variable.replace(variable.get_value().astype(dtype))
+        abstract = isinstance(value, jax.ShapeDtypeStruct)
+        return variable.replace(value.update(dtype=jnp.dtype(dtype)) if abstract else value.astype(dtype))
 
     return jax.tree.map(cast, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 

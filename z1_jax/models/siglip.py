@@ -9,7 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from z1_jax.models import attention
-from z1_jax.models.layers import ZEROS, Einsum, Init, LayerNorm, Mlp, dense, param, scan_layers
+from z1_jax.models.layers import Einsum, LayerNorm, Mlp, dense, scan_layers
+from z1_jax.models.params import ZEROS, Init, param
 from z1_jax.sharding import constrain
 
 
@@ -68,6 +69,11 @@ class SiglipBlock(nnx.Module):
         )
         self.mlp = Mlp(width, config.mlp, layers=layers)
         self.query_scale = head_dim**-0.5
+
+    def adapt(self, rank: int, alpha: float) -> None:
+        """Adds low-rank adapters to the kernels of attention and MLP."""
+        for linear in (self.q, self.k, self.v, self.out, self.mlp):
+            linear.adapt(rank, alpha)
 
     def __call__(self, x: Float[Array, "B T W"], implementation: str) -> Float[Array, "B T W"]:
         h = self.norm_attention(x)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from z1_jax.models.lora import has_adapters
 from z1_jax.models.pi05 import Pi05Config, abstract_model
 
 _SIGLIP_BLOCK = "PaliGemma/img/Transformer/encoderblock"
@@ -106,7 +107,12 @@ def from_openpi(flat: Mapping[str, np.ndarray], config: Pi05Config) -> nnx.State
 
 
 def to_openpi(state: nnx.State) -> dict[str, np.ndarray]:
-    """openpi's arrays from a complete state of ours (parameters, or gradients of the same structure)."""
+    """openpi's arrays from a complete state of ours (parameters, or gradients of the same structure).
+
+    Raises ValueError when the state is a part of the model, or has adapters, for which openpi's names have no place.
+    """
+    if has_adapters(state):
+        raise ValueError("the state has adapters that are not folded in: export what Policy.with_params returns")
     ours = {path: np.asarray(jax.device_get(variable.get_value())) for path, variable in _flatten(state).items()}
     flat = {}
     for path, theirs in openpi_names().items():

@@ -15,13 +15,14 @@ from z1_jax.config import Config
 from z1_jax.evaluation import make_actor
 from z1_jax.interrupt import GracefulStop
 from z1_jax.metrics import MetricsWriter, Progress, read_records
+from z1_jax.models.pi05 import vlm_is_frozen
 from z1_jax.optim import init_optimizer, make_optimizer, schedule
-from z1_jax.policy import Policy, named, unnamed
+from z1_jax.policy import Policy
 from z1_jax.rl import advantage, rollout, tree
 from z1_jax.rl.actor import Actor
 from z1_jax.rl.prefix_cache import PrefixStore
 from z1_jax.rl.update import RatioError, Updater, mini_batches
-from z1_jax.sft import abstract_like
+from z1_jax.training import TrainState
 
 _COLUMNS = {"success": ".1%", "groups/kept": ".0f", "ratio/max": ".3f", "clip_fraction": ".3f", "time/total": ".1f"}
 GATES = {"float32": 1e-3, "bfloat16": 0.1}  # largest |ρ − 1| at the first update of an iteration
@@ -31,8 +32,8 @@ class GrpoTrainer:
     """Trainable and frozen parameters, optimiser state, and the compiled functions that work on them."""
 
     def __init__(self, policy: Policy, config: Config, mesh: jax.sharding.Mesh, slots: int):
-        self._policy, self.config = policy, config
-        self.graphdef, self.trainable, self.frozen = policy.split(config.train.scope)
+        self._policy, self.config = policy.without_params(), config
+        self.graphdef, self.trainable, self.frozen = policy.split(config.train.scope, config.lora, config.seed)
         # The update consumes its parameters; the caller's policy stays whole.
         self.trainable = jax.tree.map(lambda x: x.copy(), self.trainable)
         optim = config.update.optim
@@ -70,7 +71,7 @@ class GrpoTrainer:
             training_seeds(config.seed, iteration, group.count),
             (config.seed, 0x6E0, iteration),
             executed=self._policy.executed,
-            keep_caches=config.train.scope == "expert",
+            keep_caches=vlm_is_frozen(self.trainable),
         )
 
     def update(self, rollouts: rollout.Rollouts, iteration: int) -> dict[str, float]:
@@ -165,9 +166,7 @@ def train_grpo(trainer: GrpoTrainer, pool: EnvPool, directory: pathlib.Path, wri
 
     def save(step: int) -> None:
         saved = trainer.policy()
-        checkpoints.save(
-            step, {**saved.parts(), "optimizer": named(trainer.opt_state)}, {**saved.document(), "iteration": step}
-        )
+        checkpoints.save(step, _state(trainer).parts(saved), {**saved.document(), "iteration": step})
 
     last = config.train.iterations
     with GracefulStop() as stop, Progress("grpo", last, "iteration", _COLUMNS, start=start) as progress:
@@ -243,18 +242,15 @@ def _write_episodes(writer: MetricsWriter, rollouts: rollout.Rollouts, iteration
             )
 
 
+def _state(trainer: GrpoTrainer) -> TrainState:
+    return TrainState(trainer.trainable, trainer.frozen, trainer.opt_state)
+
+
 def _restore(checkpoints: Checkpoints, trainer: GrpoTrainer) -> int:
     """Loads the newest intact checkpoint into the trainer; returns its iteration, 0 for none."""
-    newest = checkpoints.load_newest(
-        {
-            "params": named(abstract_like(trainer.policy().params)),
-            "optimizer": named(abstract_like(trainer.opt_state)),
-        }
-    )
+    newest = _state(trainer).restored(checkpoints)
     if newest is None:
         return 0
-    step, loaded, _ = newest
-    trainer.trainable = unnamed(trainer.trainable, loaded["params"])
-    trainer.frozen = unnamed(trainer.frozen, loaded["params"])
-    trainer.opt_state = unnamed(trainer.opt_state, loaded["optimizer"])
+    step, state, _ = newest
+    trainer.trainable, trainer.frozen, trainer.opt_state = state.trainable, state.frozen, state.opt_state
     return step

@@ -1,0 +1,73 @@
+"""What a checkpoint of a run under way holds besides its policy, and how training goes on from it.
+
+The part `params` is always the policy as it acts: whole, adapters folded in, averaged where an average is kept. Where
+training goes on from other numbers, these stand beside it: `trainable` (the parameters that the optimiser moves) and,
+for averaged adapters, `average`. The frozen ones are then those of the policy that the run started from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from z1_jax.checkpoint import Checkpoints
+from z1_jax.models.lora import SUFFIX
+from z1_jax.policy import Policy, named, unnamed
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that an optimiser step reads and writes, and the parameters that it leaves alone."""
+
+    trainable: Any
+    frozen: Any
+    opt_state: Any
+    average: Any = None  # exponential moving average of `trainable`, where one is kept
+
+    @property
+    def acting(self) -> tuple[Any, Any]:
+        """The parameters that the policy acts with."""
+        return (self.trainable if self.average is None else self.average), self.frozen
+
+    def parts(self, policy: Policy) -> dict[str, Any]:
+        """The arrays of a checkpoint; `policy` is the one that acts, see `Policy.with_params`."""
+        parts = {**policy.parts(), "optimizer": named(self.opt_state)}
+        return parts | {name: named(tree) for name, tree in self._beside().items()}
+
+    def restored(self, checkpoints: Checkpoints) -> tuple[int, TrainState, dict[str, Any]] | None:
+        """The step, state and document of the newest checkpoint that can be read; None where there is none."""
+        wanted = {"optimizer": self.opt_state, **self._beside()}
+        abstract = {name: named(abstract_like(tree)) for name, tree in wanted.items()}
+        if not _has_adapters(self.trainable):  # else `params` is of another structure: the folded one
+            abstract["params"] = {
+                name: leaf for tree in self.acting for name, leaf in named(abstract_like(tree)).items()
+            }
+        newest = checkpoints.load_newest(abstract)
+        if newest is None:
+            return None
+        step, loaded, document = newest
+        params, state = loaded.get("params", {}), {"opt_state": unnamed(self.opt_state, loaded["optimizer"])}
+        state["trainable"] = unnamed(self.trainable, loaded.get("trainable", params))
+        if self.average is not None:
+            state["average"] = unnamed(self.average, loaded.get("average", params))
+        if params:
+            state["frozen"] = unnamed(self.frozen, params)
+        return step, dataclasses.replace(self, **state), document
+
+    def _beside(self) -> dict[str, Any]:
+        """What `params` does not tell."""
+        adapted = _has_adapters(self.trainable)
+        beside = {"trainable": self.trainable} if adapted or self.average is not None else {}
+        return beside | ({"average": self.average} if adapted and self.average is not None else {})
+
+
+def _has_adapters(tree: Any) -> bool:
+    return any(f"{SUFFIX}." in name for name in named(tree))
+
+
+def abstract_like(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of a tree of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
