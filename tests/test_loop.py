@@ -1,6 +1,7 @@
 """SFT and GRPO end to end in the kitchen: an interrupted run ends with the same bits as one that was left alone."""
 
 import dataclasses
+import functools
 import os
 import signal
 
@@ -11,10 +12,12 @@ import tiny_policy as tiny
 from tiny_grpo import CONFIG, SEED, assert_same_bits, compiled, grpo, records, trainer
 
 from envs.kitchen import demos
-from z1_jax.config import SftConfig, TrainConfig
+from z1_jax.config import SelectiveConfig, SftConfig, TrainConfig
 from z1_jax.data.dataset import write_dataset
 from z1_jax.metrics import MetricsWriter, read_records
 from z1_jax.policy import named
+from z1_jax.rl import loop
+from z1_jax.rl.diagnostics import BrokenIteration
 from z1_jax.rl.trainer import GrpoTrainer
 from z1_jax.sft import SftTrainer, train_sft
 
@@ -128,6 +131,128 @@ def test_early_stopping_survives_a_resume(tmp_path, untouched):
     assert records(tmp_path) == records(untouched[0])[:1]
 
 
+@pytest.mark.parametrize("moment", ["update", "collect"])
+def test_a_broken_iteration_is_kept_and_stops_the_run(tmp_path, monkeypatch, moment):
+    """A parameter that became infinite after the first checkpoint: nothing is trained on it, the checkpoint stays."""
+    made = trainer(dataclasses.replace(CONFIG, train=TrainConfig(iterations=3, checkpoint_every=1)))
+    method = getattr(made, moment)
+
+    def spoil(*arguments):
+        if arguments[-1] == 1:
+            leaves, tree = jax.tree.flatten(made.trainable)
+            made.trainable = jax.tree.unflatten(tree, [leaves[0].at[...].set(np.inf), *leaves[1:]])
+        return method(*arguments)
+
+    monkeypatch.setattr(made, moment, spoil)
+    path = tmp_path / "broken" / "iteration-1.npz"
+    with pytest.raises(BrokenIteration, match="^iteration 1: .*not finite.*kept in") as error:
+        grpo(tmp_path, made)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert [row["step"] for row in records(tmp_path)] == [0]
+    assert sorted(p.name for p in (tmp_path / "checkpoints" / "grpo").iterdir() if p.name.isdigit()) == ["1"]
+    with np.load(path) as kept:
+        if moment == "collect":
+            assert not np.isfinite(kept["x"]).all()
+        else:
+            ratio, node = kept["update/ratio"], kept["update/node"]
+            assert not np.isfinite(ratio).all() and kept["nodes/logp"].shape == kept["credit/usable"].shape
+            assert kept["credit/usable"][node].all() and kept["nodes/x"].shape[1] == 5
+
+
+# ── train.scope=auto, end to end
+
+SELECTIVE = dataclasses.replace(
+    CONFIG,
+    train=TrainConfig(iterations=5, scope="auto", checkpoint_every=1),
+    selective=SelectiveConfig(iterations=3, confidence=0.9999, enough=1.01),  # surely switches
+)
+
+
+@functools.cache
+def switched() -> GrpoTrainer:
+    """A trainer that has entered joint, for its compiled functions."""
+    made = trainer(SELECTIVE)
+    made.enter("joint")
+    return made
+
+
+def selective_trainer(monkeypatch) -> GrpoTrainer:
+    made = trainer(SELECTIVE)
+    enter = made.enter
+
+    def entered(scope):
+        enter(scope)
+        made.actor, made._updater = switched().actor, switched()._updater
+
+    monkeypatch.setattr(made, "enter", entered)
+    return made
+
+
+def test_a_run_that_switches_its_scope_resumes_bit_for_bit(tmp_path, monkeypatch, capsys):
+    """Left alone; killed in the iteration that decides; and killed after the decision, in joint training."""
+    seeds = []
+    reset = tiny.pool(16).reset
+    monkeypatch.setattr(tiny.pool(16), "reset", lambda slots, given: seeds.extend(given) or reset(slots, given))
+    whole = grpo(tmp_path / "whole", selective_trainer(monkeypatch))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train.scope=auto: ")]
+    rows = records(tmp_path / "whole")
+    assert [row["scope"] for row in rows] == ["expert"] * 3 + ["joint"] * 2
+    decided = [row for row in rows if "selective/scope" in row]
+    assert [row["step"] for row in decided] == [2] and len(said) == 1 and decided[0]["selective/reason"] in said[0]
+    slope = np.polyfit(np.arange(3), [row["success"] for row in rows[:3]], 1)[0]
+    assert decided[0]["selective/slope"] == pytest.approx(slope, abs=1e-12)
+    assert all("grad_norm/vision" in row for row in rows[3:]) and "grad_norm/vision" not in rows[0]
+    assert max(seeds) < 800_000_000  # no held-out seed was looked at
+    before, after = named(tiny.policy().params), named(whole.params)
+    moved = {name.partition(".")[0] for name in before if not np.array_equal(before[name], after[name])}
+    assert moved == {"vision", "language", "expert"}
+    for moment in (2, 3):
+        made = selective_trainer(monkeypatch)
+        update = made.update
+
+        def killed(rollouts, iteration, moment=moment, update=update):
+            if iteration == moment:
+                raise Stopped
+            return update(rollouts, iteration)
+
+        monkeypatch.setattr(made, "update", killed)
+        with pytest.raises(Stopped):
+            grpo(tmp_path / str(moment), made)
+        resumed = selective_trainer(monkeypatch)
+        assert_same_bits(grpo(tmp_path / str(moment), resumed), whole)
+        assert records(tmp_path / str(moment)) == rows and resumed.scope == "joint"
+
+
+def test_a_resumed_run_fills_its_prefix_caches_anew(tmp_path, monkeypatch):
+    """Killed within an update: the resumed iteration trains on the caches of its own looks, encoded after the load."""
+    made = trainer()
+    monkeypatch.setattr(made, "update", lambda *_: (_ for _ in ()).throw(Stopped))
+    with pytest.raises(Stopped):
+        grpo(tmp_path, made)
+    resumed, seen = trainer(), []
+    update = resumed.update
+
+    def watched(rollouts, iteration):
+        seen.append(rollouts)
+        return update(rollouts, iteration)
+
+    monkeypatch.setattr(resumed, "update", watched)
+    collected = resumed.collect
+
+    def collect(pool, iteration):
+        assert resumed._store is None or iteration > 0
+        return collected(pool, iteration)
+
+    monkeypatch.setattr(resumed, "collect", collect)
+    monkeypatch.setattr(loop, "_settled", lambda *_: len(seen) == 1)  # one iteration is enough
+    grpo(tmp_path, resumed)
+    rollouts = seen[0]
+    assert rollouts.caches.rows == len(rollouts.looks.tokens) > 0
+    some = np.arange(min(4, rollouts.caches.rows))
+    fresh, _ = resumed.actor.encode(resumed.params, jax.tree.map(lambda x: x[some], rollouts.looks))
+    np.testing.assert_allclose(rollouts.caches.take(some).k, np.asarray(fresh.k)[:, some], atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     env = tiny.kitchen.make(tiny.TASK, cameras=(tiny.CAMERA,), image_size=tiny.PIXELS, horizon=tiny.HORIZON)
@@ -173,7 +298,7 @@ def test_sft_then_grpo_interrupted_in_both_ends_with_the_same_bits(tmp_path, dat
     def after_sft(policy):
         made = trainer()
         fresh = GrpoTrainer(policy, CONFIG, tiny.one_device(), 16)
-        made._start, made.trainable, made.frozen, made.opt_state = (
+        made._policy, made.trainable, made.frozen, made.opt_state = (
             policy,
             fresh.trainable,
             fresh.frozen,

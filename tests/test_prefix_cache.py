@@ -28,7 +28,9 @@ def filled(store, rng):
     parts = [(batch(rng, size), rows) for size, rows in ((8, 6), (4, 1), (8, 8))]
     for part, rows in parts:
         store.add(jax.device_put(part), rows)
-    return jax.tree.map(lambda *xs: np.concatenate(xs, axis=xs[0].ndim == 5), *(p.take(np.arange(n)) for p, n in parts))
+    return jax.tree.map(
+        lambda *xs: np.concatenate(xs, axis=int(xs[0].ndim == 5)), *(p.take(np.arange(n)) for p, n in parts)
+    )
 
 
 @functools.cache

@@ -38,8 +38,13 @@ def test_the_stated_confidence_is_kept(rng):
 
 
 def test_reasons_are_one_line_with_the_numbers():
-    flat = decide([0.25, 0.3, 0.25, 0.3, 0.25], 0.9, 0.95, "joint")
-    assert flat.scope == "joint" and "+0.00 points" in flat.reason and "not rising at 90.0% confidence" in flat.reason
+    flat = decide([0.25, 0.3, 0.25, 0.3, 0.25], 0.9, 0.95, "wider")
+    assert (
+        flat.scope == "wider"
+        and "scope wider from here on" in flat.reason
+        and "+0.00 points" in flat.reason
+        and "not rising at 90.0% confidence" in flat.reason
+    )
     rising = decide([0.1, 0.21, 0.29, 0.42], 0.9, 0.95, "joint")
     assert rising.scope == "expert" and "+10.40 points an iteration over 4 iterations" in rising.reason
     top = decide([0.9, 0.97, 0.96, 0.97], 0.9999, 0.95, "joint")

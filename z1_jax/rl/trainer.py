@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from envs.pool import EnvPool
 from z1_jax.config import Config, ConfigError, check_horizon
@@ -54,7 +55,9 @@ class GrpoTrainer:
     """
 
     def __init__(self, policy: Policy, config: Config, mesh: jax.sharding.Mesh, slots: int):
-        self._start, self.config, self._mesh, self._slots = policy, config, mesh, slots
+        # Without its arrays: what is frozen may be narrower, and must not be held twice.
+        self._policy, self.config, self._mesh, self._slots = policy.with_params(nnx.State({})), config, mesh, slots
+        self._whole = policy if config.train.scope == "auto" else None  # until the probe has decided
         optim = config.update.optim
         self._optimizer = PartOptimizer(optim, config.update.vlm_lr_factor)
         self._lr = schedule(optim, config.train.iterations)
@@ -63,17 +66,22 @@ class GrpoTrainer:
         self.probe: list[float] = []
         self.decision: selective.Decision | None = None
         self.opt_state: Any = None
-        self._enter(EXPERT if config.train.scope == "auto" else config.train.scope, policy)
+        self._reference: Any = None  # what is trained, as it was before RL, where the KL to it is a term of the loss
+        self._enter(EXPERT if config.train.scope == "auto" else config.train.scope, policy, policy)
 
-    def _enter(self, scope: str, policy: Policy) -> None:
-        """Trains `policy` with `scope` from here on; a part that is trained already keeps its optimiser state."""
+    def _enter(self, scope: str, policy: Policy, start: Policy) -> None:
+        """Trains `policy` with `scope` from here on; a part that is trained already keeps its optimiser state.
+
+        `start` is the policy before RL.
+        """
         self.scope = scope
         self.graphdef, trainable, self.frozen = policy.split(scope)
         # The update consumes its parameters; the caller's policy stays whole.
         self.trainable = jax.tree.map(lambda x: x.copy(), trainable)
         self.opt_state = self._optimizer.init_on(self._mesh, self.trainable, self.opt_state)
         config = self.config
-        self._reference = self._start.split(scope)[1] if config.update.kl_coef else None
+        if config.update.kl_coef:
+            self._reference = trainable if policy is start else start.split(scope)[1]
         vlm = trains_vlm(self.trainable)
         if config.update.vlm_lr_factor != 1.0 and not vlm and config.train.scope != "auto":
             raise ConfigError(
@@ -101,7 +109,7 @@ class GrpoTrainer:
 
     def policy(self) -> Policy:
         """The policy as trained so far."""
-        return self._start.with_params(self.trainable, self.frozen)
+        return self._policy.with_params(self.trainable, self.frozen)
 
     def noise_level(self, iteration: int) -> float:
         """a of an iteration."""
@@ -131,18 +139,18 @@ class GrpoTrainer:
             pool,
             self.actor,
             self.params,
-            self._start.processor,
+            self._policy.processor,
             self.plan(iteration),
             training_seeds(config.seed, iteration, config.group.count),
             (config.seed, 0x6E0, iteration),
-            executed=self._start.executed,
+            executed=self._policy.executed,
             noise_level=self.noise_level(iteration),
             store=self._store,
         )
 
     def _place_caches(self, control_steps: int) -> None:
         """Chooses where the prefix caches of an iteration are kept, by the most that there can be."""
-        config, shapes, executed = self.config, self._start.config, self._start.executed
+        config, shapes, executed = self.config, self._policy.config, self._policy.executed
         check_horizon(config, control_steps, executed)
         chunks = -(-control_steps // executed)
         looks = config.group.count * max(self.plan(i).most_looks(chunks) for i in range(config.train.iterations))
@@ -198,7 +206,7 @@ class GrpoTrainer:
             "nodes/used": int(credit.usable.sum()),
             "lr": lr_scale * self.config.update.optim.lr,
             **diagnostics.sharing_metrics(
-                rollouts, self._start.config.vision.tokens, int(self.actor.counted.sum()), noise_level
+                rollouts, self._policy.config.vision.tokens, int(self.actor.counted.sum()), noise_level
             ),
             **diagnostics.update_metrics(rows),
         }
@@ -268,13 +276,15 @@ class GrpoTrainer:
         self.decision = selective.decide(self.probe, config.confidence, config.enough, config.then)
         if self.decision.scope != self.scope:
             self.enter(self.decision.scope)
+        self._whole = None
         return self.decision
 
     def enter(self, scope: str) -> None:
-        """Changes the scope of a run under way: what was trained stays as it is, the rest is the start's own."""
-        leaves = {**named(self._start.params), **named(self.trainable)}
+        """Changes the scope of a probe under way: what was trained stays as it is, the rest is the start's own."""
+        start = self._whole
+        leaves = {**named(start.params), **named(self.trainable)}
         self._earlier_traces.append({**self.actor.traces, "update": self._updater.traces})
-        self._enter(scope, dataclasses.replace(self._start, params=unnamed(self._start.params, leaves)))
+        self._enter(scope, start.with_params(unnamed(start.params, leaves)), start)
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint's document must say of the scope, JSON values."""
