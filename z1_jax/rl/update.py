@@ -70,11 +70,18 @@ class Updater:
         self._step = jax.jit(functools.partial(self._step_impl, graphdef), donate_argnums=(0, 1))
 
     def step(
-        self, trainable: Any, opt_state: Any, frozen: Any, batch: NodeBatch, normaliser: float, **options: Any
+        self,
+        trainable: Any,
+        opt_state: Any,
+        frozen: Any,
+        batch: NodeBatch,
+        normaliser: float,
+        lr_scale: float = 1.0,
+        reference: Any = None,
     ) -> tuple[Any, Any, dict[str, float]]:
-        """`place`, `launch` and `fetch` of one batch."""
+        """`place`, `launch` and `fetch` of one NumPy batch."""
         trainable, opt_state, launched = self.launch(
-            trainable, opt_state, frozen, self.place(batch), normaliser, **options
+            trainable, opt_state, frozen, self.place(batch), normaliser, lr_scale=lr_scale, reference=reference
         )
         return trainable, opt_state, fetch(launched)
 
