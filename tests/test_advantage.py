@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from z1_jax.rl.advantage import calibrated_return, group_advantages, kept_groups
+from z1_jax.rl.advantage import calibrated_return, group_advantages, kept_groups, returns_of
 
 
 def test_returns_by_hand():
@@ -82,3 +82,37 @@ def test_groups_do_not_mix(rng, shift):
     returns = calibrated_return(success, rng.integers(1, 9, (4, 6)), 0.9)
     rolled = group_advantages(np.roll(returns, shift, axis=0), np.roll(success, shift, axis=0))
     np.testing.assert_array_equal(rolled, np.roll(group_advantages(returns, success), shift, axis=0))
+
+
+def test_kinds_of_reward_by_hand():
+    success, chunks = np.array([[True, True, False]]), np.array([[1, 3, 4]])
+    np.testing.assert_allclose(returns_of("decay", success, chunks, 0.5, 9.0), [[0.5, 0.125, 0.0]])
+    np.testing.assert_allclose(returns_of("penalty", success, chunks, 9.0, 0.1), [[0.9, 0.7, -0.4]])
+    np.testing.assert_array_equal(returns_of("sparse", success, chunks, 9.0, 9.0), [[1.0, 1.0, 0.0]])
+    with pytest.raises(ValueError, match="expected one of decay, penalty, sparse"):
+        returns_of("dense", success, chunks, 0.5, 0.1)
+
+
+def test_a_penalty_is_to_first_order_the_decay(rng):
+    success, chunks = np.ones((5, 4), bool), rng.integers(1, 6, (5, 4))
+    gap = returns_of("decay", success, chunks, 0.998, 0.0) - returns_of("penalty", success, chunks, 0.0, 0.002)
+    assert np.abs(gap).max() < 0.002**2 * 5**2
+
+
+def test_divisors_by_hand():
+    # R = 1, 0, 0, 0: deviations 0.75, −0.25 …; over G: √0.1875, over G − 1: √0.25 = 0.5
+    returns, success = np.array([[1.0, 0, 0, 0]]), np.array([[True, False, False, False]])
+    np.testing.assert_allclose(group_advantages(returns, success, std="sample"), [[1.5, -0.5, -0.5, -0.5]], rtol=1e-5)
+    np.testing.assert_allclose(group_advantages(returns, success, std="none"), [[0.75, -0.25, -0.25, -0.25]])
+
+
+def test_all_success_centred_on_the_mean():
+    success, returns = np.ones((1, 3), bool), np.array([[0.98, 0.96, 0.97]])
+    np.testing.assert_allclose(group_advantages(returns, success, all_success="mean"), [[0.01, -0.01, 0.0]], atol=1e-12)
+
+
+def test_the_filter_before_the_decay_drops_what_it_keeps_after_it():
+    """All succeed in 6 chunks: the mean success is 1, above 0.99; the mean return is 0.998⁶ = 0.988, below it."""
+    success, chunks = np.ones((1, 4), bool), np.full((1, 4), 6)
+    assert kept_groups(calibrated_return(success, chunks, 0.998), 0.1, 0.99).all()
+    assert not kept_groups(success, 0.1, 0.99).any()

@@ -72,6 +72,25 @@ def test_presets():
         (["--config.update.micro_batch=48"], ["update.batch_size", "got 128", "multiple of update.micro_batch = 48"]),
         (["--config.reward.keep_low=0.9", "--config.reward.keep_high=0.5"], ["reward.keep_low", "0.9", "0.5"]),
         (["--config.group.branching=none"], ["group.prefix_chunks", "none"]),
+        (["--config.group.branching=none", "--config.group.prefix_chunks=0"], ["group.prefix_chunks", "none"]),
+        (["--config.group.prefix_schedule=constant", "--config.group.prefix_chunks_end=0"], ["prefix_chunks_end"]),
+        (
+            ["--config.flow.noise_level_end=0.2"],
+            ["flow.noise_level_end", "no effect with flow.noise_schedule=constant"],
+        ),
+        (["--config.reward.kind=sparse", "--config.reward.discount=0.9"], ["reward.discount", "reward.kind=sparse"]),
+        (["--config.reward.penalty=0.1"], ["reward.penalty", "no effect with reward.kind=decay"]),
+        (["--config.reward.kind=sparse", "--config.reward.filter_on=success"], ["reward.filter_on", "no effect"]),
+        (["--config.update.optim.schedule=constant", "--config.update.optim.lr_end=1e-6"], ["update.optim.lr_end"]),
+        (["--config.update.vlm_lr_factor=0.1"], ["update.vlm_lr_factor", "no effect with train.scope=expert"]),
+        (["--config.selective.confidence=0.8"], ["selective.confidence", "no effect with train.scope=expert"]),
+        (["--config.update.ratio_max=0.9"], ["update.ratio_max", "got 0.9", "more than 1"]),
+        (
+            ["--config.train.scope=auto", "--config.selective.iterations=200"],
+            ["selective.iterations", "200", "train.iterations"],
+        ),
+        (["--config.train.scope=joint", "--config.update.prefix_cache=host"], ["update.prefix_cache", "host", "stale"]),
+        (["--config.train.scope=auto", "--config.update.prefix_cache=device"], ["update.prefix_cache", "stale"]),
         (["--config.mesh.data=0"], ["mesh.data", "got 0", "-1"]),
         (["--config.mesh.fsdp=0"], ["mesh.fsdp", "got 0", "at least 1"]),
         (["--config.algorithm=eval"], ["checkpoint", "expected a run directory"]),
@@ -139,6 +158,22 @@ def test_every_choice_is_enforced(key):
     message = refusal(GRPO, f"--config.{key}=nonsense")
     assert f"config key {key}: got 'nonsense'" in message
     assert all(choice in message for choice in z1_config._CHOICES[key])
+
+
+def test_a_prefix_as_long_as_the_episode_is_refused():
+    for key, changes in (("prefix_chunks", {}), ("prefix_chunks_end", {"prefix_chunks": 4})):
+        config = dataclasses.replace(Config(), group=z1_config.GroupConfig(**{**changes, key: 5}))
+        z1_config.check_horizon(config, 41, 8)  # five chunks and a step
+        with pytest.raises(ConfigError, match=f"group.{key}: got 5, but an episode of 40 steps has 5 chunks of 8"):
+            z1_config.check_horizon(config, 40, 8)
+    constant = z1_config.GroupConfig(prefix_chunks=2, prefix_chunks_end=5, prefix_schedule="constant")
+    z1_config.check_horizon(dataclasses.replace(Config(), group=constant), 40, 8)
+
+
+def test_keys_without_effect_are_real_keys():
+    values = flat(Config())
+    for key, by, without in z1_config._INERT:
+        assert key in values and set(without) < set(z1_config._CHOICES[by])
 
 
 def with_run_dir(path: pathlib.Path, **changes) -> Config:

@@ -322,3 +322,41 @@ def test_training_pair(rng):
     np.testing.assert_allclose(x[1], 0.25 * noise[1] + 0.75 * actions[1])
     np.testing.assert_allclose(x[2], noise[2])
     np.testing.assert_allclose(target, noise - actions)
+
+
+def test_kl_between_transitions_equals_the_normal_distributions_own(rng):
+    """E_p[log p − log q] from scipy's entropies, over the stochastic steps and counted coordinates alone."""
+    steps, level = 4, 0.6
+    x = rng.normal(size=(steps, HORIZON, WIDTH)).astype("f")
+    t = flow.times(steps)
+    (mean, std), (other, _) = (
+        flow.transition(x, rng.normal(size=x.shape).astype("f"), t, steps, level) for _ in range(2)
+    )
+    stochastic, counted = np.array([True, False, True, True]), rng.random((HORIZON, WIDTH)) < 0.6
+    expected = 0.0
+    for k, h, d in np.argwhere(stochastic[:, None, None] & counted):
+        m, n, s = (float(y) for y in (mean[k, h, d], other[k, h, d], std[k, 0, 0]))
+        cross = -stats.norm(m, s).expect(lambda z, n=n, s=s: stats.norm.logpdf(z, n, s), lb=m - 9 * s, ub=m + 9 * s)
+        expected += cross - stats.norm(m, s).entropy()
+    got = flow.transitions_kl(mean, other, std, stochastic, counted)
+    assert float(got) == pytest.approx(expected, rel=1e-4)
+    number = stochastic.sum() * counted.sum()
+    assert float(flow.transitions_kl(mean, other, std, stochastic, counted, "mean")) == (
+        pytest.approx(expected / number, rel=1e-4)
+    )
+
+
+@pytest.mark.parametrize(("sde_steps", "last_step"), MODES)
+def test_entropy_is_the_mean_log_density(rng, sde_steps, last_step):
+    """−E log π over many chains of a fixed policy, and scipy's entropy of each transition."""
+    n, steps, level = 4000, 4, 0.7
+    chosen = chosen_steps(rng, n, steps, sde_steps, last_step)
+    noise = rng.standard_normal((n, steps + 1, HORIZON, WIDTH), np.float32)
+    logp = np.asarray(
+        jax.jit(lambda z, s: flow.sample(lambda x, t: 0.3 * x, z, s, ALL, noise_level=level))(noise, chosen).logp
+    )
+    got = flow.entropy(chosen, HORIZON * WIDTH, level)
+    assert abs(got.mean() + logp.mean()) < 5 * (got + logp).std() / np.sqrt(n)
+    sigma = np.asarray(flow.noise_scale(flow.times(steps), steps, level)) * np.sqrt(1 / steps)
+    one = sum(stats.norm(0, s).entropy() for s, drawn in zip(sigma, chosen[0], strict=True) if drawn)
+    assert got[0] == pytest.approx(HORIZON * WIDTH * one, rel=1e-5)

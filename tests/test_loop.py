@@ -3,44 +3,24 @@
 import dataclasses
 import functools
 import os
-import pathlib
 import signal
 
 import jax
 import numpy as np
 import pytest
 import tiny_policy as tiny
+from tiny_grpo import CONFIG, SEED, assert_same_bits, compiled, grpo, records, trainer
 
 from envs.kitchen import demos
-from z1_jax.config import (
-    Config,
-    EnvConfig,
-    GroupConfig,
-    OptimConfig,
-    RewardConfig,
-    SftConfig,
-    TrainConfig,
-    UpdateConfig,
-)
+from z1_jax.config import SelectiveConfig, SftConfig, TrainConfig
 from z1_jax.data.dataset import write_dataset
 from z1_jax.metrics import MetricsWriter, read_records
 from z1_jax.policy import named
 from z1_jax.rl import loop
-from z1_jax.rl.loop import GrpoTrainer, train_grpo, training_seeds
-from z1_jax.rl.update import RatioError
+from z1_jax.rl.diagnostics import BrokenIteration
+from z1_jax.rl.trainer import GrpoTrainer
 from z1_jax.sft import SftTrainer, train_sft
 
-SEED = int(np.random.SeedSequence().generate_state(1)[0]) % 10_000
-CONFIG = Config(
-    seed=SEED,
-    env=EnvConfig(parallel=16),
-    group=GroupConfig(count=4, size=4, branching="tree", prefix_chunks=2, prefix_chunks_end=2),
-    reward=RewardConfig(keep_low=0.0, keep_high=1.0),
-    update=UpdateConfig(
-        epochs=2, batch_size=8, micro_batch=8, optim=OptimConfig(lr=1e-3, warmup_steps=2, schedule="constant")
-    ),
-    train=TrainConfig(iterations=3, checkpoint_every=2),
-)
 SFT = SftConfig(steps=5, batch_size=4, flows=2, checkpoint_every=3)
 
 
@@ -52,35 +32,6 @@ def fresh_policy():
     """The tiny policy with its own arrays: SFT consumes what it is given."""
     policy = tiny.policy()
     return dataclasses.replace(policy, params=jax.tree.map(lambda x: x.copy(), policy.params))
-
-
-@functools.cache
-def trainer_of_the_files() -> GrpoTrainer:
-    return GrpoTrainer(tiny.policy(), CONFIG, tiny.one_device(), 16)
-
-
-def trainer(config: Config = CONFIG) -> GrpoTrainer:
-    """A trainer at iteration 0 that shares its compiled functions with the others of this file."""
-    new, shared = GrpoTrainer(tiny.policy(), config, tiny.one_device(), 16), trainer_of_the_files()
-    new.actor, new._updater = shared.actor, shared._updater
-    return new
-
-
-def grpo(run_dir: pathlib.Path, made: GrpoTrainer):
-    with MetricsWriter(run_dir) as writer:
-        return train_grpo(made, tiny.pool(16), run_dir / "checkpoints" / "grpo", writer)
-
-
-def records(run_dir: pathlib.Path, name: str = "metrics.jsonl"):
-    """The records without what is measured by the clock."""
-    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in read_records(run_dir / name)]
-
-
-def assert_same_bits(a, b):
-    a, b = named(a.params), named(b.params)
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +58,7 @@ def test_a_run_trains_only_the_expert_and_writes_everything_down(untouched):
     assert len(episodes) == 3 * 16
     assert np.mean([e["success"] for e in episodes]) == pytest.approx(np.mean([row["success"] for row in rows]))
     # Nothing was compiled again after the first iterations.
-    before = trainer_of_the_files().traces
+    before = compiled().traces
     again = trainer()
     again.update(again.collect(tiny.pool(16), 0), 0)
     assert again.traces == before and before["update"] == 1
@@ -180,90 +131,126 @@ def test_early_stopping_survives_a_resume(tmp_path, untouched):
     assert records(tmp_path) == records(untouched[0])[:1]
 
 
-class Recorder:
-    """An updater that keeps what it is given and changes nothing."""
+@pytest.mark.parametrize("moment", ["update", "collect"])
+def test_a_broken_iteration_is_kept_and_stops_the_run(tmp_path, monkeypatch, moment):
+    """A parameter that became infinite after the first checkpoint: nothing is trained on it, the checkpoint stays."""
+    made = trainer(dataclasses.replace(CONFIG, train=TrainConfig(iterations=3, checkpoint_every=1)))
+    method = getattr(made, moment)
 
-    def __init__(self, **stats):
-        self.batches, self.traces = [], 0
-        names = ("loss", "ratio_error", "ratio_sum", "ratio_max", "clipped", "kl_sum", "grad_norm", "update_to_weight")
-        self.stats = {**dict.fromkeys(names, 0.0), "nodes": 1.0, **stats}
+    def spoil(*arguments):
+        if arguments[-1] == 1:
+            leaves, tree = jax.tree.flatten(made.trainable)
+            made.trainable = jax.tree.unflatten(tree, [leaves[0].at[...].set(np.inf), *leaves[1:]])
+        return method(*arguments)
 
-    def step(self, trainable, opt_state, frozen, batch, normaliser, lr_scale):
-        self.batches.append((batch, normaliser))
-        return trainable, opt_state, self.stats
-
-
-def recorded(monkeypatch, config, rollouts, **stats):
-    """The advantages and batches of one update, and its diagnostics."""
-    made, seen = trainer(config), []
-    made._updater = Recorder(**stats)
-    real = loop.tree.signed_advantage_sums
-    monkeypatch.setattr(loop.tree, "signed_advantage_sums", lambda a, *rest: seen.append(a) or real(a, *rest))
-    result = made.update(rollouts, 0)
-    monkeypatch.undo()
-    return seen[0], made._updater.batches, result
-
-
-@pytest.fixture(scope="module")
-def rollouts():
-    return trainer().collect(tiny.pool(16), 0)
-
-
-def test_shuffled_advantages_are_permuted_within_each_group(monkeypatch, rollouts, rng):
-    varied = dataclasses.replace(
-        rollouts, success=rng.random((4, 4)) < 0.99, chunks=np.stack([rng.permutation(4) + 1 for _ in range(4)])
-    )
-    group = dataclasses.replace(CONFIG.group, shuffle_advantages=True)
-    plain, _, _ = recorded(monkeypatch, CONFIG, varied)
-    shuffled, _, _ = recorded(monkeypatch, dataclasses.replace(CONFIG, group=group), varied)
-    np.testing.assert_array_equal(np.sort(plain, axis=1), np.sort(shuffled, axis=1))
-    assert not np.array_equal(plain, shuffled)  # sixteen places: by chance less than one in 300,000
-    again, _, _ = recorded(monkeypatch, dataclasses.replace(CONFIG, group=group), varied)
-    np.testing.assert_array_equal(again, shuffled)  # and the shuffle resumes
+    monkeypatch.setattr(made, moment, spoil)
+    path = tmp_path / "broken" / "iteration-1.npz"
+    with pytest.raises(BrokenIteration, match="^iteration 1: .*not finite.*kept in") as error:
+        grpo(tmp_path, made)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert [row["step"] for row in records(tmp_path)] == [0]
+    assert sorted(p.name for p in (tmp_path / "checkpoints" / "grpo").iterdir() if p.name.isdigit()) == ["1"]
+    with np.load(path) as kept:
+        if moment == "collect":
+            assert not np.isfinite(kept["x"]).all()
+        else:
+            ratio, node = kept["update/ratio"], kept["update/node"]
+            assert not np.isfinite(ratio).all() and kept["nodes/logp"].shape == kept["credit/usable"].shape
+            assert kept["credit/usable"][node].all() and kept["nodes/x"].shape[1] == 5
 
 
-def test_only_trainable_nodes_of_kept_groups_are_dealt(monkeypatch, rollouts):
-    success = np.array([[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0]], bool)
-    varied = dataclasses.replace(rollouts, success=success, chunks=np.ones((4, 4), int))
-    config = dataclasses.replace(CONFIG, reward=RewardConfig())  # 0.1 … 0.99: drops groups 0 and 2
-    _, batches, result = recorded(monkeypatch, config, varied)
-    assert (result["groups/kept"], result["groups/all_success"], result["groups/all_fail"]) == (2, 1, 1)
-    nodes = rollouts.nodes
-    usable = nodes.trainable & np.isin(nodes.group, [1, 3])
-    assert result["nodes/used"] == usable.sum() > 0
-    assert sum(batch.valid.sum() for batch, _ in batches) == 2 * usable.sum()  # two epochs
-    assert sum(normaliser for _, normaliser in batches) == 2 * nodes.size[usable].sum()
-    dealt = np.concatenate([batch.logp_old[batch.valid] for batch, _ in batches])
-    np.testing.assert_array_equal(np.unique(dealt), np.unique(nodes.logp[usable]))
+# ── train.scope=auto, end to end
+
+SELECTIVE = dataclasses.replace(
+    CONFIG,
+    train=TrainConfig(iterations=5, scope="auto", checkpoint_every=1),
+    selective=SelectiveConfig(iterations=3, confidence=0.9999, enough=1.01),  # surely switches
+)
 
 
-def test_an_iteration_without_a_usable_group_trains_nothing(monkeypatch, rollouts):
-    config = dataclasses.replace(CONFIG, reward=RewardConfig())
-    _, batches, result = recorded(monkeypatch, config, dataclasses.replace(rollouts, success=np.zeros((4, 4), bool)))
-    assert batches == [] and result["updates"] == 0 and result["groups/kept"] == 0
+@functools.cache
+def switched() -> GrpoTrainer:
+    """A trainer that has entered joint, for its compiled functions."""
+    made = trainer(SELECTIVE)
+    made.enter("joint")
+    return made
 
 
-def test_a_broken_ratio_or_number_stops_the_run(monkeypatch, rollouts):
-    with pytest.raises(RatioError, match="off by 0.002, expected at most 0.001"):
-        recorded(monkeypatch, CONFIG, rollouts, ratio_error=2e-3)
-    monkeypatch.undo()
-    with pytest.raises(RatioError, match="loss of the update is not finite"):
-        recorded(monkeypatch, CONFIG, rollouts, loss=np.nan)
+def selective_trainer(monkeypatch) -> GrpoTrainer:
+    made = trainer(SELECTIVE)
+    enter = made.enter
+
+    def entered(scope):
+        enter(scope)
+        made.actor, made._updater = switched().actor, switched()._updater
+
+    monkeypatch.setattr(made, "enter", entered)
+    return made
 
 
-def test_wrong_stored_densities_are_noticed_by_the_real_update(rollouts):
-    shifted = dataclasses.replace(rollouts, nodes=dataclasses.replace(rollouts.nodes, logp=rollouts.nodes.logp + 0.01))
-    with pytest.raises(RatioError, match="does not score what the rollout sampled"):
-        trainer().update(shifted, 0)
+def test_a_run_that_switches_its_scope_resumes_bit_for_bit(tmp_path, monkeypatch, capsys):
+    """Left alone; killed in the iteration that decides; and killed after the decision, in joint training."""
+    seeds = []
+    reset = tiny.pool(16).reset
+    monkeypatch.setattr(tiny.pool(16), "reset", lambda slots, given: seeds.extend(given) or reset(slots, given))
+    whole = grpo(tmp_path / "whole", selective_trainer(monkeypatch))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train.scope=auto: ")]
+    rows = records(tmp_path / "whole")
+    assert [row["scope"] for row in rows] == ["expert"] * 3 + ["joint"] * 2
+    decided = [row for row in rows if "selective/scope" in row]
+    assert [row["step"] for row in decided] == [2] and len(said) == 1 and decided[0]["selective/reason"] in said[0]
+    slope = np.polyfit(np.arange(3), [row["success"] for row in rows[:3]], 1)[0]
+    assert decided[0]["selective/slope"] == pytest.approx(slope, abs=1e-12)
+    assert all("grad_norm/vision" in row for row in rows[3:]) and "grad_norm/vision" not in rows[0]
+    assert max(seeds) < 800_000_000  # no held-out seed was looked at
+    before, after = named(tiny.policy().params), named(whole.params)
+    moved = {name.partition(".")[0] for name in before if not np.array_equal(before[name], after[name])}
+    assert moved == {"vision", "language", "expert"}
+    for moment in (2, 3):
+        made = selective_trainer(monkeypatch)
+        update = made.update
+
+        def killed(rollouts, iteration, moment=moment, update=update):
+            if iteration == moment:
+                raise Stopped
+            return update(rollouts, iteration)
+
+        monkeypatch.setattr(made, "update", killed)
+        with pytest.raises(Stopped):
+            grpo(tmp_path / str(moment), made)
+        resumed = selective_trainer(monkeypatch)
+        assert_same_bits(grpo(tmp_path / str(moment), resumed), whole)
+        assert records(tmp_path / str(moment)) == rows and resumed.scope == "joint"
 
 
-def test_training_seeds_stay_apart():
-    drawn = np.concatenate([training_seeds(s, i, 8) for s in range(5) for i in range(50)])
-    assert len(np.unique(drawn)) == len(drawn)
-    assert (
-        drawn.min() >= 100_000_000 and drawn.max() < 800_000_000 < 900_000_000
-    )  # demonstrations below, evaluation above
-    np.testing.assert_array_equal(training_seeds(3, 7, 4), training_seeds(3, 7, 8)[:4])
+def test_a_resumed_run_fills_its_prefix_caches_anew(tmp_path, monkeypatch):
+    """Killed within an update: the resumed iteration trains on the caches of its own looks, encoded after the load."""
+    made = trainer()
+    monkeypatch.setattr(made, "update", lambda *_: (_ for _ in ()).throw(Stopped))
+    with pytest.raises(Stopped):
+        grpo(tmp_path, made)
+    resumed, seen = trainer(), []
+    update = resumed.update
+
+    def watched(rollouts, iteration):
+        seen.append(rollouts)
+        return update(rollouts, iteration)
+
+    monkeypatch.setattr(resumed, "update", watched)
+    collected = resumed.collect
+
+    def collect(pool, iteration):
+        assert resumed._store is None or iteration > 0
+        return collected(pool, iteration)
+
+    monkeypatch.setattr(resumed, "collect", collect)
+    monkeypatch.setattr(loop, "_settled", lambda *_: len(seen) == 1)  # one iteration is enough
+    grpo(tmp_path, resumed)
+    rollouts = seen[0]
+    assert rollouts.caches.rows == len(rollouts.looks.tokens) > 0
+    some = np.arange(min(4, rollouts.caches.rows))
+    fresh, _ = resumed.actor.encode(resumed.params, jax.tree.map(lambda x: x[some], rollouts.looks))
+    np.testing.assert_allclose(rollouts.caches.take(some).k, np.asarray(fresh.k)[:, some], atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -136,3 +136,31 @@ def test_padding_contributes_nothing(rng):
     assert {k: pytest.approx(float(v), rel=1e-5, abs=1e-6) for k, v in stats.items()} == {
         k: float(v) for k, v in stats2.items()
     }
+
+
+def test_dual_clip_of_a_node_equals_the_sum_over_its_members(rng):
+    """Ye et al. 2020: a member with A < 0 counts max(min(ρA, clip(ρ)A), c·A). Value and gradient, ratios up to 20."""
+    ratio = np.exp(rng.uniform(-1, 3, 40)).astype("f")
+    advantages, bound = rng.normal(size=(40, 4)).astype("f"), 1.0 + float(rng.uniform(0.5, 3))
+
+    def naive(ratio):
+        r = ratio[:, None]
+        clipped = jnp.minimum(r * advantages, jnp.clip(r, 1 - LOW, 1 + HIGH) * advantages)
+        return jnp.where(advantages < 0, jnp.maximum(clipped, bound * advantages), clipped).sum()
+
+    positive, negative = np.maximum(advantages, 0).sum(1), np.minimum(advantages, 0).sum(1)
+    got, slope = jax.value_and_grad(lambda r: node_objective(r, positive, negative, LOW, HIGH, bound).sum())(ratio)
+    value, expected = jax.value_and_grad(naive)(ratio)
+    assert float(got) == pytest.approx(float(value), rel=1e-5)
+    np.testing.assert_allclose(slope, expected, rtol=1e-5, atol=1e-5)
+    assert (ratio > bound).any() and abs(float(got) - float(node_objective(ratio, positive, negative, LOW, HIGH).sum()))
+
+
+def test_clip_fractions_by_sign():
+    """ρ = 1.5, 0.5, 1.5, 0.5, 1, 9 with A of +, −, −, +, both, −: cut off where the objective has become flat."""
+    logp = np.log(np.array([1.5, 0.5, 1.5, 0.5, 1.0, 9.0], "f"))
+    positive, negative = np.array([1, 0, 0, 1, 1, 0.0]), -np.array([0, 1, 1, 0, 1, 1.0])
+    for bound, down in ((0.0, 1), (3.0, 2)):
+        stats = grpo_loss(logp, np.zeros(6, "f"), positive, negative, np.ones(6, bool), 6.0, 0.2, 0.2, bound)[1]
+        counts = [int(stats[name]) for name in ("clipped_positive", "clipped_negative", "clipped")]
+        assert counts == [1, down, 1 + down]

@@ -9,7 +9,10 @@ import tiny_policy as tiny
 from flax import nnx
 
 from z1_jax.config import FlowConfig
+from z1_jax.models import pi05
 from z1_jax.rl import flow, rollout
+from z1_jax.rl.diagnostics import BrokenIteration
+from z1_jax.rl.prefix_cache import PrefixStore
 from z1_jax.rl.tree import branch_plan
 
 PLANS = {
@@ -143,8 +146,8 @@ def test_each_observation_is_encoded_once(monkeypatch, name):
         return encode(params, observation)
 
     monkeypatch.setattr(actor, "encode", counted)
-    out = collect(PLANS[name])
-    assert sum(len(batch.tokens) for batch in seen) == len(out.looks.tokens) == sum(n for _, n in out.caches)
+    out = collect(PLANS[name], store=PrefixStore())
+    assert sum(len(batch.tokens) for batch in seen) == len(out.looks.tokens) == out.caches.rows
     keys = {(g, c, look) for g, c, look in zip(out.nodes.group, out.nodes.chunk, out.nodes.look, strict=True)}
     assert len(keys) == len(out.looks.tokens)
 
@@ -213,8 +216,8 @@ def test_stored_density_is_that_of_the_stored_chain():
 
 
 def test_the_ode_sampler_draws_one_noise_and_has_no_density():
-    out = collect(PLANS["none"], seeds=block(1), stochastic=False, keep_caches=False)
-    assert not out.nodes.stochastic.any() and not out.nodes.logp.any() and out.caches == []
+    out = collect(PLANS["none"], seeds=block(1), stochastic=False)
+    assert not out.nodes.stochastic.any() and not out.nodes.logp.any() and out.caches is None
     # Its chunks start from the stochastic sampler's own noise.
     np.testing.assert_allclose(out.nodes.x[:4, 0], collected("none").nodes.x[:4, 0], atol=1e-6)
 
@@ -244,3 +247,42 @@ def test_step_modes_reach_the_stored_chains(mode):
     assert not (last_step == "ode" and out.nodes.stochastic[:, -1].any())
     if sde_steps == "one":
         assert len(np.unique(out.nodes.stochastic.argmax(axis=1))) > 1  # per sample, not per batch
+
+
+def test_members_of_a_branch_are_denoised_in_one_scan(monkeypatch):
+    """K steps of M members: the velocity is traced once, inside one loop, for all of them together."""
+    seen, velocity = [], pi05.Pi05.velocity
+
+    def counted(self, cache, x, t):
+        seen.append((cache.mask.shape[0], x.shape))
+        return velocity(self, cache, x, t)
+
+    monkeypatch.setattr(pi05.Pi05, "velocity", counted)
+    actor, params = tiny.acting()
+    cache, _ = actor.encode(params, jax.tree.map(lambda x: x[:2], collected("tree").looks))
+    rows, members, steps = cache.mask.shape[0], 8, 4
+    graphdef, _, _ = tiny.policy().split("expert")
+    noise, drawn = np.zeros((rows, members, steps + 1, 8, 16), "f"), np.ones((rows, members, steps), bool)
+    trace = jax.make_jaxpr(functools.partial(actor._sample_impl, graphdef))(*params, cache, noise, drawn, 0.5)
+    assert seen == [(rows, (rows, members, 8, 16))]  # the cache is not copied per member
+    loops = [eqn for eqn in trace.eqns if eqn.primitive.name == "scan"]
+    assert [eqn.params["length"] for eqn in loops].count(steps) == 1
+    actor.traces["sample"] -= 1  # this one was not a compilation
+
+
+def test_numbers_that_are_not_finite_reach_no_environment(monkeypatch):
+    actor, params = tiny.acting()
+    sample, stepped = actor.sample, []
+
+    def broken(*arguments):
+        chain = sample(*arguments)
+        x = chain.x.copy()
+        x[1, 0, -1, 0, 0] = np.nan
+        return flow.Chain(x, chain.stochastic, chain.logp)
+
+    monkeypatch.setattr(actor, "sample", broken)
+    monkeypatch.setattr(tiny.pool(16), "step", lambda *_: stepped.append(1))
+    with pytest.raises(BrokenIteration, match="not finite at chunk 0") as error:
+        collect(PLANS["tree"])
+    assert not stepped
+    assert np.isnan(error.value.evidence["x"]).sum() == 1 and error.value.evidence["group"].tolist() == [0, 1, 2, 3]

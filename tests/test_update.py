@@ -123,11 +123,11 @@ def store() -> PrefixStore:
     return PrefixStore([actor.encode(params, part) for part in parts])
 
 
-def run(scope="expert", observations=None, micro=BATCH, mesh=None, optimizer=STEP, steps=1):
+def run(scope="expert", observations=None, micro=BATCH, mesh=None, optimizer=STEP, steps=1, reference=None, **switches):
     """Parameters before and after, and the statistics."""
     mesh = mesh or tiny.one_device()
     graphdef, trainable, frozen = tiny.policy().split(scope)
-    config = UpdateConfig(batch_size=BATCH, micro_batch=micro, clip_low=LOW, clip_high=HIGH)
+    config = UpdateConfig(batch_size=BATCH, micro_batch=micro, clip_low=LOW, clip_high=HIGH, **switches)
     with jax.set_mesh(mesh):
         updater = Updater(graphdef, optimizer, FLOW, config, COUNTED, mesh)
         before = jax.device_get(trainable)
@@ -136,7 +136,7 @@ def run(scope="expert", observations=None, micro=BATCH, mesh=None, optimizer=STE
         state = jax.jit(optimizer.init)(trainable)
         batch, normaliser = batch_of(store() if observations is None else observations)
         for _ in range(steps):
-            trainable, state, stats = updater.step(trainable, state, frozen, batch, normaliser)
+            trainable, state, stats = updater.step(trainable, state, frozen, batch, normaliser, reference=reference)
     assert updater.traces == 1
     return before, jax.device_get(trainable), stats
 
@@ -200,6 +200,55 @@ def test_statistics_are_those_of_the_valid_nodes():
     assert stats["ratio_sum"] == pytest.approx(ratio.sum(), rel=1e-4)
     assert stats["ratio_max"] == pytest.approx(ratio.max(), rel=1e-4)
     assert stats["ratio_error"] == pytest.approx(np.abs(ratio - 1).max(), rel=1e-3)
+
+
+def test_gradient_norm_of_each_part():
+    stats, (_, gradient) = run("joint", observations=case()[1])[2], jax.device_get(naive("joint"))
+    for part in ("vision", "language", "expert"):
+        assert stats[f"grad_norm/{part}"] == pytest.approx(norm(gradient[part]), rel=1e-4)
+
+
+def moved_away(scope: str):
+    """Parameters apart from the policy's own: a reference to be pulled to."""
+    trainable = tiny.policy().split(scope)[1]
+    rng = np.random.default_rng(SEED)
+    return jax.tree.map(lambda x: x + 0.05 * rng.standard_normal(x.shape, "f"), trainable)
+
+
+@pytest.mark.parametrize("scope", ["expert", "joint"])
+def test_kl_to_the_reference_equals_the_densities_own(scope):
+    """Value and gradient, from means written out and one term per member; `joint` has another VLM too."""
+    table, looks, _ = case()
+    graphdef, trainable, frozen = tiny.policy().split(scope)
+    reference, coefficient = moved_away(scope), 0.7
+
+    def means(weights):
+        model = nnx.merge(graphdef, weights, frozen)
+        cache = model.encode_prefix(seen(looks, table))
+        t = jnp.broadcast_to(1 - jnp.arange(4) / 4, table.stochastic.shape)
+        return flow.transition(table.x[:, :-1], model.velocity(cache, table.x[:, :-1], t), t, 4, FLOW.noise_level)
+
+    def penalty(weights):
+        (mean, std), (other, _) = means(weights), means(reference)
+        terms = (mean - jax.lax.stop_gradient(other)) ** 2 / (2 * std**2) * COUNTED
+        per_chunk = jnp.sum(terms * table.stochastic[..., None, None], axis=(1, 2, 3))
+        per_chunk /= table.stochastic.sum(axis=1) * COUNTED.sum()  # reduced as the log-probability is
+        return jnp.sum((per_chunk * table.size)[:13]) / table.size[:13].sum()
+
+    value, gradient = jax.device_get(jax.jit(jax.value_and_grad(penalty))(trainable))
+    observations = None if scope == "expert" else looks
+    plain = plain_run() if scope == "expert" else run(scope, observations=observations)
+    pulled = run(scope, observations=observations, reference=reference, kl_coef=coefficient)
+    assert pulled[2]["kl_reference"] == pytest.approx(float(value), rel=1e-4) and value > 1e-3
+    assert pulled[2]["loss"] - plain[2]["loss"] == pytest.approx(coefficient * float(value), rel=1e-3)
+    added = jax.tree.map(np.subtract, moved(pulled), moved(plain))
+    expected = jax.tree.map(lambda g: coefficient * g, gradient)
+    assert distance(added, expected) < 1e-3 * norm(expected)
+
+
+def test_the_reference_itself_is_at_no_distance():
+    stats = run(reference=tiny.policy().split("expert")[1], kl_coef=1.0)[2]
+    assert stats["kl_reference"] == 0 and stats["loss"] == pytest.approx(plain_run()[2]["loss"], rel=1e-6)
 
 
 def test_micro_batches_change_nothing():

@@ -14,7 +14,7 @@ import json
 import logging
 import pathlib
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -203,11 +203,18 @@ class Checkpoints:
                     raise self._damaged(step, ValueError(f"{name}{key} fails its checksum"))
         return loaded
 
-    def load_newest(self, abstract: Mapping[str, Tree]) -> tuple[int, dict[str, Tree], dict[str, Any]] | None:
-        """The newest step that can be read: (step, parts, document), or None. Damaged ones are moved aside."""
+    def load_newest(
+        self, abstract: Mapping[str, Tree] | Callable[[dict[str, Any]], Mapping[str, Tree]]
+    ) -> tuple[int, dict[str, Tree], dict[str, Any]] | None:
+        """The newest step that can be read: (step, parts, document), or None. Damaged ones are moved aside.
+
+        Args:
+            abstract: as for `load`, or what makes it of a step's document.
+        """
         for step in reversed(self.steps()):
             try:
-                return step, self.load(step, abstract), self.document(step)
+                document = self.document(step)
+                return step, self.load(step, abstract(document) if callable(abstract) else abstract), document
             except CheckpointError as error:
                 print(f"warning: {error}", flush=True)
                 self.discard(step)

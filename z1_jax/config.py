@@ -108,7 +108,8 @@ class GroupConfig:
     size: int = 8  # G, members of a group
     branching: str = "tree"  # none | prefix | tree
     prefix_chunks: int = 2  # P at the first iteration
-    prefix_chunks_end: int = 1  # P at the last iteration; linear in between
+    prefix_chunks_end: int = 1  # P at the last iteration
+    prefix_schedule: str = "linear"  # constant | linear | cosine, from the one to the other
     shuffle_advantages: bool = False  # control: permutes the advantages within each group, which must gain nothing
 
 
@@ -117,7 +118,9 @@ class FlowConfig:
     """The stochastic sampler (Flow-SDE)."""
 
     steps: int = 4  # K, denoising steps of a decision
-    noise_level: float = 0.5  # a
+    noise_level: float = 0.5  # a, at the first iteration
+    noise_level_end: float = 0.5  # a at the last iteration
+    noise_schedule: str = "constant"  # constant | linear | cosine, from the one to the other
     sde_steps: str = "all"  # all | one
     last_step: str = "sde"  # sde | ode
     logprob_reduce: str = "sum"  # sum | mean
@@ -126,10 +129,14 @@ class FlowConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """Completion-aware returns and the group filter."""
+    """Completion-aware returns, advantages and the group filter."""
 
+    kind: str = "decay"  # decay: γ^chunks of a success; penalty: success − penalty·chunks; sparse: success
     discount: float = 0.998  # γ per chunk
-    keep_low: float = 0.1  # a group is kept when its mean calibrated return is at least this
+    penalty: float = 0.002  # per chunk; to first order what γ = 0.998 takes from a success
+    std: str = "population"  # what the centred returns of a group are divided by: population | sample | none
+    filter_on: str = "return"  # what the filter averages: return (after the decay) | success (before it)
+    keep_low: float = 0.1  # a group is kept when its mean is at least this
     keep_high: float = 0.99  # and at most this
 
 
@@ -142,6 +149,10 @@ class UpdateConfig:
     micro_batch: int = 128  # nodes that go through the network at once
     clip_low: float = 0.2  # η below 1
     clip_high: float = 0.2  # η above 1
+    ratio_max: float = 0.0  # dual clip: bounds ρ for negative advantages; above 1, or 0 for none
+    kl_coef: float = 0.0  # weight of the KL to the policy that RL started from; 0: none
+    vlm_lr_factor: float = 1.0  # learning rate of vision and language, where they are trained, over the expert's
+    prefix_cache: str = "auto"  # device | host | recompute; auto: the first that fits, recompute if the VLM is trained
     ratio_gate: float = 0.0  # largest |ρ − 1| at the first update; 0: 1e-3 in float32, 0.1 in bfloat16
     optim: OptimConfig = dataclasses.field(
         # Steps of this schedule are iterations.
@@ -154,10 +165,20 @@ class TrainConfig:
     """The loop."""
 
     iterations: int = 150  # GRPO iterations
-    scope: str = "expert"  # expert: VLM frozen; joint: all but the token embedding; lora: see lora; everything
+    scope: str = "expert"  # expert | joint (all but the token embedding) | lora | everything; auto: SelectiveConfig
     checkpoint_every: int = 10  # iterations
     stop_success: float = 1.01  # stop early when the training success over `stop_window` iterations reaches this
     stop_window: int = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectiveConfig:
+    """`train.scope=auto`: a probe with the expert alone, then a decision by the trend of training success."""
+
+    iterations: int = 20  # of the probe
+    confidence: float = 0.9  # one-sided, at which a rising trend keeps the expert alone
+    enough: float = 0.95  # mean success over the probe's later half that keeps it too
+    then: str = "joint"  # scope from there on, where neither holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +232,7 @@ class Config:
     reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     update: UpdateConfig = dataclasses.field(default_factory=UpdateConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    selective: SelectiveConfig = dataclasses.field(default_factory=SelectiveConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
@@ -224,7 +246,17 @@ class Config:
 
 
 # Keys that may change between two invocations of one run: they move no number.
-FREE_KEYS = ("run_dir", "log", "env.workers", "env.timeout_s", "train.checkpoint_every", "sft.checkpoint_every")
+FREE_KEYS = (
+    "run_dir",
+    "log",
+    "env.workers",
+    "env.timeout_s",
+    "train.checkpoint_every",
+    "sft.checkpoint_every",
+    "update.prefix_cache",
+)
+
+_FIXED_SCOPES = ("expert", "joint", "lora", "everything")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "algorithm": ("grpo", "sft", "eval"),
@@ -232,16 +264,23 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "model.attention": ("einsum", "xla", "cudnn"),
-    "sft.scope": ("expert", "joint", "lora", "everything"),
+    "sft.scope": _FIXED_SCOPES,
     "sft.loss_dims": ("all", "real"),
     "sft.optim.schedule": ("cosine", "constant"),
     "update.optim.schedule": ("cosine", "constant"),
     "group.branching": ("none", "prefix", "tree"),
+    "group.prefix_schedule": ("constant", "linear", "cosine"),
+    "flow.noise_schedule": ("constant", "linear", "cosine"),
     "flow.sde_steps": ("all", "one"),
     "flow.last_step": ("sde", "ode"),
     "flow.logprob_reduce": ("sum", "mean"),
     "flow.logprob_coords": ("executed", "horizon"),
-    "train.scope": ("expert", "joint", "lora", "everything"),
+    "reward.kind": ("decay", "penalty", "sparse"),
+    "reward.std": ("population", "sample", "none"),
+    "reward.filter_on": ("return", "success"),
+    "update.prefix_cache": ("auto", "device", "host", "recompute"),
+    "train.scope": (*_FIXED_SCOPES, "auto"),
+    "selective.then": ("joint", "lora", "everything"),
 }
 
 # key: (lowest, highest) allowed, both included; None: no bound.
@@ -270,19 +309,27 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "group.prefix_chunks_end": (0, None),
     "flow.steps": (2, 1000),
     "flow.noise_level": (1e-6, 10.0),
+    "flow.noise_level_end": (1e-6, 10.0),
     "reward.discount": (1e-3, 1.0),
-    "reward.keep_low": (0.0, 1.0),
-    "reward.keep_high": (0.0, 1.0),
+    "reward.penalty": (0.0, 1.0),
+    "reward.keep_low": (-10.0, 1.0),  # a penalty's returns may be negative
+    "reward.keep_high": (-10.0, 1.0),
     "update.epochs": (1, None),
     "update.batch_size": (1, None),
     "update.micro_batch": (1, None),
     "update.clip_low": (0.0, 1.0),
     "update.clip_high": (0.0, None),
     "update.ratio_gate": (0.0, None),
+    "update.ratio_max": (0.0, None),
+    "update.kl_coef": (0.0, None),
+    "update.vlm_lr_factor": (1e-6, 1e3),
     "train.iterations": (1, 9_999),
     "train.checkpoint_every": (1, None),
     "train.stop_window": (1, None),
     "train.stop_success": (0.0, None),
+    "selective.iterations": (3, 9_998),
+    "selective.confidence": (0.5, 0.9999),
+    "selective.enough": (0.0, 1.01),
     "eval.episodes": (1, 100_000),
     "eval.first_seed": (900_000_000, 2**31 - 1_000_000),
     "eval.noise_seed": (0, 2**31 - 1),
@@ -422,6 +469,8 @@ def _check_combinations(config: Config) -> None:
             f"got {group.prefix_chunks} → {group.prefix_chunks_end}, expected 0 → 0"
         )
     _check_scopes(config)
+    if config.algorithm == "grpo":
+        _check_switches(config)
     if config.mesh.data == 0:
         raise ConfigError("config key mesh.data: got 0, expected a number of devices, or -1 for all that are left")
     if config.algorithm == "eval" and not config.checkpoint:
@@ -431,7 +480,9 @@ def _check_combinations(config: Config) -> None:
 def _check_scopes(config: Config) -> None:
     """Scopes that would train nothing sensible, and adapters that nobody uses."""
     trains_sft = config.algorithm == "sft" or (config.algorithm == "grpo" and not config.init)
-    scopes = [config.sft.scope] * trains_sft + [config.train.scope] * (config.algorithm == "grpo")
+    scopes = [config.sft.scope] * trains_sft
+    if config.algorithm == "grpo":
+        scopes.append(config.selective.then if config.train.scope == "auto" else config.train.scope)
     if trains_sft and not config.init and config.sft.scope in ("expert", "lora"):
         raise ConfigError(
             f"config key sft.scope: got {config.sft.scope} for a fresh policy, whose frozen part would stay random; "
@@ -447,6 +498,81 @@ def _check_scopes(config: Config) -> None:
             )
     if config.model.attention == "cudnn" and config.model.dtype != "bfloat16":
         raise ConfigError("config key model.attention: cudnn computes in bfloat16 only; set model.dtype=bfloat16")
+
+
+# Where a key has no effect it must keep its default: nothing that was asked for is ignored in silence.
+# (key, the key that decides, values of that key under which the first has no effect)
+_INERT: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
+    ("group.prefix_schedule", "group.branching", ("none",)),
+    ("group.prefix_chunks_end", "group.prefix_schedule", ("constant",)),
+    ("flow.noise_level_end", "flow.noise_schedule", ("constant",)),
+    ("reward.discount", "reward.kind", ("penalty", "sparse")),
+    ("reward.penalty", "reward.kind", ("decay", "sparse")),
+    ("reward.filter_on", "reward.kind", ("sparse",)),
+    ("update.optim.lr_end", "update.optim.schedule", ("constant",)),
+    ("update.vlm_lr_factor", "train.scope", ("expert",)),
+    *(
+        (f"selective.{f.name}", "train.scope", ("expert", "joint", "lora", "everything"))
+        for f in dataclasses.fields(SelectiveConfig)
+    ),
+)
+
+
+def _check_switches(config: Config) -> None:
+    values, default = flat(config), flat(Config())
+    for key, by, without in _INERT:
+        if values[by] in without and values[key] != default[key]:
+            raise ConfigError(
+                f"config key {key}: got {values[key]}, which has no effect with {by}={values[by]}; "
+                f"leave it at {default[key]} or change {by}"
+            )
+    update, scope = config.update, config.train.scope
+    if 0.0 < update.ratio_max <= 1.0:
+        raise ConfigError(
+            f"config key update.ratio_max: got {update.ratio_max}, expected 0 for no dual clip, or more than 1"
+        )
+    if scope == "auto" and config.selective.iterations >= config.train.iterations:
+        raise ConfigError(
+            f"config key selective.iterations: got {config.selective.iterations}, expected less than "
+            f"train.iterations = {config.train.iterations}: nothing would be left to train after the decision"
+        )
+    trains_vlm = scope in ("joint", "everything", "auto") or (scope == "lora" and config.lora.vlm_rank > 0)
+    if update.prefix_cache in ("device", "host") and trains_vlm:
+        raise stale_cache(update.prefix_cache, scope)
+    if scope == "auto" and config.selective.then == "lora" and config.lora.expert_rank:
+        raise ConfigError(
+            f"config key lora.expert_rank: got {config.lora.expert_rank} with selective.then=lora, where the expert "
+            "goes on being trained whole; expected 0"
+        )
+
+
+def stale_cache(placement: str, scope: str) -> ConfigError:
+    """The refusal of a prefix cache where updates move what it was computed with."""
+    return ConfigError(
+        f"config key update.prefix_cache: got {placement} with train.scope={scope}, which trains the VLM: its keys and "
+        "values would be stale after the first update; expected auto or recompute"
+    )
+
+
+def check_horizon(config: Config, control_steps: int, executed: int) -> None:
+    """Refuses a prefix that leaves nothing of the episode to compare.
+
+    Args:
+        control_steps: of an episode of the task; executed: E, of a chunk.
+    Raises:
+        ConfigError: one line.
+    """
+    chunks = -(-control_steps // executed)
+    group = config.group
+    ends = {"group.prefix_chunks": group.prefix_chunks}
+    if group.prefix_schedule != "constant":
+        ends["group.prefix_chunks_end"] = group.prefix_chunks_end
+    for key, prefix in ends.items():
+        if prefix >= chunks:
+            raise ConfigError(
+                f"config key {key}: got {prefix}, but an episode of {control_steps} steps has {chunks} chunks of "
+                f"{executed}: expected at most {chunks - 1}, so that the members part before it ends"
+            )
 
 
 def identity(config: Config) -> dict[str, Any]:

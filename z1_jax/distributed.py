@@ -18,8 +18,12 @@ def put_batch(tree: Tree, mesh: Mesh) -> Tree:
     return jax.device_put(tree, batch_sharding(mesh))
 
 
-def put_cache(cache: PrefixCache, mesh: Mesh) -> PrefixCache:
-    """A prefix cache [layers, B, …] spread over its batch axis."""
+def cache_sharding(mesh: Mesh) -> PrefixCache:
+    """Shardings of a prefix cache [layers, B, …], spread over its batch axis."""
     layered = NamedSharding(mesh, PartitionSpec(None, LOGICAL_RULES["batch"]))
-    shardings = PrefixCache(k=layered, v=layered, mask=batch_sharding(mesh))
-    return jax.device_put(cache, shardings)
+    return PrefixCache(k=layered, v=layered, mask=batch_sharding(mesh))
+
+
+def put_cache(cache: PrefixCache, mesh: Mesh) -> PrefixCache:
+    """A prefix cache placed by `cache_sharding`; it must divide."""
+    return jax.device_put(cache, cache_sharding(mesh))

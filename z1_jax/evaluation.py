@@ -82,7 +82,6 @@ def evaluate(
                     (config.noise_seed,),
                     executed=policy.executed,
                     stochastic=False,
-                    keep_caches=False,
                 )
                 rows = [
                     {"seed": int(seed), "success": bool(success), "steps": int(steps)}

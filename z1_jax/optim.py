@@ -29,15 +29,17 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 def make_optimizer(config: OptimConfig, lr: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """clip(global norm) → AdamW, as openpi: weight decay on every trained parameter, first moment in float32."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            lr,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        ),
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), make_adamw(config, lr))
+
+
+def make_adamw(config: OptimConfig, lr: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """AdamW alone."""
+    return optax.adamw(
+        lr,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
     )
 
 

@@ -17,7 +17,7 @@ from envs.base import Env
 from envs.pool import EnvPool
 from z1_jax import sharding
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config import Config, ConfigError
+from z1_jax.config import Config, ConfigError, check_horizon
 from z1_jax.data import tokenizer
 from z1_jax.data.dataset import Dataset, open_dataset, write_dataset
 from z1_jax.data.journal import EpisodeJournal
@@ -49,6 +49,13 @@ def make_env(config: Config, task: str) -> functools.partial[Env]:
     )
 
 
+def episode_steps(config: Config) -> int:
+    """Control steps of an episode."""
+    from envs import kitchen
+
+    return config.env.horizon or kitchen.TASKS[config.task].horizon
+
+
 def check_inputs(config: Config) -> None:
     """Looks at everything that a config names before a run directory is claimed for it.
 
@@ -58,6 +65,10 @@ def check_inputs(config: Config) -> None:
     make_env(config, config.task)
     for path in filter(None, (config.init, config.checkpoint, config.compare)):
         check_policy(config, path)
+    if config.algorithm == "grpo":
+        executed = policy_document(config.init).get("executed") if config.init else architecture(config).horizon
+        if executed:  # else no policy of ours: loading it says so
+            check_horizon(config, episode_steps(config), executed)
     if config.algorithm == "sft" or not (config.init or config.algorithm == "eval"):
         architecture(config)
         if config.demos.dataset:
@@ -282,10 +293,7 @@ def given_policy(config: Config, path: str, mesh: jax.sharding.Mesh) -> Policy:
 
 def check_policy(config: Config, path: str) -> None:
     """As `given_policy`, without reading the parameters."""
-    directory, step = find_policy(path)
-    checkpoints = Checkpoints(directory)
-    document = checkpoints.document(step)
-    checkpoints.close()
+    document = policy_document(path)
     horizon = document.get("architecture", {}).get("horizon")
     if config.algorithm == "sft" and horizon != architecture(config).horizon:
         raise ConfigError(
@@ -298,3 +306,16 @@ def check_policy(config: Config, path: str) -> None:
             f"config key env.cameras: got {', '.join(config.env.cameras)}; the policy at {path} wants "
             f"{', '.join(wanted) or 'none'}: set --config.env.cameras={','.join(wanted)}"
         )
+
+
+def policy_document(path: str) -> dict[str, Any]:
+    """What the policy at `path` says of itself.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    directory, step = find_policy(path)
+    checkpoints = Checkpoints(directory)
+    document = checkpoints.document(step)
+    checkpoints.close()
+    return document

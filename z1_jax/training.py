@@ -8,6 +8,7 @@ for averaged adapters, `average`. The frozen ones are then those of the policy t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,30 +39,55 @@ class TrainState:
         return parts | {name: named(tree) for name, tree in self._beside().items()}
 
     def restored(self, checkpoints: Checkpoints) -> tuple[int, TrainState, dict[str, Any]] | None:
-        """The step, state and document of the newest checkpoint that can be read; None where there is none."""
+        """As `restore`, where every checkpoint is of this structure."""
+        return restore(checkpoints, lambda _: self)
+
+    def abstract(self) -> dict[str, Any]:
+        """What a checkpoint of such a state must hold to be continued: shapes, dtypes and shardings."""
         wanted = {"optimizer": self.opt_state, **self._beside()}
         abstract = {name: named(abstract_like(tree)) for name, tree in wanted.items()}
         if not _has_adapters(self.trainable):  # else `params` is of another structure: the folded one
             abstract["params"] = {
                 name: leaf for tree in self.acting for name, leaf in named(abstract_like(tree)).items()
             }
-        newest = checkpoints.load_newest(abstract)
-        if newest is None:
-            return None
-        step, loaded, document = newest
+        return abstract
+
+    def filled(self, loaded: dict[str, Any]) -> TrainState:
+        """The state with the arrays that `abstract` asked for."""
         params, state = loaded.get("params", {}), {"opt_state": unnamed(self.opt_state, loaded["optimizer"])}
         state["trainable"] = unnamed(self.trainable, loaded.get("trainable", params))
         if self.average is not None:
             state["average"] = unnamed(self.average, loaded.get("average", params))
         if params:
             state["frozen"] = unnamed(self.frozen, params)
-        return step, dataclasses.replace(self, **state), document
+        return dataclasses.replace(self, **state)
 
     def _beside(self) -> dict[str, Any]:
         """What `params` does not tell."""
         adapted = _has_adapters(self.trainable)
         beside = {"trainable": self.trainable} if adapted or self.average is not None else {}
         return beside | ({"average": self.average} if adapted and self.average is not None else {})
+
+
+def restore(
+    checkpoints: Checkpoints, state_of: Callable[[dict[str, Any]], TrainState]
+) -> tuple[int, TrainState, dict[str, Any]] | None:
+    """The step, state and document of the newest checkpoint that can be read; None where there is none.
+
+    Args:
+        state_of: a state of the structure that a checkpoint's document tells of.
+    """
+    like: list[TrainState] = []
+
+    def abstract(document: dict[str, Any]) -> dict[str, Any]:
+        like[:] = [state_of(document)]
+        return like[0].abstract()
+
+    newest = checkpoints.load_newest(abstract)
+    if newest is None:
+        return None
+    step, loaded, document = newest
+    return step, like[0].filled(loaded), document
 
 
 def _has_adapters(tree: Any) -> bool:

@@ -34,6 +34,7 @@ class Actor:
 
     Attributes:
         counted: bool [H, A], the coordinates that its log-probabilities sum over; the update scores the same.
+        largest: rows of the largest padded batch.
         traces: how often each function was traced; it must stop growing.
     """
 
@@ -47,6 +48,7 @@ class Actor:
         devices = mesh.shape["data"] * mesh.shape["fsdp"]
         sizes = {largest // 4, largest // 2, largest}
         self._sizes = sorted({-(-max(size, 1) // devices) * devices for size in sizes})
+        self.largest = self._sizes[-1]
         self.traces = {"encode": 0, "sample": 0}
         self._encode = jax.jit(functools.partial(self._encode_impl, graphdef))
         self._sample = jax.jit(functools.partial(self._sample_impl, graphdef))
@@ -64,6 +66,7 @@ class Actor:
         ids: np.ndarray,
         noise_key: tuple[int, ...],
         stochastic: bool,
+        noise_level: float | None = None,
     ) -> flow.Chain:
         """Chains [n, M, …] (NumPy) for the first n rows of `cache`, M for each.
 
@@ -71,12 +74,14 @@ class Actor:
             ids: int [n, M, I], what tells a sample from every other one that is drawn with this key.
             noise_key: non-negative numbers.
             stochastic: false: the ODE sampler; only the first noise is used.
+            noise_level: default: the config's.
         """
         drawn = [self._draw((*noise_key, *map(int, sample))) for sample in ids.reshape(-1, ids.shape[-1])]
         noise = np.stack([z for z, _ in drawn]).reshape(*ids.shape[:2], *drawn[0][0].shape)
         steps = np.stack([s for _, s in drawn]).reshape(*ids.shape[:2], -1) & stochastic
         inputs = [pad_rows(x, cache.mask.shape[0]) for x in (noise, steps)]
-        chain = self._sample(*params, cache, *distributed.put_batch(inputs, self._mesh))
+        level = jnp.float32(self._config.noise_level if noise_level is None else noise_level)
+        chain = self._sample(*params, cache, *distributed.put_batch(inputs, self._mesh), level)
         return jax.tree.map(lambda x: np.asarray(x)[: ids.shape[0]], chain)
 
     def _draw(self, key: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -107,6 +112,7 @@ class Actor:
         cache: PrefixCache,
         noise: jax.Array,
         drawn: jax.Array,
+        noise_level: jax.Array,
     ) -> flow.Chain:
         self.traces["sample"] += 1
         model = nnx.merge(graphdef, trainable, frozen)
@@ -115,7 +121,7 @@ class Actor:
             noise,
             drawn,
             self.counted,
-            noise_level=self._config.noise_level,
+            noise_level=noise_level,
             reduce=self._config.logprob_reduce,
         )
 

@@ -120,6 +120,34 @@ def sample(
     return Chain(x=x, stochastic=stochastic, logp=reduce_logp(logp, stochastic, counted, reduce))
 
 
+def chain_transitions(
+    velocity: Velocity, x: Float[Array, "*N K1 H A"], *, noise_level: float
+) -> tuple[Float[Array, "*N K H A"], Float[Array, "*N K 1 1"]]:
+    """Mean and standard deviation of every stochastic step of stored chains under `velocity`.
+
+    `velocity` sees a chain's K steps at once: x [*N, K, H, A], t [*N, K].
+    """
+    steps = x.shape[-3] - 1
+    now = jnp.asarray(x, jnp.float32)[..., :-1, :, :]
+    t = jnp.broadcast_to(times(steps), now.shape[:-2])
+    return transition(now, velocity(now, t), t, steps, noise_level)
+
+
+def transitions_logp(
+    x: Float[Array, "*N K1 H A"],
+    mean: Float[Array, "*N K H A"],
+    std: Float[Array, "*N K 1 1"],
+    stochastic: Bool[Array, "*N K"],
+    counted: Bool[Array, "H A"],
+    reduce: str = "sum",
+) -> Float[Array, "*N"]:
+    """log π of stored chains from the `chain_transitions` of a policy."""
+    after = jnp.asarray(x, jnp.float32)[..., 1:, :, :]
+    after = jnp.where(stochastic[..., None, None], after, jax.lax.stop_gradient(mean))
+    scored = step_logp(after, mean, std, counted)
+    return reduce_logp(jnp.sum(jnp.where(stochastic, scored, 0.0), axis=-1), stochastic, counted, reduce)
+
+
 def chain_logp(
     velocity: Velocity,
     x: Float[Array, "*N K1 H A"],
@@ -130,14 +158,36 @@ def chain_logp(
     reduce: str = "sum",
 ) -> Float[Array, "*N"]:
     """log π of stored chains under `velocity`, which sees a chain's K steps at once: x [*N, K, H, A], t [*N, K]."""
+    mean, std = chain_transitions(velocity, x, noise_level=noise_level)
+    return transitions_logp(x, mean, std, stochastic, counted, reduce)
+
+
+def transitions_kl(
+    mean: Float[Array, "*N K H A"],
+    other: Float[Array, "*N K H A"],
+    std: Float[Array, "*N K 1 1"],
+    stochastic: Bool[Array, "*N K"],
+    counted: Bool[Array, "H A"],
+    reduce: str = "sum",
+) -> Float[Array, "*N"]:
+    """KL between two policies' transitions from the same states: ‖μ − μ'‖² / (2σ²Δ), for both have the same std.
+
+    Over the stochastic steps and counted coordinates, reduced as the log-probability is.
+    """
+    per_coordinate = 0.5 * ((mean - other) / std) ** 2
+    per_step = jnp.sum(jnp.where(counted, per_coordinate, 0.0), axis=(-2, -1))
+    return reduce_logp(jnp.sum(jnp.where(stochastic, per_step, 0.0), axis=-1), stochastic, counted, reduce)
+
+
+def entropy(stochastic: Bool[np.ndarray, "*N K"], counted: int, noise_level: float) -> Float[np.ndarray, "*N"]:
+    """Differential entropy in nats of a chain's stochastic steps: ½ log(2πe·σ²Δ) for each counted coordinate. NumPy.
+
+    The policy moves the steps' means alone, so this follows from the noise level and the steps drawn.
+    """
     steps = stochastic.shape[-1]
-    x = jnp.asarray(x, jnp.float32)
-    now, after = x[..., :-1, :, :], x[..., 1:, :, :]
-    t = jnp.broadcast_to(times(steps), stochastic.shape)
-    mean, std = transition(now, velocity(now, t), t, steps, noise_level)
-    after = jnp.where(stochastic[..., None, None], after, jax.lax.stop_gradient(mean))
-    scored = step_logp(after, mean, std, counted)
-    return reduce_logp(jnp.sum(jnp.where(stochastic, scored, 0.0), axis=-1), stochastic, counted, reduce)
+    t = 1.0 - np.arange(steps) / steps
+    variance = noise_level**2 * t / np.maximum(1.0 - t, 1.0 / steps) / steps
+    return counted * np.sum(np.where(stochastic, 0.5 * np.log(2.0 * np.pi * np.e * variance), 0.0), axis=-1)
 
 
 def training_pair(actions: Array, noise: Array, t: Array) -> tuple[Array, Array]:

@@ -15,6 +15,8 @@ import numpy as np
 from envs.pool import EnvPool
 from z1_jax.data.transforms import InputProcessor
 from z1_jax.rl.actor import Actor, stack_ids
+from z1_jax.rl.diagnostics import BrokenIteration
+from z1_jax.rl.prefix_cache import AnyStore
 from z1_jax.rl.tree import BranchPlan
 from z1_jax.types import Observation
 
@@ -45,7 +47,7 @@ class Rollouts:
     steps: np.ndarray  # int [g, G], control steps of each member's episode, shared ones included
     nodes: NodeTable
     looks: Observation  # NumPy, [O, …]: each observation once
-    caches: list[tuple[Any, int]]  # prefix caches in the order of the looks, each with its number of real rows
+    caches: AnyStore | None  # prefix caches by look, where they were kept
     seconds: dict[str, float]  # sample, simulate, render, pool
 
     @property
@@ -65,7 +67,8 @@ def collect(
     *,
     executed: int,
     stochastic: bool = True,
-    keep_caches: bool = True,
+    noise_level: float | None = None,
+    store: AnyStore | None = None,
 ) -> Rollouts:
     """Rolls out one group per seed, `pool.num_envs // G` groups at a time.
 
@@ -73,18 +76,35 @@ def collect(
         seeds: int [g]; every member of a group starts from its seed's state.
         noise_key: of the sampler's noise.
         executed: E, steps of each predicted chunk that the environment runs.
-        keep_caches: keep the prefix cache of every observation, for an update with a frozen VLM.
+        noise_level: of the stochastic sampler; default: the actor's own.
+        store: emptied, then filled with the prefix cache of every observation, for an update with a frozen VLM.
+
+    Raises:
+        BrokenIteration: the policy drew a number that is not finite; it reaches no environment.
     """
     at_once = pool.num_envs // plan.group_size
     if at_once == 0:
         raise ValueError(f"the pool has {pool.num_envs} environments, expected at least group size {plan.group_size}")
     pool.take_times()
+    if store is not None:
+        store.clear()
+    decide = _Sampling(noise_key, stochastic, noise_level, store)
     walks = []
     for start in range(0, len(seeds), at_once):
-        walk = _Walk(pool, actor, params, processor, plan, seeds[start : start + at_once], noise_key, start)
-        walk.run(executed, stochastic, keep_caches)
+        walk = _Walk(pool, actor, params, processor, plan, seeds[start : start + at_once], decide, start)
+        walk.run(executed)
         walks.append(walk)
-    return _join(walks, seeds, pool.take_times())
+    return _join(walks, seeds, pool.take_times(), store)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sampling:
+    """How chunks are decided: `collect`'s arguments of these names."""
+
+    noise_key: tuple[int, ...]
+    stochastic: bool
+    noise_level: float | None
+    store: AnyStore | None
 
 
 class _Walk:
@@ -98,23 +118,22 @@ class _Walk:
         processor: InputProcessor,
         plan: BranchPlan,
         seeds: np.ndarray,
-        noise_key: tuple[int, ...],
+        sampling: _Sampling,
         first_group: int,
     ):
         self.pool, self.actor, self.params, self.processor = pool, actor, params, processor
-        self.plan, self.seeds, self.noise_key, self.first_group = plan, np.asarray(seeds), noise_key, first_group
+        self.plan, self.seeds, self.sampling, self.first_group = plan, np.asarray(seeds), sampling, first_group
         shape = (len(seeds), plan.group_size)
         self.success = np.zeros(shape, bool)
         self.chunks = np.zeros(shape, int)
         self.steps = np.zeros(shape, int)
         self.nodes: list[dict[str, np.ndarray]] = []
         self.looks: list[Observation] = []
-        self.caches: list[tuple[Any, int]] = []
         self.look_count = 0
         self.sample_s = 0.0
         self.pool_s = 0.0
 
-    def run(self, executed: int, stochastic: bool, keep_caches: bool) -> None:
+    def run(self, executed: int) -> None:
         groups, members = np.arange(len(self.seeds)), np.zeros(len(self.seeds), int)  # the clusters' leaders
         began = time.perf_counter()
         observations: list[Any] = self.pool.reset(self._slots(groups, members).tolist(), self.seeds.tolist())
@@ -123,7 +142,7 @@ class _Walk:
         while observations:
             cluster = self.plan.cluster_size(chunk)
             children = members[:, None] + cluster * np.arange(self.plan.split(chunk))  # [n, M]
-            chain = self._decide(observations, groups, children, chunk, stochastic, keep_caches)
+            chain = self._decide(observations, groups, children, chunk)
             slots = self._slots(groups[:, None], children)
             began = time.perf_counter()
             if children.shape[1] > 1:
@@ -143,25 +162,23 @@ class _Walk:
         size = self.plan.group_size
         return groups * size + (members + groups) % size
 
-    def _decide(
-        self,
-        observations: list[Any],
-        groups: np.ndarray,
-        children: np.ndarray,
-        chunk: int,
-        stochastic: bool,
-        keep_caches: bool,
-    ) -> Any:
+    def _decide(self, observations: list[Any], groups: np.ndarray, children: np.ndarray, chunk: int) -> Any:
         """One look per observation, one chain per child: the VLM runs once however many members part here."""
         began = time.perf_counter()
+        how = self.sampling
         looks = self.processor.observation(observations)
         cache, count = self.actor.encode(self.params, looks)
         ids = stack_ids(self.seeds[groups][:, None], chunk, children)
-        chain = self.actor.sample(self.params, cache, ids, self.noise_key, stochastic)
+        chain = self.actor.sample(self.params, cache, ids, how.noise_key, how.stochastic, how.noise_level)
+        if how.store is not None:
+            how.store.add(cache, count)
         self.sample_s += time.perf_counter() - began
         self.looks.append(looks)
-        if keep_caches:
-            self.caches.append((cache, count))
+        if not np.isfinite(chain.x).all() or not np.isfinite(chain.logp).all():
+            raise BrokenIteration(
+                f"the policy drew numbers that are not finite at chunk {chunk}",
+                {"group": groups + self.first_group, "member": children, "x": chain.x, "logp": chain.logp},
+            )
         return chain
 
     def _record(
@@ -192,7 +209,7 @@ class _Walk:
             self.steps[group, members] += result.steps
 
 
-def _join(walks: list[_Walk], seeds: np.ndarray, times: dict[str, float]) -> Rollouts:
+def _join(walks: list[_Walk], seeds: np.ndarray, times: dict[str, float], store: AnyStore | None) -> Rollouts:
     offsets = np.cumsum([0] + [walk.look_count for walk in walks[:-1]])
     tables = [
         {**part, "look": part["look"] + offset}
@@ -208,7 +225,7 @@ def _join(walks: list[_Walk], seeds: np.ndarray, times: dict[str, float]) -> Rol
         steps=np.concatenate([walk.steps for walk in walks]),
         nodes=nodes,
         looks=jax.tree.map(lambda *xs: np.concatenate(xs), *looks),
-        caches=[cache for walk in walks for cache in walk.caches],
+        caches=store,
         seconds={
             "sample": sum(walk.sample_s for walk in walks),
             "pool": sum(walk.pool_s for walk in walks),

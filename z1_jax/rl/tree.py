@@ -10,6 +10,8 @@ import dataclasses
 
 import numpy as np
 
+from z1_jax.rl.schedules import scheduled
+
 BRANCHING = ("none", "prefix", "tree")
 
 
@@ -43,6 +45,11 @@ class BranchPlan:
         before = self.group_size if chunk == 0 else self.cluster_size(chunk - 1)
         return before // self.cluster_size(chunk)
 
+    def most_looks(self, chunks: int) -> int:
+        """Observations that a group of this plan makes at most, in episodes of `chunks` chunks."""
+        before = (self.group_size if c == 0 else self.cluster_size(c - 1) for c in range(chunks))
+        return sum(self.group_size // size for size in before)
+
     def trainable(self, chunk: int) -> bool:
         """False while the whole group shares the chunk: no comparison can credit it (method: section 4)."""
         return self.group_size == 1 or self.cluster_size(chunk) < self.group_size
@@ -74,11 +81,9 @@ def branch_plan(branching: str, group_size: int, prefix_chunks: int) -> BranchPl
     return BranchPlan(group_size, points, (2,) * depth)
 
 
-def prefix_schedule(start: int, end: int, iteration: int, iterations: int) -> int:
-    """P of an iteration: from `start` at the first to `end` at the last, linearly, rounded to whole chunks."""
-    if iterations <= 1:
-        return start
-    return int(round(start + (end - start) * iteration / (iterations - 1)))
+def prefix_schedule(start: int, end: int, iteration: int, iterations: int, kind: str = "linear") -> int:
+    """P of an iteration: from `start` at the first to `end` at the last, as `scheduled`, rounded to whole chunks."""
+    return int(round(scheduled(kind, start, end, iteration, iterations)))
 
 
 def signed_advantage_sums(

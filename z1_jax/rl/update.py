@@ -16,9 +16,9 @@ from flax import nnx
 
 from z1_jax import distributed
 from z1_jax.config import FlowConfig, UpdateConfig
-from z1_jax.errors import UserError
 from z1_jax.rl import flow, loss
-from z1_jax.rl.prefix_cache import PrefixStore
+from z1_jax.rl.parts import norms_by_part
+from z1_jax.rl.prefix_cache import AnyStore, put_taken
 from z1_jax.rl.rollout import NodeTable
 from z1_jax.types import Observation, PrefixCache
 
@@ -29,33 +29,40 @@ class NodeBatch:
     """One optimiser step's nodes. `seen` is what the VLM made of their observations, or the observations themselves."""
 
     seen: PrefixCache | Observation
+    node: Any  # int [B], row of the node table
     x: Any  # float32 [B, K + 1, H, A]
     stochastic: Any  # bool [B, K]
     logp_old: Any  # float32 [B]
     positive: Any  # float32 [B], A⁺
     negative: Any  # float32 [B], A⁻
+    members: Any  # float32 [B], how many share the node
     valid: Any  # bool [B], false at padding
 
 
-class RatioError(UserError):
-    """The importance ratio of the first update is not 1: the update does not score what the rollout sampled."""
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """An optimiser step that the device may still be computing."""
+
+    stats: dict[str, jax.Array]  # sums and maxima over the batch
+    logp: jax.Array  # float32 [B], before the step
 
 
 class Updater:
     """The jitted optimiser step.
 
-    With a prefix cache the action expert runs alone; with observations the whole policy does (scope joint).
+    With a prefix cache the action expert runs alone; with observations the whole policy does.
     """
 
     def __init__(
         self,
         graphdef: nnx.GraphDef,
-        optimizer: optax.GradientTransformation,
+        optimizer: Any,
         flow_config: FlowConfig,
         config: UpdateConfig,
         counted: np.ndarray,
         mesh: jax.sharding.Mesh,
     ):
+        """Args: `optimizer`: has optax's `update`; `counted` bool [H, A]."""
         self._config, self._flow, self._mesh = config, flow_config, mesh
         self._counted = jnp.asarray(counted)
         self._optimizer = optimizer
@@ -63,26 +70,58 @@ class Updater:
         self._step = jax.jit(functools.partial(self._step_impl, graphdef), donate_argnums=(0, 1))
 
     def step(
-        self, trainable: Any, opt_state: Any, frozen: Any, batch: NodeBatch, normaliser: float, lr_scale: float = 1.0
+        self,
+        trainable: Any,
+        opt_state: Any,
+        frozen: Any,
+        batch: NodeBatch,
+        normaliser: float,
+        lr_scale: float = 1.0,
+        reference: Any = None,
     ) -> tuple[Any, Any, dict[str, float]]:
-        """One optimiser step on a NumPy batch; `trainable` and `opt_state` are consumed.
+        """`place`, `launch` and `fetch` of one NumPy batch."""
+        trainable, opt_state, launched = self.launch(
+            trainable, opt_state, frozen, self.place(batch), normaliser, lr_scale=lr_scale, reference=reference
+        )
+        return trainable, opt_state, fetch(launched)
 
-        `lr_scale` multiplies the optimiser's learning rate: a schedule over iterations, whose number of steps varies.
-        """
-        if isinstance(batch.seen, PrefixCache):
-            seen = distributed.put_cache(batch.seen, self._mesh)
-        else:
-            seen = distributed.put_batch(batch.seen, self._mesh)
+    def place(self, batch: NodeBatch) -> NodeBatch:
+        """A NumPy batch on its way to the devices; returns without waiting."""
+        cached = isinstance(batch.seen, PrefixCache)
+        seen = put_taken(batch.seen, self._mesh) if cached else distributed.put_batch(batch.seen, self._mesh)
         rest = distributed.put_batch(dataclasses.replace(batch, seen=None), self._mesh)
-        trainable, opt_state, stats = self._step(
+        return dataclasses.replace(rest, seen=seen)
+
+    def launch(
+        self,
+        trainable: Any,
+        opt_state: Any,
+        frozen: Any,
+        batch: NodeBatch,
+        normaliser: float,
+        *,
+        lr_scale: float = 1.0,
+        noise_level: float | None = None,
+        reference: Any = None,
+    ) -> tuple[Any, Any, Launched]:
+        """One optimiser step on a placed batch; `trainable` and `opt_state` are consumed. Returns without waiting.
+
+        Args:
+            lr_scale: multiplies the optimiser's learning rate: a schedule over iterations, whose steps vary in number.
+            noise_level: that the chains were drawn with; default: the config's.
+            reference: what `trainable` was before RL; needed with `kl_coef`.
+        """
+        trainable, opt_state, stats, logp = self._step(
             trainable,
             opt_state,
             frozen,
-            dataclasses.replace(rest, seen=seen),
+            reference,
+            batch,
             jnp.float32(normaliser),
             jnp.float32(lr_scale),
+            jnp.float32(self._flow.noise_level if noise_level is None else noise_level),
         )
-        return trainable, opt_state, {name: float(value) for name, value in jax.device_get(stats).items()}
+        return trainable, opt_state, Launched(stats, logp)
 
     def _step_impl(
         self,
@@ -90,24 +129,26 @@ class Updater:
         trainable: Any,
         opt_state: Any,
         frozen: Any,
+        reference: Any,
         batch: NodeBatch,
         normaliser: Any,
         lr_scale: Any,
-    ) -> tuple[Any, Any, dict[str, Any]]:
+        noise_level: Any,
+    ) -> tuple[Any, Any, dict[str, Any], Any]:
         self.traces += 1
         config = self._config
         parts = config.batch_size // config.micro_batch
         gradient = jax.value_and_grad(functools.partial(self._loss, graphdef), has_aux=True)
 
-        def accumulate(total: Any, micro: NodeBatch) -> tuple[Any, dict[str, Any]]:
-            (value, stats), grads = gradient(trainable, frozen, micro, normaliser)
-            return jax.tree.map(jnp.add, total, grads), {**stats, "loss": value}
+        def accumulate(total: Any, micro: NodeBatch) -> tuple[Any, tuple[dict[str, Any], Any]]:
+            (value, (stats, logp)), grads = gradient(trainable, frozen, reference, micro, normaliser, noise_level)
+            return jax.tree.map(jnp.add, total, grads), ({**stats, "loss": value}, logp)
 
         zeros = jax.tree.map(jnp.zeros_like, trainable)
         if parts == 1:
-            grads, stats = accumulate(zeros, batch)
+            grads, (stats, logp) = accumulate(zeros, batch)
         else:
-            grads, stacked = jax.lax.scan(accumulate, zeros, _split_rows(batch, parts))
+            grads, (stacked, logp) = jax.lax.scan(accumulate, zeros, _split_rows(batch, parts))
             stats = {
                 name: jnp.max(value) if name in ("ratio_max", "ratio_error") else jnp.sum(value)
                 for name, value in stacked.items()
@@ -115,32 +156,51 @@ class Updater:
         updates, opt_state = self._optimizer.update(grads, opt_state, trainable)
         updates = jax.tree.map(lambda update: (update * lr_scale).astype(update.dtype), updates)
         stats["grad_norm"] = optax.global_norm(grads)
+        stats |= {f"grad_norm/{part}": norm for part, norm in norms_by_part(grads).items()}
         stats["update_to_weight"] = optax.global_norm(updates) / optax.global_norm(trainable)
-        return optax.apply_updates(trainable, updates), opt_state, stats
+        return optax.apply_updates(trainable, updates), opt_state, stats, logp.reshape(-1)
 
     def _loss(
-        self, graphdef: nnx.GraphDef, trainable: Any, frozen: Any, batch: NodeBatch, normaliser: Any
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        model = nnx.merge(graphdef, trainable, frozen)
-        cache = batch.seen if isinstance(batch.seen, PrefixCache) else model.encode_prefix(batch.seen)
-        logp = flow.chain_logp(
-            lambda x, t: model.velocity(cache, x, t),
-            batch.x,
-            batch.stochastic,
-            self._counted,
-            noise_level=self._flow.noise_level,
-            reduce=self._flow.logprob_reduce,
-        )
-        return loss.grpo_loss(
+        self,
+        graphdef: nnx.GraphDef,
+        trainable: Any,
+        frozen: Any,
+        reference: Any,
+        batch: NodeBatch,
+        normaliser: Any,
+        noise_level: Any,
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
+        config, reduce = self._config, self._flow.logprob_reduce
+
+        def transitions(weights: Any) -> tuple[jax.Array, jax.Array]:
+            model = nnx.merge(graphdef, weights, frozen)
+            cache = batch.seen if isinstance(batch.seen, PrefixCache) else model.encode_prefix(batch.seen)
+            return flow.chain_transitions(lambda x, t: model.velocity(cache, x, t), batch.x, noise_level=noise_level)
+
+        mean, std = transitions(trainable)
+        logp = flow.transitions_logp(batch.x, mean, std, batch.stochastic, self._counted, reduce)
+        value, stats = loss.grpo_loss(
             logp,
             batch.logp_old,
             batch.positive,
             batch.negative,
             batch.valid,
             normaliser,
-            self._config.clip_low,
-            self._config.clip_high,
+            config.clip_low,
+            config.clip_high,
+            config.ratio_max,
         )
+        if config.kl_coef:
+            other = jax.lax.stop_gradient(transitions(reference)[0])
+            kl = flow.transitions_kl(mean, other, std, batch.stochastic, self._counted, reduce)
+            stats["kl_reference"] = loss.reference_penalty(kl, batch.members, batch.valid, normaliser)
+            value += config.kl_coef * stats["kl_reference"]
+        return value, (stats, logp)
+
+
+def fetch(launched: Launched) -> dict[str, float]:
+    """The statistics of a step, once it is done."""
+    return {name: float(value) for name, value in jax.device_get(launched.stats).items()}
 
 
 def _split_rows(batch: NodeBatch, parts: int) -> NodeBatch:
@@ -161,7 +221,7 @@ def mini_batches(
     positive: np.ndarray,
     negative: np.ndarray,
     usable: np.ndarray,
-    seen: PrefixStore | Observation,
+    seen: AnyStore | Observation,
     batch_size: int,
     rng: np.random.Generator,
 ) -> Iterator[tuple[NodeBatch, float]]:
@@ -177,12 +237,14 @@ def mini_batches(
         padded = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])
         looks = nodes.look[padded]
         batch = NodeBatch(
-            seen=seen.take(looks) if isinstance(seen, PrefixStore) else jax.tree.map(lambda x: x[looks], seen),  # noqa: B023
+            seen=jax.tree.map(lambda x: x[looks], seen) if isinstance(seen, Observation) else seen.take(looks),  # noqa: B023
+            node=padded,
             x=nodes.x[padded],
             stochastic=nodes.stochastic[padded],
             logp_old=nodes.logp[padded],
             positive=positive[padded],
             negative=negative[padded],
+            members=nodes.size[padded].astype(np.float32),
             valid=valid,
         )
         yield batch, float(nodes.size[rows].sum())

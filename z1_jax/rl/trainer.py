@@ -1,0 +1,341 @@
+"""The state of a GRPO run and what an iteration does to it: collect groups, credit their nodes, update the policy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from envs.pool import EnvPool
+from z1_jax.config import Config, ConfigError, check_horizon
+from z1_jax.evaluation import make_actor
+from z1_jax.models.pi05 import vlm_is_frozen
+from z1_jax.optim import schedule
+from z1_jax.policy import Policy, named, unnamed
+from z1_jax.rl import advantage, diagnostics, rollout, selective, tree
+from z1_jax.rl.actor import Actor
+from z1_jax.rl.parts import EXPERT, PartOptimizer
+from z1_jax.rl.prefix_cache import (
+    AnyStore,
+    DevicePrefixStore,
+    PrefixStore,
+    cache_bytes,
+    choose_placement,
+    free_device_bytes,
+    free_host_bytes,
+)
+from z1_jax.rl.schedules import scheduled
+from z1_jax.rl.update import Launched, NodeBatch, Updater, fetch, mini_batches
+from z1_jax.training import TrainState
+
+GATES = {"float32": 1e-3, "bfloat16": 0.1}  # largest |ρ − 1| at the first update of an iteration
+
+
+@dataclasses.dataclass(frozen=True)
+class Credit:
+    """What an iteration's rollouts are worth: g groups of G members, N nodes."""
+
+    returns: np.ndarray  # float [g, G]
+    advantages: np.ndarray  # float [g, G]
+    kept: np.ndarray  # bool [g], groups that the filter lets through
+    positive: np.ndarray  # float32 [N], A⁺
+    negative: np.ndarray  # float32 [N], A⁻
+    usable: np.ndarray  # bool [N], trainable nodes of kept groups
+
+
+class GrpoTrainer:
+    """Trainable and frozen parameters, optimiser state, and the compiled functions that work on them.
+
+    Attributes:
+        scope: what is trained now; with `train.scope=auto` it begins as `expert`.
+        probe: training success of the probe's iterations, with `train.scope=auto` until the decision.
+        decision: what the probe led to, once it has.
+    """
+
+    def __init__(self, policy: Policy, config: Config, mesh: jax.sharding.Mesh, slots: int):
+        # Without its arrays: what is frozen may be narrower, and must not be held twice.
+        self._policy, self.config, self._mesh, self._slots = policy.without_params(), config, mesh, slots
+        self._whole = policy if config.train.scope == "auto" else None  # until the probe has decided
+        optim = config.update.optim
+        self._optimizer = PartOptimizer(optim, config.update.vlm_lr_factor)
+        self._lr = schedule(optim, config.train.iterations)
+        self._gate = config.update.ratio_gate or GATES[policy.config.dtype]
+        self._earlier_traces: list[dict[str, int]] = []
+        self.probe: list[float] = []
+        self.decision: selective.Decision | None = None
+        self.opt_state: Any = None
+        self._reference: Any = None  # what is trained, as it was before RL, where the KL to it is a term of the loss
+        self._enter(EXPERT if config.train.scope == "auto" else config.train.scope, policy, policy)
+
+    def _enter(self, scope: str, policy: Policy, start: Policy) -> None:
+        """Trains `policy` with `scope` from here on; a part that is trained already keeps its optimiser state.
+
+        `start` is the policy before RL.
+        """
+        self.scope = scope
+        self.graphdef, trainable, self.frozen = self._split(policy)
+        # The update consumes its parameters; the caller's policy stays whole.
+        self.trainable = jax.tree.map(lambda x: x.copy(), trainable)
+        self.opt_state = self._optimizer.init_on(self._mesh, self.trainable, self.opt_state)
+        config = self.config
+        if config.update.kl_coef:
+            self._reference = trainable if policy is start else self._split(start)[1]
+        vlm = not vlm_is_frozen(self.trainable)
+        if config.update.vlm_lr_factor != 1.0 and not vlm and config.train.scope != "auto":
+            raise ConfigError(
+                f"config key update.vlm_lr_factor: got {config.update.vlm_lr_factor}, which has no effect with "
+                f"train.scope={scope}: it trains nothing of the VLM; leave it at 1.0"
+            )
+        self.actor: Actor = make_actor(policy, self.graphdef, config.flow, self._mesh, self._slots)
+        self._updater = Updater(
+            self.graphdef, self._optimizer, config.flow, config.update, self.actor.counted, self._mesh
+        )
+        self._store: AnyStore | None = None
+        self.placement = ""  # of the prefix caches; chosen when the length of an episode is known
+        if vlm:
+            self.placement = choose_placement(config.update.prefix_cache, True, config.train.scope, 0, None, 0)
+
+    def _split(self, policy: Policy) -> tuple[Any, Any, Any]:
+        return policy.split(self.scope, self.config.lora, self.config.seed)
+
+    @property
+    def params(self) -> tuple[Any, Any]:
+        return self.trainable, self.frozen
+
+    @property
+    def state(self) -> TrainState:
+        """What a checkpoint holds of training."""
+        return TrainState(self.trainable, self.frozen, self.opt_state)
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        self.trainable, self.frozen, self.opt_state = state.trainable, state.frozen, state.opt_state
+
+    @property
+    def traces(self) -> dict[str, int]:
+        """How often each function was compiled."""
+        now = {**self.actor.traces, "update": self._updater.traces}
+        return {name: count + sum(past[name] for past in self._earlier_traces) for name, count in now.items()}
+
+    def policy(self) -> Policy:
+        """The policy as trained so far."""
+        return self._policy.with_params(self.trainable, self.frozen)
+
+    def noise_level(self, iteration: int) -> float:
+        """a of an iteration."""
+        config = self.config.flow
+        return scheduled(
+            config.noise_schedule, config.noise_level, config.noise_level_end, iteration, self.config.train.iterations
+        )
+
+    def plan(self, iteration: int) -> tree.BranchPlan:
+        """How an iteration's groups branch."""
+        group = self.config.group
+        prefix = tree.prefix_schedule(
+            group.prefix_chunks,
+            group.prefix_chunks_end,
+            iteration,
+            self.config.train.iterations,
+            group.prefix_schedule,
+        )
+        return tree.branch_plan(group.branching, group.size, prefix)
+
+    def collect(self, pool: EnvPool, iteration: int) -> rollout.Rollouts:
+        """One iteration's groups, on seeds and noise of this iteration alone."""
+        config = self.config
+        if not self.placement or (self.placement != "recompute" and self._store is None):
+            self._place_caches(pool.spec.horizon)
+        return rollout.collect(
+            pool,
+            self.actor,
+            self.params,
+            self._policy.processor,
+            self.plan(iteration),
+            training_seeds(config.seed, iteration, config.group.count),
+            (config.seed, 0x6E0, iteration),
+            executed=self._policy.executed,
+            noise_level=self.noise_level(iteration),
+            store=self._store,
+        )
+
+    def _place_caches(self, control_steps: int) -> None:
+        """Chooses where the prefix caches of an iteration are kept, by the most that there can be."""
+        config, shapes, executed = self.config, self._policy.config, self._policy.executed
+        check_horizon(config, control_steps, executed)
+        chunks = -(-control_steps // executed)
+        looks = config.group.count * max(self.plan(i).most_looks(chunks) for i in range(config.train.iterations))
+        planned = cache_bytes(shapes, looks)
+        self.placement = choose_placement(
+            config.update.prefix_cache,
+            not vlm_is_frozen(self.trainable),
+            config.train.scope,
+            planned,
+            free_device_bytes(self._mesh),
+            free_host_bytes(),
+        )
+        self._store = None
+        if self.placement == "device":
+            self._store = DevicePrefixStore(looks + self.actor.largest, self._mesh)
+        elif self.placement == "host":
+            self._store = PrefixStore()
+        print(f"prefix cache: {self.placement} (at most {looks:,} observations, {planned / 1e6:,.0f} MB)", flush=True)
+
+    def credit(self, rollouts: rollout.Rollouts, rng: np.random.Generator) -> Credit:
+        """Returns, advantages and the filter, and what they make of each node."""
+        reward, nodes, success = self.config.reward, rollouts.nodes, rollouts.success
+        returns = advantage.returns_of(reward.kind, success, rollouts.chunks, reward.discount, reward.penalty)
+        advantages = advantage.group_advantages(
+            returns, success, std=reward.std, all_success="mean" if reward.kind == "penalty" else "slowest"
+        )
+        if self.config.group.shuffle_advantages:
+            advantages = rng.permuted(advantages, axis=1)
+        filtered = success if reward.filter_on == "success" else returns
+        kept = advantage.kept_groups(filtered, reward.keep_low, reward.keep_high)
+        positive, negative = tree.signed_advantage_sums(advantages, nodes.group, nodes.leader, nodes.size)
+        return Credit(returns, advantages, kept, positive, negative, nodes.trainable & kept[nodes.group])
+
+    def update(self, rollouts: rollout.Rollouts, iteration: int) -> dict[str, Any]:
+        """Epochs of clipped updates on one iteration's nodes; returns the iteration's metrics but its times.
+
+        Raises:
+            RatioError: the first update's importance ratios are not 1, or a number is not finite.
+        """
+        rng = np.random.default_rng([self.config.seed, 0xAD, iteration])
+        credit = self.credit(rollouts, rng)
+        lr_scale = float(self._lr(iteration)) / self.config.update.optim.lr
+        noise_level = self.noise_level(iteration)
+        rows = self._optimise(rollouts, credit, self._batches(rollouts, credit, rng), lr_scale, noise_level)
+        success = rollouts.success
+        return {
+            "scope": self.scope,
+            "return": float(credit.returns.mean()),
+            "groups/kept": int(credit.kept.sum()),
+            "groups/kept_share": float(credit.kept.mean()),
+            "groups/all_success": int(success.all(axis=1).sum()),
+            "groups/all_fail": int((~success).all(axis=1).sum()),
+            "nodes/used": int(credit.usable.sum()),
+            "lr": lr_scale * self.config.update.optim.lr,
+            **diagnostics.sharing_metrics(
+                rollouts, self._policy.config.vision.tokens, int(self.actor.counted.sum()), noise_level
+            ),
+            **diagnostics.update_metrics(rows),
+        }
+
+    def _batches(
+        self, rollouts: rollout.Rollouts, credit: Credit, rng: np.random.Generator
+    ) -> Iterator[tuple[NodeBatch, float]]:
+        seen = rollouts.looks if rollouts.caches is None else rollouts.caches
+        if rollouts.caches is not None and rollouts.caches.rows != len(rollouts.looks.tokens):
+            raise ValueError("the prefix caches are those of other rollouts")  # a bug: never train on them
+        config = self.config.update
+        for _ in range(config.epochs):
+            yield from mini_batches(
+                rollouts.nodes, credit.positive, credit.negative, credit.usable, seen, config.batch_size, rng
+            )
+
+    def _optimise(
+        self,
+        rollouts: rollout.Rollouts,
+        credit: Credit,
+        batches: Iterator[tuple[NodeBatch, float]],
+        lr_scale: float,
+        noise_level: float,
+    ) -> list[dict[str, float]]:
+        """One step per batch. While one runs, the next is gathered and sent, and the one before is checked."""
+        rows: list[dict[str, float]] = []
+        done: list[tuple[NodeBatch, Launched]] = []
+
+        def check() -> None:
+            stats = fetch(done[len(rows)][1])
+            try:
+                diagnostics.check_step(stats, not rows, self._gate)
+            except diagnostics.RatioError as error:
+                error.evidence = _evidence(rollouts, credit, done)
+                raise
+            rows.append(stats)
+
+        for batch, normaliser in batches:
+            self.trainable, self.opt_state, launched = self._updater.launch(
+                self.trainable,
+                self.opt_state,
+                self.frozen,
+                self._updater.place(batch),
+                normaliser,
+                lr_scale=lr_scale,
+                noise_level=noise_level,
+                reference=self._reference,
+            )
+            done.append((dataclasses.replace(batch, seen=None), launched))
+            if len(done) > 1:
+                check()
+        if done:
+            check()
+        return rows
+
+    def observe(self, success: float) -> selective.Decision | None:
+        """Tells `train.scope=auto` the training success of the iteration that has ended.
+
+        Returns the decision at the end of the probe, and changes the scope if that is what it says.
+        """
+        config = self.config.selective
+        if self.config.train.scope != "auto" or self.decision is not None:
+            return None
+        self.probe.append(success)
+        if len(self.probe) < config.iterations:
+            return None
+        self.decision = selective.decide(self.probe, config.confidence, config.enough, config.then)
+        if self.decision.scope != self.scope:
+            self.enter(self.decision.scope)
+        self._whole = None
+        return self.decision
+
+    def enter(self, scope: str) -> None:
+        """Changes the scope of a probe under way: what was trained stays as it is, the rest is the start's own."""
+        start = self._whole
+        leaves = {**named(start.params), **named(self.trainable)}
+        self._earlier_traces.append({**self.actor.traces, "update": self._updater.traces})
+        self._enter(scope, start.with_params(unnamed(start.params, leaves)), start)
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint's document must say of the scope, JSON values."""
+        decision = None if self.decision is None else dataclasses.asdict(self.decision)
+        return {"scope": self.scope, "probe": self.probe, "decision": decision}
+
+    def resume(self, progress: dict[str, Any]) -> None:
+        """Takes the scope of a checkpoint, before its arrays are loaded."""
+        self.probe = list(progress["probe"])
+        stored = progress["decision"]
+        self.decision = stored and selective.Decision(**{**stored, "trend": selective.Trend(**stored["trend"])})
+        if progress["scope"] != self.scope:
+            self.enter(progress["scope"])
+
+
+def _evidence(
+    rollouts: rollout.Rollouts, credit: Credit, done: list[tuple[NodeBatch, Launched]]
+) -> dict[str, np.ndarray]:
+    """The node table, its credit, and the ratios of every step up to the broken one."""
+    logp = [np.asarray(launched.logp)[batch.valid] for batch, launched in done]
+    node = [batch.node[batch.valid] for batch, _ in done]
+    scored = np.concatenate(logp)
+    at = np.concatenate(node)
+    nodes = {f"nodes/{f.name}": getattr(rollouts.nodes, f.name) for f in dataclasses.fields(rollouts.nodes)}
+    return {
+        **nodes,
+        **{f"credit/{f.name}": getattr(credit, f.name) for f in dataclasses.fields(credit)},
+        "seeds": rollouts.seeds,
+        "success": rollouts.success,
+        "chunks": rollouts.chunks,
+        "update/step": np.repeat(np.arange(len(done)), [len(rows) for rows in node]),
+        "update/node": at,
+        "update/logp": scored,
+        "update/ratio": np.exp(scored - rollouts.nodes.logp[at]),
+    }
+
+
+def training_seeds(seed: int, iteration: int, count: int) -> np.ndarray:
+    """Environment seeds of an iteration's groups, within [10^8, 8·10^8): apart from demonstrations and evaluation."""
+    drawn = np.random.SeedSequence([seed, 0x5EED, iteration]).generate_state(count, np.uint64)
+    return (100_000_000 + drawn % np.uint64(700_000_000)).astype(np.int64)
