@@ -39,12 +39,13 @@ def changed(config: Config, **values) -> Config:
 # ── what a config makes of one and the same thing: each returns arrays
 
 
-def collected(config: Config, iteration: int = 1):
+def collected(config: Config):
+    """The chains of two iterations: in one, every episode may end before the first branch."""
     made = trainer(config)
     if config.flow != CONFIG.flow:  # what is drawn on the host needs no compilation
         made.actor = copy.copy(compiled().actor)
         made.actor._config = config.flow
-    return made.collect(tiny.pool(16), iteration).nodes.x
+    return np.concatenate([made.collect(tiny.pool(16), iteration).nodes.x for iteration in (0, 1)])
 
 
 def acted(config: Config):

@@ -71,11 +71,11 @@ def test_shuffled_advantages_are_permuted_within_each_group(monkeypatch, rollout
 
 def test_only_trainable_nodes_of_kept_groups_are_dealt(monkeypatch, rollouts):
     success = np.array([[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0]], bool)
-    varied = dataclasses.replace(rollouts, success=success, chunks=np.ones((4, 4), int))
+    nodes = dataclasses.replace(rollouts.nodes, trainable=np.arange(len(rollouts.nodes.size)) % 3 > 0)
+    varied = dataclasses.replace(rollouts, success=success, chunks=np.ones((4, 4), int), nodes=nodes)
     config = dataclasses.replace(CONFIG, reward=RewardConfig())  # 0.1 … 0.99: drops groups 0 and 2
     _, batches, result = recorded(monkeypatch, config, varied)
     assert (result["groups/kept"], result["groups/all_success"], result["groups/all_fail"]) == (2, 1, 1)
-    nodes = rollouts.nodes
     usable = nodes.trainable & np.isin(nodes.group, [1, 3])
     assert result["nodes/used"] == usable.sum() > 0
     assert sum(batch.valid.sum() for batch, _ in batches) == 2 * usable.sum()  # two epochs
@@ -209,7 +209,7 @@ def test_nothing_is_compiled_between_iterations(branching):
     """Iterations with other numbers of kept groups, batches, looks and living episodes: the same compiled functions."""
     prefix = 0 if branching == "none" else 1
     group = dataclasses.replace(CONFIG.group, branching=branching, prefix_chunks=prefix, prefix_chunks_end=prefix)
-    made = trainer(dataclasses.replace(CONFIG, group=group, reward=RewardConfig(keep_high=1.0)))
+    made = trainer(dataclasses.replace(CONFIG, group=group, reward=RewardConfig(keep_low=0.3, keep_high=0.6)))
     made.update(made.collect(tiny.pool(16), 0), 0)
     known, kept = made.traces, set()
     with Compilations() as compilations:

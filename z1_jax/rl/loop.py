@@ -127,7 +127,8 @@ def _restore(checkpoints: Checkpoints, trainer: GrpoTrainer) -> int:
     """Loads the newest intact checkpoint into the trainer; returns its iteration, 0 for none."""
 
     def state(document: dict[str, Any]) -> TrainState:
-        trainer.resume(document["training"])  # the scope decides which arrays there are
+        if "training" in document:  # the scope decides which arrays there are
+            trainer.resume(document["training"])
         return trainer.state
 
     newest = restore(checkpoints, state)
