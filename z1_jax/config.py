@@ -257,8 +257,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "reward.filter_on": ("return", "success"),
     "update.prefix_cache": ("auto", "device", "host", "recompute"),
     "train.scope": ("expert", "joint", "auto"),
-    "selective.then": ("joint",),
 }
+_CHOICES["selective.then"] = tuple(scope for scope in _CHOICES["train.scope"] if scope not in ("expert", "auto"))
 
 # key: (lowest, highest) allowed, both included; None: no bound.
 _RANGES: dict[str, tuple[float | None, float | None]] = {
@@ -459,7 +459,10 @@ _INERT: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("reward.filter_on", "reward.kind", ("sparse",)),
     ("update.optim.lr_end", "update.optim.schedule", ("constant",)),
     ("update.vlm_lr_factor", "train.scope", ("expert",)),
-    *((f"selective.{f.name}", "train.scope", ("expert", "joint")) for f in dataclasses.fields(SelectiveConfig)),
+    *(
+        (f"selective.{field.name}", "train.scope", tuple(s for s in _CHOICES["train.scope"] if s != "auto"))
+        for field in dataclasses.fields(SelectiveConfig)
+    ),
 )
 
 
@@ -481,7 +484,8 @@ def _check_switches(config: Config) -> None:
             f"config key selective.iterations: got {config.selective.iterations}, expected less than "
             f"train.iterations = {config.train.iterations}: nothing would be left to train after the decision"
         )
-    if update.prefix_cache in ("device", "host") and scope in ("joint", "auto"):
+    # Adapters may leave the VLM alone: what a lora run trains is known when it starts, and checked then.
+    if update.prefix_cache in ("device", "host") and scope not in ("expert", "lora"):
         raise stale_cache(update.prefix_cache, scope)
 
 

@@ -75,13 +75,13 @@ class GrpoTrainer:
         `start` is the policy before RL.
         """
         self.scope = scope
-        self.graphdef, trainable, self.frozen = policy.split(scope)
+        self.graphdef, trainable, self.frozen = self._split(policy, scope)
         # The update consumes its parameters; the caller's policy stays whole.
         self.trainable = jax.tree.map(lambda x: x.copy(), trainable)
         self.opt_state = self._optimizer.init_on(self._mesh, self.trainable, self.opt_state)
         config = self.config
         if config.update.kl_coef:
-            self._reference = trainable if policy is start else start.split(scope)[1]
+            self._reference = trainable if policy is start else self._split(start, scope)[1]
         vlm = trains_vlm(self.trainable)
         if config.update.vlm_lr_factor != 1.0 and not vlm and config.train.scope != "auto":
             raise ConfigError(
@@ -96,6 +96,9 @@ class GrpoTrainer:
         self.placement = ""  # of the prefix caches; chosen when the length of an episode is known
         if vlm:
             self.placement = choose_placement(config.update.prefix_cache, True, config.train.scope, 0, None, 0)
+
+    def _split(self, policy: Policy, scope: str) -> tuple[nnx.GraphDef, Any, Any]:
+        return policy.split(scope)
 
     @property
     def params(self) -> tuple[Any, Any]:
