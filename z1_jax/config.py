@@ -511,10 +511,7 @@ _INERT: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("reward.filter_on", "reward.kind", ("sparse",)),
     ("update.optim.lr_end", "update.optim.schedule", ("constant",)),
     ("update.vlm_lr_factor", "train.scope", ("expert",)),
-    *(
-        (f"selective.{f.name}", "train.scope", ("expert", "joint", "lora", "everything"))
-        for f in dataclasses.fields(SelectiveConfig)
-    ),
+    *((f"selective.{f.name}", "train.scope", _FIXED_SCOPES) for f in dataclasses.fields(SelectiveConfig)),
 )
 
 

@@ -146,7 +146,8 @@ class GrpoTrainer:
     def collect(self, pool: EnvPool, iteration: int) -> rollout.Rollouts:
         """One iteration's groups, on seeds and noise of this iteration alone."""
         config = self.config
-        if not self.placement or (self.placement != "recompute" and self._store is None):
+        check_horizon(config, pool.spec.horizon, self._policy.executed)
+        if not self.placement:
             self._place_caches(pool.spec.horizon)
         return rollout.collect(
             pool,
@@ -163,9 +164,8 @@ class GrpoTrainer:
 
     def _place_caches(self, control_steps: int) -> None:
         """Chooses where the prefix caches of an iteration are kept, by the most that there can be."""
-        config, shapes, executed = self.config, self._policy.config, self._policy.executed
-        check_horizon(config, control_steps, executed)
-        chunks = -(-control_steps // executed)
+        config, shapes = self.config, self._policy.config
+        chunks = -(-control_steps // self._policy.executed)
         looks = config.group.count * max(self.plan(i).most_looks(chunks) for i in range(config.train.iterations))
         planned = cache_bytes(shapes, looks)
         self.placement = choose_placement(
