@@ -254,7 +254,7 @@ class Bench:
                 rng = np.random.default_rng(0)
                 ((batch, normaliser),) = mini_batches(rows, *sums, rows.trainable, seen, size, rng)
                 # A rate of 0: every round starts from the same parameters.
-                state[0], state[1], stats = updater.step(*state, self.params[2], batch, normaliser, 0.0)
+                state[0], state[1], stats = updater.step(*state, self.params[2], batch, normaliser, lr_scale=0.0)
                 return stats
 
             losses[name] = epoch()
@@ -263,7 +263,7 @@ class Bench:
                 [np.ravel(x) / (1 - optim.b1) for x in jax.tree.leaves(optax.tree.get(state[1], "mu"))]
             )
             sides[name] = epoch
-        error = np.linalg.norm(gradients["ours"] - gradients["plain"]) / np.linalg.norm(gradients["plain"])
+        error = float(np.linalg.norm(gradients["ours"] - gradients["plain"]) / np.linalg.norm(gradients["plain"]))
         ratio_error = max(stats["ratio_error"] for stats in losses.values())
         print(
             f"{self.preset}: {len(nodes.size)} nodes of {len(each)} members' chunks; gradients differ by {error:.1e} "
@@ -351,7 +351,7 @@ def real_rollouts(policy: Policy, config: Config, mesh: jax.sharding.Mesh, group
                 pool, actor, tuple(params), policy.processor, plan, seeds, (3,), executed=policy.executed
             )
             nodes, members = out.nodes, out.nodes.size[out.nodes.trainable].sum()
-            simulated, steps = len(nodes.size) / members, out.simulated_steps / members
+            simulated, steps = float(len(nodes.size) / members), float(out.simulated_steps / members)
             print(
                 f"kitchen rollouts, {branching}, P = {prefix}: {groups} groups of {GROUP}, success "
                 f"{out.success.mean():.0%}, {out.chunks.mean():.1f} chunks an episode; per trainable chunk: "

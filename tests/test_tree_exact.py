@@ -47,7 +47,7 @@ class ScriptedActor:
     def encode(self, params: Any, observation: Any) -> tuple[None, int]:
         return None, len(observation.tokens)
 
-    def sample(self, params: Any, cache: None, ids: np.ndarray, noise_key: tuple[int, ...], stochastic: bool) -> Chain:
+    def sample(self, params: Any, cache: None, ids: np.ndarray, noise_key: tuple[int, ...], *how: Any) -> Chain:
         assert noise_key == KEY
         drawn = [scripted_chain(*map(int, sample)) for sample in ids.reshape(-1, ids.shape[-1])]
         parts = [np.stack([np.asarray(d[i]) for d in drawn]) for i in range(3)]

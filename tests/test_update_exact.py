@@ -17,12 +17,13 @@ from z1_jax import sharding
 from z1_jax.config import Config, EnvConfig, FlowConfig, GroupConfig, OptimConfig, RewardConfig, UpdateConfig
 from z1_jax.data.normalize import NormStats
 from z1_jax.data.tokenizer import PromptTokenizer, train_small_tokenizer
+from z1_jax.errors import UserError
 from z1_jax.policy import fresh_policy, make_processor
-from z1_jax.rl.loop import GATES, GrpoTrainer
+from z1_jax.rl.loop import GrpoTrainer
 from z1_jax.rl.prefix_cache import PrefixStore
 from z1_jax.rl.rollout import NodeTable
 from z1_jax.rl.tree import signed_advantage_sums
-from z1_jax.rl.update import RatioError, Updater, mini_batches
+from z1_jax.rl.update import Updater, mini_batches
 from z1_jax.types import PrefixCache
 
 # --- a policy whose gradient fits on one line -----------------------------------------------------------------------
@@ -161,6 +162,7 @@ def test_a_mean_of_each_parts_mean_would_be_noticed():
 
 # --- the ratio gate through the real path ---------------------------------------------------------------------------
 
+GATES = {"float32": 1e-3, "bfloat16": 0.1}  # the method's numbers
 GATE_CONFIG = Config(
     env=EnvConfig(parallel=16),
     flow=FlowConfig(steps=4),
@@ -209,5 +211,5 @@ def test_first_ratio_is_one_from_collect_to_update(dtype, monkeypatch):
     wrong = rollouts.nodes.x.copy()
     wrong[rollouts.nodes.trainable, 2] += 0.05  # a twentieth of a standard deviation of noise, once in each chain
     broken = dataclasses.replace(rollouts, nodes=dataclasses.replace(rollouts.nodes, x=wrong))
-    with pytest.raises(RatioError, match="first update's importance ratios are off by"):
+    with pytest.raises(UserError, match="first update's importance ratios are off by"):
         trainer.update(broken, 0)
