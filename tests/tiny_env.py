@@ -74,3 +74,17 @@ class TinyEnv:
 
     def close(self) -> None:
         pass
+
+
+class FleetingEnv(TinyEnv):
+    """Succeeds often, and for a single step: the check need not hold any more when the chunk would have ended."""
+
+    def step_chunk(self, actions: np.ndarray) -> ChunkResult:
+        steps = 0
+        for action in actions:
+            if super().step_chunk(action[None]).steps == 0:
+                break
+            steps += 1
+            if self._x[1] > 0.85:
+                return ChunkResult(steps, True, True)
+        return ChunkResult(steps, False, self._t >= HORIZON)

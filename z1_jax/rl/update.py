@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -148,7 +148,7 @@ class Updater:
         if parts == 1:
             grads, (stats, logp) = accumulate(zeros, batch)
         else:
-            grads, (stacked, logp) = jax.lax.scan(accumulate, zeros, _split_rows(batch, parts))
+            grads, (stacked, logp) = jax.lax.scan(_unless_padding(accumulate), zeros, _split_rows(batch, parts))
             stats = {
                 name: jnp.max(value) if name in ("ratio_max", "ratio_error") else jnp.sum(value)
                 for name, value in stacked.items()
@@ -201,6 +201,16 @@ class Updater:
 def fetch(launched: Launched) -> dict[str, float]:
     """The statistics of a step, once it is done."""
     return {name: float(value) for name, value in jax.device_get(launched.stats).items()}
+
+
+def _unless_padding(accumulate: Callable[[Any, NodeBatch], tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """`accumulate`, but a micro-batch that is all padding costs nothing: total as it was, statistics zero."""
+
+    def step(total: Any, micro: NodeBatch) -> tuple[Any, Any]:
+        nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(accumulate, total, micro)[1])
+        return jax.lax.cond(jnp.any(micro.valid), accumulate, lambda total, _: (total, nothing), total, micro)
+
+    return step
 
 
 def _split_rows(batch: NodeBatch, parts: int) -> NodeBatch:
