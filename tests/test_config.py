@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 GRPO = f"--config={ROOT / 'configs' / 'grpo.py'}"
 # Leaves that take any text here: their values are checked where the things they name are known.
 FREE_TEXT = {"task", "run_dir", "init", "checkpoint", "compare", "model.preset", "env.cameras", "demos.dataset"}
+FREE_TEXT |= {"inputs.tokenizer", "inputs.slots"}
 
 
 def parse(*arguments: str) -> Config:
@@ -72,6 +73,8 @@ def test_presets():
         (["--config.update.micro_batch=48"], ["update.batch_size", "got 128", "multiple of update.micro_batch = 48"]),
         (["--config.reward.keep_low=0.9", "--config.reward.keep_high=0.5"], ["reward.keep_low", "0.9", "0.5"]),
         (["--config.group.branching=none"], ["group.prefix_chunks", "none"]),
+        (["--config.inputs.norm=minmax"], ["inputs.norm", "'minmax'", "quantile, z_score"]),
+        (["--config.inputs.slots=robot0_agentview_left,none"], ["inputs.slots", "robot0_eye_in_hand", "once"]),
         (["--config.mesh.data=0"], ["mesh.data", "got 0", "-1"]),
         (["--config.mesh.fsdp=0"], ["mesh.fsdp", "got 0", "at least 1"]),
         (["--config.algorithm=eval"], ["checkpoint", "expected a run directory"]),

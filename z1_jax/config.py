@@ -47,6 +47,16 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InputsConfig:
+    """How a fresh policy sees. What a checkpoint says takes precedence when a run starts from one."""
+
+    tokenizer: str = ""  # a SentencePiece .model, its directory, or a hub name; empty: a small one is made
+    state_in_prompt: bool = True  # false: the instruction alone, as openpi's LIBERO policies
+    norm: str = "quantile"  # of states and actions: quantile | z_score
+    slots: tuple[str, ...] = ()  # camera of each image slot, "none" for a missing one; empty: env.cameras in order
+
+
+@dataclasses.dataclass(frozen=True)
 class DemosConfig:
     """Expert demonstrations."""
 
@@ -79,6 +89,7 @@ class SftConfig:
     batch_size: int = 64  # observations a step
     flows: int = 4  # flow times and noises drawn per encoded observation
     loss_dims: str = "all"  # all: padding included, as openpi; real: the environment's action dimensions
+    augment: bool = False  # openpi's crop, rotation (first slot only) and colour jitter of the images
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     checkpoint_every: int = 250  # steps
 
@@ -186,6 +197,7 @@ class Config:
     compare: str = ""  # eval: another policy, to be compared with it on the same seeds
     env: EnvConfig = dataclasses.field(default_factory=EnvConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    inputs: InputsConfig = dataclasses.field(default_factory=InputsConfig)
     demos: DemosConfig = dataclasses.field(default_factory=DemosConfig)
     sft: SftConfig = dataclasses.field(default_factory=SftConfig)
     group: GroupConfig = dataclasses.field(default_factory=GroupConfig)
@@ -212,6 +224,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "algorithm": ("grpo", "sft", "eval"),
     "env.suite": ("kitchen",),
     "model.dtype": ("float32", "bfloat16"),
+    "inputs.norm": ("quantile", "z_score"),
     "sft.loss_dims": ("all", "real"),
     "sft.optim.schedule": ("cosine", "constant"),
     "update.optim.schedule": ("cosine", "constant"),
@@ -395,10 +408,21 @@ def _check_combinations(config: Config) -> None:
             "config key group.prefix_chunks: branching=none shares no prefix, "
             f"got {group.prefix_chunks} → {group.prefix_chunks_end}, expected 0 → 0"
         )
+    _check_slots(config)
     if config.mesh.data == 0:
         raise ConfigError("config key mesh.data: got 0, expected a number of devices, or -1 for all that are left")
     if config.algorithm == "eval" and not config.checkpoint:
         raise ConfigError("config key checkpoint: got '', expected a run directory or a checkpoint to evaluate")
+
+
+def _check_slots(config: Config) -> None:
+    """Every camera that is rendered is seen, in one slot."""
+    named = [camera for camera in config.inputs.slots if camera != "none"]
+    if config.inputs.slots and sorted(named) != sorted(config.env.cameras):
+        raise ConfigError(
+            f"config key inputs.slots: got {', '.join(config.inputs.slots)}, "
+            f"expected each of env.cameras = {', '.join(config.env.cameras)} once, and none for a missing camera"
+        )
 
 
 def identity(config: Config) -> dict[str, Any]:
