@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 GRPO = f"--config={ROOT / 'configs' / 'grpo.py'}"
 # Leaves that take any text here: their values are checked where the things they name are known.
 FREE_TEXT = {"task", "run_dir", "init", "checkpoint", "compare", "model.preset", "env.cameras", "demos.dataset"}
+FREE_TEXT |= {"inputs.tokenizer", "inputs.slots"}
 
 
 def parse(*arguments: str) -> Config:
@@ -91,6 +92,8 @@ def test_presets():
         ),
         (["--config.train.scope=joint", "--config.update.prefix_cache=host"], ["update.prefix_cache", "host", "stale"]),
         (["--config.train.scope=auto", "--config.update.prefix_cache=device"], ["update.prefix_cache", "stale"]),
+        (["--config.inputs.norm=minmax"], ["inputs.norm", "'minmax'", "quantile, z_score"]),
+        (["--config.inputs.slots=robot0_agentview_left,none"], ["inputs.slots", "robot0_eye_in_hand", "once"]),
         (["--config.mesh.data=0"], ["mesh.data", "got 0", "-1"]),
         (["--config.mesh.fsdp=0"], ["mesh.fsdp", "got 0", "at least 1"]),
         (["--config.algorithm=eval"], ["checkpoint", "expected a run directory"]),

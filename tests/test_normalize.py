@@ -83,17 +83,28 @@ def test_roundtrip(rng, mode):
 
 
 @pytest.mark.parametrize("mode", ["quantile", "z_score"])
-def test_constant_dimension_is_zero_to_the_model_and_held_in_the_world(rng, mode, caplog):
+def test_constant_dimension_is_held_for_the_model_and_in_the_world(rng, mode, caplog):
     data = rng.normal(size=(300, 3))
     data[:, 1] = -1.0
     stats = stats_of(data)
-    assert stats.constant.tolist() == [False, True, False]
     with caplog.at_level(logging.INFO):
         seen = stats.normalise(np.array([[0.0, 0.7, 0.0]]), mode)  # 0.7 was never in the data
         stats.normalise(data, mode)
-    assert seen[0, 1] == 0.0
+    assert stats.constant.tolist() == [False, True, False]
+    # openpi's formula at q01 = q99 = x is 0 / 1e-6 * 2 - 1, and at mean = x it is 0
+    assert seen[0, 1] == (-1.0 if mode == "quantile" else 0.0)
     np.testing.assert_array_equal(stats.unnormalise(rng.normal(size=(4, 3)) * 100, mode)[:, 1], -1.0)
-    assert caplog.text.count("held constant") == (1 if mode == "quantile" else 0)
+    assert caplog.text.count("held constant") == 1
+
+
+def test_a_dimension_that_hardly_moves_is_held_where_openpi_sees_its_mean(rng):
+    data = rng.normal(size=(1000, 2))
+    data[:, 1] = 5 + rng.uniform(0, 4e-4, 1000)  # 0.4 mm: sensor noise
+    stats = stats_of(data)
+    assert stats.constant.tolist() == [False, True]
+    openpi = (stats.mean - stats.q01) / (stats.q99 - stats.q01 + 1e-6) * 2 - 1
+    normalised = stats.normalise(data)[:, 1]
+    assert np.ptp(normalised) == 0 and normalised[0] == pytest.approx(openpi[1]) and abs(normalised[0]) < 0.2
 
 
 def test_rare_dimension_is_widened_not_frozen(rng, caplog):

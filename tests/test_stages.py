@@ -8,9 +8,12 @@ import tiny_policy as tiny
 from envs.kitchen import demos
 from z1_jax import stages
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config import Config, ConfigError, DemosConfig, EnvConfig
+from z1_jax.config import Config, ConfigError, DemosConfig, EnvConfig, InputsConfig
+from z1_jax.data.tokenizer import train_small_tokenizer
 from z1_jax.errors import UserError
-from z1_jax.stages import check_inputs, check_policy, demonstrations, supervised_policy
+from z1_jax.stages import check_inputs, check_policy, demonstrations, new_policy, supervised_policy
+
+CAMERAS = ("robot0_agentview_left", "robot0_eye_in_hand", "robot0_agentview_right")
 
 
 def make_config(seed: int = 0, **demos: object) -> Config:
@@ -95,9 +98,52 @@ def test_too_many_failures_are_told(tmp_path, monkeypatch, capsys):
         ({"task": "Juggle"}, "task: 'Juggle' does not exist; known: TurnOnSinkFaucet"),
         ({"init": "/nowhere"}, "no policy at /nowhere"),
         ({"demos": DemosConfig(dataset="/nowhere")}, "dataset /nowhere does not exist"),
-        ({"env": EnvConfig(image_size=32)}, "model.preset: kitchen sees 2 cameras of 64 pixels"),
+        ({"env": EnvConfig(cameras=CAMERAS)}, "model.preset=kitchen sees at most 2"),
+        ({"inputs": InputsConfig(tokenizer="/nowhere.model")}, "no tokenizer at /nowhere.model; expected PaliGemma's"),
     ],
 )
 def test_what_a_config_names_is_checked_before_the_run(change, message):
     with pytest.raises(UserError, match=message):
         check_inputs(dataclasses.replace(make_config(), **change))
+
+
+def test_a_fresh_policy_sees_as_the_config_says(tmp_path, capsys):
+    config = make_config(episodes=1)
+    dataset = demonstrations(config, tmp_path / "data")
+    train_small_tokenizer(["open the drawer"], tmp_path / "own.model", vocab_size=480)
+    inputs = InputsConfig(
+        tokenizer=str(tmp_path / "own.model"), state_in_prompt=False, norm="z_score", slots=("none", CAMERAS[1])
+    )
+    config = dataclasses.replace(config, inputs=inputs, env=EnvConfig(workers=0, cameras=CAMERAS[1:2], image_size=32))
+    policy = new_policy(config, dataset, tiny.one_device())
+    seen = policy.processor
+    assert seen.tokenizer.model_bytes == (tmp_path / "own.model").read_bytes()
+    assert (seen.norm_mode, seen.state_in_prompt, seen.cameras) == ("z_score", False, (None, CAMERAS[1]))
+    record = dataset.records([0])[0]
+    observation = seen.observation([record])
+    assert observation.images.shape == (1, 1, 64, 64, 3)  # frames of any size, one for each camera
+    assert observation.token_mask.sum() < 30  # no state
+    stats = dataset.stats["actions"]
+    expected = (record.actions - stats.mean) / (stats.std + 1e-6)
+    moving = ~stats.constant
+    got = seen.model_actions(record.actions)[..., : stats.dim]
+    assert abs(got - expected)[..., moving].max() < 1e-4
+
+
+def test_input_settings_that_a_policy_would_ignore_are_refused(tmp_path):
+    policy = tiny.policy()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, policy.parts(), policy.document())
+    checkpoints.close()
+    train_small_tokenizer(["dance"], tmp_path / "other.model")
+    config = Config(env=EnvConfig(cameras=(tiny.CAMERA,), image_size=tiny.PIXELS))
+    check_policy(config, str(tmp_path))
+    for key, value in (
+        ("norm", "z_score"),
+        ("state_in_prompt", False),
+        ("slots", ("none", tiny.CAMERA)),
+        ("tokenizer", str(tmp_path / "other.model")),
+    ):
+        with pytest.raises(ConfigError, match=f"inputs.{key}: got .* keeps it: leave inputs.{key} out"):
+            check_policy(dataclasses.replace(config, inputs=InputsConfig(**{key: value})), str(tmp_path))
+    check_policy(dataclasses.replace(config, inputs=InputsConfig(slots=(tiny.CAMERA,))), str(tmp_path))

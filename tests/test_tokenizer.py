@@ -1,4 +1,6 @@
 import hashlib
+import io
+import logging
 import os
 import pathlib
 import subprocess
@@ -17,6 +19,7 @@ from z1_jax.data.tokenizer import (
     prompt_text,
     train_small_tokenizer,
 )
+from z1_jax.errors import UserError
 
 REFERENCE = np.load(pathlib.Path(__file__).parent / "reference" / "misc.npz")
 MODEL = train_small_tokenizer(kitchen_instructions())
@@ -107,10 +110,78 @@ def test_training_is_deterministic_and_order_free(tmp_path):
     assert PromptTokenizer.from_bytes(other, 48).identity != loaded.identity
 
 
-def test_overlong_prompt_names_the_length():
-    tokenizer = PromptTokenizer.from_bytes(MODEL, prompt_length=10)
-    with pytest.raises(ValueError, match=r"has 2\d tokens, more than prompt_length=10; raise prompt_length"):
-        tokenizer.encode("open the left drawer", np.zeros(16))
+def test_overlong_prompt_loses_its_end_with_one_warning(tokenizer, caplog):
+    short = PromptTokenizer.from_bytes(MODEL, prompt_length=10)
+    whole, _ = tokenizer.encode("open the left drawer", np.zeros(16))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            tokens, mask = short.encode("open the left drawer", np.zeros(16))
+            np.testing.assert_array_equal(tokens, whole[:10])
+            assert mask.all()
+    assert len(caplog.records) == 1
+    assert "'open the left drawer' has 2" in caplog.text and "more than prompt_length=10" in caplog.text
+
+
+def big_model() -> bytes:
+    """A model as PaliGemma's: digits and line breaks alone, text without a space in front, BOS 2, pad 0."""
+    model = io.BytesIO()
+    texts = [*kitchen_instructions(), *(str(n) for n in range(256))]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=800, pad_id=0, eos_id=1,
+        bos_id=2, unk_id=3, byte_fallback=True, split_digits=True, add_dummy_prefix=False,
+        remove_extra_whitespaces=False, normalization_rule_name="identity", user_defined_symbols=["\n", "<loc0000>"],
+        pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>",
+        num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+BIG = big_model()
+
+
+def openpi_tokens(model: bytes, prompt: str, state: np.ndarray | None, length: int) -> tuple[list[int], list[bool]]:
+    """openpi's rules spelt out over SentencePiece: what PaligemmaTokenizer.tokenize returns."""
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    text = " ".join(prompt.strip().replace("_", " ").split("\n"))
+    if state is None:
+        ids = [pieces.bos_id(), *pieces.encode(text), *pieces.encode("\n")]
+    else:
+        bins = " ".join(str(sum(value >= -1 + k / 128 for k in range(256)) - 1) for value in state)
+        ids = [pieces.bos_id(), *pieces.encode(f"Task: {text}, State: {bins};\nAction: ")]
+    missing = length - len(ids)
+    return (ids + [0] * missing)[:length], ([True] * len(ids) + [False] * missing)[:length]
+
+
+@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize("model", [MODEL, BIG], ids=["small", "like PaliGemma's"])
+def test_ids_are_openpis(model, with_state, rng):
+    words = "open_the\nleft drawer Zebra é 水 #7 <loc0000>  pick\tUp , ;".split(" ")
+    for length in (200, int(rng.integers(5, 60))):
+        tokenizer = PromptTokenizer(model, length)
+        prompt = " ".join(rng.choice(words, int(rng.integers(0, 9)))) + str(rng.choice(["", " ", "\n", "_"]))
+        state = rng.uniform(-1.3, 1.3, int(rng.integers(1, 33))) if with_state else None
+        tokens, mask = tokenizer.encode(prompt, state)
+        expected = openpi_tokens(model, prompt, state, length)
+        assert (tokens.tolist(), mask.tolist()) == expected, repr(prompt)
+
+
+def test_ids_are_those_of_transformers(tmp_path, rng):
+    """The hub's own tokenizer class over the same file, its vocabulary checked: built bare, it knows five tokens."""
+    from transformers import GemmaTokenizer
+
+    (tmp_path / "tokenizer.model").write_bytes(BIG)
+    theirs = GemmaTokenizer.from_pretrained(tmp_path, vocab_file=str(tmp_path / "tokenizer.model"))
+    ours = load_tokenizer(tmp_path, 120, vocab_size=800)
+    assert len(theirs) >= ours.vocab_size == 800
+    for instruction in rng.choice(ROBOCASA, 5):
+        state = rng.uniform(-1.2, 1.2, 16)
+        ids = theirs(prompt_text(instruction, state), add_special_tokens=False)["input_ids"]
+        tokens, mask = ours.encode(instruction, state)
+        assert tokens[mask].tolist() == [theirs.bos_token_id, *ids]
+
+
+def test_digits_of_their_own_give_no_number_ids():
+    assert PromptTokenizer(BIG, 100).number_ids() is None
 
 
 def test_directories_and_wrong_sources(tmp_path):
@@ -149,12 +220,14 @@ def test_hub_names_are_taken_from_the_cache(tmp_path):
     )
     identity, error = run.stdout.strip().splitlines()
     assert identity == hashlib.sha256(MODEL).hexdigest()
-    assert error.startswith("cannot get tokenizer.model of kitchen/other from the hub")
+    assert error.startswith("no file or directory kitchen/other, and the hub gives no tokenizer.model of that name")
 
 
 def test_empty_directory_is_no_tokenizer(tmp_path):
-    with pytest.raises(ValueError, match="holds 0 .model files"):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="holds 0 .model files, expected one: .*/tokenizer.model") as error:
         load_tokenizer(tmp_path, 48)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_too_small_a_vocabulary_is_refused():

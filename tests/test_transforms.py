@@ -6,7 +6,7 @@ import pytest
 from envs.base import EnvObservation
 from z1_jax.data.normalize import NormStats
 from z1_jax.data.tokenizer import PromptTokenizer, kitchen_instructions, train_small_tokenizer
-from z1_jax.data.transforms import InputProcessor, resize_with_pad
+from z1_jax.data.transforms import InputProcessor, parse_image, resize_with_pad
 
 REFERENCE = np.load(pathlib.Path(__file__).parent / "reference" / "misc.npz")
 TOKENIZER = PromptTokenizer(train_small_tokenizer(kitchen_instructions()), 48)
@@ -39,6 +39,69 @@ def test_resize_matches_openpi(case):
     assert np.abs(got.astype(int) - REFERENCE[f"resize/{case}/jax_uint8"][0]).max() <= 1
 
 
+@pytest.mark.parametrize("case", [0, 1, 2])
+def test_float_resize_matches_openpi(case):
+    image, (height, width) = REFERENCE[f"resize/{case}/in_uint8"][0], REFERENCE[f"resize/{case}/target"]
+    got = resize_with_pad(image.astype(np.float32) / 255 * 2 - 1, int(height), int(width))
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, REFERENCE[f"resize/{case}/jax_float"][0], atol=1e-5)
+
+
+def test_resize_of_any_size_keeps_a_plane_and_its_aspect(rng):
+    """A plane stays a plane under bilinear resampling, away from the border: where each pixel came from is known."""
+    height, width, target_h, target_w = (int(x) for x in rng.integers(20, 90, 4))
+    ratio = max(width / target_w, height / target_h)
+    inner_h, inner_w = int(height / ratio), int(width / ratio)
+    rows, columns = np.mgrid[:height, :width]
+    slopes = rng.uniform(-1, 1, (2, 3)) / 100
+    image = (rows[..., None] * slopes[0] + columns[..., None] * slopes[1]).astype(np.float32) / 2
+    got = resize_with_pad(image, target_h, target_w)
+    top, left = (target_h - inner_h) // 2, (target_w - inner_w) // 2
+    rows = (np.arange(inner_h) + 0.5) * height / inner_h - 0.5
+    columns = (np.arange(inner_w) + 0.5) * width / inner_w - 0.5
+    expected = (rows[:, None, None] * slopes[0] + columns[None, :, None] * slopes[1]) / 2
+    inner = got[top : top + inner_h, left : left + inner_w]
+    edge = int(np.ceil(2 / min(ratio, 1)))
+    away = np.s_[edge : inner_h - edge, edge : inner_w - edge]
+    np.testing.assert_allclose(inner[away], expected[away], atol=0.02)
+    padding = np.ones((target_h, target_w), bool)
+    padding[top : top + inner_h, left : left + inner_w] = False
+    assert (got[padding] == -1).all()
+
+
+def test_images_of_every_kind_give_the_same_pixels(rng):
+    """LeRobot's floats come channels first; a float is scaled and truncated as in openpi."""
+    image = rng.integers(0, 256, (9, 13, 3), dtype=np.uint8)
+    assert parse_image(image) is image
+    for kind in (np.int64, np.uint16, np.int32):
+        np.testing.assert_array_equal(parse_image(image.astype(kind)), image)
+        np.testing.assert_array_equal(parse_image(image.astype(kind).transpose(2, 0, 1)), image)
+    for kind in (np.float64, np.float32):
+        floats = ((image + 0.5) / 256).astype(kind)
+        np.testing.assert_array_equal(parse_image(floats), (255 * floats).astype(np.uint8))
+        np.testing.assert_array_equal(parse_image(floats.transpose(2, 0, 1)), (255 * floats).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (np.zeros((4, 4), np.uint8), "expected \\[height, width, 3\\]"),
+        (np.zeros((4, 4, 4), np.uint8), "expected \\[height, width, 3\\]"),
+        (np.zeros((0, 4, 3), np.uint8), "expected \\[height, width, 3\\]"),
+        (np.full((4, 4, 3), 300), "values 300..300; expected 0..255"),
+        (np.full((4, 4, 3), -0.5), "values -0.5..-0.5; expected 0..1"),
+        (np.full((4, 4, 3), 17.0), "expected 0..1"),
+        (np.full((4, 4, 3), np.nan, np.float32), "expected 0..1"),
+        (np.zeros((4, 4, 3), bool), "image is bool"),
+    ],
+)
+def test_other_images_are_refused_with_their_camera(bad, message, rng):
+    observation = make_observation(rng)
+    observation.images["wrist"] = bad
+    with pytest.raises(ValueError, match=f"camera 'wrist': .*{message}"):
+        make_processor().observation([observation])
+
+
 def test_resize_leaves_a_fitting_image_alone(rng):
     image = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
     assert resize_with_pad(image, 12, 16) is image
@@ -50,22 +113,25 @@ def test_resize_pads_with_black_around_the_centre():
 
 
 @pytest.mark.parametrize(
-    "bad", [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.uint8), np.zeros((0, 4, 3), "u1")]
+    "bad", [np.zeros((4, 4, 3), np.float64), np.zeros((4, 4), np.uint8), np.zeros((0, 4, 3), "u1")]
 )
 def test_resize_refuses_other_arrays(bad):
     with pytest.raises(ValueError, match="expected uint8"):
         resize_with_pad(bad, 8, 8)
 
 
-def test_observation_fills_the_slots_in_order(rng):
+def test_observation_fills_the_used_slots_in_order(rng):
+    """A slot without a camera is left out: masked, it would change no velocity (tests/test_models.py)."""
     raw = [make_observation(rng), make_observation(rng)]
-    batch = make_processor(("wrist", None, "left")).observation(raw)
-    assert batch.images.shape == (2, 3, 8, 8, 3) and batch.images.dtype == np.uint8
+    processor = make_processor(("wrist", None, "left"))
+    batch = processor.observation(raw)
+    assert batch.images.shape == (2, 2, 8, 8, 3) and batch.images.dtype == np.uint8
     for row, observation in zip(batch.images, raw, strict=True):
         np.testing.assert_array_equal(row[0], observation.images["wrist"])
-        np.testing.assert_array_equal(row[2], observation.images["left"])
-    assert not batch.images[:, 1].any()
-    np.testing.assert_array_equal(batch.image_mask, [[True, False, True]] * 2)
+        np.testing.assert_array_equal(row[1], observation.images["left"])
+    assert batch.image_mask.shape == (2, 2) and batch.image_mask.all()
+    assert processor.used_slots == (0, 2) and processor.moved_slots == (0,)
+    assert make_processor((None, "wrist")).moved_slots == ()  # no base camera
 
 
 def test_observation_resizes(rng):
@@ -88,13 +154,44 @@ def test_state_may_stay_out_of_the_prompt(rng):
     np.testing.assert_array_equal(batch.tokens[0], TOKENIZER.encode("open the left drawer", None)[0])
 
 
+def test_states_are_binned_before_they_are_rounded(rng):
+    """On the edge of a bin, double precision decides: openpi bins what it normalised, before any float32."""
+    q01 = -rng.integers(30, 60, 50).astype(float)
+    stats = NormStats(mean=np.zeros(50), std=np.full(50, 20.0), q01=q01, q99=-q01)
+    processor = InputProcessor(
+        PromptTokenizer(TOKENIZER.model_bytes, 80), {"state": stats, "actions": make_processor().stats["actions"]},
+        ("left",), 8, 5,
+    )  # fmt: skip
+    states = (-q01 * 0.5)[None].astype(np.float32)  # a hair below 0.5, by openpi's 1e-6 of the span
+    normalised = (states - q01) / (-2 * q01 + 1e-6) * 2 - 1
+    assert (normalised < 0.5).all() and (normalised.astype(np.float32) == 0.5).any()
+    tokens, _ = processor.prompts(["open the drawer"], states)
+    np.testing.assert_array_equal(tokens[0][np.isin(tokens[0], TOKENIZER.number_ids())], TOKENIZER.number_ids()[192])
+
+
+@pytest.mark.parametrize("mode", ["quantile", "z_score"])
+def test_actions_of_any_shape_survive_the_round_trip(rng, mode):
+    """Raw → model → raw, for random widths and padding; the padding is zero."""
+    width = int(rng.integers(1, 20))
+    padded = width + int(rng.integers(0, 13))
+    data = rng.normal(size=(300, width)) * rng.uniform(0.01, 100, width) + rng.normal(size=width) * 10
+    stats = NormStats(data.mean(0), data.std(0), *np.quantile(data, [0.01, 0.99], axis=0))
+    processor = InputProcessor(TOKENIZER, {"state": stats, "actions": stats}, ("left",), 8, padded, norm_mode=mode)
+    raw = data[rng.integers(0, 300, tuple(rng.integers(1, 5, int(rng.integers(1, 4)))))]
+    model = processor.model_actions(raw)
+    assert model.shape == (*raw.shape[:-1], padded) and model.dtype == np.float32 and not model[..., width:].any()
+    error = np.abs(processor.env_actions(model) - raw) / (np.abs(data).max(0) + data.std(0))
+    assert error.max() < 1e-6
+    np.testing.assert_allclose(processor.model_states(raw.reshape(-1, width)), model[..., :width].reshape(-1, width))
+
+
 def test_actions_roundtrip_padded_with_zeros(rng):
     processor = make_processor()
     raw = np.stack([rng.uniform(-2, 12, (4, 6)), np.full((4, 6), -1.0), rng.normal(size=(4, 6))], axis=-1)
     model = processor.model_actions(raw)
     assert model.shape == (4, 6, 5) and model.dtype == np.float32
     np.testing.assert_allclose(model[..., 0], raw[..., 0] / 5 - 1, atol=1e-5)
-    assert not model[..., 1].any() and not model[..., 3:].any()
+    assert (model[..., 1] == -1).all() and not model[..., 3:].any()
     np.testing.assert_allclose(processor.env_actions(model), raw, atol=1e-5)
 
 

@@ -49,6 +49,16 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InputsConfig:
+    """How a fresh policy sees. What a checkpoint says takes precedence when a run starts from one."""
+
+    tokenizer: str = ""  # a SentencePiece .model, its directory, or a hub name; empty: a small one is made
+    state_in_prompt: bool = True  # false: the instruction alone, as openpi's LIBERO policies
+    norm: str = "quantile"  # of states and actions: quantile | z_score
+    slots: tuple[str, ...] = ()  # camera of each image slot, "none" for a missing one; empty: env.cameras in order
+
+
+@dataclasses.dataclass(frozen=True)
 class DemosConfig:
     """Expert demonstrations."""
 
@@ -96,6 +106,7 @@ class SftConfig:
     loss_dims: str = "all"  # all: padding included, as openpi; real: the environment's action dimensions
     scope: str = "everything"  # everything | joint | expert | lora, as train.scope
     ema: float = 0.0  # decay of a moving average of the parameters, with which the policy then acts; 0: none
+    augment: bool = False  # openpi's crop, rotation (first slot only) and colour jitter of the images
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     checkpoint_every: int = 250  # steps
 
@@ -224,6 +235,7 @@ class Config:
     compare: str = ""  # eval: another policy, to be compared with it on the same seeds
     env: EnvConfig = dataclasses.field(default_factory=EnvConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    inputs: InputsConfig = dataclasses.field(default_factory=InputsConfig)
     demos: DemosConfig = dataclasses.field(default_factory=DemosConfig)
     sft: SftConfig = dataclasses.field(default_factory=SftConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
@@ -265,6 +277,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.remat": ("none", "dots", "full"),
     "model.attention": ("einsum", "xla", "cudnn"),
     "sft.scope": _FIXED_SCOPES,
+    "inputs.norm": ("quantile", "z_score"),
     "sft.loss_dims": ("all", "real"),
     "sft.optim.schedule": ("cosine", "constant"),
     "update.optim.schedule": ("cosine", "constant"),
@@ -471,6 +484,7 @@ def _check_combinations(config: Config) -> None:
     _check_scopes(config)
     if config.algorithm == "grpo":
         _check_switches(config)
+    _check_slots(config)
     if config.mesh.data == 0:
         raise ConfigError("config key mesh.data: got 0, expected a number of devices, or -1 for all that are left")
     if config.algorithm == "eval" and not config.checkpoint:
@@ -570,6 +584,16 @@ def check_horizon(config: Config, control_steps: int, executed: int) -> None:
                 f"config key {key}: got {prefix}, but an episode of {control_steps} steps has {chunks} chunks of "
                 f"{executed}: expected at most {chunks - 1}, so that the members part before it ends"
             )
+
+
+def _check_slots(config: Config) -> None:
+    """Every camera that is rendered is seen, in one slot."""
+    named = [camera for camera in config.inputs.slots if camera != "none"]
+    if config.inputs.slots and sorted(named) != sorted(config.env.cameras):
+        raise ConfigError(
+            f"config key inputs.slots: got {', '.join(config.inputs.slots)}, "
+            f"expected each of env.cameras = {', '.join(config.env.cameras)} once, and none for a missing camera"
+        )
 
 
 def identity(config: Config) -> dict[str, Any]:

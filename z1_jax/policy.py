@@ -17,7 +17,7 @@ from flax import nnx
 
 from z1_jax.checkpoint import CheckpointError, Checkpoints
 from z1_jax.config import LoraConfig
-from z1_jax.data.normalize import NormStats
+from z1_jax.data.normalize import NormMode, NormStats
 from z1_jax.data.tokenizer import PromptTokenizer
 from z1_jax.data.transforms import InputProcessor
 from z1_jax.models import lora, pi05
@@ -105,8 +105,6 @@ class Policy:
     def parts(self) -> dict[str, Any]:
         """The arrays of a checkpoint: parameters by name, and the tokenizer's bytes."""
         model = self.processor.tokenizer.model_bytes
-        if model is None:
-            raise CheckpointError("this tokenizer has no SentencePiece model to store; load it from its .model file")
         return {"params": named(self.params), "assets": {"tokenizer": np.frombuffer(model, np.uint8)}}
 
 
@@ -134,12 +132,16 @@ def fresh_policy(
     executed: int,
     denoising_steps: int,
 ) -> Policy:
-    """A policy with random parameters, to be trained from scratch: neighbouring state bins start alike."""
+    """A policy with random parameters, to be trained from scratch.
+
+    Neighbouring state bins start alike where each is one token.
+    """
     model_key, number_key = jax.random.split(jax.random.key(seed))
     model = pi05.init_model(config, model_key, mesh)
-    ids = jnp.asarray(processor.tokenizer.number_ids())
-    table = model.language.embedding
-    table.set_value(pi05.smooth_number_embedding(table.get_value(), ids, number_key))
+    ids = processor.tokenizer.number_ids()
+    if ids is not None:
+        table = model.language.embedding
+        table.set_value(pi05.smooth_number_embedding(table.get_value(), jnp.asarray(ids), number_key))
     graphdef, params = nnx.split(model)
     params = jax.device_put(params, param_sharding(params, mesh))
     return Policy(config, graphdef, params, processor, executed, denoising_steps)
@@ -149,15 +151,23 @@ def make_processor(
     config: pi05.Pi05Config,
     tokenizer: PromptTokenizer,
     stats: Mapping[str, NormStats],
-    cameras: Sequence[str],
+    cameras: Sequence[str | None],
+    *,
+    norm_mode: NormMode = "quantile",
+    state_in_prompt: bool = True,
 ) -> InputProcessor:
-    """The processor of a policy on RoboCasa's action interface (raw actions within [−1, 1])."""
+    """The processor of a policy on RoboCasa's action interface (raw actions within [−1, 1]).
+
+    `cameras` fill the model's slots in order; None, and slots beyond the last, have none.
+    """
     return InputProcessor(
         tokenizer=tokenizer,
         stats=stats,
-        cameras=tuple(cameras),
+        cameras=(*cameras, *[None] * (config.cameras - len(cameras))),
         image_size=config.vision.image_size,
         action_dim=config.action_dim,
+        norm_mode=norm_mode,
+        state_in_prompt=state_in_prompt,
         clip=(-1.0, 1.0),
     )
 

@@ -14,6 +14,7 @@ from flax import nnx
 from z1_jax import distributed
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.config import LoraConfig, SftConfig
+from z1_jax.data.augment import augment
 from z1_jax.data.dataset import Dataset
 from z1_jax.data.loader import Loader, batch_observation
 from z1_jax.interrupt import GracefulStop
@@ -47,6 +48,12 @@ def flow_matching_loss(
     velocity = model.velocity(model.encode_prefix(observation), x_t, t)
     weight = counted / (jnp.sum(counted) * batch * flows * actions.shape[1])
     return jnp.sum(jnp.square(velocity - target) * weight)
+
+
+def augmented(observation: Observation, key: jax.Array, moved_slots: tuple[int, ...]) -> Observation:
+    """The observation (uint8 images) with every image randomly changed, as openpi trains: float32 in [-1, 1]."""
+    images = observation.images.astype(jnp.float32) / 255.0 * 2.0 - 1.0
+    return dataclasses.replace(observation, images=augment(key, images, moved_slots))
 
 
 class SftTrainer:
@@ -90,10 +97,12 @@ class SftTrainer:
         self, moved: tuple[Any, Any, Any], frozen: Any, observation: Observation, actions: jax.Array, step: jax.Array
     ) -> tuple[tuple[Any, Any, Any], dict[str, jax.Array]]:
         params, opt_state, average = moved
+        key = jax.random.fold_in(self._key, step)
+        if self._config.augment:
+            observation = augmented(observation, jax.random.fold_in(key, 0xA6), self._policy.processor.moved_slots)
 
         def loss(params: Any) -> jax.Array:
             model = nnx.merge(self.graphdef, params, frozen)
-            key = jax.random.fold_in(self._key, step)
             return flow_matching_loss(model, observation, actions, key, self._config.flows, self._counted)
 
         value, grads = jax.value_and_grad(loss)(params)

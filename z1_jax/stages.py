@@ -17,7 +17,7 @@ from envs.base import Env
 from envs.pool import EnvPool
 from z1_jax import sharding
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config import Config, ConfigError, check_horizon
+from z1_jax.config import Config, ConfigError, InputsConfig, check_horizon
 from z1_jax.data import tokenizer
 from z1_jax.data.dataset import Dataset, open_dataset, write_dataset
 from z1_jax.data.journal import EpisodeJournal
@@ -70,7 +70,9 @@ def check_inputs(config: Config) -> None:
         if executed:  # else no policy of ours: loading it says so
             check_horizon(config, episode_steps(config), executed)
     if config.algorithm == "sft" or not (config.init or config.algorithm == "eval"):
-        architecture(config)
+        shapes = architecture(config)
+        if config.inputs.tokenizer:
+            _tokenizer(config, shapes)
         if config.demos.dataset:
             _fitting(config, open_dataset(config.demos.dataset))
 
@@ -227,11 +229,10 @@ def architecture(config: Config) -> Pi05Config:
     _check_names("model.preset", [config.model.preset], list(PRESETS))
     model = config.model
     chosen = get_preset(model.preset, dtype=model.dtype, remat=model.remat, attention=model.attention)
-    if chosen.vision.image_size != config.env.image_size or chosen.cameras != len(config.env.cameras):
+    if len(_slots(config)) > chosen.cameras:
         raise ConfigError(
-            f"config key model.preset: {config.model.preset} sees {chosen.cameras} cameras of "
-            f"{chosen.vision.image_size} pixels, the environment has {len(config.env.cameras)} of "
-            f"{config.env.image_size}; set env.cameras and env.image_size to match"
+            f"config key env.cameras: got {', '.join(config.env.cameras)}; model.preset={config.model.preset} sees at "
+            f"most {chosen.cameras}: choose fewer, or another preset"
         )
     return chosen
 
@@ -243,15 +244,27 @@ def _check_attention(config: Config) -> None:
         )
 
 
+def _slots(config: Config) -> tuple[str | None, ...]:
+    """The camera of each image slot; those of the model beyond stay empty."""
+    named = config.inputs.slots or config.env.cameras
+    return tuple(None if camera == "none" else camera for camera in named)
+
+
 def new_policy(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) -> Policy:
     """A policy with random parameters that fits the demonstrations."""
     _check_attention(config)
     shapes = architecture(config)
-    vocabulary = tokenizer.train_small_tokenizer(tokenizer.kitchen_instructions(), vocab_size=shapes.vocab_size)
-    length = _prompt_length(dataset, tokenizer.PromptTokenizer.from_bytes(vocabulary, shapes.prompt_length))
+    prompts = _tokenizer(config, shapes)
+    length = _prompt_length(config, dataset, prompts)
     shapes = dataclasses.replace(shapes, prompt_length=length)
-    prompts = tokenizer.PromptTokenizer.from_bytes(vocabulary, length)
-    processor = make_processor(shapes, prompts, dataset.stats, config.env.cameras)
+    processor = make_processor(
+        shapes,
+        tokenizer.PromptTokenizer(prompts.model_bytes, length),
+        dataset.stats,
+        _slots(config),
+        norm_mode=config.inputs.norm,
+        state_in_prompt=config.inputs.state_in_prompt,
+    )
     return fresh_policy(
         shapes,
         processor,
@@ -262,14 +275,35 @@ def new_policy(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) -> Pol
     )
 
 
-def _prompt_length(dataset: Dataset, prompts: tokenizer.PromptTokenizer) -> int:
+def _tokenizer(config: Config, shapes: Pi05Config) -> tokenizer.PromptTokenizer:
+    """The tokenizer that the config names, or a small one of the kitchen's words.
+
+    Raises:
+        UserError: it is absent, or has more tokens than the model.
+    """
+    if not config.inputs.tokenizer:
+        model = tokenizer.train_small_tokenizer(tokenizer.kitchen_instructions(), vocab_size=shapes.vocab_size)
+        return tokenizer.PromptTokenizer.from_bytes(model, shapes.prompt_length)
+    # A model of PaliGemma's size takes PaliGemma's tokenizer and no other.
+    exact = shapes.vocab_size if shapes.vocab_size == tokenizer.PALIGEMMA_VOCAB_SIZE else None
+    prompts = tokenizer.load_tokenizer(config.inputs.tokenizer, shapes.prompt_length, exact)
+    if prompts.vocab_size > shapes.vocab_size:
+        raise ConfigError(
+            f"config key inputs.tokenizer: {config.inputs.tokenizer} has {prompts.vocab_size} tokens, "
+            f"model.preset={config.model.preset} has {shapes.vocab_size}; choose a smaller tokenizer or another preset"
+        )
+    return prompts
+
+
+def _prompt_length(config: Config, dataset: Dataset, prompts: tokenizer.PromptTokenizer) -> int:
     """Tokens of the longest prompt, two to spare, rounded up to a multiple of 4: unused slots cost too.
 
-    A state bin is one token whatever its value, so any state gives the lengths.
+    A state bin is one token whatever its value, or one a digit: the middle one, 128, is as long as any.
     """
     instructions = sorted({episode.instruction for episode in dataset.episodes})
-    _, mask = prompts.encode_batch(instructions, np.zeros((len(instructions), dataset.state_dim)))
-    return min(-(-(int(mask.sum(axis=1).max()) + 2) // 4) * 4, prompts.prompt_length)
+    states = np.zeros((len(instructions), dataset.state_dim)) if config.inputs.state_in_prompt else None
+    longest = max(len(ids) for ids in prompts.prompt_ids(instructions, states))
+    return -(-(longest + 2) // 4) * 4
 
 
 def given_policy(config: Config, path: str, mesh: jax.sharding.Mesh) -> Policy:
@@ -306,6 +340,26 @@ def check_policy(config: Config, path: str) -> None:
             f"config key env.cameras: got {', '.join(config.env.cameras)}; the policy at {path} wants "
             f"{', '.join(wanted) or 'none'}: set --config.env.cameras={','.join(wanted)}"
         )
+    _check_same_inputs(config, document, path)
+
+
+def _check_same_inputs(config: Config, document: dict[str, Any], path: str) -> None:
+    """Refuses an input setting that the policy at `path`, which brings its own, would ignore."""
+    given, default = config.inputs, InputsConfig()
+    theirs = {"norm": document.get("norm_mode"), "state_in_prompt": document.get("state_in_prompt")}
+    asked = {key: getattr(given, key) for key in theirs if getattr(given, key) != getattr(default, key)}
+    if given.slots:
+        theirs["slots"], asked["slots"] = tuple(document.get("cameras", ())), _slots(config)
+        asked["slots"] += (None,) * (len(theirs["slots"]) - len(asked["slots"]))
+    if given.tokenizer:
+        theirs["tokenizer"] = document.get("tokenizer_sha256")
+        asked["tokenizer"] = tokenizer.load_tokenizer(given.tokenizer, 1).identity
+    for key, value in asked.items():
+        if value != theirs[key]:
+            raise ConfigError(
+                f"config key inputs.{key}: got {getattr(given, key)!r}; the policy at {path} was trained with "
+                f"{theirs[key]!r} and keeps it: leave inputs.{key} out"
+            )
 
 
 def policy_document(path: str) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""openpi's image augmentation for SFT, on the device: crop, rotation and colour jitter, a draw for each image."""
+"""openpi's image augmentation for SFT, on the device: crop, rotation and colour jitter, a draw for each image.
+
+The formulas are those of augmax 0.4.1, which openpi trains with: the numbers of tests/reference/augment.npz.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ from jaxtyping import Array, Float, Key
 
 CROP = 0.95  # side of the random crop, as a share of the image
 ROTATION_DEG = 5.0
-BRIGHTNESS, CONTRAST, SATURATION = 0.3, 0.4, 0.5  # half-widths of the factors around 1
-_LUMA = (0.299, 0.587, 0.114)
+BRIGHTNESS, CONTRAST, SATURATION = 0.3, 0.4, 0.5  # largest amounts, either way
+HUE = 0.1  # of a full turn: openpi does not name it, augmax does it by default
+COLOUR_SHARE = 0.5  # of the images have their colours changed; augmax's default too
 
 
 @functools.partial(jax.jit, static_argnames="moved_slots")
@@ -38,7 +42,7 @@ def move(
 ) -> Float[Array, "S S 3"]:
     """The crop of `side` pixels at (top, left), turned clockwise by `angle` radians about its centre and enlarged to S.
 
-    Bilinear, in one resampling; what lies outside of the image is black.
+    Bilinear, in one resampling; outside of the image everything is black.
     """
     size = image.shape[0]
     grid = (jnp.arange(size) + 0.5) / size * side - side / 2  # from the crop's centre, pixels
@@ -46,15 +50,13 @@ def move(
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     source_rows = cos * rows - sin * columns + top + side / 2 - 0.5
     source_columns = sin * rows + cos * columns + left + side / 2 - 0.5
-    inside = (jnp.abs(source_rows - (size - 1) / 2) <= size / 2) & (
-        jnp.abs(source_columns - (size - 1) / 2) <= size / 2
-    )
-    return jnp.where(inside[..., None], _bilinear(image, source_rows, source_columns), -1.0)
+    framed = jnp.pad(image, ((1, 1), (1, 1), (0, 0)), constant_values=-1.0)
+    return _bilinear(framed, source_rows + 1, source_columns + 1)
 
 
 def _bilinear(
-    image: Float[Array, "S S 3"], rows: Float[Array, "S S"], columns: Float[Array, "S S"]
-) -> Float[Array, "S S 3"]:
+    image: Float[Array, "S S 3"], rows: Float[Array, "T T"], columns: Float[Array, "T T"]
+) -> Float[Array, "T T 3"]:
     """The image at fractional pixels; the border repeats. All channels of a pixel are gathered together."""
     size = image.shape[0]
     rows, columns = jnp.clip(rows, 0, size - 1), jnp.clip(columns, 0, size - 1)
@@ -67,15 +69,52 @@ def _bilinear(
 
 
 def colour(
-    image: Float[Array, "S S 3"], brightness: Float[Array, ""], contrast: Float[Array, ""], saturation: Float[Array, ""]
+    image: Float[Array, "S S 3"],
+    brightness: Float[Array, ""],
+    contrast: Float[Array, ""],
+    hue: Float[Array, ""],
+    saturation: Float[Array, ""],
 ) -> Float[Array, "S S 3"]:
-    """Scales brightness, then contrast about the mean grey, then saturation about each pixel's grey; clips."""
-    value = (image + 1.0) / 2.0 * brightness
-    mean = jnp.mean(value @ jnp.asarray(_LUMA, value.dtype))
-    value = mean + contrast * (value - mean)
-    grey = (value @ jnp.asarray(_LUMA, value.dtype))[..., None]
-    value = grey + saturation * (value - grey)
-    return jnp.clip(value, 0.0, 1.0) * 2.0 - 1.0
+    """Changes each pixel's hue, saturation and value by amounts around 0.
+
+    Brightness fades the value towards 0 (amount < 0) or 1 (> 0), contrast bends it about one half, the hue turns. The
+    saturation is scaled: augmax forgets the one that it computes; here it counts, as openpi's setting says.
+    """
+    hues, saturations, values = _hsv((image + 1.0) / 2.0)
+    values = _bend(_fade(values, brightness), contrast)
+    rgb = _rgb(hues + hue, jnp.clip(saturations * (1 + saturation), 0.0, 1.0), values)
+    return jnp.clip(rgb, 0.0, 1.0) * 2.0 - 1.0
+
+
+def _fade(x: Array, amount: Array) -> Array:
+    return jnp.where(amount < 0, x * (1 + amount), x * (1 - amount) + amount)
+
+
+def _bend(x: Array, contrast: Array) -> Array:
+    """Piecewise linear through (0, 0), (1/2, 1/2), (1, 1): slope `steep` in the middle, its inverse at both ends."""
+    steep = jnp.tan((contrast + 1.0) * (jnp.pi / 4))
+    low = steep / (2 * (1 + steep))
+    ends = jnp.where(x < low, x / steep, (x - 1) / steep + 1)
+    return jnp.where((x < low) | (x > 1 - low), ends, steep * (x - 0.5) + 0.5)
+
+
+def _hsv(rgb: Float[Array, "S S 3"]) -> tuple[Float[Array, "S S"], Float[Array, "S S"], Float[Array, "S S"]]:
+    """Hue (turns), saturation and value; hue and saturation of a grey pixel are 0."""
+    value = jnp.max(rgb, axis=-1)
+    spread = value - jnp.min(rgb, axis=-1)
+    divisor = jnp.where(spread == 0, 1.0, spread)
+    red, green, blue = jnp.moveaxis(rgb, -1, 0)
+    sextants = jnp.stack([(green - blue) / divisor, 2 + (blue - red) / divisor, 4 + (red - green) / divisor])
+    largest = jnp.argmax(rgb, axis=-1)
+    hue = jnp.take_along_axis(sextants, largest[None], axis=0)[0] / 6
+    grey, dark = spread == 0, value == 0
+    return jnp.where(grey, 0.0, hue), jnp.where(dark, 0.0, spread / jnp.where(dark, 1.0, value)), value
+
+
+def _rgb(hue: Array, saturation: Array, value: Array) -> Array:
+    place = jnp.mod(jnp.array([5.0, 3.0, 1.0]) + hue[..., None] * 6, 6)
+    share = jnp.clip(jnp.minimum(place, 4 - place), 0, 1)
+    return value[..., None] * (1 - saturation[..., None] * share)
 
 
 def _random_move(key: Key[Array, ""], image: Float[Array, "S S 3"]) -> Float[Array, "S S 3"]:
@@ -87,6 +126,8 @@ def _random_move(key: Key[Array, ""], image: Float[Array, "S S 3"]) -> Float[Arr
 
 
 def _random_colour(key: Key[Array, ""], image: Float[Array, "S S 3"]) -> Float[Array, "S S 3"]:
-    widths = jnp.array([BRIGHTNESS, CONTRAST, SATURATION])
-    factors = 1.0 + widths * jax.random.uniform(key, (3,), minval=-1.0, maxval=1.0)
-    return colour(image, *factors).astype(image.dtype)
+    share_key, amount_key = jax.random.split(key)
+    widths = jnp.array([BRIGHTNESS, CONTRAST, HUE, SATURATION])
+    amounts = widths * jax.random.uniform(amount_key, (4,), minval=-1.0, maxval=1.0)
+    changed = jax.random.bernoulli(share_key, COLOUR_SHARE)
+    return jnp.where(changed, colour(image, *amounts), image).astype(image.dtype)

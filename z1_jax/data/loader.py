@@ -159,7 +159,7 @@ def batch_observation(batch: Mapping[str, np.ndarray]) -> Observation:
 
 def decoded_bytes(dataset: Dataset, processor: InputProcessor) -> int:
     """Memory that the whole dataset takes as batch arrays."""
-    image = len(processor.cameras) * (processor.image_size**2 * 3 + 1)
+    image = len(processor.used_slots) * (processor.image_size**2 * 3 + 1)
     numbers = dataset.state_dim + dataset.chunk * processor.action_dim
     return len(dataset) * (image + 5 * processor.prompt_length + 4 * numbers + 8)
 

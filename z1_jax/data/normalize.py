@@ -31,8 +31,9 @@ class NormStats:
     """Statistics of one quantity with D dimensions, in raw units.
 
     A dimension is *constant* when both its spread q99 - q01 and its std are at most CONSTANT_SPAN: it is normalised to
-    0 and un-normalised to its mean, whatever the model said. A dimension whose quantiles coincide although its std
-    does not vanish (a gripper that closes once in 200 steps) is *widened* to mean ± 3 std; both are logged once.
+    what openpi's formula gives its mean (-1 where the quantiles are equal) and un-normalised to its mean, whatever the
+    value. A dimension whose quantiles coincide although its std does not vanish (a gripper that closes once in 200
+    steps) is *widened* to mean ± 3 std. Either is logged once.
     """
 
     mean: np.ndarray  # float64 [D]
@@ -62,14 +63,15 @@ class NormStats:
     @functools.cached_property
     def constant(self) -> np.ndarray:
         """bool [D]: dimensions that never move in the data."""
-        return (self.q99 - self.q01 <= CONSTANT_SPAN) & (self.std <= CONSTANT_SPAN)
+        constant = (self.q99 - self.q01 <= CONSTANT_SPAN) & (self.std <= CONSTANT_SPAN)
+        if constant.any():
+            _logger.info("dimensions %s never move: held constant", np.flatnonzero(constant).tolist())
+        return constant
 
     @functools.cached_property
     def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """(low, high) of the quantile map, with constant and coinciding dimensions widened."""
+        """(low, high) of the quantile map, with coinciding dimensions widened."""
         widened = (self.q99 - self.q01 <= CONSTANT_SPAN) & ~self.constant
-        if self.constant.any():
-            _logger.info("dimensions %s never move: held constant", np.flatnonzero(self.constant).tolist())
         if widened.any():
             _logger.warning(
                 "dimensions %s have equal 1%% and 99%% quantiles: normalised over mean ± %g std instead",
@@ -77,11 +79,15 @@ class NormStats:
                 WIDENED_STDS,
             )
         low = np.where(widened, self.mean - WIDENED_STDS * self.std, self.q01)
-        high = np.where(widened, self.mean + WIDENED_STDS * self.std, self.q99)
-        return np.where(self.constant, self.mean - 1.0, low), np.where(self.constant, self.mean + 1.0, high)
+        return low, np.where(widened, self.mean + WIDENED_STDS * self.std, self.q99)
+
+    @functools.cached_property
+    def _mean_in_quantiles(self) -> np.ndarray:
+        """The mean by openpi's quantile formula, in [-1, 1]: where a constant dimension is held for the model."""
+        return np.clip((self.mean - self.q01) / (self.q99 - self.q01 + EPSILON) * 2.0 - 1.0, -1.0, 1.0)
 
     def normalise(self, values: np.ndarray, mode: NormMode = "quantile") -> np.ndarray:
-        """Raw values [..., d], d <= D, to normalised ones (not clipped; constant dimensions become 0).
+        """Raw values [..., d], d <= D, to normalised ones (not clipped; constant dimensions are held).
 
         Quantile: (x - q01) / (q99 - q01 + 1e-6) * 2 - 1; z_score: (x - mean) / (std + 1e-6), as in openpi.
 
@@ -94,12 +100,12 @@ class NormStats:
                 f"cannot normalise values of width {width} with statistics of {self.dim} dimensions; "
                 "the dataset and the statistics do not belong together"
             )
+        constant = self.constant[:width]
         if _checked(mode) == "quantile":
             low, high = (bound[:width] for bound in self._bounds)
             out = (values - low) / (high - low + EPSILON) * 2.0 - 1.0
-        else:
-            out = (values - self.mean[:width]) / (self.std[:width] + EPSILON)
-        return np.where(self.constant[:width], 0.0, out)
+            return np.where(constant, self._mean_in_quantiles[:width], out)
+        return np.where(constant, 0.0, (values - self.mean[:width]) / (self.std[:width] + EPSILON))
 
     def unnormalise(self, values: np.ndarray, mode: NormMode = "quantile") -> np.ndarray:
         """The inverse of `normalise` for values [..., d]; constant dimensions become their constant.

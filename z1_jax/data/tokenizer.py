@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
@@ -14,10 +15,14 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import sentencepiece
 
+from z1_jax.errors import UserError
+
 PALIGEMMA = "google/paligemma-3b-pt-224"
 PALIGEMMA_VOCAB_SIZE = 257_152
 STATE_BINS = 256
 PAD_ID = 0
+
+_logger = logging.getLogger(__name__)
 
 _EDGES = np.linspace(-1.0, 1.0, STATE_BINS + 1)[:-1]
 _NUMBERS = tuple(str(value) for value in range(-1, STATE_BINS))
@@ -57,13 +62,15 @@ def discretise_state(state: np.ndarray) -> np.ndarray:
 
 def prompt_text(instruction: str, state: np.ndarray | None) -> str:
     """The prompt of π0.5; without a state, the bare instruction and a line break (openpi's LIBERO setting)."""
-    text = instruction.strip().replace("_", " ").replace("\n", " ")
-    if state is None:
-        return text + "\n"
-    return _with_bins(text, discretise_state(state))
+    text = _clean(instruction)
+    return text + "\n" if state is None else _with_bins(text, discretise_state(state))
 
 
-def _with_bins(text: str, bins: np.ndarray) -> str:
+def _clean(instruction: str) -> str:
+    return instruction.strip().replace("_", " ").replace("\n", " ")
+
+
+def _with_bins(text: str, bins: Iterable[int]) -> str:
     return f"Task: {text}, State: {' '.join(_NUMBERS[b + 1] for b in bins)};\nAction: "
 
 
@@ -93,6 +100,7 @@ class PromptTokenizer:
         self.prompt_length = prompt_length
         self.identity = hashlib.sha256(model_bytes).hexdigest()
         self.model_bytes = model_bytes
+        self._warned = False
 
     @classmethod
     def from_bytes(cls, model_bytes: bytes, prompt_length: int) -> PromptTokenizer:
@@ -100,49 +108,59 @@ class PromptTokenizer:
         return cls(model_bytes, prompt_length, "the checkpoint's tokenizer")
 
     def encode(self, instruction: str, state: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """One prompt: (ids int32 [L], mask bool [L]); `state` [D] is normalised and unpadded, or None.
-
-        Raises:
-            ValueError: the prompt has more than `prompt_length` tokens.
-        """
+        """One prompt: (ids int32 [L], mask bool [L]); `state` [D] is normalised and unpadded, or None."""
         tokens, mask = self.encode_batch([instruction], None if state is None else state[None])
         return tokens[0], mask[0]
 
     def encode_batch(self, instructions: Sequence[str], states: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Prompts of instructions [B] and normalised states [B, D]: (ids int32 [B, L], mask bool [B, L]).
 
-        Raises:
-            ValueError: a prompt has more than `prompt_length` tokens (openpi cuts it, and loses the end of the state).
+        As in openpi, a prompt of more than L tokens loses its end, the state's last numbers first; the first time this
+        is a warning in the log.
         """
-        if states is None:
-            texts = [prompt_text(instruction, None) for instruction in instructions]
-        else:
-            bins = discretise_state(states).tolist()
-            clean = [instruction.strip().replace("_", " ").replace("\n", " ") for instruction in instructions]
-            texts = [_with_bins(*pair) for pair in zip(clean, bins, strict=True)]
-        tokens = np.full((len(texts), self.prompt_length), PAD_ID, np.int32)
+        ids = self.prompt_ids(instructions, states)
+        tokens = np.full((len(ids), self.prompt_length), PAD_ID, np.int32)
         mask = np.zeros(tokens.shape, bool)
-        for row, ids in enumerate(self._model.encode(texts, add_bos=True, num_threads=1)):
-            if len(ids) > self.prompt_length:
-                raise ValueError(
-                    f"prompt {texts[row]!r} has {len(ids)} tokens, more than prompt_length={self.prompt_length}; "
-                    f"raise prompt_length to at least {len(ids)} or shorten the instruction"
-                )
-            tokens[row, : len(ids)] = ids
-            mask[row, : len(ids)] = True
+        for row, prompt in enumerate(ids):
+            kept = prompt[: self.prompt_length]
+            tokens[row, : len(kept)] = kept
+            mask[row, : len(kept)] = True
+        self._warn_of_cut(instructions, ids)
         return tokens, mask
 
-    def number_ids(self) -> np.ndarray:
+    def prompt_ids(self, instructions: Sequence[str], states: np.ndarray | None) -> list[list[int]]:
+        """The ids of each whole prompt, BOS first, of any length: what `encode_batch` cuts and pads."""
+        texts = [_clean(instruction) for instruction in instructions]
+        if states is None:
+            # openpi encodes the line break by itself, so that no token can span the instruction's end.
+            end = self._model.encode("\n")
+            return [ids + end for ids in self._model.encode(texts, add_bos=True, num_threads=1)]
+        bins = discretise_state(states).tolist()
+        prompts = [_with_bins(*pair) for pair in zip(texts, bins, strict=True)]
+        return self._model.encode(prompts, add_bos=True, num_threads=1)
+
+    def number_ids(self) -> np.ndarray | None:
         """int32 [257]: the id of each state bin -1..255 (with its leading space), to start embeddings smoothly.
 
-        Raises:
-            ValueError: a number takes several tokens, as in PaliGemma's vocabulary.
+        None where a number takes several tokens, as in PaliGemma's vocabulary.
         """
         encoded = self._model.encode([f" {number}" for number in _NUMBERS])
-        for number, ids in zip(_NUMBERS, encoded, strict=True):
-            if len(ids) != 1:
-                raise ValueError(f"the number {number} takes {len(ids)} tokens; expected a tokenizer with one for each")
+        if any(len(ids) != 1 for ids in encoded):
+            return None
         return np.asarray(encoded, np.int32)[:, 0]
+
+    def _warn_of_cut(self, instructions: Sequence[str], ids: Sequence[Sequence[int]]) -> None:
+        longest = max(range(len(ids)), key=lambda row: len(ids[row]), default=None)
+        if longest is None or len(ids[longest]) <= self.prompt_length or self._warned:
+            return
+        self._warned = True
+        _logger.warning(
+            "the prompt of %r has %d tokens, more than prompt_length=%d: its end is cut, and so is that of every such "
+            "prompt from here on; shorten the instruction or use a policy with a longer prompt",
+            instructions[longest],
+            len(ids[longest]),
+            self.prompt_length,
+        )
 
 
 def load_tokenizer(source: str | pathlib.Path, prompt_length: int, vocab_size: int | None = None) -> PromptTokenizer:
@@ -151,12 +169,15 @@ def load_tokenizer(source: str | pathlib.Path, prompt_length: int, vocab_size: i
     `vocab_size` is the size that the policy was made for (PaliGemma: 257,152).
 
     Raises:
-        ValueError: nothing is there, it is no tokenizer, or its vocabulary has another size.
+        UserError: nothing is there, it is no tokenizer, or its vocabulary has another size.
     """
     path = _model_file(str(source))
-    tokenizer = PromptTokenizer(path.read_bytes(), prompt_length, str(path))
+    try:
+        tokenizer = PromptTokenizer(path.read_bytes(), prompt_length, str(path))
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from None
     if vocab_size is not None and tokenizer.vocab_size != vocab_size:
-        raise ValueError(
+        raise UserError(
             f"tokenizer {path} has {tokenizer.vocab_size} tokens, expected {vocab_size}; "
             "give the tokenizer that the policy was trained with"
         )
@@ -171,10 +192,13 @@ def _model_file(source: str) -> pathlib.Path:
     if path.is_dir():
         models = sorted(path.glob("*.model"))
         if len(models) != 1:
-            raise ValueError(f"{path} holds {len(models)} .model files, expected one; name the tokenizer's file")
+            raise UserError(
+                f"{path} holds {len(models)} .model files, expected one: PaliGemma's SentencePiece model "
+                f"{path / 'tokenizer.model'} (a tokenizer.json does not replace it); or name the file itself"
+            )
         return models[0]
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source) or source.endswith(".model"):
-        raise ValueError(
+        raise UserError(
             f"no tokenizer at {source}; expected PaliGemma's SentencePiece model (paligemma_tokenizer.model or "
             f"tokenizer.model), a directory that holds it, or the hub name {PALIGEMMA}"
         )
@@ -184,9 +208,9 @@ def _model_file(source: str) -> pathlib.Path:
         return pathlib.Path(cached_file(source, "tokenizer.model"))
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"cannot get tokenizer.model of {source} from the hub ({reason}); accept its licence and run "
-            "`hf auth login`, or give the path of a local tokenizer.model"
+        raise UserError(
+            f"no file or directory {source}, and the hub gives no tokenizer.model of that name ({reason}); accept its "
+            "licence and run `hf auth login`, or give the path of a local tokenizer.model"
         ) from None
 
 

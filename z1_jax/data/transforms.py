@@ -22,7 +22,7 @@ class RawObservation(Protocol):
     """What the policy sees, in the environment's units (see `envs.base.EnvObservation`)."""
 
     @property
-    def images(self) -> Mapping[str, np.ndarray]: ...  # camera -> uint8 [H, W, 3]
+    def images(self) -> Mapping[str, np.ndarray]: ...  # camera -> [H, W, 3] or [3, H, W]; see `parse_image`
 
     @property
     def state(self) -> np.ndarray: ...  # [state_dim]
@@ -31,25 +31,61 @@ class RawObservation(Protocol):
     def instruction(self) -> str: ...
 
 
-def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [h, w, 3] to uint8 [height, width, 3]: bilinear, aspect kept, centred on black (openpi-client's pixels).
+def parse_image(image: np.ndarray) -> np.ndarray:
+    """uint8 [h, w, 3] of an image of any kind: channels first or last, integers 0..255 or floats 0..1 (LeRobot's).
 
-    An image that already fits is returned as it is.
+    Floats are scaled by 255 and truncated, as in openpi.
 
     Raises:
-        ValueError: the image is not uint8 [h, w, 3].
+        ValueError: another shape, or values out of range.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
-        raise ValueError(f"image is {image.dtype} {list(image.shape)}; expected uint8 [height, width, 3]")
+    image = np.asarray(image)
+    if image.ndim != 3 or 0 in image.shape or 3 not in (image.shape[0], image.shape[-1]):
+        got = f"{image.dtype} {list(image.shape)}"
+        raise ValueError(f"image is {got}; expected [height, width, 3] or [3, height, width]")
+    if image.shape[-1] != 3:
+        image = image.transpose(1, 2, 0)
+    if image.dtype == np.uint8:
+        return image
+    highest, kind = (1.0, "0..1") if np.issubdtype(image.dtype, np.floating) else (255, "0..255")
+    if image.dtype.kind not in "fui" or not (image.min() >= 0 and image.max() <= highest):
+        raise ValueError(
+            f"image is {image.dtype} with values {image.min()}..{image.max()}; expected {kind} "
+            "(uint8 or integers 0..255, floats 0..1)"
+        )
+    return (image * 255 if highest == 1.0 else image).astype(np.uint8)
+
+
+def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """[h, w, 3] to [height, width, 3]: bilinear, aspect kept, centred on black.
+
+    uint8 0..255 gives openpi-client's pixels; float32 in [-1, 1] those of openpi's model, black being -1. An image that
+    already fits is returned as it is.
+
+    Raises:
+        ValueError: the image has another dtype or shape.
+    """
+    if image.dtype not in (np.uint8, np.float32) or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+        raise ValueError(
+            f"image is {image.dtype} {list(image.shape)}; expected uint8 or float32 in [-1, 1], [height, width, 3]"
+        )
     if image.shape[:2] == (height, width):
         return image
     ratio = max(image.shape[1] / width, image.shape[0] / height)
-    new_height, new_width = max(1, int(image.shape[0] / ratio)), max(1, int(image.shape[1] / ratio))
-    resized = Image.fromarray(image).resize((new_width, new_height), resample=Image.Resampling.BILINEAR)
-    out = np.zeros((height, width, 3), np.uint8)
-    top, left = (height - new_height) // 2, (width - new_width) // 2
-    out[top : top + new_height, left : left + new_width] = np.asarray(resized)
+    size = max(1, int(image.shape[1] / ratio)), max(1, int(image.shape[0] / ratio))
+    top, left = (height - size[1]) // 2, (width - size[0]) // 2
+    black = 0 if image.dtype == np.uint8 else -1
+    out = np.full((height, width, 3), black, image.dtype)
+    out[top : top + size[1], left : left + size[0]] = _resize(image, size)
     return out
+
+
+def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    bilinear = Image.Resampling.BILINEAR
+    if image.dtype == np.uint8:
+        return np.asarray(Image.fromarray(image).resize(size, bilinear))
+    channels = [Image.fromarray(np.ascontiguousarray(image[..., c])).resize(size, bilinear) for c in range(3)]
+    return np.clip(np.stack([np.asarray(channel) for channel in channels], axis=-1), -1.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +98,7 @@ class InputProcessor:
 
     tokenizer: PromptTokenizer
     stats: Mapping[str, NormStats]  # keys "state" and "actions", raw units
-    cameras: tuple[str | None, ...]  # environment camera of each slot (base, left wrist, right wrist); None: masked
+    cameras: tuple[str | None, ...]  # environment camera of each slot (base, left wrist, right wrist); None: missing
     image_size: int  # pixels, S
     action_dim: int  # A: the model's width, at least the environment's
     norm_mode: NormMode = "quantile"
@@ -88,32 +124,43 @@ class InputProcessor:
     def prompt_length(self) -> int:
         return self.tokenizer.prompt_length
 
+    @property
+    def used_slots(self) -> tuple[int, ...]:
+        """The slots with a camera: those that the arrays hold.
+
+        openpi fills the others with black and masks them: that changes no action, and costs a pass of the vision tower.
+        """
+        return tuple(slot for slot, camera in enumerate(self.cameras) if camera)
+
+    @property
+    def moved_slots(self) -> tuple[int, ...]:
+        """Places in the arrays whose images augmentation crops and rotates: the base camera's, if there is one."""
+        return tuple(place for place, slot in enumerate(self.used_slots) if slot == 0)
+
     @functools.cached_property
     def counted_dims(self) -> np.ndarray:
         """bool [A]: dimensions that are real and move in the data; RL gives noise and log-probability to these only."""
         return np.pad(~self.stats["actions"].constant, (0, self.action_dim - self.env_action_dim))
 
     def observation(self, raw: Sequence[RawObservation]) -> Observation:
-        """Model inputs of a batch of raw observations; the arrays are NumPy, the images uint8.
+        """Model inputs of a batch of raw observations; the arrays are NumPy, the images uint8, one for each used slot.
 
         Raises:
-            ValueError: a camera is missing, a state has the wrong width or is not finite, or a prompt is too long.
+            ValueError: a camera is missing or its image unusable, or a state has the wrong width or is not finite.
         """
-        images = np.zeros((len(raw), len(self.cameras), self.image_size, self.image_size, 3), np.uint8)
+        cameras = [self.cameras[slot] for slot in self.used_slots]
+        images = np.empty((len(raw), len(cameras), self.image_size, self.image_size, 3), np.uint8)
         for row, observation in zip(images, raw, strict=True):
-            for slot, camera in enumerate(self.cameras):
-                if camera:
-                    row[slot] = self._image(observation.images, camera)
+            for place, camera in enumerate(cameras):
+                row[place] = self._image(observation.images, camera)
         tokens, token_mask = self.prompts([o.instruction for o in raw], np.stack([o.state for o in raw]))
-        return Observation(images, self.image_mask(len(raw)), tokens, token_mask)
-
-    def image_mask(self, batch: int) -> np.ndarray:
-        """bool [B, C]: false for the slots without a camera."""
-        return np.tile(np.array([bool(camera) for camera in self.cameras]), (batch, 1))
+        return Observation(images, np.ones(images.shape[:2], bool), tokens, token_mask)
 
     def prompts(self, instructions: Sequence[str], states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(tokens int32 [B, L], mask bool [B, L]) of instructions [B] and raw states [B, state_dim]."""
-        return self.tokenizer.encode_batch(instructions, self.model_states(states) if self.state_in_prompt else None)
+        # Binned in double precision: rounding to float32 first would move values over the edge of a bin.
+        normalised = self._normalised_states(states)
+        return self.tokenizer.encode_batch(instructions, normalised if self.state_in_prompt else None)
 
     def model_states(self, states: np.ndarray) -> np.ndarray:
         """Raw states [B, state_dim] normalised, float32.
@@ -121,6 +168,9 @@ class InputProcessor:
         Raises:
             ValueError: wrong width, or a value that is not finite.
         """
+        return self._normalised_states(states).astype(np.float32)
+
+    def _normalised_states(self, states: np.ndarray) -> np.ndarray:
         expected = self.stats["state"].dim
         if states.ndim != 2 or states.shape[1] != expected:
             raise ValueError(
@@ -128,7 +178,7 @@ class InputProcessor:
             )
         if not np.isfinite(states).all():
             raise ValueError(f"states of rows {np.flatnonzero(~np.isfinite(states).all(1)).tolist()} are not finite")
-        return self.stats["state"].normalise(states, self.norm_mode).astype(np.float32)
+        return self.stats["state"].normalise(states, self.norm_mode)
 
     def model_actions(self, raw: np.ndarray) -> np.ndarray:
         """Raw actions [..., H, A_env] normalised and padded with zeros: float32 [..., H, A]."""
@@ -149,4 +199,7 @@ class InputProcessor:
             raise ValueError(
                 f"observation has no camera {camera!r}; got {sorted(images)}; name one of these, or None for no camera"
             )
-        return resize_with_pad(images[camera], self.image_size, self.image_size)
+        try:
+            return resize_with_pad(parse_image(images[camera]), self.image_size, self.image_size)
+        except ValueError as error:
+            raise ValueError(f"camera {camera!r}: {error}") from None
