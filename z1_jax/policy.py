@@ -188,7 +188,8 @@ def load_policy(checkpoints: Checkpoints, step: int, mesh: jax.sharding.Mesh) ->
         raise CheckpointError(f"checkpoint {checkpoints.directory / str(step)} holds no policy ({error})") from error
     stored = checkpoints.arrays(step, "params")
     params = {name: leaf.update(dtype=stored.get(name, leaf).dtype) for name, leaf in named(abstract).items()}
-    loaded = checkpoints.load(step, {"params": params, "assets": checkpoints.arrays(step, "assets")})
+    assets = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in checkpoints.arrays(step, "assets").items()}
+    loaded = checkpoints.load(step, {"params": params, "assets": assets})
     tokenizer = PromptTokenizer.from_bytes(np.asarray(loaded["assets"]["tokenizer"]).tobytes(), config.prompt_length)
     if tokenizer.identity != document["tokenizer_sha256"]:
         raise CheckpointError(f"checkpoint {checkpoints.directory / str(step)} holds another tokenizer than it names")

@@ -8,6 +8,7 @@ for averaged adapters, `average`. The frozen ones are then those of the policy t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -39,23 +40,30 @@ class TrainState:
 
     def restored(self, checkpoints: Checkpoints) -> tuple[int, TrainState, dict[str, Any]] | None:
         """The step, state and document of the newest checkpoint that can be read; None where there is none."""
-        wanted = {"optimizer": self.opt_state, **self._beside()}
-        abstract = {name: named(abstract_like(tree)) for name, tree in wanted.items()}
-        if not _has_adapters(self.trainable):  # else `params` is of another structure: the folded one
-            abstract["params"] = {
-                name: leaf for tree in self.acting for name, leaf in named(abstract_like(tree)).items()
-            }
-        newest = checkpoints.load_newest(abstract)
+        newest = checkpoints.load_newest(self.wanted())
         if newest is None:
             return None
         step, loaded, document = newest
-        params, state = loaded.get("params", {}), {"opt_state": unnamed(self.opt_state, loaded["optimizer"])}
-        state["trainable"] = unnamed(self.trainable, loaded.get("trainable", params))
-        if self.average is not None:
-            state["average"] = unnamed(self.average, loaded.get("average", params))
-        if params:
-            state["frozen"] = unnamed(self.frozen, params)
-        return step, dataclasses.replace(self, **state), document
+        return step, self.filled(loaded), document
+
+    def wanted(self) -> dict[str, Any]:
+        """The parts to load, with shapes, dtypes and shardings."""
+        wanted = {"optimizer": self.opt_state, **self._beside()}
+        abstract = {name: named(abstract_like(tree)) for name, tree in wanted.items()}
+        if not _has_adapters(self.trainable):  # else `params` is of another structure: the folded one
+            trained, frozen = map(abstract_like, self.acting)
+            abstract["params"] = {**named(trained), **named(frozen)}
+        return abstract
+
+    def filled(self, loaded: Mapping[str, Any]) -> TrainState:
+        """This state with what was loaded by `wanted`."""
+        params = loaded.get("params", {})
+        return TrainState(
+            trainable=unnamed(self.trainable, loaded.get("trainable", params)),
+            frozen=unnamed(self.frozen, params) if params else self.frozen,
+            opt_state=unnamed(self.opt_state, loaded["optimizer"]),
+            average=None if self.average is None else unnamed(self.average, loaded.get("average", params)),
+        )
 
     def _beside(self) -> dict[str, Any]:
         """What `params` does not tell."""
