@@ -8,7 +8,7 @@ for averaged adapters, `average`. The frozen ones are then those of the policy t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -42,25 +42,24 @@ class TrainState:
         """As `restore`, where every checkpoint is of this structure."""
         return restore(checkpoints, lambda _: self)
 
-    def abstract(self) -> dict[str, Any]:
-        """What a checkpoint of such a state must hold to be continued: shapes, dtypes and shardings."""
+    def wanted(self) -> dict[str, Any]:
+        """The parts to load, with shapes, dtypes and shardings."""
         wanted = {"optimizer": self.opt_state, **self._beside()}
         abstract = {name: named(abstract_like(tree)) for name, tree in wanted.items()}
         if not _has_adapters(self.trainable):  # else `params` is of another structure: the folded one
-            abstract["params"] = {
-                name: leaf for tree in self.acting for name, leaf in named(abstract_like(tree)).items()
-            }
+            trained, frozen = map(abstract_like, self.acting)
+            abstract["params"] = {**named(trained), **named(frozen)}
         return abstract
 
-    def filled(self, loaded: dict[str, Any]) -> TrainState:
-        """The state with the arrays that `abstract` asked for."""
-        params, state = loaded.get("params", {}), {"opt_state": unnamed(self.opt_state, loaded["optimizer"])}
-        state["trainable"] = unnamed(self.trainable, loaded.get("trainable", params))
-        if self.average is not None:
-            state["average"] = unnamed(self.average, loaded.get("average", params))
-        if params:
-            state["frozen"] = unnamed(self.frozen, params)
-        return dataclasses.replace(self, **state)
+    def filled(self, loaded: Mapping[str, Any]) -> TrainState:
+        """This state with what was loaded by `wanted`."""
+        params = loaded.get("params", {})
+        return TrainState(
+            trainable=unnamed(self.trainable, loaded.get("trainable", params)),
+            frozen=unnamed(self.frozen, params) if params else self.frozen,
+            opt_state=unnamed(self.opt_state, loaded["optimizer"]),
+            average=None if self.average is None else unnamed(self.average, loaded.get("average", params)),
+        )
 
     def _beside(self) -> dict[str, Any]:
         """What `params` does not tell."""
@@ -81,7 +80,7 @@ def restore(
 
     def abstract(document: dict[str, Any]) -> dict[str, Any]:
         like[:] = [state_of(document)]
-        return like[0].abstract()
+        return like[0].wanted()
 
     newest = checkpoints.load_newest(abstract)
     if newest is None:
