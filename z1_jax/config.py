@@ -43,7 +43,9 @@ class ModelConfig:
     """The policy's size. What a checkpoint says takes precedence when a run starts from one."""
 
     preset: str = "kitchen"
-    dtype: str = "float32"  # of the computation; parameters are float32
+    dtype: str = "float32"  # of the computation; trained parameters are float32, frozen ones as wide as this
+    remat: str = "none"  # activations kept for the backward pass: none (all) | dots | full (recompute all)
+    attention: str = "einsum"  # of vision and prefix: einsum | xla | cudnn (a GPU, bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +214,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "algorithm": ("grpo", "sft", "eval"),
     "env.suite": ("kitchen",),
     "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+    "model.attention": ("einsum", "xla", "cudnn"),
     "sft.loss_dims": ("all", "real"),
     "sft.optim.schedule": ("cosine", "constant"),
     "update.optim.schedule": ("cosine", "constant"),

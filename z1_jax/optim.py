@@ -44,10 +44,19 @@ def make_optimizer(config: OptimConfig, lr: optax.ScalarOrSchedule) -> optax.Gra
 def init_optimizer(optimizer: optax.GradientTransformation, params: Any, mesh: jax.sharding.Mesh) -> Any:
     """The optimiser's state for `params`: moments lie where their parameters do, the rest on every device.
 
-    Placed explicitly: a step whose inputs lie elsewhere than its outputs is compiled a second time.
+    Placed explicitly: a step whose inputs lie elsewhere than its outputs is compiled a second time. Abstract for
+    abstract parameters.
     """
     shardings = jax.tree.map(lambda x: x.sharding, params)
     whole = replicated(mesh)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        return optax.tree.map_params(
+            optimizer,
+            lambda leaf, sharding: leaf.update(sharding=sharding),
+            jax.eval_shape(optimizer.init, params),
+            shardings,
+            transform_non_params=lambda leaf: leaf.update(sharding=whole),
+        )
     return optax.tree.map_params(
         optimizer,
         lambda leaf, sharding: jax.device_put(leaf, sharding),

@@ -48,8 +48,12 @@ class Policy:
         return dataclasses.replace(self, params=nnx.merge_state(*states))
 
     def split(self, scope: str) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-        """(graphdef, trainable, frozen) for a training scope."""
-        return pi05.split_model(nnx.merge(self.graphdef, self.params), scope)
+        """(graphdef, trainable, frozen) for a training scope.
+
+        Where the policy computes in bfloat16, frozen parameters are kept in it too, but those used in float32.
+        """
+        frozen_dtype = "bfloat16" if self.config.dtype == "bfloat16" else None
+        return pi05.split_model(nnx.merge(self.graphdef, self.params), scope, frozen_dtype)
 
     def document(self) -> dict[str, Any]:
         """What `load_policy` needs besides the arrays."""

@@ -71,6 +71,11 @@ class SftTrainer:
         )
         return stats
 
+    def trace(self, observation: Observation, actions: jax.Array) -> jax.stages.Traced:
+        """The step traced for a batch that may be abstract, as may be the parameters: nothing is computed."""
+        step = jax.ShapeDtypeStruct((), jnp.uint32)
+        return self._step.trace(self.params, self.opt_state, self._frozen, observation, actions, step)
+
     def _step_impl(
         self, params: Any, opt_state: Any, frozen: Any, observation: Observation, actions: jax.Array, step: jax.Array
     ) -> tuple[Any, Any, dict[str, jax.Array]]:

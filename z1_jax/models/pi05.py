@@ -188,12 +188,14 @@ def split_model(model: Pi05, scope: str, frozen_dtype: str | None = None) -> tup
 
 
 def cast_state(state: nnx.State, dtype: str) -> nnx.State:
-    """`state` with every parameter in `dtype` but those declared to stay in float32."""
+    """`state` (abstract ones too) with every parameter in `dtype` but those declared to stay in float32."""
 
     def cast(variable: nnx.Variable) -> nnx.Variable:
         if variable.get_metadata("keep_float32"):
             return variable
-        return variable.replace(variable.get_value().astype(dtype))
+        value = variable.get_value()
+        abstract = isinstance(value, jax.ShapeDtypeStruct)
+        return variable.replace(value.update(dtype=jnp.dtype(dtype)) if abstract else value.astype(dtype))
 
     return jax.tree.map(cast, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 

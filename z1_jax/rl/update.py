@@ -84,6 +84,11 @@ class Updater:
         )
         return trainable, opt_state, {name: float(value) for name, value in jax.device_get(stats).items()}
 
+    def trace(self, trainable: Any, opt_state: Any, frozen: Any, batch: NodeBatch) -> jax.stages.Traced:
+        """The step traced for arguments that may all be abstract: nothing is computed."""
+        scalar = jax.ShapeDtypeStruct((), jnp.float32)
+        return self._step.trace(trainable, opt_state, frozen, batch, scalar, scalar)
+
     def _step_impl(
         self,
         graphdef: nnx.GraphDef,
