@@ -61,15 +61,23 @@ def compile_program(program: Program, target: str) -> Compiled:
     )
 
 
-def compile_only_mesh(mesh: jax.sharding.Mesh, card: str) -> jax.sharding.Mesh:
-    """A mesh of the same shape over cards that need not exist: programs traced for it compile, and cannot run.
+def prepare_cuda(card: str) -> None:
+    """Sets the GPU compiler's flags; it reads them when JAX starts, so this must come before.
 
     Raises:
-        UserError: the card is not described here, or jax's CUDA plugin is not installed.
+        UserError: the card is not described here.
     """
     if card not in _CARDS:
         raise UserError(f"compiling for {card} is not possible, only for {', '.join(_CARDS)}; use --compile=cpu")
     os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
+
+
+def compile_only_mesh(mesh: jax.sharding.Mesh, card: str) -> jax.sharding.Mesh:
+    """A mesh of the same shape over cards that need not exist: programs traced for it compile, and cannot run.
+
+    Raises:
+        UserError: jax's CUDA plugin is not installed.
+    """
     try:
         topology = topologies.get_topology_desc(
             platform="cuda", topology_name="", target_config=_target(card), topology=f"1x1x{mesh.size}"

@@ -19,7 +19,7 @@ import jax
 from z1_jax import accelerators, costs, programs, sharding, traced
 from z1_jax import config as z1_config
 from z1_jax.accelerators import USABLE, Accelerator
-from z1_jax.compiling import Compiled, compile_only_mesh, compile_program
+from z1_jax.compiling import Compiled, compile_only_mesh, compile_program, prepare_cuda
 from z1_jax.config import Config, ConfigError
 from z1_jax.errors import UserError
 from z1_jax.models.pi05 import Pi05Config
@@ -34,6 +34,12 @@ NOTE = (
     "accelerator's compiler; it was 18 % low to 1 % high against XLA's own GPU buffer assignment. 'compiled' is XLA's "
     "buffer assignment for the named target. One for cpu says little about a GPU: XLA's CPU compiler widens bfloat16 "
     "to float32 and fuses otherwise. Nothing here is a measurement."
+)
+
+_COUNTS = (
+    "on paper: matrix products from the shapes, nothing recomputed; the floor is theirs, and the optimiser's traffic. "
+    "traced: those of the program itself, loops times their trips, recomputation included. compiled: XLA's count, "
+    "which takes each loop's body once and element-wise work too, with the further trips added from the traced one."
 )
 
 
@@ -99,6 +105,8 @@ def main(argv: Sequence[str]) -> int | None:
     accelerator = accelerators.get_accelerator(options.accelerator)
     memory = options.memory * GB if options.memory else USABLE * accelerator.memory * GB
     make_env(config, config.task)
+    if options.compile == "cuda":
+        prepare_cuda(accelerator.name)
     provide_devices(2 * options.devices)  # twice: a wider mesh is one of the changes to look at
     plan = make_plan(config, architecture(config), accelerator, memory, options.devices, options.compile)
     print(json.dumps(document(plan), indent=1) if options.json else "\n".join(lines(plan)), flush=True)
@@ -169,13 +177,9 @@ def make_plan(
     mesh = _mesh(config, devices)
     rows = estimated_rows(config, model, mesh, accelerator)
     if compile_for != "no":
-        target = mesh
-        if compile_for == "cuda":
-            target = compile_only_mesh(mesh, accelerator.name)
-        compiled = [
-            compile_program(p, accelerator.name if compile_for == "cuda" else "cpu")
-            for p in programs.trace_programs(config, model, target)
-        ]
+        target = accelerator.name if compile_for == "cuda" else "cpu"
+        where = compile_only_mesh(mesh, target) if compile_for == "cuda" else mesh
+        compiled = [compile_program(program, target) for program in programs.trace_programs(config, model, where)]
         rows = [dataclasses.replace(row, compiled=c) for row, c in zip(rows, compiled, strict=True)]
     expert_only = config.algorithm == "grpo" and config.train.scope == "expert"
     plan = Plan(
@@ -357,11 +361,7 @@ def _time_lines(plan: Plan) -> list[str]:
             + (f"{counted / scale:9.3f}" if counted else f"{'-':>9}")
             + f"{row.floor_ms:9.3f} ms{row.optimizer_ms:9.3f} ms"
         )
-    return text + [
-        "on paper: matrix products from the shapes, nothing recomputed; the floor is theirs, and the optimiser's traffic.",
-        "traced: those of the program itself, loops times their trips, recomputation included. compiled: XLA's count,",
-        "which takes each loop's body once and element-wise work too, with the further trips added from the traced one.",
-    ]
+    return [*text, *textwrap.wrap(_COUNTS, 118)]
 
 
 def _bytes(count: float) -> str:

@@ -41,7 +41,7 @@ class Program:
 
 def trace_programs(config: Config, model: Pi05Config, mesh: jax.sharding.Mesh) -> list[Program]:
     """The SFT step, and for algorithm grpo the update and the sampler: what a run of `config` compiles."""
-    policy = _abstract_policy(config, model, mesh)
+    policy = abstract_policy(config, model, mesh)
     programs = [] if config.algorithm == "grpo" and config.init else [_sft(config, policy, mesh)]
     return programs + (_rl(config, policy, mesh) if config.algorithm == "grpo" else [])
 
@@ -57,7 +57,7 @@ class _AbstractProcessor:
         return np.ones(self.env_action_dim, bool)
 
 
-def _abstract_policy(config: Config, model: Pi05Config, mesh: jax.sharding.Mesh) -> Policy:
+def abstract_policy(config: Config, model: Pi05Config, mesh: jax.sharding.Mesh) -> Policy:
     graphdef, params = abstract_params(model, mesh)
     processor: Any = _AbstractProcessor(model.action_dim)
     return Policy(model, graphdef, params, processor, executed=model.horizon, denoising_steps=config.flow.steps)
