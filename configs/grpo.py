@@ -16,6 +16,14 @@ PRESETS = {
         "train__iterations": 2,
         "train__checkpoint_every": 1,
     },
+    "full": {  # π0.5 at full size from a converted checkpoint: see what it costs with python -m z1_jax.plan
+        **common.FULL,
+        "init": "checkpoints/pi05",
+        "update__batch_size": 16,
+        "update__micro_batch": 16,
+        "update__optim__lr": 5e-6,
+        "update__optim__lr_end": 5e-6,
+    },
 }
 
 

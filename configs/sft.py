@@ -7,6 +7,8 @@ from configs import common
 PRESETS = {
     "kitchen": {"algorithm": "sft"},
     "smoke": {"algorithm": "sft", **common.SMOKE},
+    # π0.5 at full size: see what it costs with python -m z1_jax.plan
+    "full": {"algorithm": "sft", **common.FULL, "mesh__fsdp": 2},
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = sorted(p for top in ("envs", "z1_jax", "configs") for p in (ROOT / top).rglob("*.py"))
-MAINS = {f"z1_jax.{name}" for name in ("train", "evaluate", "convert", "collect", "serve")}
+MAINS = {f"z1_jax.{name}" for name in ("train", "evaluate", "convert", "collect", "serve", "plan")}
 ACCELERATOR = {"jax", "flax", "optax", "orbax", "chex"}
 PURE = {f"z1_jax.rl.{name}" for name in ("flow", "tree", "advantage", "loss", "schedules")}
 INPUT_OUTPUT = {"os", "io", "json", "pathlib", "subprocess", "multiprocessing", "shutil", "ml_collections", "mujoco"}

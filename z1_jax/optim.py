@@ -47,7 +47,7 @@ def init_optimizer(optimizer: optax.GradientTransformation, params: Any, mesh: j
     """The optimiser's state for `params`: moments lie where their parameters do, the rest on every device.
 
     Created there: no device holds a moment whole. And a step whose inputs lie elsewhere than its outputs would be
-    compiled a second time.
+    compiled a second time. Abstract for abstract parameters.
     """
     whole = replicated(mesh)
     shardings = optax.tree.map_params(
@@ -57,4 +57,7 @@ def init_optimizer(optimizer: optax.GradientTransformation, params: Any, mesh: j
         jax.tree.map(lambda x: x.sharding, params),
         transform_non_params=lambda _: whole,
     )
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        abstract = jax.eval_shape(optimizer.init, params)
+        return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), abstract, shardings)
     return jax.jit(optimizer.init, out_shardings=shardings)(params)

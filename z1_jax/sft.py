@@ -56,6 +56,10 @@ def augmented(observation: Observation, key: jax.Array, moved_slots: tuple[int, 
     return dataclasses.replace(observation, images=augment(key, images, moved_slots))
 
 
+def _copied(x: Any) -> Any:
+    return x if isinstance(x, jax.ShapeDtypeStruct) else x.copy()
+
+
 class SftTrainer:
     """The jitted SFT step and its state. The policy that is passed is used up."""
 
@@ -66,7 +70,7 @@ class SftTrainer:
         self.graphdef, trainable, frozen = policy.split(config.scope, adapters, seed)
         self._policy = policy.without_params()
         self._optimizer = make_optimizer(config.optim, schedule(config.optim, config.steps))
-        average = jax.tree.map(lambda x: x.copy(), trainable) if config.ema else None
+        average = jax.tree.map(_copied, trainable) if config.ema else None
         self.state = TrainState(trainable, frozen, init_optimizer(self._optimizer, trainable, mesh), average)
         self._key = jax.random.fold_in(jax.random.key(seed), 0x5F7)
         dims = np.arange(policy.config.action_dim) < policy.processor.env_action_dim
@@ -92,6 +96,11 @@ class SftTrainer:
         observation = distributed.put_batch(batch_observation(batch), self._mesh)
         actions = distributed.put_batch(batch["actions"], self._mesh)
         return self._moved(), self.state.frozen, observation, actions, jnp.uint32(step)
+
+    def trace(self, observation: Observation, actions: jax.Array) -> jax.stages.Traced:
+        """The step traced for a batch that may be abstract, as may be the parameters: nothing is computed."""
+        step = jax.ShapeDtypeStruct((), jnp.uint32)
+        return self._step.trace(self._moved(), self.state.frozen, observation, actions, step)
 
     def _step_impl(
         self, moved: tuple[Any, Any, Any], frozen: Any, observation: Observation, actions: jax.Array, step: jax.Array

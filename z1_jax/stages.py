@@ -90,11 +90,20 @@ def make_mesh(config: Config) -> jax.sharding.Mesh:
         ConfigError: the devices, or a batch over them, do not divide.
     """
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    check_batches(config, mesh)
+    return mesh
+
+
+def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Refuses batches that do not divide over the mesh.
+
+    Raises:
+        ConfigError: one line.
+    """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     for key, size in (("sft.batch_size", config.sft.batch_size), ("update.micro_batch", config.update.micro_batch)):
         if size % shards:
             raise ConfigError(f"config key {key}: got {size}, expected a multiple of the {shards} shards of a batch")
-    return mesh
 
 
 def make_pool(config: Config) -> EnvPool:

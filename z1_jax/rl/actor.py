@@ -84,6 +84,16 @@ class Actor:
         chain = self._sample(*params, cache, *distributed.put_batch(inputs, self._mesh), level)
         return jax.tree.map(lambda x: np.asarray(x)[: ids.shape[0]], chain)
 
+    def trace_encode(self, params: tuple[Any, Any], observation: Observation) -> jax.stages.Traced:
+        """`encode` traced for parameters and observations that may be abstract: nothing is computed."""
+        return self._encode.trace(*params, observation)
+
+    def trace_sample(
+        self, params: tuple[Any, Any], cache: PrefixCache, noise: jax.Array, steps: jax.Array
+    ) -> jax.stages.Traced:
+        """`sample` traced for noise [B, M, K + 1, H, A] and stochastic steps [B, M, K] that may be abstract."""
+        return self._sample.trace(*params, cache, noise, steps, jax.ShapeDtypeStruct((), jnp.float32))
+
     def _draw(self, key: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """One sample's noise [K + 1, H, A] and stochastic steps [K]. Drawn on the host: XLA's CPU compiler takes
         seconds for each shape of a random generator."""

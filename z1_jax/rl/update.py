@@ -123,6 +123,12 @@ class Updater:
         )
         return trainable, opt_state, Launched(stats, logp)
 
+    def trace(self, trainable: Any, opt_state: Any, frozen: Any, batch: NodeBatch) -> jax.stages.Traced:
+        """The step traced for arguments that may all be abstract: nothing is computed."""
+        reference = trainable if self._config.kl_coef else None
+        scalars = [jax.ShapeDtypeStruct((), jnp.float32)] * 3
+        return self._step.trace(trainable, opt_state, frozen, reference, batch, *scalars)
+
     def _step_impl(
         self,
         graphdef: nnx.GraphDef,
