@@ -1,1 +1,1 @@
-"""Checkpoints of other projects and our own as files: tensors read and written piece by piece, and what goes with them."""
+"""Checkpoints of other projects and our own as files: arrays in blocks, and what goes with them."""

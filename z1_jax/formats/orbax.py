@@ -137,6 +137,10 @@ class OrbaxWriter:
         }
         return {"driver": "zarr3", "kvstore": kvstore, "metadata": metadata}
 
+    @property
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
     @contextlib.contextmanager
     def _told(self):
         try:
@@ -168,6 +172,12 @@ class OrbaxWriter:
             with self._told():
                 self._commit()
             self._stores.clear()
+
+    def abandon(self) -> None:
+        """Lets go of what is not written yet."""
+        if self._stores:
+            self._stores.clear()
+            self._transaction.abort()
 
     def move_into(self, tree: pathlib.Path) -> None:
         """Puts the arrays into a tree that Orbax saved with the same names and arrays of one entry."""

@@ -122,12 +122,16 @@ class SafetensorsWriter:
         _write_all(self._file, data, self._start + self._offsets[name] + offset * info.dtype.itemsize)
 
     def close(self) -> None:
+        """Returns when everything is on the disk."""
+        if self._file >= 0:
+            os.fsync(self._file)
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Lets go of the file as it is."""
         if self._file >= 0:
             file, self._file = self._file, -1
-            try:
-                os.fsync(file)
-            finally:
-                os.close(file)
+            os.close(file)
 
 
 def _write_all(file: int, data: memoryview, position: int) -> None:

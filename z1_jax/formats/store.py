@@ -1,4 +1,4 @@
-"""What every checkpoint format offers: named arrays, read and written in blocks, so that no more than one is in memory."""
+"""What every format offers: named arrays, read and written in blocks, never more than one in memory."""
 
 from __future__ import annotations
 
@@ -63,4 +63,8 @@ class Writer(Protocol):
 
     def close(self) -> None:
         """Returns when everything is on the disk."""
+        ...
+
+    def abandon(self) -> None:
+        """Lets go of the files, whatever state they are in. Nothing after `close`."""
         ...

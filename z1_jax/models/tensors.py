@@ -1,4 +1,4 @@
-"""Where each tensor of a π0.5 stands in every checkpoint format: ours, openpi's JAX one, openpi's and LeRobot's PyTorch.
+"""Where each tensor of a π0.5 stands in each format: ours, openpi's JAX one, openpi's and LeRobot's PyTorch.
 
 A *piece* is the largest unit that is one contiguous block in all of them: one weight of one layer. Converting moves
 pieces one by one. Knows names, indices and axes; nothing of files.
