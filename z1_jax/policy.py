@@ -65,6 +65,7 @@ class Policy:
             "norm_mode": processor.norm_mode,
             "cameras": list(processor.cameras),
             "state_in_prompt": processor.state_in_prompt,
+            "prompt_state_dim": processor.prompt_state_dim,
             "clip": processor.clip,
             "tokenizer_sha256": processor.tokenizer.identity,
             "executed": self.executed,
@@ -179,6 +180,7 @@ def load_policy(checkpoints: Checkpoints, step: int, mesh: jax.sharding.Mesh) ->
             action_dim=config.action_dim,
             norm_mode=document["norm_mode"],
             state_in_prompt=document["state_in_prompt"],
+            prompt_state_dim=document.get("prompt_state_dim"),
             clip=tuple(document["clip"]) if document["clip"] else None,
         )
         executed, denoising_steps = document["executed"], document["denoising_steps"]

@@ -220,7 +220,7 @@ def write_lerobot(
         "dtype": precision,
         "chunk_size": config.horizon,
         "n_action_steps": document["executed"],
-        "max_state_dim": document.get("prompt_state_dim") or max(config.action_dim, state_dim),
+        "max_state_dim": document.get("prompt_state_dim") or state_dim,
         "max_action_dim": config.action_dim,
         "num_inference_steps": document["denoising_steps"],
         "image_resolution": [size, size],
@@ -251,7 +251,7 @@ def _write_processors(folder: pathlib.Path, config: Pi05Config, content: dict[st
         ("rename_observations_processor", {"rename_map": {}}),
         ("to_batch_processor", {}),
         ("normalizer_processor", {**common, "features": features}),
-        ("pi05_prepare_state_tokenizer_processor_step", {}),
+        ("pi05_prepare_state_tokenizer_processor_step", {"max_state_dim": content["max_state_dim"]}),
         ("tokenizer_processor", tokenizer),
         ("device_processor", {"device": "cpu", "float_dtype": None}),
     ]
