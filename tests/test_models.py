@@ -246,7 +246,7 @@ def test_smooth_number_embedding(rng):
         (lambda: get_preset("tiny", dtype="float16"), "dtype must be one of float32, bfloat16; got 'float16'"),
         (lambda: get_preset("tiny", horizon=0), "horizon must be positive; got 0"),
         (lambda: get_preset("tiny", expert=PRESETS["kitchen"].expert), "must agree on depth; got 2 and 3"),
-        (lambda: get_preset("small"), "unknown model preset 'small'; known: pi05, kitchen, tiny"),
+        (lambda: get_preset("small"), "unknown model preset 'small'; known: pi05, kitchen, mid, tiny"),
         (lambda: get_preset("tiny", widht=3), "unknown model setting widht"),
     ],
 )

@@ -125,6 +125,33 @@ class Checkpoints:
         if step in self.steps():
             return
         checksums = {name: {key: _crc(leaf) for key, leaf in _leaves(tree).items()} for name, tree in parts.items()}
+        self._save(step, parts, document, checksums)
+
+    def save_frame(
+        self, step: int, part: str, crcs: Mapping[str, int], rest: Mapping[str, Tree], document: Mapping[str, Any]
+    ) -> pathlib.Path:
+        """As `save`, but for the arrays of one flat part: one entry stands for each, and the caller replaces them.
+
+        Args:
+            crcs: CRC-32 of each array that will stand there.
+            rest: the other parts, saved as they are.
+
+        Returns:
+            The part's folder. Call `seal_files` when its arrays are in place.
+        """
+        parts = {part: {name: np.zeros(1, np.float32) for name in crcs}, **rest}
+        checksums: dict[str, Any] = {part: {f"[{name!r}]": crc for name, crc in crcs.items()}}
+        checksums |= {name: {key: _crc(leaf) for key, leaf in _leaves(tree).items()} for name, tree in rest.items()}
+        self._save(step, parts, document, checksums)
+        return self.directory / str(step) / part
+
+    def seal_files(self, step: int) -> None:
+        """Lists the files of a step anew."""
+        _write_file_list(self.directory / str(step))
+
+    def _save(
+        self, step: int, parts: Mapping[str, Tree], document: Mapping[str, Any], checksums: Mapping[str, Any]
+    ) -> None:
         try:
             metadata = {"document": dict(document), "crc32": checksums, "seal": _seal(document, checksums)}
             self._checkpointer.save_checkpointables(step, dict(parts), custom_metadata=metadata)
@@ -147,6 +174,11 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {self.directory / str(step)} has no part {missing[0]!r}")
         text = json.dumps({name: stored[name] for name in parts}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def checksums(self, step: int, part: str) -> dict[str, int | None]:
+        """Array of a flat part -> its CRC-32, where one was stored. Empty for a part that is not there."""
+        stored = self._metadata(step)["crc32"].get(part, {})
+        return {key.removeprefix("['").removesuffix("']"): crc for key, crc in stored.items()}
 
     def arrays(self, step: int, part: str) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every array of a part, where the reader cannot know them."""

@@ -18,7 +18,7 @@ from flax import nnx
 from z1_jax.checkpoint import CheckpointError, Checkpoints
 from z1_jax.config import LoraConfig
 from z1_jax.data.normalize import NormMode, NormStats
-from z1_jax.data.tokenizer import PromptTokenizer
+from z1_jax.data.tokenizer import PromptTokenizer, load_tokenizer
 from z1_jax.data.transforms import InputProcessor
 from z1_jax.models import lora, pi05
 from z1_jax.models.gemma import GemmaConfig
@@ -27,6 +27,7 @@ from z1_jax.models.siglip import SiglipConfig
 from z1_jax.sharding import param_sharding
 
 STAGES = ("grpo", "sft")  # where a run keeps policies, the later stage first
+TOKENIZER = "tokenizer.model"  # in a step's folder, where a conversion had none to store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Policy:
             "norm_mode": processor.norm_mode,
             "cameras": list(processor.cameras),
             "state_in_prompt": processor.state_in_prompt,
+            "prompt_state_dim": processor.prompt_state_dim,
             "clip": processor.clip,
             "tokenizer_sha256": processor.tokenizer.identity,
             "executed": self.executed,
@@ -188,7 +190,7 @@ def load_policy(checkpoints: Checkpoints, step: int, mesh: jax.sharding.Mesh) ->
     """
     document = checkpoints.document(step)
     try:
-        config = _architecture(document["architecture"])
+        config = architecture(document["architecture"])
         stats = {
             key: NormStats(**{k: np.asarray(v) for k, v in value.items()})
             for key, value in document["norm_stats"].items()
@@ -196,13 +198,16 @@ def load_policy(checkpoints: Checkpoints, step: int, mesh: jax.sharding.Mesh) ->
         graphdef, abstract = abstract_params(config, mesh)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {checkpoints.directory / str(step)} holds no policy ({error})") from error
+    folder = checkpoints.directory / str(step)
+    if not stats:
+        raise CheckpointError(
+            f"checkpoint {folder} was converted without normalisation statistics: train it on data of your own, or "
+            "convert it again with --norm-stats=FILE"
+        )
+    tokenizer = _tokenizer(checkpoints, step, config, document)
     stored = checkpoints.arrays(step, "params")
-    params = {name: leaf.update(dtype=stored.get(name, leaf).dtype) for name, leaf in named(abstract).items()}
-    assets = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in checkpoints.arrays(step, "assets").items()}
-    loaded = checkpoints.load(step, {"params": params, "assets": assets})
-    tokenizer = PromptTokenizer.from_bytes(np.asarray(loaded["assets"]["tokenizer"]).tobytes(), config.prompt_length)
-    if tokenizer.identity != document["tokenizer_sha256"]:
-        raise CheckpointError(f"checkpoint {checkpoints.directory / str(step)} holds another tokenizer than it names")
+    wanted = {name: leaf.update(dtype=stored.get(name, leaf).dtype) for name, leaf in named(abstract).items()}
+    loaded = checkpoints.load(step, {"params": wanted})["params"]
     try:
         processor = InputProcessor(
             tokenizer=tokenizer,
@@ -212,16 +217,46 @@ def load_policy(checkpoints: Checkpoints, step: int, mesh: jax.sharding.Mesh) ->
             action_dim=config.action_dim,
             norm_mode=document["norm_mode"],
             state_in_prompt=document["state_in_prompt"],
+            prompt_state_dim=document.get("prompt_state_dim"),
             clip=tuple(document["clip"]) if document["clip"] else None,
         )
         executed, denoising_steps = document["executed"], document["denoising_steps"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {checkpoints.directory / str(step)} holds no policy ({error})") from error
-    params = unnamed(abstract, loaded["params"])
+    params = unnamed(abstract, loaded)
     return Policy(config, graphdef, params, processor, executed, denoising_steps)
 
 
-def _architecture(values: Mapping[str, Any]) -> pi05.Pi05Config:
+def _tokenizer(
+    checkpoints: Checkpoints, step: int, config: pi05.Pi05Config, document: Mapping[str, Any]
+) -> PromptTokenizer:
+    """The tokenizer that a checkpoint holds, or, of a converted one, the file that was put beside it."""
+    folder = checkpoints.directory / str(step)
+    identity = document.get("tokenizer_sha256")
+    if checkpoints.checksums(step, "assets"):
+        size = checkpoints.arrays(step, "assets")["tokenizer"].shape
+        loaded = checkpoints.load(step, {"assets": {"tokenizer": np.empty(size, np.uint8)}})
+        content = np.asarray(loaded["assets"]["tokenizer"]).tobytes()
+        tokenizer = PromptTokenizer.from_bytes(content, config.prompt_length)
+    elif (folder / TOKENIZER).is_file():
+        try:
+            tokenizer = load_tokenizer(folder / TOKENIZER, config.prompt_length, config.vocab_size)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        identity = identity or tokenizer.identity
+    else:
+        name = document.get("tokenizer_name") or "SentencePiece"
+        raise CheckpointError(
+            f"checkpoint {folder} was converted without its tokenizer: put {name}'s tokenizer.model "
+            f"({config.vocab_size:,} tokens) at {folder / TOKENIZER}, or convert again with --tokenizer=FILE"
+        )
+    if tokenizer.identity != identity:
+        raise CheckpointError(f"checkpoint {folder} holds another tokenizer than it names")
+    return tokenizer
+
+
+def architecture(values: Mapping[str, Any]) -> pi05.Pi05Config:
+    """The configuration that a checkpoint's document holds. Raises KeyError, TypeError or ValueError."""
     parts = {
         "vision": SiglipConfig(**values["vision"]),
         "language": GemmaConfig(**values["language"]),

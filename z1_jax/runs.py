@@ -93,7 +93,8 @@ def policy_identity(path: str) -> str:
     directory, step = find_policy(path)
     checkpoints = Checkpoints(directory)
     try:
-        return checkpoints.digest(step, ("params", "assets"))
+        stored = checkpoints.checksums(step, "assets")  # a converted checkpoint may come without its tokenizer
+        return checkpoints.digest(step, ("params", "assets") if stored else ("params",))
     finally:
         checkpoints.close()
 

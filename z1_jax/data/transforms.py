@@ -104,6 +104,7 @@ class InputProcessor:
     norm_mode: NormMode = "quantile"
     state_in_prompt: bool = True
     clip: tuple[float, float] | None = None  # bounds of a raw action, where the environment has them
+    prompt_state_dim: int | None = None  # width that the state in the prompt is padded to (as LeRobot does)
 
     def __post_init__(self) -> None:
         missing = {"state", "actions"} - set(self.stats)
@@ -158,9 +159,12 @@ class InputProcessor:
 
     def prompts(self, instructions: Sequence[str], states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(tokens int32 [B, L], mask bool [B, L]) of instructions [B] and raw states [B, state_dim]."""
+        if not self.state_in_prompt:
+            return self.tokenizer.encode_batch(instructions, None)
         # Binned in double precision: rounding to float32 first would move values over the edge of a bin.
-        normalised = self._normalised_states(states)
-        return self.tokenizer.encode_batch(instructions, normalised if self.state_in_prompt else None)
+        values = self._normalised_states(states)
+        padding = max(0, (self.prompt_state_dim or 0) - values.shape[1])
+        return self.tokenizer.encode_batch(instructions, np.pad(values, ((0, 0), (0, padding))))
 
     def model_states(self, states: np.ndarray) -> np.ndarray:
         """Raw states [B, state_dim] normalised, float32.
