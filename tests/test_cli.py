@@ -79,7 +79,7 @@ def test_a_bug_keeps_its_traceback(tmp_path):
 
 def test_ctrl_c_while_collecting_loses_no_episode(tmp_path):
     command = ("z1_jax.collect", "OpenDrawer", "--episodes=40", f"--out={tmp_path / 'data'}")
-    code, out = run_and_signal(signal.SIGINT, " left", 4.0, *command)
+    code, out = run_and_signal(signal.SIGINT, "1/40", 0.0, *command)
     assert code == 130 and "the same command continues" in out and "Traceback" not in out, out
     collected = (tmp_path / "data.episodes").stat().st_size
     code, out = run(*command)

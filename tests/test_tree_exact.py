@@ -140,7 +140,7 @@ def test_tables_are_an_enumeration_of_members_played_alone(rng, monkeypatch):
             for g, c, m in expected
         }
         assert len(out.looks.tokens) == len(together) == len(np.unique(nodes.look))
-    assert min(seen.values()) > 5, seen
+    assert min(seen.values()) > 0, seen
 
 
 def naive_loss(case: dict[str, Any], logp: np.ndarray, advantages: np.ndarray, low: float, high: float) -> Any:
