@@ -210,15 +210,17 @@ def test_nothing_is_compiled_between_iterations(branching):
     prefix = 0 if branching == "none" else 1
     group = dataclasses.replace(CONFIG.group, branching=branching, prefix_chunks=prefix, prefix_chunks_end=prefix)
     made = trainer(dataclasses.replace(CONFIG, group=group, reward=RewardConfig()))
-    made.update(made.collect(tiny.pool(16), 0), 0)
-    known, kept = made.traces, []
+
+    def kept(number):
+        """An iteration with one success in each of `number` groups, as far as the filter knows."""
+        out = made.collect(tiny.pool(16), number)
+        mixed = (np.arange(4)[:, None] < number) & (np.arange(4) == 1)
+        return made.update(dataclasses.replace(out, success=mixed), number)["groups/kept"]
+
+    assert kept(4) == 4
+    known = made.traces
     with Compilations() as compilations:
-        for number in range(1, 5):
-            out = made.collect(tiny.pool(16), number)
-            mixed = np.arange(4)[:, None] < number  # groups of which one member succeeds, as far as the filter knows
-            out = dataclasses.replace(out, success=mixed & (np.arange(4) == 1))
-            kept.append(made.update(out, number)["groups/kept"])
-    assert kept == [1, 2, 3, 4]
+        assert [kept(number) for number in (1, 2, 3, 4, 0)] == [1, 2, 3, 4, 0]
     new = {name: made.traces[name] - known[name] for name in known}
     # A batch size that an earlier iteration had no use for may come up; each is compiled once, and nothing else is.
     assert new["update"] == 0 and new["encode"] + new["sample"] == len(compilations.events)
