@@ -10,6 +10,7 @@ import pi05_reference as reference
 import pytest
 from flax import nnx
 
+from z1_jax import policy
 from z1_jax.models import attention, pi05, weights
 from z1_jax.models.gemma import GemmaConfig
 from z1_jax.models.layers import scan_layers
@@ -60,6 +61,42 @@ def test_chunks_that_share_a_prefix_do_not_see_each_other(case, encode, velocity
     t = np.broadcast_to(case.expected["traj_10_t"], x.shape[:2])
     v = velocity(encode(case.obs), x, t)
     assert relative_error(v, case.expected["traj_10_v"].transpose(1, 0, 2, 3)) < reference.TOLERANCE
+
+
+def unread(config) -> set[str]:
+    """VLM parameters that no operation of `encode_prefix` reads."""
+    graphdef, state = nnx.split(pi05.abstract_model(dataclasses.replace(config, unroll=False)))
+    size = config.vision.image_size
+    looks = Observation(
+        jax.ShapeDtypeStruct((1, config.cameras, size, size, 3), jnp.uint8),
+        jax.ShapeDtypeStruct((1, config.cameras), bool),
+        jax.ShapeDtypeStruct((1, config.prompt_length), jnp.int32),
+        jax.ShapeDtypeStruct((1, config.prompt_length), bool),
+    )
+    trace = jax.make_jaxpr(lambda state, looks: nnx.merge(graphdef, state).encode_prefix(looks))(state, looks).jaxpr
+    read = {id(var) for eqn in trace.eqns for var in eqn.invars} | {id(var) for var in trace.outvars}
+    names = list(policy.named(state))
+    return {
+        name for name, var in zip(names, trace.invars, strict=False) if id(var) not in read and "expert" not in name
+    }
+
+
+def test_of_the_last_layer_only_keys_and_values_are_computed():
+    """By the operations themselves: its queries, output and MLP enter none. At full size 5.5 % of the layers' work."""
+    expected = {"language.norm.scale", "language.last.norm_mlp.scale"}
+    kernels = {"language.last.q.kernel", "language.last.out.kernel"}
+    left_out = unread(get_preset("tiny"))
+    assert expected | kernels < left_out
+    assert {name.split(".")[2] for name in left_out if name.startswith("language.last.")} == {
+        "q",
+        "out",
+        "mlp",
+        "norm_mlp",
+    }
+    assert all(name.startswith("language.last.") or name == "language.norm.scale" for name in left_out)
+    full = policy.named(nnx.split(pi05.abstract_model(get_preset("pi05")))[1])
+    layers = {name: x.size for name, x in full.items() if name.startswith(("language.layers.", "language.last."))}
+    assert sum(layers[name] for name in left_out & set(layers)) / sum(layers.values()) == pytest.approx(0.055, abs=5e-4)
 
 
 def test_cache_rows_can_be_taken_and_repeated(case, encode, velocity, rng):
