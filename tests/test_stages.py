@@ -66,6 +66,7 @@ def test_sft_goes_on_from_a_policy_that_is_given(tmp_path, monkeypatch):
     checkpoints.close()
     sft = dataclasses.replace(make_config(), algorithm="sft", init=str(tmp_path))
     sft = dataclasses.replace(sft, env=dataclasses.replace(sft.env, cameras=(tiny.CAMERA,)))
+    monkeypatch.setattr(stages, "architecture", lambda config: tiny.CONFIG)
     check_policy(sft, sft.init)
     started = {}
     monkeypatch.setattr(stages, "train_sft", lambda policy, *args, **kwargs: started.update(policy=policy, **kwargs))
