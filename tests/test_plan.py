@@ -241,7 +241,8 @@ def test_compiled_bytes_and_estimate_agree_in_float32():
     rows = {row.name: row for row in plan.make_plan(only_rl, model, H200, 1e9, 1, "cpu").rows}
     update = rows["rl_update"]
     assert 0.5 < update.temporary_estimate / update.compiled.temporary < 2.0
-    assert update.temporary == update.temporary_estimate  # a CPU's allocation is not what is planned with
+    # A CPU's allocation is not what is planned with.
+    assert update.temporary == int(plan.ALLOWANCE * update.temporary_estimate)
     assert update.compiled.flops_with_trips(update.flops_traced, update.flops_traced_once) > update.flops_traced
 
 
