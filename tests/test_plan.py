@@ -188,6 +188,17 @@ def test_frozen_parameters_are_kept_in_bfloat16():
         assert variable.get_value().dtype == (jnp.float32 if wide else jnp.bfloat16), path
 
 
+def test_the_sampler_casts_its_weights_once():
+    """Of a bfloat16 policy: no kernel enters the denoising loop in float32."""
+    model = dataclasses.replace(tiny_policy.CONFIG, dtype="bfloat16")
+    config = dataclasses.replace(SMALL, init="somewhere", flow=dataclasses.replace(SMALL.flow, steps=7))
+    traces = {p.name: p.traced for p in programs.trace_programs(config, model, tiny_policy.one_device())}
+    loops = [e for e in traces["denoise"].jaxpr.jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] == 7]
+    wide = [v.aval.shape for v in loops[0].invars if v.aval.dtype == jnp.float32 and v.aval.ndim >= 2]
+    kernels = {leaf.shape for leaf in jax.tree.leaves(nnx.state(pi05.abstract_model(model).expert.layers))}
+    assert len(loops) == 1 and not kernels & set(wide)
+
+
 @pytest.fixture(scope="module")
 def small_plan():
     return plan.make_plan(SMALL, tiny_policy.CONFIG, H200, 1e9, 1)
@@ -230,7 +241,8 @@ def test_compiled_bytes_and_estimate_agree_in_float32():
     rows = {row.name: row for row in plan.make_plan(only_rl, model, H200, 1e9, 1, "cpu").rows}
     update = rows["rl_update"]
     assert 0.5 < update.temporary_estimate / update.compiled.temporary < 2.0
-    assert update.temporary == update.temporary_estimate  # a CPU's allocation is not what is planned with
+    # A CPU's allocation is not what is planned with.
+    assert update.temporary == int(plan.ALLOWANCE * update.temporary_estimate)
     assert update.compiled.flops_with_trips(update.flops_traced, update.flops_traced_once) > update.flops_traced
 
 

@@ -13,6 +13,7 @@ from flax import nnx
 
 from z1_jax import distributed
 from z1_jax.config import FlowConfig
+from z1_jax.models.pi05 import cast_state
 from z1_jax.rl import flow
 from z1_jax.types import Observation, PrefixCache
 
@@ -126,6 +127,8 @@ class Actor:
     ) -> flow.Chain:
         self.traces["sample"] += 1
         model = nnx.merge(graphdef, trainable, frozen)
+        # Once, not in each of the K steps: a step on few chunks takes as long as reading the weights.
+        model = nnx.merge(graphdef, cast_state(nnx.state(model), model.config.dtype))
         return flow.sample(
             lambda x, t: model.velocity(cache, x, t),
             noise,
