@@ -469,7 +469,8 @@ def test_an_interrupt_midway_leaves_nothing_and_a_killed_one_is_cleared_away(cas
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_it_in_one_line(case, tmp_path, number):
     code = (
-        "import os, sys\n"
+        "import os, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job starts with it ignored
         "from z1_jax import convert\n"
         "from z1_jax.formats import targets\n"
         f"targets.OrbaxWriter.write = lambda *_: os.kill(os.getpid(), {int(number)})\n"

