@@ -12,10 +12,11 @@ import tiny_policy as tiny
 from tiny_grpo import CONFIG, SEED, assert_same_bits, compiled, grpo, records, trainer
 
 from envs.kitchen import demos
-from z1_jax.config import SelectiveConfig, SftConfig, TrainConfig
+from z1_jax.checkpoint import Checkpoints
+from z1_jax.config import LoraConfig, SelectiveConfig, SftConfig, TrainConfig
 from z1_jax.data.dataset import write_dataset
 from z1_jax.metrics import MetricsWriter, read_records
-from z1_jax.policy import named
+from z1_jax.policy import find_policy, load_policy, named
 from z1_jax.rl import loop
 from z1_jax.rl.diagnostics import BrokenIteration
 from z1_jax.rl.trainer import GrpoTrainer
@@ -112,6 +113,40 @@ def test_a_killed_run_resumes_bit_for_bit(untouched, tmp_path, monkeypatch, mome
     assert_same_bits(grpo(tmp_path, trainer()), untouched[1])
     assert records(tmp_path) == records(untouched[0])
     assert records(tmp_path, "episodes.jsonl") == records(untouched[0], "episodes.jsonl")
+
+
+def test_adapters_train_resume_and_leave_a_whole_policy(tmp_path):
+    """Scope lora through the real loop: ratios of 1, adapters alone move, a run that was cut goes on bit for bit."""
+    config = dataclasses.replace(
+        CONFIG,
+        lora=LoraConfig(vlm_rank=2, expert_rank=2),
+        train=TrainConfig(iterations=2, scope="lora", checkpoint_every=1),
+    )
+    made = [GrpoTrainer(tiny.policy(), config, tiny.one_device(), 16) for _ in range(3)]
+    for other in made[1:]:
+        other.actor, other._updater = made[0].actor, made[0]._updater
+    start = jax.device_get(named(made[0].trainable))
+    whole = grpo(tmp_path / "whole", made[0])
+    assert all(not np.array_equal(start[name], now) for name, now in named(made[0].trainable).items())
+    assert all("_lora." in name for name in start)
+    for row in records(tmp_path / "whole"):
+        assert row["ratio/first_update_max_error"] < 1e-3
+    before, after = named(tiny.policy().params), named(whole.params)
+    targets = {name.rsplit("_lora.", 1)[0] for name in start}
+    assert {name for name in before if not np.array_equal(before[name], after[name])} == targets
+    collect = made[1].collect
+
+    def killed(pool, iteration):
+        if iteration == 1:
+            raise Stopped
+        return collect(pool, iteration)
+
+    made[1].collect = killed
+    with pytest.raises(Stopped):
+        grpo(tmp_path / "cut", made[1])
+    assert_same_bits(grpo(tmp_path / "cut", made[2]), whole)
+    directory, step = find_policy(tmp_path / "cut")
+    assert_same_bits(load_policy(Checkpoints(directory), step, tiny.one_device()), whole)
 
 
 def test_a_finished_run_is_left_as_it_is(untouched, monkeypatch):
