@@ -33,7 +33,7 @@ PRESETS: dict[str, Pi05Config] = {
         dtype="float32",
     ),
     # π0.5's proportions at nine million parameters, for measurements on a CPU: one observation's prefix costs some
-    # 25 times what the expert's denoising of a chunk costs (K = 4).
+    # 30 times what the expert's denoising of a chunk costs (K = 4).
     "mid": Pi05Config(
         vision=SiglipConfig(width=112, depth=3, mlp=416, heads=4, patch=14, image_size=112),
         language=GemmaConfig(width=256, depth=4, mlp=2048, heads=6, kv_heads=1, head_dim=32),
@@ -42,7 +42,7 @@ PRESETS: dict[str, Pi05Config] = {
         cameras=3,
         prompt_length=48,
         action_dim=32,
-        horizon=10,
+        horizon=8,
         dtype="float32",
     ),
     # The size of the reference numbers that the tests compare with.
