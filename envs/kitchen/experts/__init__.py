@@ -11,7 +11,6 @@ import numpy as np
 
 from envs.kitchen.env import KitchenEnv
 from envs.kitchen.fixtures import SINK_HALF
-from envs.kitchen.objects import CATALOGUE
 from envs.kitchen.robot import ACTION_DIM, POSITION_SCALE, ROTATION_SCALE, exponential, logarithm, rotation
 from envs.kitchen.world import World
 
@@ -101,7 +100,7 @@ def _gap(world: World) -> float:
 def _pick_and_place(world: World) -> tuple[np.ndarray, float]:
     """Above the object, down, close, up, across, down over the basin, open, up."""
     eef, thing, sink = world.eef, world.position(world.memory["target"]), world.position("sink")
-    half = CATALOGUE[world.memory["target"]].half
+    half = world.half(world.memory["target"])
     grip = thing + max(0.0, half[2] - 0.045) * Z
     aside, above = float(np.linalg.norm((eef - grip)[:2])), float(eef[2] - grip[2])
     held = aside < 0.03 and abs(above) < 0.03 and _gap(world) < 2 * half[0] + 0.012
