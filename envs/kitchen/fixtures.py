@@ -135,11 +135,12 @@ def _add_door(
     door.add_site(name=f"{name}_handle", pos=[-0.045, edge, -0.08])
 
 
-def add_stove(scene: SceneBuilder, pos: Sequence[float]) -> None:
+def add_stove(scene: SceneBuilder, pos: Sequence[float], turning: bool = True) -> None:
     """A stove with four burners and a front panel of four knobs; body `stove`, its origin at the top's front edge.
 
     Joints `knob 0` to `knob 3`, numbered as BURNERS and standing from left to right in the order of KNOB_ORDER;
-    0 is off, positive turns the bar's top to the left. Sites `knob_push i` and `knob_hub i`.
+    0 is off, positive turns the bar's top to the left. Sites `knob_push i` and `knob_hub i`. Without `turning`, the
+    knobs have no joints.
     """
     body = scene.body("stove", pos)
     scene.box(body, "appliance", [0.30, 0, -0.43], [0.30, 0.32, 0.43])
@@ -149,15 +150,24 @@ def add_stove(scene: SceneBuilder, pos: Sequence[float]) -> None:
         y = 0.15 if "left" in name else -0.15
         scene.cylinder(body, "burner", [x, y, 0.004], 0.085, 0.006, contact="none", name=f"burner/of knob {i}")
     for place, i in enumerate(KNOB_ORDER):
-        _add_knob(scene, body, i, [-0.02, 0.21 - 0.14 * place, -0.06])
+        _add_knob(scene, body, i, [-0.02, 0.21 - 0.14 * place, -0.06], turning)
+
+
+def add_stove_sides(scene: SceneBuilder) -> None:
+    """Counters on both sides of a stove."""
+    room = scene.layout
+    half = room.counter_height / 2
+    for side in (1, -1):
+        scene.box(scene.world, "counter", [room.counter_front + 0.3, side * 0.82, half], [0.3, 0.48, half])
 
 
 KNOB_ORDER = (0, 2, 3, 1)  # indices into BURNERS, knobs from left to right
 
 
-def _add_knob(scene: SceneBuilder, stove: object, i: int, pos: Sequence[float]) -> None:
+def _add_knob(scene: SceneBuilder, stove: object, i: int, pos: Sequence[float], turning: bool) -> None:
     knob = scene.body(f"knob {i}", pos, stove)
-    scene.hinge(knob, f"knob {i}", [-1, 0, 0], [0.0, 2.8], damping=0.02, frictionloss=0.03, armature=0.0005)
+    if turning:
+        scene.hinge(knob, f"knob {i}", [-1, 0, 0], [0.0, 2.8], damping=0.02, frictionloss=0.03, armature=0.0005)
     scene.cylinder(knob, "burner", [-0.006, 0, 0], 0.026, 0.006, mass=0.02, quat=_TURN_TO_X)
     scene.box(knob, "knob", [-0.026, 0, 0], [0.014, 0.007, 0.036], mass=0.02)
     knob.add_site(name=f"knob_hub {i}", pos=[-0.020, 0, 0])

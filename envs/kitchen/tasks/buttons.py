@@ -21,7 +21,7 @@ class Button(Task):
     instruction: str
 
     def randomise(self, world: World, layout: Layout, rng: np.random.Generator) -> str:
-        world.memory.update(on=False, button=self.joint)
+        world.memory.update(on=False, wanted=True, button=self.joint)
         world.move(self.fixture, rng.uniform([-0.03, -0.06, 0.0], [0.02, 0.06, 0.0]), yaw=rng.uniform(-0.1, 0.1))
         scatter(world, rng, world.things, (beside(layout, 0.36, 0.60), beside(layout, -0.60, -0.36)))
         return self.instruction
@@ -66,3 +66,25 @@ class MicrowaveButton(Button):
 
     def focus(self, layout: Layout) -> np.ndarray:
         return np.array([layout.counter_front + 0.20, -0.08, layout.counter_height + 0.14])
+
+
+class MicrowaveStop(MicrowaveButton):
+    """Stop the running microwave; its other button starts it again."""
+
+    joint = "microwave_stop"
+    instruction = "press the stop button on the microwave"
+
+    def randomise(self, world: World, layout: Layout, rng: np.random.Generator) -> str:
+        instruction = super().randomise(world, layout, rng)
+        world.memory.update(on=True, wanted=False, dark=world.colour(self.lamp))
+        return instruction
+
+    def update(self, world: World) -> None:
+        if world.fraction("microwave_start") > 0.5:
+            world.memory["on"] = True
+        if world.fraction(self.joint) > 0.5:
+            world.memory["on"] = False
+        world.tint(self.lamp, self.lit if world.memory["on"] else world.memory["dark"])
+
+    def success(self, world: World) -> bool:
+        return not world.memory["on"] and bool(np.linalg.norm(world.eef - world.site(self.joint)) > 0.15)

@@ -1,0 +1,43 @@
+"""Experts that hold a bar between the fingers and pull."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from envs.kitchen.experts.base import CLOSE, OPEN, Command, X, Z, gap
+from envs.kitchen.experts.pushing import opening
+from envs.kitchen.tasks import Task
+from envs.kitchen.world import World
+
+
+def drawer(world: World, task: Task) -> Command:
+    """Take the bar between the fingers, close, pull."""
+    handle = world.site("drawer_handle") + 0.008 * X  # a little behind the bar, for a firm grip
+    depth, along, across = np.abs(world.eef - handle)
+    if 0.010 < gap(world) < 0.034 and depth < 0.026 and along < 0.06 and across < 0.045:
+        return handle - 0.06 * X, CLOSE  # held
+    if depth < 0.022 and along < 0.05 and across < 0.024:
+        return handle, CLOSE
+    astray = max(along - 0.03, across - 0.012, 0.0)
+    return handle - min(0.06, 3.0 * astray) * X, OPEN
+
+
+def open_door(world: World, task: Task) -> Command:
+    """Take the bar from the front, close, pull along the arc; of two doors, one after the other."""
+    done = [name for name in world.memory["doors"] if world.fraction(name) >= 0.91]
+    for name in done:
+        if np.linalg.norm(world.eef - world.site(f"{name}_handle")) < 0.07:
+            return world.eef - 0.10 * X, OPEN  # let go of it first
+    name = next(name for name in (*world.memory["doors"], *done[-1:]) if name not in done or len(done) == 2)
+    handle = world.site(f"{name}_handle")
+    outward = (handle - world.site(f"{name}_hinge")) * [1, 1, 0]
+    outward /= np.linalg.norm(outward)
+    along = opening(world, name) * np.cross(outward, Z)  # the way in which it opens
+    error = world.eef - handle
+    depth, aside, above = np.abs(error)
+    if 0.006 < gap(world) < 0.030 and depth < 0.028 and aside < 0.022 and above < 0.06:
+        return handle + 0.06 * along + 0.005 * X, CLOSE  # held
+    if depth < 0.016 and aside < 0.020 and above < 0.04:
+        return handle, CLOSE
+    astray = max(aside - 0.010, above - 0.025, 0.0)
+    return handle - min(0.08, 4.0 * astray) * X, OPEN
