@@ -13,6 +13,7 @@ from envs.kitchen.scene import HIDDEN_GROUP, SceneBuilder
 DRAWER_TRAVEL = 0.25  # metres
 SINK_HALF = (0.17, 0.21)  # half extents of the basin's opening, x and y, metres
 SINK_DEPTH = 0.15
+WATER_PIECES = 5
 PLATE_RADIUS, PLATE_TOP = 0.095, 0.012
 PAN_RADIUS, PAN_TOP = 0.105, 0.008
 BURNERS = ("front left", "front right", "rear left", "rear right")
@@ -49,7 +50,8 @@ def add_sink(scene: SceneBuilder) -> None:
 def add_faucet(scene: SceneBuilder, pos: Sequence[float], water: bool = False) -> None:
     """A faucet: joints `faucet_spout` and `faucet_handle` (0 is off, positive swings the lever outwards, to -y).
 
-    With `water`, a geom `water/jet` below the spout's end, to be shown and hidden.
+    With `water`, geoms `water/0` and on below the spout's end, to be shown and hidden: a jet in short pieces, because
+    mj_multiRay loses parts of long thin geoms.
     """
     body = scene.body("faucet", pos)
     scene.cylinder(body, "metal", [0, 0, 0.015], 0.026, 0.015)
@@ -68,7 +70,9 @@ def add_faucet(scene: SceneBuilder, pos: Sequence[float], water: bool = False) -
     handle.add_site(name="faucet_hinge", pos=[0, 0, 0])
     handle.add_site(name="faucet_tip", pos=[-0.11, 0, 0.005])
     if water:
-        scene.cylinder(spout, "water", [-0.15, 0, -0.21], 0.008, 0.16, contact="none", mass=0, name="water/jet")
+        for i in range(WATER_PIECES):
+            place = [-0.15, 0, -0.08 - 0.06 * i]
+            scene.cylinder(spout, "water", place, 0.008, 0.03, contact="none", mass=0, name=f"water/{i}")
 
 
 def add_drawer(
@@ -98,12 +102,13 @@ def add_cabinet(
     half: Sequence[float] = (0.19, 0.22),
     depth: float = 0.33,
     doors: Sequence[str] = ("door",),
+    standoff: float = 0.045,
 ) -> None:
     """A wall cabinet; its front is at `pos`, `half` its half width and height; body `cabinet`.
 
     One door is hinged on the left; of two, the first on the left and the second on the right. Each name in `doors` is a
     joint (0 is shut, pi/2 is fully open) with sites `<name>_hinge` and `<name>_push` on the door's outer face and
-    `<name>_handle` in the middle of its bar. Site `cabinet_floor` is a place for a thing on the lowest board.
+    `<name>_handle` in the middle of its bar, which stands `standoff` before the door's middle. Site `cabinet_floor` is a place for a thing on the lowest board.
     """
     width, height = half
     body = scene.body("cabinet", pos)
@@ -115,24 +120,25 @@ def add_cabinet(
     body.add_site(name="cabinet_floor", pos=[0.11, -0.02, -height + 0.02])
     span = 2 * width / len(doors)
     for side, name in zip((1, -1), doors, strict=False):
-        _add_door(scene, body, name, [-0.012, side * width, 0], -side * span, height)
+        _add_door(scene, body, name, [-0.012, side * width, 0], (-side * span, height), standoff)
 
 
 def _add_door(
-    scene: SceneBuilder, cabinet: object, name: str, hinge: Sequence[float], span: float, height: float
+    scene: SceneBuilder, cabinet: object, name: str, hinge: Sequence[float], size: tuple[float, float], standoff: float
 ) -> None:
-    """A door from its hinge to `span` metres along y."""
+    """A door of `size`: metres along y from its hinge to its free edge, and half its height."""
+    span, height = size
     door = scene.body(name, hinge, cabinet)
     inwards = 1.0 if span > 0 else -1.0
     scene.hinge(door, name, [0, 0, inwards], [0.0, 1.5708], damping=0.8, frictionloss=0.15, armature=0.01)
     scene.box(door, "cabinet", [0, span / 2, 0], [0.010, abs(span) / 2 - 0.002, height - 0.002], mass=1.5)
     edge = 0.875 * span
     for end in (-0.14, -0.02):
-        scene.capsule(door, "handle", [-0.01, edge, end], [-0.045, edge, end], 0.006, mass=0.02)
-    scene.capsule(door, "handle", [-0.045, edge, -0.14], [-0.045, edge, -0.02], 0.009, mass=0.04)
+        scene.capsule(door, "handle", [-0.01, edge, end], [-standoff, edge, end], 0.006, mass=0.02)
+    scene.capsule(door, "handle", [-standoff, edge, -0.14], [-standoff, edge, -0.02], 0.009, mass=0.04)
     door.add_site(name=f"{name}_hinge", pos=[-0.010, 0, 0.06])
     door.add_site(name=f"{name}_push", pos=[-0.010, edge, 0.06])
-    door.add_site(name=f"{name}_handle", pos=[-0.045, edge, -0.08])
+    door.add_site(name=f"{name}_handle", pos=[-standoff, edge, -0.08])
 
 
 def add_stove(scene: SceneBuilder, pos: Sequence[float], turning: bool = True) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from envs.kitchen.experts.base import CLOSE, OPEN, Command, X, Z, gap
-from envs.kitchen.experts.pushing import opening
+from envs.kitchen.experts.pushing import opening, push
 from envs.kitchen.tasks import Task
 from envs.kitchen.world import World
 
@@ -23,21 +23,28 @@ def drawer(world: World, task: Task) -> Command:
 
 
 def open_door(world: World, task: Task) -> Command:
-    """Take the bar from the front, close, pull along the arc; of two doors, one after the other."""
+    """Take the bar from the front, close, pull along the arc; of two doors, one after the other.
+
+    A door that is ajar and not held is pushed open from inside.
+    """
     done = [name for name in world.memory["doors"] if world.fraction(name) >= 0.91]
     for name in done:
         if np.linalg.norm(world.eef - world.site(f"{name}_handle")) < 0.07:
             return world.eef - 0.10 * X, OPEN  # let go of it first
-    name = next(name for name in (*world.memory["doors"], *done[-1:]) if name not in done or len(done) == 2)
+    name = next((name for name in world.memory["doors"] if name not in done), done[-1] if done else "")
     handle = world.site(f"{name}_handle")
     outward = (handle - world.site(f"{name}_hinge")) * [1, 1, 0]
     outward /= np.linalg.norm(outward)
     along = opening(world, name) * np.cross(outward, Z)  # the way in which it opens
     error = world.eef - handle
-    depth, aside, above = np.abs(error)
-    if 0.006 < gap(world) < 0.030 and depth < 0.028 and aside < 0.022 and above < 0.06:
-        return handle + 0.06 * along + 0.005 * X, CLOSE  # held
-    if depth < 0.016 and aside < 0.020 and above < 0.04:
-        return handle, CLOSE
+    depth, aside, above = np.abs(error - 0.008 * X)
+    if 0.006 < gap(world) < 0.030 and depth < 0.030 and aside < 0.022 and above < 0.06:
+        return handle + 0.022 * along + 0.012 * X, CLOSE  # held, with the bar well between the fingers
+    if world.fraction(name) > 0.3:
+        face = world.site(f"{name}_push") - 0.02 * along
+        face = np.array([*face[:2], np.clip(world.eef[2], face[2] - 0.2, face[2] + 0.1)])
+        return push(world.eef, face, along, outward), CLOSE
+    if depth < 0.020 and aside < 0.020 and above < 0.04:
+        return handle + 0.012 * X, CLOSE
     astray = max(aside - 0.010, above - 0.025, 0.0)
-    return handle - min(0.08, 4.0 * astray) * X, OPEN
+    return handle + (0.012 - min(0.30 if done else 0.08, 4.0 * astray)) * X, OPEN

@@ -62,8 +62,9 @@ def opening(world: World, name: str) -> float:
 def close_drawer(world: World, task: Task) -> Command:
     """Push the drawer's bar straight in."""
     handle = world.site(f"{world.memory['drawer']}_handle")
-    aside = float(np.linalg.norm((world.eef - handle)[1:]))
-    return handle + (0.05 - min(0.12, 5.0 * max(aside - 0.02, 0.0))) * X, CLOSE
+    aside, above = np.abs(world.eef - handle)[1:]
+    astray = max(aside - 0.06, above - 0.03, 0.0)  # beyond the bar, and what of the front is safe to push
+    return handle + (0.05 - min(0.12, 5.0 * astray)) * X, CLOSE
 
 
 def stove(world: World, task: Task) -> Command:
@@ -71,6 +72,8 @@ def stove(world: World, task: Task) -> Command:
     knob = world.memory["knob"]
     point, hub = world.site(f"knob_push {knob}"), world.site(f"knob_hub {knob}")
     radius = (point - hub) / np.linalg.norm(point - hub)
+    if world.memory["turn"] < 0:
+        point = point - 0.008 * X  # from below, the fingers' tips would meet the knob's disc
     return push(world.eef, point, world.memory["turn"] * np.cross(-X, radius), -X), CLOSE
 
 

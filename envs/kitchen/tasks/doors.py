@@ -76,6 +76,7 @@ class _Doors(Task):
 
     doors: tuple[str, ...] = ("door",)
     half = (0.19, 0.22)  # of the cabinet: width and height
+    standoff = 0.045  # of the handles, metres
     start: tuple[float, float] | None  # lowest and highest fraction of its range that a door stands open at first
     instruction: str
 
@@ -83,7 +84,7 @@ class _Doors(Task):
         room = scene.layout
         fixtures.add_counter(scene)
         place = [room.wall - 0.34, 0, room.counter_height + 0.52]
-        fixtures.add_cabinet(scene, place, half=self.half, doors=self.doors)
+        fixtures.add_cabinet(scene, place, half=self.half, doors=self.doors, standoff=self.standoff)
         add_things(scene, self.things_of(scene.objects), movable=False)
 
     def focus(self, layout: Layout) -> np.ndarray:
@@ -108,6 +109,7 @@ class _CloseDoors(_Doors):
 
 class _OpenDoors(_Doors):
     start = None
+    standoff = 0.065  # room for a finger behind the bar at every angle
 
     def success(self, world: World) -> bool:
         return all(world.fraction(door) >= OPEN_DOOR for door in self.doors)

@@ -205,10 +205,8 @@ class SetupMug(_Coffee):
         self.move_machine(world, rng)
         mug, *others = self.choose(world, rng)
         front, z = layout.counter_front, layout.counter_height
-        left, right = (
-            Zone((front + 0.08, front + 0.20), (0.14, 0.28), z),
-            Zone((front + 0.08, front + 0.20), (-0.28, -0.14), z),
-        )
+        x = (front + 0.08, front + 0.20)
+        left, right = Zone(x, (0.14, 0.28), z), Zone(x, (-0.28, -0.14), z)
         scatter(world, rng, (mug,), (left, right))
         x = (front + 0.34, layout.wall - 0.10)
         scatter(world, rng, tuple(others), (Zone(x, (0.26, 0.50), z), Zone(x, (-0.50, -0.26), z)))

@@ -15,6 +15,7 @@ class Faucet(Task):
     """Turn the sink's faucet on: handle between 0.40 and pi radians."""
 
     start_offset = (-0.36, 0.05, 0.04)
+    clear = 0.27  # metres to the right of the basin's middle from where on things may stand
 
     def build(self, scene: SceneBuilder) -> None:
         room = scene.layout
@@ -28,7 +29,7 @@ class Faucet(Task):
     def randomise(self, world: World, layout: Layout, rng: np.random.Generator) -> str:
         world.move("faucet", rng.uniform([-0.04, -0.05, 0.0], [0.03, 0.05, 0.0]), yaw=rng.uniform(-0.15, 0.15))
         x, z = (layout.counter_front + 0.25, layout.wall - 0.06), layout.counter_height
-        scatter(world, rng, world.things, (Zone(x, (0.27, 0.50), z), Zone(x, (-0.50, -0.27), z)))
+        scatter(world, rng, world.things, (Zone(x, (0.27, 0.50), z), Zone(x, (-0.50, -self.clear), z)))
         world.memory["turn"] = 1
         return "turn on the sink faucet"
 
@@ -40,6 +41,7 @@ class FaucetOff(Faucet):
     """Turn the running faucet off: handle outside of what turns it on."""
 
     start_offset = (-0.34, -0.05, 0.04)
+    clear = 0.37  # the hand comes from there
 
     def build(self, scene: SceneBuilder) -> None:
         room = scene.layout
@@ -54,7 +56,8 @@ class FaucetOff(Faucet):
         return "turn off the sink faucet"
 
     def update(self, world: World) -> None:
-        world.show("water/jet", super().success(world))
+        for i in range(fixtures.WATER_PIECES):
+            world.show(f"water/{i}", super().success(world))
 
     def success(self, world: World) -> bool:
         return not super().success(world)
