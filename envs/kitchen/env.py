@@ -12,6 +12,7 @@ import mujoco
 import numpy as np
 
 from envs.base import ChunkResult, EnvObservation, EnvSpec, Snapshot
+from envs.kitchen import gl
 from envs.kitchen import render as renderer
 from envs.kitchen.objects import OBJECT_SPLITS
 from envs.kitchen.robot import ACTION_DIM, CONTROL_HZ, STATE_DIM, SUBSTEPS, add_robot
@@ -149,17 +150,27 @@ class KitchenEnv:
         images = {camera: self.render(camera, self._spec.image_size) for camera in self._spec.cameras}
         return EnvObservation(images, self.world.controller.state(), self._instruction)
 
-    def render(self, camera: str = "robot0_agentview_right", size: int = 256) -> np.ndarray:
+    def render(self, camera: str = "robot0_agentview_right", size: int = 256, backend: str = "rays") -> np.ndarray:
         """One camera's picture uint8 [size, size, 3], RGB, upright; changes no physics.
 
+        Args:
+          camera: a name in `CAMERAS`.
+          size: pixels.
+          backend: `rays`, what policies see; `gl`, MuJoCo's own renderer with shadows, which needs OpenGL.
+
         Raises:
-          ValueError: an unknown camera.
+          ValueError: an unknown camera or backend.
+          RuntimeError: `gl` where this machine has no OpenGL; the message says what to install.
         """
         _known("camera", camera, CAMERAS)
+        _known("backend", backend, ("rays", "gl"))
         world = self.world
         mujoco.mj_kinematics(world.model, world.data)
         mujoco.mj_camlight(world.model, world.data)
-        return renderer.render(world.model, world.data, world.model.camera(camera).id, size, self._light)
+        index = world.model.camera(camera).id
+        if backend == "gl":
+            return gl.render(world.model, world.data, index, size, self._light)
+        return renderer.render(world.model, world.data, index, size, self._light)
 
     def step_chunk(self, actions: np.ndarray) -> ChunkResult:
         """Executes actions [E, 12] in [-1, 1] (clipped), checking success after every control step.

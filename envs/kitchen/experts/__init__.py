@@ -12,8 +12,8 @@ from envs.kitchen.experts import carrying, pulling, pushing
 from envs.kitchen.experts.base import Strategy
 from envs.kitchen.robot import ACTION_DIM, POSITION_SCALE, ROTATION_SCALE, exponential, logarithm, rotation
 
-# family: the strategy, the largest position part of an action, and whether that holds for its norm or for each direction
-# by itself, so that a small error across the way is made good before a long way is gone.
+# family: the strategy, the largest position part of an action, and whether that bounds its norm or each direction by
+# itself, so that a small error across the way is made good before a long way is gone.
 _STRATEGIES: dict[str, tuple[Strategy, float, bool]] = {
     "faucet": (pushing.faucet, 0.3, False),
     "faucet_off": (pushing.faucet, 0.4, True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from envs.kitchen.experts.base import CLOSE, OPEN, Command, X, Z, gap
-from envs.kitchen.experts.pushing import opening, push
+from envs.kitchen.experts.pushing import opening
 from envs.kitchen.tasks import Task
 from envs.kitchen.world import World
 
@@ -36,15 +36,26 @@ def open_door(world: World, task: Task) -> Command:
     outward = (handle - world.site(f"{name}_hinge")) * [1, 1, 0]
     outward /= np.linalg.norm(outward)
     along = opening(world, name) * np.cross(outward, Z)  # the way in which it opens
-    error = world.eef - handle
-    depth, aside, above = np.abs(error - 0.008 * X)
-    if 0.006 < gap(world) < 0.030 and depth < 0.030 and aside < 0.022 and above < 0.06:
-        return handle + 0.022 * along + 0.012 * X, CLOSE  # held, with the bar well between the fingers
+    deep = handle + 0.020 * X  # the bar well between the fingers
+    depth, aside, above = np.abs(world.eef - deep)
+    if 0.006 < gap(world) < 0.030 and depth < 0.035 and aside < 0.022 and above < 0.06:
+        return deep + 0.032 * along, CLOSE  # held
     if world.fraction(name) > 0.3:
-        face = world.site(f"{name}_push") - 0.02 * along
-        face = np.array([*face[:2], np.clip(world.eef[2], face[2] - 0.2, face[2] + 0.1)])
-        return push(world.eef, face, along, outward), CLOSE
-    if depth < 0.020 and aside < 0.020 and above < 0.04:
-        return handle + 0.012 * X, CLOSE
+        return _push_from_inside(world, name, along, outward), CLOSE
+    if depth < 0.014 and aside < 0.020 and above < 0.04:
+        return deep, CLOSE
     astray = max(aside - 0.010, above - 0.025, 0.0)
-    return handle + (0.012 - min(0.30 if done else 0.08, 4.0 * astray)) * X, OPEN
+    return deep - min(0.30 if done else 0.08, 4.0 * astray) * X, OPEN
+
+
+def _push_from_inside(world: World, name: str, along: np.ndarray, outward: np.ndarray) -> np.ndarray:
+    """Where to go to push a door's inner face: outwards around its edge first, where the hand is before the door."""
+    face = world.site(f"{name}_push") - 0.02 * along
+    face = np.array([*face[:2], np.clip(world.eef[2], face[2] - 0.2, face[2] + 0.1)])
+    error = world.eef - face
+    ahead, free = float(error @ along), float(error @ outward)
+    if ahead > 0.008:
+        return world.eef + (0.11 - free) * outward if free < 0.09 else face - 0.05 * along + 0.11 * outward
+    if free > 0.03:
+        return face - 0.05 * along
+    return face + 0.05 * along
