@@ -108,8 +108,8 @@ def add_cabinet(
 
     One door is hinged on the left; of two, the first on the left and the second on the right. Each name in `doors` is a
     joint (0 is shut, pi/2 is fully open) with sites `<name>_hinge` and `<name>_push` on the door's outer face and
-    `<name>_handle` in the middle of its bar, which stands `standoff` before the door's middle. Site `cabinet_floor` is a
-    place for a thing on the lowest board.
+    `<name>_handle` in the middle of its bar, which stands `standoff` before the door's middle. Site `cabinet_floor` is
+    a place for a thing on the lowest board.
     """
     width, height = half
     body = scene.body("cabinet", pos)

@@ -38,7 +38,7 @@ def onto_dish(world: World, task: Task) -> Command:
     thing, half, spot = world.position(name), world.half(name), task.spot(world)
     grip = thing + max(0.0, half[2] - 0.045) * Z
     aside, above = float(np.linalg.norm((eef - grip)[:2])), float(eef[2] - grip[2])
-    held = aside < 0.03 and abs(above) < 0.03 and gap(world) < 2 * half[0] + 0.014
+    held = aside < 0.03 and abs(above) < 0.05 and _gripped(world, half[0])
     if task.placed(world, name):
         return (eef, OPEN) if held else (eef * [1, 1, 0] + (thing[2] + 0.32) * Z, OPEN)
     if not held:
@@ -55,13 +55,18 @@ def onto_dish(world: World, task: Task) -> Command:
     return eef + free * offset + (counter + 0.065 + half[2] - thing[2]) * Z, CLOSE
 
 
+def _gripped(world: World, half: float) -> bool:
+    """Whether the fingers are as far apart as a thing between them is wide. It may slip down a little when lifted."""
+    return -0.008 < gap(world) - 2 * half < 0.014
+
+
 def _level_grip(world: World, reach: float) -> tuple[Command | None, bool]:
     """Takes the target from the front, coming from `reach` metres before it; None once it is held."""
     name, eef = world.memory["target"], world.eef
     half = world.half(name)
-    grip = world.position(name) + max(0.0, 0.035 - half[2]) * Z
+    grip = world.position(name) + max(0.0, 0.030 - half[2]) * Z
     depth, aside = abs(float(eef[0] - grip[0])), float(np.linalg.norm((eef - grip)[1:]))
-    if depth < 0.03 and aside < 0.03 and gap(world) < 2 * half[1] + 0.014:
+    if depth < 0.03 and np.abs((eef - grip)[1]) < 0.03 and aside < 0.05 and _gripped(world, half[1]):
         return None, True
     if depth < 0.015 and aside < 0.018:
         return (grip, CLOSE), False
