@@ -84,8 +84,8 @@ def table(rows: list[Row], missing: list[str]) -> str:
     lines = [
         "# The kitchen's 24 tasks",
         "",
-        f"Success on {' or '.join(map(str, episodes)) or 'the'} held-out seeds with the ODE sampler after SFT and after "
-        "GRPO on the same seeds: Wilson and paired bootstrap intervals at 95 %, exact McNemar test. Written by "
+        f"Success on {' or '.join(map(str, episodes)) or 'the'} held-out seeds with the ODE sampler after SFT and "
+        "after GRPO on the same seeds: Wilson and paired bootstrap intervals at 95 %, exact McNemar test. Written by "
         "`python benchmarks/kitchen_24.py`.",
         "",
         "| task, seed | preset | after SFT | after GRPO | gain in points | McNemar p | simulated steps | minutes |",
@@ -113,8 +113,9 @@ def table(rows: list[Row], missing: list[str]) -> str:
 def _line(row: Row) -> str:
     before, after, summary = row.summary["before"], row.summary["after"], row.summary
     low, high = summary["difference_interval"]
+    preset = row.cell.config.partition(":")[2]
     return (
-        f"| {row.cell.task}, {row.cell.seed} | {row.cell.config.partition(':')[2]} | {_rate(before)} | {_rate(after)} | "
+        f"| {row.cell.task}, {row.cell.seed} | {preset} | {_rate(before)} | {_rate(after)} | "
         f"{100 * summary['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] | {summary['mcnemar_p']:.2g} | "
         f"{summary['simulated_steps']:,} | {row.minutes:.1f} |"
     )

@@ -64,13 +64,14 @@ def _level_grip(world: World, reach: float) -> tuple[Command | None, bool]:
     """Takes the target from the front, coming from `reach` metres before it; None once it is held."""
     name, eef = world.memory["target"], world.eef
     half = world.half(name)
-    grip = world.position(name) + max(0.0, 0.030 - half[2]) * Z
-    depth, aside = abs(float(eef[0] - grip[0])), float(np.linalg.norm((eef - grip)[1:]))
-    if depth < 0.03 and np.abs((eef - grip)[1]) < 0.03 and aside < 0.05 and _gripped(world, half[1]):
+    grip = world.position(name) + max(0.0, 0.026 - half[2]) * Z  # no lower, for the counter's sake
+    depth, aside, above = np.abs(eef - grip)
+    if depth < 0.03 and aside < 0.03 and above < 0.05 and _gripped(world, half[1]):
         return None, True
-    if depth < 0.015 and aside < 0.018:
+    if depth < 0.015 and aside < 0.018 and above < 0.012:
         return (grip, CLOSE), False
-    return (grip - min(reach, 6.0 * max(aside - 0.012, 0.0)) * X, OPEN), False
+    astray = max(aside - 0.010, above - 0.008, 0.0)
+    return (grip - min(reach, 6.0 * astray) * X, OPEN), False
 
 
 def _let_go(world: World, held: bool) -> Command:
