@@ -102,14 +102,14 @@ def add_cabinet(
     half: Sequence[float] = (0.19, 0.22),
     depth: float = 0.33,
     doors: Sequence[str] = ("door",),
-    standoff: float = 0.045,
+    bar: tuple[float, float] = (0.875, 0.045),
 ) -> None:
     """A wall cabinet; its front is at `pos`, `half` its half width and height; body `cabinet`.
 
     One door is hinged on the left; of two, the first on the left and the second on the right. Each name in `doors` is a
     joint (0 is shut, pi/2 is fully open) with sites `<name>_hinge` and `<name>_push` on the door's outer face and
-    `<name>_handle` in the middle of its bar, which stands `standoff` before the door's middle. Site `cabinet_floor` is
-    a place for a thing on the lowest board.
+    `<name>_handle` in the middle of its bar. `bar` says where that is: the part of the door's width from its hinge, and
+    the metres before the door's middle. Site `cabinet_floor` is a place for a thing on the lowest board.
     """
     width, height = half
     body = scene.body("cabinet", pos)
@@ -121,19 +121,24 @@ def add_cabinet(
     body.add_site(name="cabinet_floor", pos=[0.11, -0.02, -height + 0.02])
     span = 2 * width / len(doors)
     for side, name in zip((1, -1), doors, strict=False):
-        _add_door(scene, body, name, [-0.012, side * width, 0], (-side * span, height), standoff)
+        _add_door(scene, body, name, [-0.012, side * width, 0], (-side * span, height), bar)
 
 
 def _add_door(
-    scene: SceneBuilder, cabinet: object, name: str, hinge: Sequence[float], size: tuple[float, float], standoff: float
+    scene: SceneBuilder,
+    cabinet: object,
+    name: str,
+    hinge: Sequence[float],
+    size: tuple[float, float],
+    bar: tuple[float, float],
 ) -> None:
     """A door of `size`: metres along y from its hinge to its free edge, and half its height."""
-    span, height = size
+    (span, height), (part, standoff) = size, bar
     door = scene.body(name, hinge, cabinet)
     inwards = 1.0 if span > 0 else -1.0
     scene.hinge(door, name, [0, 0, inwards], [0.0, 1.5708], damping=0.8, frictionloss=0.15, armature=0.01)
     scene.box(door, "cabinet", [0, span / 2, 0], [0.010, abs(span) / 2 - 0.002, height - 0.002], mass=1.5)
-    edge = 0.875 * span
+    edge = part * span
     for end in (-0.14, -0.02):
         scene.capsule(door, "handle", [-0.01, edge, end], [-standoff, edge, end], 0.006, mass=0.02)
     scene.capsule(door, "handle", [-standoff, edge, -0.14], [-standoff, edge, -0.02], 0.009, mass=0.04)

@@ -76,7 +76,7 @@ class _Doors(Task):
 
     doors: tuple[str, ...] = ("door",)
     half = (0.19, 0.22)  # of the cabinet: width and height
-    standoff = 0.045  # of the handles, metres
+    bar = (0.875, 0.045)  # where a door's bar is: part of its width, metres before its middle
     start: tuple[float, float] | None  # lowest and highest fraction of its range that a door stands open at first
     instruction: str
 
@@ -84,7 +84,7 @@ class _Doors(Task):
         room = scene.layout
         fixtures.add_counter(scene)
         place = [room.wall - 0.34, 0, room.counter_height + 0.52]
-        fixtures.add_cabinet(scene, place, half=self.half, doors=self.doors, standoff=self.standoff)
+        fixtures.add_cabinet(scene, place, half=self.half, doors=self.doors, bar=self.bar)
         add_things(scene, self.things_of(scene.objects), movable=False)
 
     def focus(self, layout: Layout) -> np.ndarray:
@@ -109,7 +109,7 @@ class _CloseDoors(_Doors):
 
 class _OpenDoors(_Doors):
     start = None
-    standoff = 0.065  # room for a finger behind the bar at every angle
+    bar = (0.875, 0.065)  # room for a finger behind the bar at every angle
 
     def success(self, world: World) -> bool:
         return all(world.fraction(door) >= OPEN_DOOR for door in self.doors)
@@ -146,6 +146,7 @@ class OpenDoubleDoor(_OpenDoors):
 
     doors = ("left_door", "right_door")
     half = (0.22, 0.22)
+    bar = (0.70, 0.065)  # and room for the open hand between the bars
     start_offset = (-0.20, 0.0, -0.06)
     left_eye = (-0.72, 0.30, 0.36)
     instruction = "open the cabinet doors"
