@@ -15,6 +15,7 @@ from envs.kitchen import LAYOUT_SPLITS, LAYOUTS, OBJECT_SPLITS, STYLE_SPLITS, ST
 from envs.kitchen.experts import make_expert
 from envs.kitchen.fixtures import BURNERS, DRAWER_TRAVEL, PAN_RADIUS, PAN_TOP, PLATE_RADIUS, PLATE_TOP
 from envs.kitchen.objects import CATALOGUE
+from z1_jax.data.tokenizer import kitchen_instructions
 
 ROBOCASA = """PnPCounterToCab PnPCabToCounter PnPCounterToSink PnPSinkToCounter PnPCounterToMicrowave
 PnPMicrowaveToCounter PnPCounterToStove PnPStoveToCounter OpenSingleDoor CloseSingleDoor OpenDoubleDoor
@@ -246,6 +247,16 @@ def test_any_of_the_things_may_be_the_one_to_take(task, kitchens, seed):
         assert f"pick the {target} from the " in env.observe().instruction
         asked.add(target)
     assert asked == set(env.world.things)
+
+
+@pytest.mark.parametrize("objects", OBJECT_SPLITS)
+@pytest.mark.parametrize("task", TASKS)
+def test_instructions_use_words_that_the_small_tokenizer_knows(task, objects, seed):
+    env = make(task, image_size=8, objects=objects)
+    known = {word for text in kitchen_instructions() for word in text.split()}
+    for i in range(10):
+        env.reset(seed + i)
+        assert set(env.observe().instruction.split()) <= known
 
 
 @pytest.mark.parametrize("task", TASKS)
