@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/kitchen_experts"))
     parser.add_argument("--table", type=pathlib.Path, default=None, help="a page whose table is replaced")
     parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--first", type=int, default=7_000_000, help="first seed")
+    parser.add_argument("--first", type=int, default=9_000_000, help="first seed")
     parser.add_argument("--count", type=int, default=200, help="seeds")
     parser.add_argument("--layout", default="straight", help=f"also {', '.join(LAYOUT_SPLITS)}")
     parser.add_argument("--style", default="oak", help=f"also {', '.join(STYLE_SPLITS)}")

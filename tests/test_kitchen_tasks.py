@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from envs.kitchen import LAYOUT_SPLITS, LAYOUTS, OBJECT_SPLITS, STYLE_SPLITS, STYLES, TASKS, make
+from envs.kitchen import render as renderer
 from envs.kitchen.experts import make_expert
 from envs.kitchen.fixtures import BURNERS, DRAWER_TRAVEL, PAN_RADIUS, PAN_TOP, PLATE_RADIUS, PLATE_TOP
 from envs.kitchen.objects import CATALOGUE
@@ -367,6 +368,32 @@ def test_experts_work_in_every_kitchen(task, split, seed):
 
 
 # --- pictures, videos, gymnasium -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["TurnOffSinkFaucet", "CoffeeServeMug", "PnPCounterToStove", "OpenDoubleDoor"])
+def test_frames_lose_nothing_of_the_tasks_things(task, kitchens, seed):
+    """Against one ray at a time: mj_multiRay leaves out what juts out of a body's colliding geoms (here: the arm)."""
+    env, size = kitchens(task), 40
+    env.reset(seed)
+    env.render(size=8)
+    model, data, count = env.world.model, env.world.data, 40**2
+    normal = {"normal": None} if renderer._RETURNS_NORMALS else {}
+    groups, one = np.array([1, 1, 0, 0, 0, 0], np.uint8), np.empty(1, np.int32)
+    for camera in env.spec.cameras:
+        index = model.camera(camera).id
+        half = np.tan(np.radians(model.cam_fovy[index]) / 2)
+        x, y = np.meshgrid(np.linspace(-half, half, size), np.linspace(half, -half, size))
+        rays = np.stack([x, y, -np.ones_like(x)], axis=-1).reshape(-1, 3) @ data.cam_xmat[index].reshape(3, 3).T
+        rays = np.ascontiguousarray(rays / np.linalg.norm(rays, axis=1, keepdims=True))
+        many, distance = np.empty(count, np.int32), np.empty(count)
+        mujoco.mj_multiRay(
+            m=model, d=data, pnt=data.cam_xpos[index], vec=rays.ravel(), geomgroup=groups, flg_static=1,
+            bodyexclude=-1, geomid=many, dist=distance, nray=count, cutoff=20.0, **normal,
+        )  # fmt: skip
+        for ray, seen in zip(rays, many, strict=True):
+            mujoco.mj_ray(model, data, data.cam_xpos[index], ray, groups, 1, -1, one)
+            if one[0] != seen:
+                assert model.geom(one[0]).name.startswith("arm/"), model.geom(one[0]).name
 
 
 def test_gl_draws_the_same_scene_or_says_what_to_install(kitchens, seed):

@@ -13,7 +13,6 @@ from envs.kitchen.scene import HIDDEN_GROUP, SceneBuilder
 DRAWER_TRAVEL = 0.25  # metres
 SINK_HALF = (0.17, 0.21)  # half extents of the basin's opening, x and y, metres
 SINK_DEPTH = 0.15
-WATER_PIECES = 5
 PLATE_RADIUS, PLATE_TOP = 0.095, 0.012
 PAN_RADIUS, PAN_TOP = 0.105, 0.008
 BURNERS = ("front left", "front right", "rear left", "rear right")
@@ -50,8 +49,7 @@ def add_sink(scene: SceneBuilder) -> None:
 def add_faucet(scene: SceneBuilder, pos: Sequence[float], water: bool = False) -> None:
     """A faucet: joints `faucet_spout` and `faucet_handle` (0 is off, positive swings the lever outwards, to -y).
 
-    With `water`, geoms `water/0` and on below the spout's end, to be shown and hidden: a jet in short pieces, because
-    mj_multiRay loses parts of long thin geoms.
+    With `water`, a geom `water/jet` below the spout's end, to be shown and hidden.
     """
     body = scene.body("faucet", pos)
     scene.cylinder(body, "metal", [0, 0, 0.015], 0.026, 0.015)
@@ -70,9 +68,9 @@ def add_faucet(scene: SceneBuilder, pos: Sequence[float], water: bool = False) -
     handle.add_site(name="faucet_hinge", pos=[0, 0, 0])
     handle.add_site(name="faucet_tip", pos=[-0.11, 0, 0.005])
     if water:
-        for i in range(WATER_PIECES):
-            place = [-0.15, 0, -0.08 - 0.06 * i]
-            scene.cylinder(spout, "water", place, 0.008, 0.03, contact="none", mass=0, name=f"water/{i}")
+        # A body of its own: mj_multiRay looks for a body's geoms only where those are that can collide.
+        jet = scene.body("jet", [-0.15, 0, -0.20], spout)
+        scene.cylinder(jet, "water", [0, 0, 0], 0.008, 0.15, contact="none", mass=0, name="water/jet")
 
 
 def add_drawer(

@@ -75,6 +75,8 @@ def add_things(scene: SceneBuilder, names: tuple[str, ...], movable: bool = True
 def _add_handle(scene: SceneBuilder, body: object, mug: Thing) -> None:
     """The handle on a mug's far side: to be seen, not to be held."""
     x, _, z = mug.half
+    # A body of its own, or mj_multiRay would lose what juts out of the mug; turned to be clear of the fingers.
+    body = scene.body(f"{mug.name}_handle", [0, 0, 0], body, yaw=-0.8)
     corners = [[x, 0, 0.6 * z], [x + 0.022, 0, 0.5 * z], [x + 0.022, 0, -0.4 * z], [x, 0, -0.5 * z]]
     for start, end in zip(corners, corners[1:], strict=False):
         scene.capsule(body, mug.material, start, end, 0.006, contact="none", mass=0)

@@ -56,8 +56,7 @@ class FaucetOff(Faucet):
         return "turn off the sink faucet"
 
     def update(self, world: World) -> None:
-        for i in range(fixtures.WATER_PIECES):
-            world.show(f"water/{i}", super().success(world))
+        world.show("water/jet", super().success(world))
 
     def success(self, world: World) -> bool:
         return not super().success(world)
