@@ -8,6 +8,7 @@ import tiny_policy as tiny
 from envs.kitchen import LAYOUT_SPLITS, demos
 from z1_jax import stages
 from z1_jax.checkpoint import Checkpoints
+from z1_jax.collect import parse_arguments
 from z1_jax.config import Config, ConfigError, DemosConfig, EnvConfig, InputsConfig
 from z1_jax.data.tokenizer import train_small_tokenizer
 from z1_jax.errors import UserError
@@ -164,3 +165,5 @@ def test_the_split_of_a_config_reaches_environments_and_demonstrations(tmp_path,
     dataset = demonstrations(changed, tmp_path / "data")
     assert [dataset.source[key] for key in ("layouts", "styles", "objects")] == [["heldout"]] * 3
     assert dataset.identity != demonstrations(config, tmp_path / "other").identity
+    options = ["--layouts=heldout", "--styles=heldout", "--objects=heldout", "--workers=0"]
+    assert parse_arguments(["OpenDrawer", "--out=somewhere", *options])[0].env == heldout
