@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from envs.video import write_video
 from z1_jax import svg
 from z1_jax.metrics import MetricsWriter
 from z1_jax.report import write_report
 from z1_jax.statistics import mcnemar_exact, paired_difference_interval, wilson_interval
-from z1_jax.video import write_video
 
 
 def moving_square(frames: int, seed: int) -> np.ndarray:

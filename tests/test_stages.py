@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 import tiny_policy as tiny
 
-from envs.kitchen import demos
+from envs.kitchen import LAYOUT_SPLITS, demos
 from z1_jax import stages
 from z1_jax.checkpoint import Checkpoints
+from z1_jax.collect import parse_arguments
 from z1_jax.config import Config, ConfigError, DemosConfig, EnvConfig, InputsConfig
 from z1_jax.data.tokenizer import train_small_tokenizer
 from z1_jax.errors import UserError
-from z1_jax.stages import check_inputs, check_policy, demonstrations, new_policy, supervised_policy
+from z1_jax.stages import check_inputs, check_policy, demonstrations, make_env, new_policy, supervised_policy
 
 CAMERAS = ("robot0_agentview_left", "robot0_eye_in_hand", "robot0_agentview_right")
 
@@ -101,6 +102,9 @@ def test_too_many_failures_are_told(tmp_path, monkeypatch, capsys):
         ({"demos": DemosConfig(dataset="/nowhere")}, "dataset /nowhere does not exist"),
         ({"env": EnvConfig(cameras=CAMERAS)}, "model.preset=kitchen sees at most 2"),
         ({"inputs": InputsConfig(tokenizer="/nowhere.model")}, "no tokenizer at /nowhere.model; expected PaliGemma's"),
+        ({"env": EnvConfig(layouts=("round",))}, "env.layouts: 'round' does not exist; known: straight, .*heldout"),
+        ({"env": EnvConfig(styles=("oak", "gold"))}, "env.styles: 'gold' does not exist; known: oak"),
+        ({"env": EnvConfig(objects=())}, "env.objects: got nothing, expected one or more of train, heldout"),
     ],
 )
 def test_what_a_config_names_is_checked_before_the_run(change, message):
@@ -148,3 +152,18 @@ def test_input_settings_that_a_policy_would_ignore_are_refused(tmp_path):
         with pytest.raises(ConfigError, match=f"inputs.{key}: got .* keeps it: leave inputs.{key} out"):
             check_policy(dataclasses.replace(config, inputs=InputsConfig(**{key: value})), str(tmp_path))
     check_policy(dataclasses.replace(config, inputs=InputsConfig(slots=(tiny.CAMERA,))), str(tmp_path))
+
+
+def test_the_split_of_a_config_reaches_environments_and_demonstrations(tmp_path, capsys):
+    config = make_config(episodes=2)
+    heldout = dataclasses.replace(config.env, layouts=("heldout",), styles=("heldout",), objects=("heldout",))
+    changed = dataclasses.replace(config, env=heldout)
+    env = make_env(changed, "OpenDrawer")()
+    env.reset(1)
+    assert env.layout in LAYOUT_SPLITS["heldout"] and env.objects == "heldout"
+    assert (make_env(config, "OpenDrawer")().layout, make_env(config, "OpenDrawer")().objects) == ("straight", "train")
+    dataset = demonstrations(changed, tmp_path / "data")
+    assert [dataset.source[key] for key in ("layouts", "styles", "objects")] == [["heldout"]] * 3
+    assert dataset.identity != demonstrations(config, tmp_path / "other").identity
+    options = ["--layouts=heldout", "--styles=heldout", "--objects=heldout", "--workers=0"]
+    assert parse_arguments(["OpenDrawer", "--out=somewhere", *options])[0].env == heldout

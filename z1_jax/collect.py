@@ -50,6 +50,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, pathlib.Path]:
     parser.add_argument("--seed", type=int, default=0, help="of the episodes (%(default)s)")
     parser.add_argument("--cameras", default=",".join(env.cameras), help="(%(default)s)")
     parser.add_argument("--image-size", type=int, default=env.image_size, help="pixels (%(default)s)")
+    for option in ("layouts", "styles", "objects"):
+        parser.add_argument(f"--{option}", default=",".join(getattr(env, option)), help="names or splits (%(default)s)")
     parser.add_argument("--workers", type=int, default=env.workers, help="worker processes (%(default)s)")
     given = parser.parse_args(list(arguments))
     config = Config(
@@ -58,7 +60,13 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, pathlib.Path]:
         seed=given.seed,
         demos=dataclasses.replace(demos, episodes=given.episodes, noise=given.noise, stride=given.stride),
         env=dataclasses.replace(
-            env, cameras=tuple(given.cameras.split(",")), image_size=given.image_size, workers=given.workers
+            env,
+            cameras=tuple(given.cameras.split(",")),
+            image_size=given.image_size,
+            layouts=tuple(given.layouts.split(",")),
+            styles=tuple(given.styles.split(",")),
+            objects=tuple(given.objects.split(",")),
+            workers=given.workers,
         ),
     )
     z1_config.check(config)

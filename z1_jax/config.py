@@ -33,6 +33,9 @@ class EnvConfig:
     cameras: tuple[str, ...] = ("robot0_agentview_left", "robot0_eye_in_hand")  # in the order of the image slots
     image_size: int = 64  # pixels
     horizon: int = 0  # control steps of an episode; 0: the task's own
+    layouts: tuple[str, ...] = ("straight",)  # kitchens; each episode draws one; also: train, heldout (all of a split)
+    styles: tuple[str, ...] = ("oak",)  # colours; the same
+    objects: tuple[str, ...] = ("train",)  # splits of the things that stand about: train, heldout
     parallel: int = 64  # environments alive at once, over all workers
     workers: int = 2  # worker processes; 0: step inside this process
     timeout_s: float = 60.0  # longest that one call to a worker may take

@@ -34,19 +34,29 @@ def make_env(config: Config, task: str) -> functools.partial[Env]:
     """What a worker calls to build one environment.
 
     Raises:
-        ConfigError: the suite has no such task or camera.
+        ConfigError: the suite has no such task, camera, layout, style or objects.
     """
     from envs import kitchen
 
     _check_names("task", [task], list(kitchen.TASKS))
     _check_names("env.cameras", list(config.env.cameras), list(kitchen.CAMERAS))
-    return functools.partial(
-        kitchen.make,
-        task,
-        cameras=config.env.cameras,
-        image_size=config.env.image_size,
-        horizon=config.env.horizon or None,
-    )
+    _check_names("env.layouts", list(config.env.layouts), [*kitchen.LAYOUTS, *kitchen.LAYOUT_SPLITS])
+    _check_names("env.styles", list(config.env.styles), [*kitchen.STYLES, *kitchen.STYLE_SPLITS])
+    _check_names("env.objects", list(config.env.objects), list(kitchen.OBJECT_SPLITS))
+    return functools.partial(kitchen.make, task, **_env_options(config))
+
+
+def _env_options(config: Config) -> dict[str, Any]:
+    """KitchenEnv's arguments besides the task."""
+    env = config.env
+    return {
+        "cameras": env.cameras,
+        "image_size": env.image_size,
+        "horizon": env.horizon or None,
+        "layout": env.layouts,
+        "style": env.styles,
+        "objects": env.objects,
+    }
 
 
 def episode_steps(config: Config) -> int:
@@ -78,6 +88,8 @@ def check_inputs(config: Config) -> None:
 
 
 def _check_names(key: str, given: list[str], known: list[str]) -> None:
+    if not given:
+        raise ConfigError(f"config key {key}: got nothing, expected one or more of {', '.join(known)}")
     for name in given:
         if name not in known:
             raise ConfigError(f"config key {key}: {name!r} does not exist; known: {', '.join(known)}")
@@ -144,6 +156,9 @@ def demonstrations_source(config: Config) -> dict[str, Any]:
         "cameras": list(config.env.cameras),
         "image_size": config.env.image_size,
         "horizon": config.env.horizon,
+        "layouts": list(config.env.layouts),
+        "styles": list(config.env.styles),
+        "objects": list(config.env.objects),
         "seed": config.seed,
     }
 
@@ -179,11 +194,7 @@ def _successful_episodes(config: Config, journal: EpisodeJournal) -> Iterator[An
         processes=config.env.workers,
         stride=config.demos.stride,
         chunk=architecture(config).horizon,
-        options={
-            "cameras": config.env.cameras,
-            "image_size": config.env.image_size,
-            "horizon": config.env.horizon or None,
-        },
+        options=_env_options(config),
     )
     columns = {"success": ".1%"}
     with (

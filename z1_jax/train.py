@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from envs.video import write_video
 from z1_jax import config as z1_config
 from z1_jax.config import Config
 from z1_jax.evaluation import Evaluation, compare, evaluate, film, rate_sentence, sentence
@@ -19,7 +20,6 @@ from z1_jax.policy import Policy
 from z1_jax.rl.loop import GrpoTrainer, train_grpo
 from z1_jax.runs import StageClock, conclude, finished_sentence, require_algorithm, run_main, start_jax
 from z1_jax.stages import check_inputs, demonstrations, given_policy, make_mesh, make_pool, supervised_policy
-from z1_jax.video import write_video
 
 
 def main(argv: Sequence[str]) -> int | None:

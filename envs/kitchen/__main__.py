@@ -1,38 +1,86 @@
-"""`python -m envs.kitchen TASK`: a picture grid of one expert episode, one row a camera; `all`: one row a task."""
+"""`python -m envs.kitchen TASK`: an expert's episode as a picture grid (one row a camera) or, with --out FILE.webp or
+FILE.gif, as a video; `all`: three moments of every task's episode in one picture."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from envs.kitchen import CAMERAS, LAYOUTS, STYLES, TASKS, KitchenEnv, make
+from envs.base import Snapshot
+from envs.kitchen import (
+    CAMERAS,
+    LAYOUT_SPLITS,
+    LAYOUTS,
+    OBJECT_SPLITS,
+    STYLE_SPLITS,
+    STYLES,
+    TASKS,
+    KitchenEnv,
+    make,
+)
 from envs.kitchen.experts import make_expert
+from envs.video import write_video
+
+VIDEO_SUFFIXES = (".webp", ".gif")
+LABEL = 14  # pixels of the line with a task's name
+COLUMNS = 3  # tasks side by side in the picture of all
 
 
-def picture_grid(env: KitchenEnv, seed: int, size: int = 160, columns: int = 6) -> np.ndarray:
-    """Pictures uint8 [cameras * size, columns * size, 3] at even times of the expert's episode of a seed."""
+def moments(env: KitchenEnv, seed: int) -> Iterator[Snapshot]:
+    """The states of the expert's episode of a seed, one a control step."""
     env.reset(seed)
     expert = make_expert(env)
-    moments = [env.snapshot()]
+    yield env.snapshot()
     while not env.success and env.steps < env.spec.horizon:
         env.step_chunk(expert.act()[None])
-        moments.append(env.snapshot())
-    rows: list[list[np.ndarray]] = [[] for _ in CAMERAS]
-    for index in np.linspace(0, len(moments) - 1, columns).round().astype(int):
-        env.restore(moments[index])
-        for row, camera in zip(rows, CAMERAS, strict=True):
-            row.append(env.render(camera, size))
-    env.restore(moments[-1])
+        yield env.snapshot()
+
+
+def smooth(env: KitchenEnv, camera: str, size: int, backend: str = "rays") -> np.ndarray:
+    """A picture uint8 [size, size, 3] without jagged edges: the mean of four times as many pixels."""
+    fine = env.render(camera, 2 * size, backend).reshape(size, 2, size, 2, 3)
+    return fine.mean(axis=(1, 3)).round().astype(np.uint8)
+
+
+def picture_grid(
+    env: KitchenEnv,
+    seed: int,
+    size: int = 160,
+    columns: int = 6,
+    cameras: tuple[str, ...] = CAMERAS,
+    backend: str = "rays",
+) -> np.ndarray:
+    """Pictures uint8 [cameras * size, columns * size, 3] at even times of the expert's episode of a seed."""
+    states = list(moments(env, seed))
+    rows: list[list[np.ndarray]] = [[] for _ in cameras]
+    for index in np.linspace(0, len(states) - 1, columns).round().astype(int):
+        env.restore(states[index])
+        for row, camera in zip(rows, cameras, strict=True):
+            row.append(smooth(env, camera, size, backend))
+    env.restore(states[-1])
     return np.concatenate([np.concatenate(row, axis=1) for row in rows])
 
 
-def overview(seed: int, size: int, columns: int, options: Mapping[str, str]) -> np.ndarray:
-    """Every task's episode through the first camera, one row a task."""
-    return np.concatenate([picture_grid(make(task, **options), seed, size, columns)[:size] for task in TASKS])
+def film(env: KitchenEnv, seed: int, size: int, camera: str = CAMERAS[0], backend: str = "rays") -> np.ndarray:
+    """Frames uint8 [N, size, size, 3] of the expert's episode of a seed, one a control step."""
+    return np.stack([smooth(env, camera, size, backend) for _ in moments(env, seed)])
+
+
+def overview(seed: int, size: int, options: Mapping[str, str], backend: str = "rays") -> np.ndarray:
+    """Every task with its name: start, middle and end of an episode (seed, seed + 1, …) through the first camera."""
+    cells = []
+    for i, task in enumerate(TASKS):
+        cell = np.full((size + LABEL, 3 * size + 6, 3), 255, np.uint8)
+        cell[LABEL:, : 3 * size] = picture_grid(make(task, **options), seed + i, size, 3, CAMERAS[:1], backend)
+        image = Image.fromarray(cell)
+        ImageDraw.Draw(image).text((2, 1), task, fill=(0, 0, 0))
+        cells.append(np.asarray(image))
+    rows = [cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)]
+    return np.concatenate([np.concatenate(row, axis=1) for row in rows])
 
 
 def save(path: str, picture: np.ndarray) -> None:
@@ -42,25 +90,39 @@ def save(path: str, picture: np.ndarray) -> None:
 
 
 def main() -> None:
-    """Writes the picture and says how the episode went."""
+    """Writes the picture or video and says how the episode went."""
     parser = argparse.ArgumentParser(prog="python -m envs.kitchen", description=__doc__)
     parser.add_argument("task", choices=[*sorted(TASKS), "all"])
-    parser.add_argument("--out", default=None, help="picture file; default TASK.png")
+    parser.add_argument("--out", default=None, help="a picture, or a video (.webp, .gif); default TASK.png")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=160, help="pixels of one picture")
-    parser.add_argument("--layout", choices=sorted(LAYOUTS), default=next(iter(LAYOUTS)))
-    parser.add_argument("--style", choices=sorted(STYLES), default=next(iter(STYLES)))
+    parser.add_argument("--camera", choices=CAMERAS, default=CAMERAS[0], help="of a video")
+    parser.add_argument("--layout", choices=[*LAYOUTS, *LAYOUT_SPLITS], default=next(iter(LAYOUTS)))
+    parser.add_argument("--style", choices=[*STYLES, *STYLE_SPLITS], default=next(iter(STYLES)))
+    parser.add_argument("--objects", choices=OBJECT_SPLITS, default=OBJECT_SPLITS[0])
+    parser.add_argument("--backend", choices=("rays", "gl"), default="rays", help="gl has shadows and needs OpenGL")
     arguments = parser.parse_args()
-    options = {"layout": arguments.layout, "style": arguments.style}
-    out = arguments.out or f"{arguments.task}.png"
+    options = {"layout": arguments.layout, "style": arguments.style, "objects": arguments.objects}
+    out, seed, size, backend = (
+        arguments.out or f"{arguments.task}.png",
+        arguments.seed,
+        arguments.size,
+        arguments.backend,
+    )
+    is_video = Path(out).suffix in VIDEO_SUFFIXES
     if arguments.task == "all":
-        save(out, overview(arguments.seed, arguments.size, columns=5, options=options))
-        print(f"{out}: {', '.join(TASKS)}; seed {arguments.seed}, from the start to the end of the expert's episode")
+        if is_video:
+            parser.error(f"--out {out}: a video shows one task; expected a picture such as all.png")
+        save(out, overview(seed, size, options, backend))
+        print(f"{out}: {', '.join(TASKS)}; seeds from {seed} on, start, middle and end of the expert's episode")
         return
     env = make(arguments.task, **options)
-    save(out, picture_grid(env, arguments.seed, arguments.size))
+    if is_video:
+        write_video(out, film(env, seed, size, arguments.camera, backend), env.spec.control_hz)
+    else:
+        save(out, picture_grid(env, seed, size, backend=backend))
     print(
-        f"{out}: seed {arguments.seed}, {env.observe().instruction!r}, "
+        f"{out}: seed {seed}, {env.observe().instruction!r}, "
         f"{'success' if env.success else 'failure'} after {env.steps} control steps"
     )
 

@@ -10,6 +10,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import signal
@@ -65,22 +66,32 @@ def run_episode(env: KitchenEnv, seed: int, noise: float = 0.2, stride: int = 4,
       The episode, also when it failed: the caller keeps what it wants.
     """
     env.reset(seed)
-    expert, rng = make_expert(env), np.random.default_rng([seed, _NOISE_STREAM])
-    scale = float(rng.choice([0.0, 1.0, 2.0]) * noise)
+    expert = make_expert(env)
+    scale, disturbances = disturb(seed, noise)
     observations: list[EnvObservation] = []
     labels: list[np.ndarray] = []
-    offset = np.zeros(ACTION_DIM)
     done = False
     while not done:
         step = len(labels)
         if step % stride == 0:
             observations.append(env.observe())
-        if step % OFFSET_STEPS == 0:
-            offset = OFFSET * rng.standard_normal(ACTION_DIM)
         labels.append(expert.act())
-        disturbance = scale * _NOISE_PROFILE * (WHITE * rng.standard_normal(ACTION_DIM) + offset)
-        done = env.step_chunk((labels[-1] + disturbance)[None]).done
+        done = env.step_chunk((labels[-1] + next(disturbances))[None]).done
     return _episode(env, seed, scale, stride, chunk, observations, np.stack(labels))
+
+
+def disturb(seed: int, noise: float) -> tuple[float, Iterator[np.ndarray]]:
+    """The noise scale of a seed's episode, drawn from {0, noise, 2 noise}, and what to add to each action [12]."""
+    rng = np.random.default_rng([seed, _NOISE_STREAM])
+    scale = float(rng.choice([0.0, 1.0, 2.0]) * noise)
+
+    def disturbances() -> Iterator[np.ndarray]:
+        for step in itertools.count():
+            if step % OFFSET_STEPS == 0:
+                offset = OFFSET * rng.standard_normal(ACTION_DIM)
+            yield scale * _NOISE_PROFILE * (WHITE * rng.standard_normal(ACTION_DIM) + offset)
+
+    return scale, disturbances()
 
 
 def _episode(

@@ -6,15 +6,17 @@ import copy
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import mujoco
 import numpy as np
 
 from envs.base import ChunkResult, EnvObservation, EnvSpec, Snapshot
+from envs.kitchen import gl
 from envs.kitchen import render as renderer
+from envs.kitchen.objects import OBJECT_SPLITS
 from envs.kitchen.robot import ACTION_DIM, CONTROL_HZ, STATE_DIM, SUBSTEPS, add_robot
-from envs.kitchen.scene import LAYOUTS, STYLES, SceneBuilder
+from envs.kitchen.scene import LAYOUT_SPLITS, LAYOUTS, STYLE_SPLITS, STYLES, SceneBuilder
 from envs.kitchen.tasks import TASKS, Task
 from envs.kitchen.world import World
 
@@ -26,9 +28,9 @@ _PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(task: str, layout: str) -> mujoco.MjModel:
+def _compiled(task: str, layout: str, objects: str) -> mujoco.MjModel:
     """The pristine model of a task in a layout; environments copy it before they write to it."""
-    scene = SceneBuilder(LAYOUTS[layout])
+    scene = SceneBuilder(LAYOUTS[layout], objects)
     scene.room()
     info = TASKS[task].task
     info.build(scene)
@@ -36,12 +38,19 @@ def _compiled(task: str, layout: str) -> mujoco.MjModel:
     return scene.compile()
 
 
-def _known(kind: str, names: str | Sequence[str], table: Sequence[str]) -> tuple[str, ...]:
-    chosen = (names,) if isinstance(names, str) else tuple(names)
-    unknown = [name for name in chosen if name not in table]
+def _known(
+    kind: str, names: str | Sequence[str], table: Sequence[str], splits: Mapping[str, tuple[str, ...]] | None = None
+) -> tuple[str, ...]:
+    """The chosen names; one that is a split stands for all of its names."""
+    chosen, splits = (names,) if isinstance(names, str) else tuple(names), splits or {}
+    unknown = [name for name in chosen if name not in table and name not in splits]
     if unknown or not chosen:
-        raise ValueError(f"unknown {kind} {unknown or chosen}: expected one or more of {', '.join(table)}")
-    return chosen
+        raise ValueError(f"unknown {kind} {unknown or chosen}: expected one or more of {', '.join([*table, *splits])}")
+    return tuple(dict.fromkeys(part for name in chosen for part in splits.get(name, (name,))))
+
+
+def _draw(rng: np.random.Generator, names: tuple[str, ...]) -> str:
+    return names[rng.integers(len(names))]  # draws nothing where there is no choice
 
 
 class KitchenEnv:
@@ -55,6 +64,7 @@ class KitchenEnv:
         horizon: int | None = None,
         layout: str | Sequence[str] = "straight",
         style: str | Sequence[str] = "oak",
+        objects: str | Sequence[str] = "train",
     ):
         """Builds the scene; the first episode begins with `reset`.
 
@@ -63,8 +73,9 @@ class KitchenEnv:
           cameras: names out of `CAMERAS`; `observe` renders these and no others.
           image_size: pixels of the square frames.
           horizon: control steps of an episode; None takes the task's.
-          layout: names out of `LAYOUTS`; each reset draws one of them.
-          style: names out of `STYLES`; each reset draws one of them.
+          layout: names out of `LAYOUTS` or of its splits, `train` and `heldout`; each reset draws one of them.
+          style: the same for `STYLES`.
+          objects: names out of `OBJECT_SPLITS`: where the scene's things are taken from; each reset draws one of them.
 
         Raises:
           ValueError: an unknown name, or a size or horizon that is not positive.
@@ -73,8 +84,9 @@ class KitchenEnv:
             raise ValueError(f"unknown kitchen task {task!r}: expected one of {', '.join(TASKS)}")
         if image_size < 1 or (horizon is not None and horizon < 1):
             raise ValueError(f"image_size and horizon must be positive, got {image_size} and {horizon}")
-        self._layouts = _known("layout", layout, tuple(LAYOUTS))
-        self._styles = _known("style", style, tuple(STYLES))
+        self._layouts = _known("layout", layout, tuple(LAYOUTS), LAYOUT_SPLITS)
+        self._styles = _known("style", style, tuple(STYLES), STYLE_SPLITS)
+        self._object_splits = _known("object split", objects, OBJECT_SPLITS)
         self.info = TASKS[task]
         self.task: Task = self.info.task
         self._spec = EnvSpec(
@@ -86,11 +98,11 @@ class KitchenEnv:
             control_hz=CONTROL_HZ,
             horizon=horizon or self.info.horizon,
         )
-        self._worlds: dict[str, World] = {}
+        self._worlds: dict[tuple[str, str], World] = {}
         self._rng = np.random.default_rng(0)
         self._light = renderer.Light()
         self._steps, self._succeeded, self._instruction = 0, False, ""
-        self.layout = self._layouts[0]
+        self.layout, self.objects = self._layouts[0], self._object_splits[0]
         self.reset(0)
 
     @property
@@ -101,9 +113,10 @@ class KitchenEnv:
     @property
     def world(self) -> World:
         """The scene of the present episode: privileged, for tasks, experts and tests."""
-        if self.layout not in self._worlds:
-            self._worlds[self.layout] = World(copy.copy(_compiled(self._spec.task, self.layout)))
-        return self._worlds[self.layout]
+        key = (self.layout, self.objects)
+        if key not in self._worlds:
+            self._worlds[key] = World(copy.copy(_compiled(self._spec.task, *key)), self.task.things_of(self.objects))
+        return self._worlds[key]
 
     @property
     def steps(self) -> int:
@@ -118,10 +131,10 @@ class KitchenEnv:
     def reset(self, seed: int) -> None:
         """Starts the episode of a seed: fixture, object, start and camera poses, colours, light, instruction."""
         rng = self._rng = np.random.default_rng(seed)
-        self.layout = self._layouts[rng.integers(len(self._layouts))]
+        self.layout, self.objects = _draw(rng, self._layouts), _draw(rng, self._object_splits)
         world = self.world
         world.clear()
-        world.paint(STYLES[self._styles[rng.integers(len(self._styles))]], rng)
+        world.paint(STYLES[_draw(rng, self._styles)], rng)
         world.jitter_cameras(rng, CAMERA_JITTER)
         self._light = renderer.Light(intensity=float(rng.uniform(1 - LIGHT_JITTER, 1 + LIGHT_JITTER)))
         layout = LAYOUTS[self.layout]
@@ -137,17 +150,27 @@ class KitchenEnv:
         images = {camera: self.render(camera, self._spec.image_size) for camera in self._spec.cameras}
         return EnvObservation(images, self.world.controller.state(), self._instruction)
 
-    def render(self, camera: str = "robot0_agentview_right", size: int = 256) -> np.ndarray:
+    def render(self, camera: str = "robot0_agentview_right", size: int = 256, backend: str = "rays") -> np.ndarray:
         """One camera's picture uint8 [size, size, 3], RGB, upright; changes no physics.
 
+        Args:
+          camera: a name in `CAMERAS`.
+          size: pixels.
+          backend: `rays`, what policies see; `gl`, MuJoCo's own renderer with shadows, which needs OpenGL.
+
         Raises:
-          ValueError: an unknown camera.
+          ValueError: an unknown camera or backend.
+          RuntimeError: `gl` where this machine has no OpenGL; the message says what to install.
         """
         _known("camera", camera, CAMERAS)
+        _known("backend", backend, ("rays", "gl"))
         world = self.world
         mujoco.mj_kinematics(world.model, world.data)
         mujoco.mj_camlight(world.model, world.data)
-        return renderer.render(world.model, world.data, world.model.camera(camera).id, size, self._light)
+        index = world.model.camera(camera).id
+        if backend == "gl":
+            return gl.render(world.model, world.data, index, size, self._light)
+        return renderer.render(world.model, world.data, index, size, self._light)
 
     def step_chunk(self, actions: np.ndarray) -> ChunkResult:
         """Executes actions [E, 12] in [-1, 1] (clipped), checking success after every control step.
@@ -182,6 +205,7 @@ class KitchenEnv:
         mujoco.mj_getState(world.model, world.data, physics, _PHYSICS)
         extra = {
             "layout": self.layout,
+            "objects": self.objects,
             "fields": world.fields(),
             "targets": world.controller.targets(),
             "memory": dict(world.memory),
@@ -202,7 +226,7 @@ class KitchenEnv:
         if snapshot.env != self._identity:
             raise ValueError(f"snapshot of {snapshot.env!r} cannot be restored here: expected {self._identity!r}")
         extra = snapshot.extra
-        self.layout = extra["layout"]
+        self.layout, self.objects = extra["layout"], extra["objects"]
         world = self.world
         world.set_fields(extra["fields"])
         mujoco.mj_setState(world.model, world.data, snapshot.physics, _PHYSICS)

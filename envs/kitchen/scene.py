@@ -35,6 +35,9 @@ class Layout:
     counter_height: float = 0.92  # top surface above the floor
     counter_front: float = 0.50  # x of the counter's front edge
     counter_depth: float = 0.65  # front edge to wall
+    side_wall: int = 0  # 1: a wall on the left, -1: on the right, 0: none
+    tiles: bool = False  # a strip of tiles on the wall over the counter
+    window: bool = False  # a window in the wall, on the right
 
     @property
     def wall(self) -> float:
@@ -53,13 +56,23 @@ class Style:
     appliance: tuple[float, float, float]
 
 
-LAYOUTS: dict[str, Layout] = {"straight": Layout()}
+LAYOUTS: dict[str, Layout] = {
+    "straight": Layout(),
+    "low": Layout(0.86, 0.48, 0.62, tiles=True),
+    "corner": Layout(0.94, 0.52, 0.68, side_wall=1),
+    "deep": Layout(0.90, 0.54, 0.72, side_wall=-1, tiles=True),
+    "high": Layout(0.97, 0.47, 0.61, window=True),
+}
+LAYOUT_SPLITS = {"train": ("straight", "low", "corner"), "heldout": ("deep", "high")}
 
 STYLES: dict[str, Style] = {
     "oak": Style((0.80, 0.78, 0.72), (0.55, 0.50, 0.45), (0.62, 0.60, 0.58), (0.66, 0.47, 0.30), (0.30, 0.30, 0.33)),
     "white": Style((0.62, 0.70, 0.74), (0.45, 0.42, 0.40), (0.40, 0.38, 0.37), (0.88, 0.87, 0.84), (0.22, 0.22, 0.24)),
     "slate": Style((0.84, 0.80, 0.76), (0.60, 0.58, 0.55), (0.80, 0.76, 0.68), (0.32, 0.38, 0.44), (0.60, 0.60, 0.62)),
+    "mint": Style((0.86, 0.82, 0.70), (0.38, 0.40, 0.44), (0.30, 0.32, 0.34), (0.55, 0.72, 0.62), (0.82, 0.82, 0.80)),
+    "brick": Style((0.70, 0.48, 0.40), (0.68, 0.62, 0.52), (0.86, 0.84, 0.80), (0.45, 0.30, 0.22), (0.40, 0.42, 0.46)),
 }
+STYLE_SPLITS = {"train": ("oak", "white", "slate"), "heldout": ("mint", "brick")}
 
 COLOURS: dict[str, tuple[float, float, float]] = {
     "metal": (0.72, 0.74, 0.77),
@@ -82,6 +95,15 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "cream": (0.95, 0.92, 0.80),
     "violet": (0.50, 0.20, 0.55),
     "lemon": (0.95, 0.85, 0.15),
+    "orange": (0.95, 0.50, 0.10),
+    "teal": (0.10, 0.55, 0.55),
+    "olive": (0.45, 0.50, 0.15),
+    "pink": (0.90, 0.50, 0.60),
+    "brown": (0.40, 0.25, 0.15),
+    "china": (0.93, 0.93, 0.96),
+    "pan": (0.16, 0.16, 0.18),
+    "tile": (0.78, 0.84, 0.86),
+    "glass": (0.62, 0.80, 0.95),
 }
 
 
@@ -104,11 +126,13 @@ def look_at(eye: Sequence[float], target: Sequence[float]) -> np.ndarray:
 class SceneBuilder:
     """Collects bodies, geoms, joints and cameras; `compile` gives the MjModel.
 
-    Geom names are "material/number", so that a compiled model still knows each geom's material.
+    Geom names are "material/number", so that a compiled model still knows each geom's material. `objects` is the split
+    of the objects' catalogue that the scene's things are taken from.
     """
 
-    def __init__(self, layout: Layout):
+    def __init__(self, layout: Layout, objects: str = "train"):
         self.layout = layout
+        self.objects = objects
         self.spec = mujoco.MjSpec()
         self.spec.compiler.degree = False
         option = self.spec.option
@@ -194,10 +218,18 @@ class SceneBuilder:
         body.add_camera(name=name, pos=list(eye), quat=look_at(eye, target).tolist(), fovy=fov)
 
     def room(self) -> None:
-        """Floor and wall."""
+        """Floor and walls."""
         layout = self.layout
         self.geom(self.world, GEOM.mjGEOM_PLANE, "floor", [3, 3, 0.1])
         self.box(self.world, "wall", [layout.wall + 0.05, 0, 1.25], [0.05, 2.5, 1.25])
+        if layout.side_wall:
+            self.box(self.world, "wall", [layout.wall - 1.0, 1.25 * layout.side_wall, 1.25], [1.0, 0.05, 1.25])
+        if layout.tiles:
+            place = [layout.wall, 0, layout.counter_height + 0.14]
+            self.box(self.world, "tile", place, [0.006, 1.2, 0.14], contact="none")
+        if layout.window:
+            place = [layout.wall, -0.55, layout.counter_height + 0.45]
+            self.box(self.world, "glass", place, [0.006, 0.25, 0.20], contact="none")
 
     def compile(self) -> mujoco.MjModel:
         """The compiled model."""

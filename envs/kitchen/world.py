@@ -17,10 +17,14 @@ MODEL_FIELDS = ("body_pos", "body_quat", "geom_rgba", "cam_pos", "cam_quat")
 
 
 class World:
-    """A scene in motion. `memory` holds the episode's choices and latches (plain Python values)."""
+    """A scene in motion. `memory` holds the episode's choices and latches (plain Python values).
 
-    def __init__(self, model: mujoco.MjModel):
+    `things` are the names of the scene's objects.
+    """
+
+    def __init__(self, model: mujoco.MjModel, things: tuple[str, ...] = ()):
         self.model = model
+        self.things = things
         self.data = mujoco.MjData(model)
         self.controller = Controller(model, self.data)
         self.memory: dict[str, Any] = {}
@@ -67,6 +71,20 @@ class World:
         """World position [3] of a body."""
         return self.data.body(body).xpos
 
+    def local(self, body: str, point: np.ndarray) -> np.ndarray:
+        """A world point [3] in a body's frame."""
+        frame = self.data.body(body)
+        return (point - frame.xpos) @ frame.xmat.reshape(3, 3)
+
+    def half(self, thing: str) -> np.ndarray:
+        """Half extents [3] of an object's collision box, which is its first geom."""
+        return self.model.geom_size[self.model.body(thing).geomadr[0]]
+
+    def bottom(self, thing: str) -> float:
+        """Height of the lowest point of an object's collision box, however it lies."""
+        frame = self.data.body(thing)
+        return float(frame.xpos[2] - np.abs(frame.xmat[6:]) @ self.half(thing))
+
     def joint(self, name: str) -> float:
         """Value of a one-dimensional joint."""
         return float(self.data.qpos[self._qpos[name]])
@@ -102,6 +120,14 @@ class World:
     def tint(self, geom: str, rgb: tuple[float, float, float]) -> None:
         """Recolours one geom, e.g. a lamp."""
         self.model.geom(geom).rgba[:3] = rgb
+
+    def colour(self, geom: str) -> tuple[float, float, float]:
+        """The present RGB of one geom."""
+        return tuple(float(channel) for channel in self.model.geom(geom).rgba[:3])
+
+    def show(self, geom: str, visible: bool) -> None:
+        """Shows or hides a geom."""
+        self.model.geom(geom).rgba[3] = float(visible)
 
     def jitter_cameras(self, rng: np.random.Generator, distance: float) -> None:
         """Shifts every camera by up to `distance` metres an axis; the wrist camera by a fifth of it."""

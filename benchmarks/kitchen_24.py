@@ -1,0 +1,178 @@
+"""The table of the kitchen's 24 tasks: demonstrations → SFT → GRPO → paired evaluation of each, and the mean gain.
+
+Each task and seed is one run of `python -m z1_jax.train`; finished ones are read back, an interrupted one continues, so
+that the same command goes on where it stopped: `python benchmarks/kitchen_24.py --out runs/kitchen_24`. The table is
+written anew after every run (`--table`); `--report` only writes it. Further arguments go to each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+from kitchen_gain import Cell, run_all
+
+from envs.kitchen import TASKS
+from z1_jax.statistics import clustered_interval, clustered_mean
+
+SHORT = 48  # control steps: tasks with a longer horizon take the longer preset
+MEAN_GOAL = 0.25
+SIGNIFICANT = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A finished run: its cell, its summary and the paired differences of its held-out episodes."""
+
+    cell: Cell
+    summary: dict
+    differences: np.ndarray  # [n], after minus before: -1, 0 or 1
+
+    @property
+    def minutes(self) -> float:
+        """Wall time of all stages."""
+        return sum(self.summary["wall_seconds"].values()) / 60
+
+    @property
+    def worse(self) -> bool:
+        """Whether RL made the task significantly worse."""
+        return self.summary["difference"] < 0 and self.summary["mcnemar_p"] < SIGNIFICANT
+
+
+def cells(tasks: list[str], seeds: list[int], preset: str) -> list[Cell]:
+    """One cell a task and seed, all tasks of a seed before the next seed."""
+    rows = []
+    for seed in seeds:
+        for task in tasks:
+            chosen = preset or ("kitchen" if TASKS[task].horizon <= SHORT else "long")
+            rows.append(Cell(f"{task}-seed{seed}", task, seed, (), config=f"configs/grpo.py:{chosen}"))
+    return rows
+
+
+def finished(rows: list[Cell], out: pathlib.Path) -> list[Row]:
+    """The cells whose run is complete."""
+    found = []
+    for cell in rows:
+        summary = out / cell.name / "summary.json"
+        if summary.exists():
+            outcomes = [_outcomes(out / cell.name / "evaluation" / f"{name}.jsonl") for name in ("before", "after")]
+            differences = np.array([outcomes[1][seed] - outcomes[0][seed] for seed in sorted(outcomes[0])])
+            found.append(Row(cell, json.loads(summary.read_text()), differences))
+    return found
+
+
+def _outcomes(path: pathlib.Path) -> dict[int, int]:
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return {record["seed"]: int(record["success"]) for record in records}
+
+
+def mean_gain(rows: list[Row]) -> tuple[float, tuple[float, float]]:
+    """The mean over tasks of the mean over seeds, and its bootstrap interval, clustered by task and seed."""
+    values = np.concatenate([row.differences for row in rows])
+    tasks = [row.cell.task for row in rows for _ in row.differences]
+    seeds = [row.cell.seed for row in rows for _ in row.differences]
+    low, high = clustered_interval(values, tasks, seeds, seed=0)
+    return clustered_mean(values, tasks, seeds), (float(low), float(high))
+
+
+def table(rows: list[Row], missing: list[str]) -> str:
+    """The page: a line a run, the mean, and what is to be said about single tasks."""
+    episodes = sorted({row.summary["before"]["episodes"] for row in rows})
+    lines = [
+        "# The kitchen's 24 tasks",
+        "",
+        f"Success on {' or '.join(map(str, episodes)) or 'the'} held-out seeds with the ODE sampler after SFT and "
+        "after GRPO on the same seeds: Wilson and paired bootstrap intervals at 95 %, exact McNemar test. Written by "
+        "`python benchmarks/kitchen_24.py`.",
+        "",
+        "| task, seed | preset | after SFT | after GRPO | gain in points | McNemar p | simulated steps | minutes |",
+        "|---|---|---|---|---|---|---|---|",
+        *map(_line, rows),
+        "",
+    ]
+    if rows:
+        gain, (low, high) = mean_gain(rows)
+        count = len({row.cell.task for row in rows})
+        lines += [
+            f"Mean gain over {count} task{'s' * (count != 1)}: **{100 * gain:+.1f} points** "
+            f"[{100 * low:+.1f}, {100 * high:+.1f}] (bootstrap over tasks, and over seeds within them).",
+            "",
+        ]
+    notes = {
+        "Significantly worse after RL": [row.cell.name for row in rows if row.worse],
+        "SFT hardly starts (below 5 %)": [row.cell.name for row in rows if row.summary["before"]["rate"] < 0.05],
+        "Not measured yet": missing,
+    }
+    lines += [f"{title}: {', '.join(names) or 'none'}.\n" for title, names in notes.items()]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _line(row: Row) -> str:
+    before, after, summary = row.summary["before"], row.summary["after"], row.summary
+    low, high = summary["difference_interval"]
+    preset = row.cell.config.partition(":")[2]
+    return (
+        f"| {row.cell.task}, {row.cell.seed} | {preset} | {_rate(before)} | {_rate(after)} | "
+        f"{100 * summary['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] | {summary['mcnemar_p']:.2g} | "
+        f"{summary['simulated_steps']:,} | {row.minutes:.1f} |"
+    )
+
+
+def _rate(part: dict) -> str:
+    low, high = part["interval"]
+    return f"{100 * part['rate']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def results(rows: list[Row]) -> list[str]:
+    """RESULT lines: the mean gain, and how many runs got significantly worse."""
+    if not rows:
+        return []
+    gain, interval = mean_gain(rows)
+    worse = sum(row.worse for row in rows)
+    spread = [round(100 * value, 2) for value in interval]
+    figures = [
+        ("kitchen_24/mean_gain", round(100 * gain, 2), "points", 100 * MEAN_GOAL, gain >= MEAN_GOAL, spread),
+        ("kitchen_24/significantly_worse", worse, "runs", 0, worse == 0, None),
+    ]
+    keys = ("name", "value", "unit", "goal", "met", "spread")
+    common = {"baseline": "SFT, same seeds", "n": len(rows)}
+    return ["RESULT " + json.dumps({**dict(zip(keys, figure, strict=True)), **common}) for figure in figures]
+
+
+def main() -> None:
+    """Runs what is missing, one after the other, and writes the table after each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/kitchen_24"))
+    parser.add_argument("--table", type=pathlib.Path, default=pathlib.Path("docs/kitchen-24.md"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on a core of its own")
+    parser.add_argument("--only", default="", help="tasks, comma-separated; default all")
+    parser.add_argument("--preset", default="", help="of configs/grpo.py for every task; default by the task's length")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the table of what is there")
+    arguments, extra = parser.parse_known_args()
+    tasks = arguments.only.split(",") if arguments.only else list(TASKS)
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        parser.error(f"--only: unknown task {unknown[0]}; known: {', '.join(TASKS)}")
+    out, rows = arguments.out.absolute(), cells(tasks, arguments.seeds, arguments.preset)
+
+    def write() -> list[Row]:
+        found = finished(rows, out)
+        have = {row.cell.name for row in found}
+        arguments.table.parent.mkdir(parents=True, exist_ok=True)
+        arguments.table.write_text(table(found, [cell.name for cell in rows if cell.name not in have]))
+        return found
+
+    for start in range(0, 0 if arguments.report else len(rows), arguments.jobs):
+        run_all(rows[start : start + arguments.jobs], out, arguments.jobs, extra)
+        write()
+    found = write()
+    print(arguments.table.read_text())
+    print("\n".join(results(found)))
+
+
+if __name__ == "__main__":
+    main()
