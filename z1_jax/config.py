@@ -160,7 +160,7 @@ class UpdateConfig:
 
     epochs: int = 2
     batch_size: int = 128  # nodes (deduplicated chunks) an optimiser step
-    micro_batch: int = 128  # nodes that go through the network at once
+    micro_batch: int = 32  # nodes that go through the network at once; those that are all padding cost nothing
     clip_low: float = 0.2  # η below 1
     clip_high: float = 0.2  # η above 1
     ratio_max: float = 0.0  # dual clip: bounds ρ for negative advantages; above 1, or 0 for none
