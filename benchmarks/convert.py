@@ -3,8 +3,8 @@
     python benchmarks/convert.py [--dir FOLDER] [--file bfloat16 float32]
 
 Writes a synthetic PyTorch checkpoint of π0.5's full size (7.2 GB in bfloat16, 14.5 GB in float32) to FOLDER, copies it,
-converts it, and deletes everything. Both are timed from a cold page cache until the data are on the disk. On a busy machine
-the processor seconds tell more: the conversion needs them, `cp` does not.
+converts it, and deletes everything. Both are timed from a cold page cache until the data are on the disk. On a busy
+machine the processor seconds tell more: the conversion needs them, `cp` does not.
 """
 
 from __future__ import annotations
