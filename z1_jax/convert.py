@@ -13,7 +13,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -25,8 +25,8 @@ from z1_jax.formats import companions, targets
 from z1_jax.formats.architecture import check_tensors, read_architecture
 from z1_jax.formats.companions import Stats
 from z1_jax.formats.sources import FORMATS, Format, Source, describe, open_source, source_settings
-from z1_jax.formats.store import DTYPES, FormatError, TensorInfo
-from z1_jax.formats.transfer import DTYPE_CHOICES, PartSummary, chunks, target_tensors, transfer
+from z1_jax.formats.store import DTYPES, FormatError, TensorInfo, Writer
+from z1_jax.formats.transfer import DTYPE_CHOICES, End, PartSummary, chunks, target_tensors, transfer
 from z1_jax.models import tensors
 from z1_jax.models.pi05 import Pi05Config
 from z1_jax.models.tensors import Piece
@@ -228,7 +228,7 @@ def make_document(
     }
 
 
-def dtype_rule(choice: str, source: Source, style: tensors.Style):
+def dtype_rule(choice: str, source: Source, style: tensors.Style) -> Callable[[Piece], np.dtype]:
     """Piece -> the dtype that it is stored in."""
 
     def rule(piece: Piece) -> np.dtype:
@@ -240,7 +240,9 @@ def dtype_rule(choice: str, source: Source, style: tensors.Style):
     return rule
 
 
-def run_transfer(source: Source, model: Model, writer, end, infos: Mapping[str, TensorInfo]) -> dict[str, PartSummary]:
+def run_transfer(
+    source: Source, model: Model, writer: Writer | None, end: End, infos: Mapping[str, TensorInfo]
+) -> dict[str, PartSummary]:
     """Moves the arrays, with a line of progress on a terminal."""
     total = sum(source.tensors[name].nbytes for name in source.tensors if name != tensors.UNUSED_HEAD)
     done = 0
@@ -295,6 +297,8 @@ def print_table(
 
 def advice(format: Format, place: pathlib.Path, model: Model) -> str:
     """What stands between the result and a policy that acts."""
+    if format == "lerobot" and not companions.is_published_size(model.config):
+        return "; LeRobot has no name for these sizes: its config.json says gemma_2b, z1_jax.json has the real ones"
     if format != "ours":
         return ""
     missing = []

@@ -16,7 +16,7 @@ from z1_jax.models.siglip import SiglipConfig
 from z1_jax.models.tensors import Style
 
 Shapes = Mapping[str, tuple[int, ...]]
-# Heads of the attention by the name that openpi and LeRobot give the size: (heads, vision tower's heads).
+# Heads of the attention by the name that openpi and LeRobot give the size.
 VARIANT_HEADS = {"gemma_2b": 8, "gemma_2b_lora": 8, "gemma_300m": 8, "gemma_300m_lora": 8, "dummy": 8}
 _FLAGS = {
     "heads": "--heads=N: the attention heads of language model and action expert",

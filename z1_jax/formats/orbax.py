@@ -23,7 +23,7 @@ from z1_jax.formats.store import FormatError, Index, TensorInfo
 
 MANIFEST = "manifest.ocdbt"
 TREE = "_METADATA"  # names and types of the arrays
-_BATCH_BYTES = 160 << 20  # written in one commit; a file above 64 MiB is not hashed at every opening
+_BATCH_BYTES = 80 << 20  # written in one commit; a file above 64 MiB is not hashed at every opening
 
 
 def _one_line(error: BaseException) -> str:
@@ -159,7 +159,8 @@ class OrbaxWriter:
         """Stores a block of an array, which must be whole chunks."""
         with self._told():
             store = self._stores[name].with_transaction(self._transaction)
-            (store[index] if index else store).write(values).result()
+            # Nobody changes the values any more: TensorStore need not copy them.
+            (store[index] if index else store).write(values, can_reference_source_data_indefinitely=True).result()
             self._pending += values.nbytes
             if self._pending >= _BATCH_BYTES:
                 self._commit()

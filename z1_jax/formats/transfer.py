@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from z1_jax.formats.store import DTYPES, FormatError, Index, Reader, TensorInfo, Writer
-from z1_jax.models.tensors import Layout, Piece, Style
+from z1_jax.models.tensors import Piece, Style
 
 DTYPE_CHOICES = ("float32", "bfloat16", "source")
 BLOCK_BYTES = 64 << 20  # of float32: larger pieces are stored, and where the axes allow it moved, in blocks of rows
@@ -118,7 +118,7 @@ def transfer(
         out = None
         if writer is not None:
             turned = target.style == "torch" and piece.layout is not None
-            out = contiguous(_layout(piece).to_torch(values)) if turned else values
+            out = contiguous(piece.layout.to_torch(values)) if turned else values
         return raw, values, out
 
     jobs = _jobs(pieces, source.style, target.style)
@@ -143,11 +143,6 @@ def transfer(
         if crc is not None and read_crcs.get(leaf, crc) != crc:
             raise FormatError(f"{leaf} of the source fails its checksum: the checkpoint is damaged")
     return parts
-
-
-def _layout(piece: Piece) -> Layout:
-    assert piece.layout is not None
-    return piece.layout
 
 
 def _jobs(pieces: Sequence[Piece], source: Style, target: Style) -> Iterator[tuple[Piece, slice | None]]:
@@ -207,8 +202,8 @@ def _copy_tiles(out: np.ndarray, view: np.ndarray) -> None:
 
 def require_finite(values: np.ndarray, name: str) -> None:
     """Raises FormatError when a value is NaN or infinite."""
-    if values.dtype == DTYPES["bfloat16"]:  # an exponent of ones
-        if not ((values.view(np.uint16) & 0x7F80) == 0x7F80).any():
+    if values.dtype == DTYPES["bfloat16"]:
+        if not values.size or (values.view(np.uint16) & 0x7FFF).max() < 0x7F80:  # no exponent of ones
             return
     else:
         with np.errstate(over="ignore", invalid="ignore"):
