@@ -29,7 +29,7 @@ from z1_jax.runs import require_algorithm, run_main
 from z1_jax.stages import architecture, check_batches, make_env
 
 GB = 1e9
-# The estimate knows neither layout copies nor gaps between buffers. XLA's own assignment for an H100 was 1.27 times the
+# The estimate knows neither layout copies nor gaps between buffers. XLA's own assignment for a GPU was 1.27 times the
 # estimate for the update of full-size π0.5 (16 nodes), 1.67 times for its SFT step (batch 32, fsdp 2).
 ALLOWANCE = 1.7
 NOTE = (
