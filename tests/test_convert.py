@@ -275,6 +275,19 @@ def test_a_policy_of_ours_survives_the_journey(kitchen, tmp_path, format):
     assert loaded.processor.tokenizer.model_bytes == policy.processor.tokenizer.model_bytes
 
 
+def test_arrays_of_zeros_are_written(kitchen, tmp_path):
+    """A parameter that no gradient reached may be all zeros, which TensorStore would leave out and Orbax then miss."""
+    run(kitchen, tmp_path / "theirs", "--to=openpi-pytorch")
+    file = tmp_path / "theirs" / "model.safetensors"
+    values = load_file(file)
+    norms = [name for name in values if "language_model" in name and "post_attention_layernorm" in name]
+    save_file({**values, **{name: np.zeros_like(values[name]) for name in norms}}, file)
+    run(tmp_path / "theirs", tmp_path / "ours")
+    loaded = named(load_policy(Checkpoints(tmp_path / "ours"), 0, tiny.one_device()).params)
+    zeros = {name for name, value in loaded.items() if "language" in name and not np.any(value)}
+    assert norms and {"language.layers.norm_mlp.scale", "language.last.norm_mlp.scale"} <= zeros
+
+
 def test_policies_load_in_the_dtype_that_they_were_written_in(kitchen, tmp_path):
     run(kitchen, tmp_path / "theirs", "--to=openpi-pytorch")
     run(tmp_path / "theirs", tmp_path / "back", "--dtype=bfloat16")

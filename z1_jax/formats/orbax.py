@@ -129,18 +129,19 @@ class OrbaxWriter:
     def _spec(self, name: str, info: TensorInfo, chunk: tuple[int, ...]) -> dict[str, Any]:
         path = name.replace("/", ".") + "/"
         kvstore = {"driver": "ocdbt", "base": f"file://{self.folder}/", "path": path}
+        complete = {"store_data_equal_to_fill_value": True}  # Orbax takes an absent block for damage, not for zeros
         shape = list(info.shape)
         if self._zarr == 2:
             codes = {"float32": "<f4", "bfloat16": "bfloat16", "float16": "<f2", "float64": "<f8"}
             metadata = {"shape": shape, "chunks": list(chunk), "dtype": codes[str(info.dtype)], "compressor": None}
-            return {"driver": "zarr", "kvstore": kvstore, "metadata": metadata}
+            return {"driver": "zarr", "kvstore": kvstore, "metadata": metadata, **complete}
         metadata = {
             "shape": shape,
             "data_type": str(info.dtype),
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
         }
-        return {"driver": "zarr3", "kvstore": kvstore, "metadata": metadata}
+        return {"driver": "zarr3", "kvstore": kvstore, "metadata": metadata, **complete}
 
     @property
     def names(self) -> list[str]:
