@@ -204,10 +204,6 @@ class Checkpoints:
             raise self._damaged(step, ValueError("its document fails its checksum"))
         return metadata
 
-    def has(self, step: int, part: str) -> bool:
-        """Whether a checkpoint has a part of that name."""
-        return part in self._metadata(step)["crc32"]
-
     def load(self, step: int, abstract: Mapping[str, Tree]) -> dict[str, Tree]:
         """Reads the named parts of a step, each leaf straight onto the sharding that its abstract leaf names.
 

@@ -253,10 +253,7 @@ def most_looks(config: Config, model: Pi05Config) -> int:
     """Observations of an iteration at most: no member succeeds before the episode ends."""
     steps = make_env(config, config.task)().spec.horizon
     plan = branch_plan(config.group.branching, config.group.size, config.group.prefix_chunks_end)
-    looks = 0
-    for chunk in range(math.ceil(steps / model.horizon)):
-        looks += 1 if chunk == 0 else plan.group_size // plan.cluster_size(chunk - 1)
-    return config.group.count * looks
+    return config.group.count * plan.most_looks(math.ceil(steps / model.horizon))
 
 
 def changes(config: Config, model: Pi05Config, plan: Plan) -> list[tuple[str, float]]:
