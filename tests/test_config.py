@@ -30,7 +30,8 @@ def refusal(*arguments: str) -> str:
 
 
 def test_defaults_and_overrides():
-    assert parse(GRPO) == Config()
+    assert parse(GRPO, "--config.train.scope=expert") == Config()
+    assert parse(GRPO).train.scope == "auto"
     config = parse(
         GRPO,
         "--config.group.size=4",
@@ -83,8 +84,14 @@ def test_presets():
         (["--config.reward.penalty=0.1"], ["reward.penalty", "no effect with reward.kind=decay"]),
         (["--config.reward.kind=sparse", "--config.reward.filter_on=success"], ["reward.filter_on", "no effect"]),
         (["--config.update.optim.schedule=constant", "--config.update.optim.lr_end=1e-6"], ["update.optim.lr_end"]),
-        (["--config.update.vlm_lr_factor=0.1"], ["update.vlm_lr_factor", "no effect with train.scope=expert"]),
-        (["--config.selective.confidence=0.8"], ["selective.confidence", "no effect with train.scope=expert"]),
+        (
+            ["--config.train.scope=expert", "--config.update.vlm_lr_factor=0.1"],
+            ["update.vlm_lr_factor", "no effect with train.scope=expert"],
+        ),
+        (
+            ["--config.train.scope=expert", "--config.selective.confidence=0.8"],
+            ["selective.confidence", "no effect with train.scope=expert"],
+        ),
         (["--config.update.ratio_max=0.9"], ["update.ratio_max", "got 0.9", "more than 1"]),
         (
             ["--config.train.scope=auto", "--config.selective.iterations=200"],

@@ -175,7 +175,7 @@ EFFECTS = {
     "update.ratio_max": (lost, 1.5, {}),
     "update.kl_coef": (lost, 0.5, {}),
     "update.ratio_gate": (gated, 0.1, {}),
-    "update.vlm_lr_factor": (optimised, 0.5, {}),
+    "update.vlm_lr_factor": (optimised, 0.1, {}),
     "update.optim.lr": (optimised, 2e-3, {}),
     "update.optim.lr_end": (rates, 1e-4, COSINE),
     "update.optim.warmup_steps": (rates, 5, {}),

@@ -103,14 +103,14 @@ class LoraConfig:
 class SftConfig:
     """Supervised flow matching on the demonstrations."""
 
-    steps: int = 400
+    steps: int = 250
     batch_size: int = 64  # observations a step
     flows: int = 4  # flow times and noises drawn per encoded observation
     loss_dims: str = "all"  # all: padding included, as openpi; real: the environment's action dimensions
     scope: str = "everything"  # everything | joint | expert | lora, as train.scope
     ema: float = 0.0  # decay of a moving average of the parameters, with which the policy then acts; 0: none
     augment: bool = False  # openpi's crop, rotation (first slot only) and colour jitter of the images
-    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(lr=3e-3, warmup_steps=50))
     checkpoint_every: int = 250  # steps
 
 
@@ -165,7 +165,7 @@ class UpdateConfig:
     clip_high: float = 0.2  # η above 1
     ratio_max: float = 0.0  # dual clip: bounds ρ for negative advantages; above 1, or 0 for none
     kl_coef: float = 0.0  # weight of the KL to the policy that RL started from; 0: none
-    vlm_lr_factor: float = 1.0  # learning rate of vision and language, where they are trained, over the expert's
+    vlm_lr_factor: float = 0.5  # learning rate of vision and language, where they are trained, over the expert's
     prefix_cache: str = "auto"  # device | host | recompute; auto: the first that fits, recompute if the VLM is trained
     ratio_gate: float = 0.0  # largest |ρ − 1| at the first update; 0: 1e-3 in float32, 0.1 in bfloat16
     optim: OptimConfig = dataclasses.field(
@@ -189,7 +189,7 @@ class TrainConfig:
 class SelectiveConfig:
     """`train.scope=auto`: probes with the expert alone; after each, the trend of training success decides."""
 
-    iterations: int = 20  # of a probe
+    iterations: int = 30  # of a probe
     confidence: float = 0.9  # one-sided, at which a rising trend keeps the expert alone
     enough: float = 0.95  # mean success over the probe's later half that keeps it too
     then: str = "joint"  # scope from there on, where neither holds
@@ -548,7 +548,8 @@ def _check_switches(config: Config) -> None:
     if scope == "auto" and config.selective.iterations >= config.train.iterations:
         raise ConfigError(
             f"config key selective.iterations: got {config.selective.iterations}, expected less than "
-            f"train.iterations = {config.train.iterations}: nothing would be left to train after the decision"
+            f"train.iterations = {config.train.iterations}, so that something is left to train after the decision; "
+            "or train.scope=expert"
         )
     trains_vlm = scope in ("joint", "everything", "auto") or (scope == "lora" and config.lora.vlm_rank > 0)
     if update.prefix_cache in ("device", "host") and trains_vlm:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from envs.pool import EnvPool
-from z1_jax.config import Config, ConfigError, check_horizon
+from z1_jax.config import Config, ConfigError, UpdateConfig, check_horizon
 from z1_jax.evaluation import make_actor
 from z1_jax.models.pi05 import vlm_is_frozen
 from z1_jax.optim import schedule
@@ -84,10 +84,11 @@ class GrpoTrainer:
         if config.update.kl_coef:
             self._reference = trainable if policy is start else self._split(start)[1]
         vlm = not vlm_is_frozen(self.trainable)
-        if config.update.vlm_lr_factor != 1.0 and not vlm and config.train.scope != "auto":
+        factor, default = config.update.vlm_lr_factor, UpdateConfig.vlm_lr_factor
+        if factor != default and not vlm and config.train.scope != "auto":
             raise ConfigError(
-                f"config key update.vlm_lr_factor: got {config.update.vlm_lr_factor}, which has no effect with "
-                f"train.scope={scope}: it trains nothing of the VLM; leave it at 1.0"
+                f"config key update.vlm_lr_factor: got {factor}, which has no effect with "
+                f"train.scope={scope}: it trains nothing of the VLM; leave it at {default}"
             )
         self.actor: Actor = make_actor(policy, self.graphdef, config.flow, self._mesh, self._slots)
         self._updater = Updater(
