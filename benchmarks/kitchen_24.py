@@ -13,12 +13,11 @@ import json
 import pathlib
 
 import numpy as np
-from kitchen_gain import Cell, run_all
+from kitchen_gain import Cell, preset_of, run_all
 
 from envs.kitchen import TASKS
 from z1_jax.statistics import clustered_interval, clustered_mean
 
-SHORT = 48  # control steps: tasks with a longer horizon take the longer preset
 MEAN_GOAL = 0.25
 SIGNIFICANT = 0.05
 
@@ -47,8 +46,9 @@ def cells(tasks: list[str], seeds: list[int], preset: str) -> list[Cell]:
     rows = []
     for seed in seeds:
         for task in tasks:
-            chosen = preset or ("kitchen" if TASKS[task].horizon <= SHORT else "long")
-            rows.append(Cell(f"{task}-seed{seed}", task, seed, (), config=f"configs/grpo.py:{chosen}"))
+            rows.append(
+                Cell(f"{task}-seed{seed}", task, seed, (), config=f"configs/grpo.py:{preset or preset_of(task)}")
+            )
     return rows
 
 

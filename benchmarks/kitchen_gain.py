@@ -15,9 +15,12 @@ import statistics
 import subprocess
 import sys
 
+from envs.kitchen import TASKS as TASK_TABLE
+
 TASKS = ("TurnOnSinkFaucet", "OpenDrawer", "PnPCounterToSink")
 GOALS = {"TurnOnSinkFaucet": 0.40, "OpenDrawer": 0.25, "PnPCounterToSink": 0.25}
 FAUCET = TASKS[0]
+SHORT = 48  # control steps: tasks with a longer horizon take the longer preset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +35,15 @@ class Cell:
     parent: str = ""  # cell whose SFT checkpoint is the start
 
 
+def preset_of(task: str) -> str:
+    """The preset of configs/grpo.py that suits a task's length."""
+    return "kitchen" if TASK_TABLE[task].horizon <= SHORT else "long"
+
+
 def cells(seeds: list[int]) -> list[Cell]:
     """Parents come before their children; the cells that matter most come first."""
-    preset = {FAUCET: "configs/grpo.py"}
     rows = [
-        Cell(f"{task}-seed{seed}", task, seed, (), config=preset.get(task, "configs/grpo.py:long"))
+        Cell(f"{task}-seed{seed}", task, seed, (), config=f"configs/grpo.py:{preset_of(task)}")
         for seed in seeds
         for task in TASKS
     ]

@@ -7,7 +7,7 @@ from configs import common
 PRESETS = {
     "kitchen": {"train__scope": "auto"},  # a small policy in the built-in kitchen, on two CPU cores
     # For tasks that take more: about 25 minutes on two cores.
-    "long": {"train__scope": "auto", "demos__episodes": 400, "sft__steps": 1000, "train__iterations": 200},
+    "long": {"train__scope": "auto", "demos__episodes": 600, "sft__steps": 1500},
     "smoke": {  # the same, a minute or two long: it shows that everything works, and learns nothing
         **common.SMOKE,
         "group__count": 2,
