@@ -145,8 +145,8 @@ class Dataset:
 def write_dataset(path: str | pathlib.Path, episodes: Iterable[Episode], manifest: Mapping[str, Any]) -> Dataset:
     """Writes a dataset to the new directory `path`; `manifest` (JSON) says what made it.
 
-    Episodes are consumed one by one. All is written to `<path>.partial` and renamed at the end, so a killed run leaves
-    no half dataset under the name.
+    Episodes are consumed one by one, and the manifest is read after the last one: it may tell what was left out. All is
+    written to `<path>.partial` and renamed at the end, so a killed run leaves no half dataset under the name.
 
     Raises:
         ValueError: the path exists, there are no episodes, or an episode does not fit the others.
@@ -363,7 +363,8 @@ def _decode_png(data: bytes) -> np.ndarray:
 
 
 def _file_entry(path: pathlib.Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _check_file(path: pathlib.Path, entry: Mapping[str, Any]) -> None:
