@@ -18,15 +18,16 @@ from z1_jax.data.importers.orders import ACTION_PARTS, columns
 from z1_jax.data.importers.robomimic import RobomimicFile
 
 REFERENCE = pathlib.Path(__file__).parent / "reference" / "lerobot_datasets"
-# Levels of 255 that a codec may be off on these smooth frames: one value, and a frame on average (neighbours differ by 6).
-LOSSY_MAX, LOSSY_MEAN = 16, 2.0
+# Levels of 255 that a colour may be off on a frame's average. LeRobot's frames differ by 6 from their neighbours, the
+# random ones by 20 and more; colours that YUV with 8 bits cannot express are off by up to 3.
+LOSSLESS, AV1, H264 = 0.0, 2.9, 5.0
 
 
-def assert_frames(got: np.ndarray, expected: np.ndarray, lossy: bool) -> None:
+def assert_frames(got: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
     assert got.dtype == np.uint8 and got.shape == expected.shape
     difference = got.astype(int) - expected
-    assert np.abs(difference).max() <= (LOSSY_MAX if lossy else 0)
-    assert np.abs(difference.mean(axis=(1, 2))).max() <= (LOSSY_MEAN if lossy else 0)
+    assert np.abs(difference).max() <= (24 if tolerance else 0)
+    assert np.abs(difference.mean(axis=(1, 2))).max() <= tolerance
 
 
 @pytest.mark.parametrize("stride", [1, 4])
@@ -44,7 +45,7 @@ def test_robocasa_hdf5_reads_back_as_written(rng, tmp_path, stride):
         np.testing.assert_array_equal(raw.state, demo.state)
         assert raw.instruction == demo.instruction and set(raw.images) == set(files.CAMERAS[:2])
         for camera in files.CAMERAS[:2]:
-            assert_frames(raw.images[camera], demo.images[camera][::stride], lossy=False)
+            assert_frames(raw.images[camera], demo.images[camera][::stride], LOSSLESS)
 
 
 def test_a_mask_chooses_demonstrations(rng, tmp_path):
@@ -66,7 +67,7 @@ def test_robocasa_lerobot_is_put_into_raw_order(rng, tmp_path, stride):
         np.testing.assert_array_equal(raw.state, demo.state)
         assert raw.instruction == demo.instruction
         for camera in files.CAMERAS:
-            assert_frames(raw.images[camera], demo.images[camera][::stride], lossy=True)
+            assert_frames(raw.images[camera], demo.images[camera][::stride], H264)
 
 
 def test_without_modality_the_stored_order_is_kept_and_told(rng, tmp_path):
@@ -90,7 +91,7 @@ def test_columns_of_a_modality(rng):
         columns(doubled, ACTION_PARTS, 12, "action")
 
 
-def check_written(path: pathlib.Path, version: str, lossy: bool) -> None:
+def check_written(path: pathlib.Path, version: str, tolerance: float) -> None:
     """Compares a directory that tests/lerobot_writer.py wrote with its formulas."""
     source = LeRobotDirectory(path)
     assert source.facts()["version"] == version and source.flaws == ()
@@ -105,16 +106,15 @@ def check_written(path: pathlib.Path, version: str, lossy: bool) -> None:
             np.testing.assert_array_equal(raw.actions, np.stack([written.action(episode, step) for step in steps]))
             for number, camera in enumerate(written.CAMERAS):
                 expected = np.stack([written.frame(number, episode, step) for step in steps[::stride]])
-                assert_frames(raw.images[camera], expected, lossy)
+                assert_frames(raw.images[camera], expected, tolerance)
 
 
-@pytest.mark.parametrize(("name", "version", "lossy"), [("v21_videos", "v2.1", True), ("v21_images", "v2.1", False)])
-def test_what_lerobots_own_writer_wrote_one_file_an_episode(name, version, lossy):
-    check_written(REFERENCE / name, version, lossy)
-
-
-def test_what_lerobots_own_writer_wrote_many_episodes_a_file():
-    check_written(REFERENCE / "v30_videos", "v3.0", lossy=True)
+@pytest.mark.parametrize(
+    ("name", "version", "tolerance"),
+    [("v21_videos", "v2.1", AV1), ("v21_images", "v2.1", LOSSLESS), ("v30_videos", "v3.0", AV1)],
+)
+def test_what_lerobots_own_writer_wrote(name, version, tolerance):
+    check_written(REFERENCE / name, version, tolerance)
 
 
 def test_lerobots_own_writer_live(tmp_path):
@@ -124,8 +124,8 @@ def test_lerobots_own_writer_live(tmp_path):
         pytest.skip("lerobot is not installed; set Z1_LEROBOT_PYTHON to a Python that has it")
     subprocess.run([*python.split(), written.__file__, str(tmp_path)], check=True, timeout=300)
     version = json.loads((tmp_path / "videos" / "meta" / "info.json").read_text())["codebase_version"]
-    check_written(tmp_path / "videos", version, lossy=True)
-    check_written(tmp_path / "images", version, lossy=False)
+    check_written(tmp_path / "videos", version, AV1)
+    check_written(tmp_path / "images", version, LOSSLESS)
 
 
 def test_a_split_of_a_lerobot_dataset(rng, tmp_path):

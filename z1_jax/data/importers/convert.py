@@ -61,7 +61,7 @@ def _check(raw: RawEpisode, where: str, shapes: Shapes) -> None:
             raise BadData(f"{where}: {name} are {values.dtype}, expected numbers")
         bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
         if len(bad):
-            raise BadData(f"{where}: {name} are not finite at step {bad[0]} ({len(bad)} steps in all)")
+            raise BadData(f"{where}: {name} not finite at step {bad[0]} ({len(bad)} of {len(values)} steps are bad)")
     if not raw.instruction.strip():
         raise BadData(f"{where} has an empty instruction")
 

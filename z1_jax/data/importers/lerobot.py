@@ -46,7 +46,7 @@ class LeRobotDirectory:
             for e in self._entries.values()
         )
         if not self.episodes:
-            raise BadData(f"{path} lists no episodes; expected at least one in its meta directory")
+            raise BadData(next(iter(self.flaws), f"{path} lists no episodes; expected at least one in {path}/meta"))
         self._camera_keys = self._meta.camera_keys()
         self.cameras = tuple(self._camera_keys)
         self.action_dim, self.state_dim = self._width(ACTION), self._width(STATE)
@@ -74,7 +74,9 @@ class LeRobotDirectory:
         where = f"{path}, {episode.name}"
         rows = self._rows(path, where, entry)
         actions, state = self._array(rows, ACTION, where), self._array(rows, STATE, where)
-        check_length(where, "the list of episodes", entry.length, len(actions))
+        if not len(actions):
+            raise BadData(f"{where} is empty; expected {entry.length} steps, as the table of episodes says")
+        check_length(where, "the table of episodes", entry.length, len(actions))
         self._check_stamps(rows, where)
         images = {}
         for camera in cameras:
