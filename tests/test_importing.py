@@ -7,8 +7,9 @@ import re
 import demo_files as files
 import numpy as np
 import pytest
+import tiny_policy as tiny
 
-from z1_jax import importing
+from z1_jax import importing, stages, train
 from z1_jax.collect import main, parse_import
 from z1_jax.data.importers.base import need
 from z1_jax.errors import UserError
@@ -431,3 +432,57 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "h5py", None)
     with pytest.raises(UserError, match=r"reading a\.hdf5 needs the package h5py: pip install 'z1-jax\[data\]'"):
         need("h5py", "h5py", pathlib.Path("a.hdf5"))
+
+
+def sft(dataset: pathlib.Path, run_dir: pathlib.Path, *more: str) -> None:
+    options = {"demos.dataset": dataset, "run_dir": run_dir, "env.cameras": CAMERA, "sft.steps": 3, "sft.batch_size": 8}
+    settings = [f"--config.{key}={value}" for key, value in options.items()]
+    train.main(["train", "--config=configs/sft.py:smoke", *settings, *more])
+
+
+def test_sft_trains_on_an_import(demos, tmp_path, monkeypatch, capsys):
+    """A few steps on RoboCasa's LeRobot files, without an environment; the policy keeps the data's statistics."""
+    monkeypatch.setattr(stages, "architecture", lambda config: tiny.CONFIG)
+    monkeypatch.setattr(train, "start_jax", lambda: None)  # the tests have a cache of their own
+    monkeypatch.setattr(train, "make_mesh", lambda config: tiny.one_device())
+    dataset = run([files.write_lerobot(tmp_path / "lerobot", demos)], tmp_path / "data", cameras=(CAMERA,))
+    sft(tmp_path / "data", tmp_path / "run", "--config.eval.episodes=0", "--config.log.every=1")
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 3 and np.isfinite(losses).all() and len(set(losses)) == 3
+    document = stages.policy_document(str(tmp_path / "run"))
+    assert document["norm_stats"]["actions"]["q99"] == dataset.stats["actions"].q99.tolist()
+    assert document["cameras"] == [CAMERA]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "not evaluated" in summary["sentence"] and (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_dataset_that_does_not_fit_is_refused_before_the_run(demos, tmp_path, monkeypatch, capsys):
+    path = files.write_lerobot(tmp_path / "lerobot", demos)
+    run([path], tmp_path / "data")
+    run([path], tmp_path / "short", chunk=4)
+    info = json.loads((path / "meta" / "info.json").read_text())
+    info["features"]["action"]["shape"] = [14]
+    (path / "meta" / "info.json").write_text(json.dumps(info))
+    (path / "meta" / "modality.json").unlink()
+    for episode, demo in enumerate(demos):
+        wide = np.zeros((len(demo.actions), 14))
+        rewrite_table(path, episode, lambda table, wide=wide: with_column(table, "action", wide))
+    run([path], tmp_path / "wide")
+    trains_only = "--config.eval.episodes=0"
+    for name, more, message in (
+        (
+            "data",
+            ("--config.env.cameras=front", trains_only),
+            "env.cameras: got front, the dataset .* has robot0_agent",
+        ),
+        ("short", (), "model.preset: kitchen predicts chunks of 8 steps, the dataset .* has chunks of 4"),
+        ("wide", (trains_only,), "model.preset: kitchen predicts actions of width 12, the dataset .* has width 14"),
+        ("wide", ("--config.model.preset=mid",), "width 14, the environments of env.suite=kitchen 12; sft with eval"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sft(tmp_path / name, tmp_path / "run", *more)
+    with pytest.raises(
+        UserError, match="eval.episodes: got 0, expected at least 1; 0 is for algorithm=sft with a demos"
+    ):
+        train.main(["train", "--config=configs/grpo.py:smoke", trains_only])
+    assert not (tmp_path / "run").exists()
