@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import numpy as np
@@ -234,6 +235,22 @@ def test_processes_share_the_global_batch(dataset, processor):
         expected, got = next(whole), [next(part) for part in parts]
         assert same(expected, {key: np.concatenate([part[key] for part in got]) for key in expected})
     parts[0].set_state(whole.get_state())  # another number of processes may go on
+
+
+def test_reads_ahead_from_disk_while_a_batch_is_used(dataset, processor, monkeypatch):
+    """After the first batch was taken, the next ones are read although nobody asks; not more than were asked for."""
+    read, started = Dataset.records, []
+    monkeypatch.setattr(
+        Dataset, "records", lambda self, indices: (started.append(len(indices)), read(self, indices))[1]
+    )
+    loader = Loader(dataset, processor, 4, SEED, memory_bytes=0, prefetch=3, threads=2)
+    next(loader)
+    deadline = time.monotonic() + 30
+    while len(started) < 1 + 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(started) >= 1 + 3
+    time.sleep(0.2)
+    assert len(started) <= 1 + 3 + 2  # what the threads hold beside the buffer
 
 
 def test_batch_larger_than_the_dataset(dataset, processor):
