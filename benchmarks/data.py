@@ -5,7 +5,8 @@
     python benchmarks/data.py --only wait      # share of SFT's time spent waiting, at the kitchen preset
 
 Frames: expert demonstrations of the kitchen, two cameras rendered at 224² and stored so (PNG), read in random order by
-the loader with its memory switched off; `--noise 3` adds pixel noise, which makes PNG's work harder than any simulator.
+the loader with its memory switched off; `--noise 3` adds pixel noise, which stands for textures and makes PNG work
+harder; `--jpeg 95` stores JPEG of that quality instead.
 Wait: SFT's own loop, policy and batch size on demonstrations at the kitchen's settings; the time in `next(loader)`.
 """
 
@@ -114,10 +115,10 @@ def result(name: str, values: list[float], unit: str, goal: float, met: bool) ->
     )
 
 
-def cached(path: pathlib.Path, size: int, episodes: int, noise: float) -> Dataset:
+def cached(path: pathlib.Path, size: int, episodes: int, noise: float, jpeg: int = 0) -> Dataset:
     """A dataset made anew: what it takes is not measured."""
     shutil.rmtree(path, ignore_errors=True)
-    return write_dataset(path, demonstrations(size, episodes, noise), {"made_by": "benchmark"})
+    return write_dataset(path, demonstrations(size, episodes, noise), {"made_by": "benchmark"}, jpeg=jpeg)
 
 
 def main() -> None:
@@ -126,6 +127,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("frames", "wait"))
     parser.add_argument("--size", type=int, default=224, help="pixels of the frames on disk and in the batch")
     parser.add_argument("--noise", type=float, default=0.0, help="standard deviation of pixel noise, of 255")
+    parser.add_argument("--jpeg", type=int, default=0, metavar="QUALITY", help="store JPEG instead of PNG")
     parser.add_argument("--episodes", type=int, default=12, help="expert episodes to make for the measurement")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--batches", type=int, default=40, help="of each repeat")
@@ -138,13 +140,14 @@ def main() -> None:
         root = pathlib.Path(folder)
         load = os.getloadavg()[0]
         if given.only != "wait":
-            dataset = cached(root / "frames", given.size, given.episodes, given.noise)
+            dataset = cached(root / "frames", given.size, given.episodes, given.noise, given.jpeg)
             bytes_a_frame = sum(f.stat().st_size for f in dataset.path.rglob("*array_record*"))
             bytes_a_frame /= len(dataset) * len(CAMERAS)
             rates, by_cpu = frames_a_second(dataset, given.batch, given.batches, threads=cores)
             rate = statistics.median(rates)
             print(
-                f"{rate:.0f} frames/s of {given.size}² on {cores} cores (load {load:.1f}), stored at that size as PNG, "
+                f"{rate:.0f} frames/s of {given.size}² on {cores} cores (load {load:.1f}), stored at that size as "
+                f"{f'JPEG {given.jpeg}' if given.jpeg else 'PNG'}, "
                 f"{bytes_a_frame / 1024:.1f} KiB a frame, noise {given.noise:g}; "
                 f"{statistics.median(by_cpu):.0f} frames a CPU second"
             )

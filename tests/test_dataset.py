@@ -82,6 +82,23 @@ def test_records_read_back_bit_for_bit(dataset, episodes):
                 np.testing.assert_array_equal(record.images[camera], episode.images[camera][step])
 
 
+def test_jpeg_frames_are_near(tmp_path, episodes):
+    ramp = np.arange(64, dtype=np.uint8)
+    smooth = np.stack(
+        [np.broadcast_to(ramp, (64, 64)), np.broadcast_to(ramp[:, None], (64, 64)), np.full((64, 64), 90)], -1
+    )
+    episode = dataclasses.replace(
+        episodes[0], images={"left": np.array([smooth.astype(np.uint8)] * len(episodes[0].state))}
+    )
+    exact = {}
+    for jpeg in (0, 90):
+        dataset = write_dataset(tmp_path / str(jpeg), [episode], {}, jpeg=jpeg)
+        frame = dataset[0].images["left"]
+        assert frame.dtype == np.uint8 and np.abs(frame.astype(int) - smooth).max() <= (8 if jpeg else 0)
+        exact[jpeg] = np.array_equal(frame, smooth)
+    assert exact == {0: True, 90: False}  # it is JPEG indeed
+
+
 def test_table_statistics_and_source(dataset, episodes):
     assert dataset.source == {"made_by": "test", "noise": 0.2}
     first = 0
@@ -259,7 +276,7 @@ def test_batch_larger_than_the_dataset(dataset, processor):
     assert np.bincount(batch["index"], minlength=n).min() == 2
 
 
-def test_loader_refuses_foreign_states_and_bad_sizes(dataset, processor):
+def test_loader_refuses_foreign_states_and_bad_exact(dataset, processor):
     loader = Loader(dataset, processor, 4, SEED)
     with pytest.raises(ValueError, match="seed"):
         loader.set_state(Loader(dataset, processor, 4, SEED + 1).get_state())

@@ -100,6 +100,13 @@ def test_both_formats_give_the_same_numbers_and_tell_where_they_are_from(demos, 
     assert hdf5.source["fps"] == lerobot.source["fps"] == 20 and hdf5.source["left_out"] == []
 
 
+def test_frames_may_be_stored_as_jpeg(demos, tmp_path, capsys):
+    path = files.write_hdf5(tmp_path / "drawer.hdf5", demos)
+    dataset = run([path], tmp_path / "data", jpeg=95)
+    got, stored = dataset[0].images[CAMERA].astype(int), demos[0].images[CAMERA][0]
+    assert 0 < np.abs(got - stored).max() < 12 and dataset.source["jpeg"] == 95
+
+
 def test_tasks_and_numbers_of_episodes_are_chosen_over_many_files(demos, tmp_path, capsys):
     (tmp_path / "in" / "deep").mkdir(parents=True)
     files.write_hdf5(tmp_path / "in" / "drawer.hdf5", demos)

@@ -114,6 +114,7 @@ def parse_import(arguments: Sequence[str]) -> tuple[ImportConfig, pathlib.Path]:
     add("--out", type=pathlib.Path, required=True, metavar="DIR", help="directory of the dataset")
     add("--cameras", default="", help="names, in the order of the policy's image slots (all)")
     add("--image-size", type=int, default=default.image_size, help="pixels of the stored frames (as the source's)")
+    add("--jpeg", type=int, default=default.jpeg, metavar="QUALITY", help="store frames as JPEG (PNG: loses nothing)")
     add("--stride", type=int, default=default.stride, help="control steps between observations (%(default)s)")
     add("--chunk", type=int, default=default.chunk, help="actions of an observation: the model's horizon (%(default)s)")
     add("--tasks", default="", help="names of RoboCasa's tasks, or instructions, separated by commas (all)")
@@ -124,6 +125,8 @@ def parse_import(arguments: Sequence[str]) -> tuple[ImportConfig, pathlib.Path]:
     for option in ("stride", "chunk"):
         if getattr(given, option) < 1:
             parser.error(f"argument --{option}: got {getattr(given, option)}, expected 1 or more")
+    if given.jpeg not in range(101):
+        parser.error(f"argument --jpeg: got {given.jpeg}, expected 1 to 100, or 0 for PNG")
     for option in ("image_size", "episodes"):
         if getattr(given, option) < 0:
             parser.error(f"argument --{option.replace('_', '-')}: got {getattr(given, option)}, expected 0 or more")
@@ -131,6 +134,7 @@ def parse_import(arguments: Sequence[str]) -> tuple[ImportConfig, pathlib.Path]:
         paths=tuple(path.expanduser().absolute() for path in given.paths),
         cameras=tuple(filter(None, given.cameras.split(","))),
         image_size=given.image_size,
+        jpeg=given.jpeg,
         stride=given.stride,
         chunk=given.chunk,
         tasks=tuple(filter(None, given.tasks.split(","))),

@@ -28,6 +28,7 @@ class ImportConfig:
     paths: tuple[pathlib.Path, ...]
     cameras: tuple[str, ...] = ()  # empty: those of the first source
     image_size: int = 0  # pixels; 0: as in the source
+    jpeg: int = 0  # quality of frames stored as JPEG; 0: PNG
     stride: int = 4  # control steps between decisions
     chunk: int = 8  # control steps of an action chunk
     tasks: tuple[str, ...] = ()  # names or instructions; empty: all
@@ -53,7 +54,8 @@ def import_demonstrations(config: ImportConfig, directory: pathlib.Path) -> tupl
         return _same(open_dataset(directory), origin), True
     with EpisodeJournal(directory.with_name(directory.name + ".episodes"), origin) as journal:
         source = {**origin, "left_out": left_out + unlike}  # the episodes' own are added as they are met
-        dataset = write_dataset(directory, _episodes(chosen, shapes, journal, config.skip_bad, source), source)
+        episodes = _episodes(chosen, shapes, journal, config.skip_bad, source)
+        dataset = write_dataset(directory, episodes, source, jpeg=config.jpeg)
         journal.remove()
     return dataset, False
 
@@ -142,6 +144,7 @@ def _origin(config: ImportConfig, sources: Sequence[Source], shapes: Shapes) -> 
         "fps": next((source.fps for source in sources if source.fps), None),
         "cameras": list(shapes.cameras),
         "image_size": shapes.image_size,
+        "jpeg": config.jpeg,
         "stride": shapes.stride,
         "chunk": shapes.chunk,
         "tasks": list(config.tasks),

@@ -76,7 +76,7 @@ def need(module: str, package: str, path: pathlib.Path) -> Any:
 
 def first_line(error: BaseException) -> str:
     """The beginning of another library's message, which may be pages."""
-    lines = str(error).strip().splitlines()
+    lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
 
