@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import numpy as np
@@ -79,6 +80,23 @@ def test_records_read_back_bit_for_bit(dataset, episodes):
             np.testing.assert_array_equal(record.actions, episode.actions[step])
             for camera in episode.images:
                 np.testing.assert_array_equal(record.images[camera], episode.images[camera][step])
+
+
+def test_jpeg_frames_are_near(tmp_path, episodes):
+    ramp = np.arange(64, dtype=np.uint8)
+    smooth = np.stack(
+        [np.broadcast_to(ramp, (64, 64)), np.broadcast_to(ramp[:, None], (64, 64)), np.full((64, 64), 90)], -1
+    )
+    episode = dataclasses.replace(
+        episodes[0], images={"left": np.array([smooth.astype(np.uint8)] * len(episodes[0].state))}
+    )
+    exact = {}
+    for jpeg in (0, 90):
+        dataset = write_dataset(tmp_path / str(jpeg), [episode], {}, jpeg=jpeg)
+        frame = dataset[0].images["left"]
+        assert frame.dtype == np.uint8 and np.abs(frame.astype(int) - smooth).max() <= (8 if jpeg else 0)
+        exact[jpeg] = np.array_equal(frame, smooth)
+    assert exact == {0: True, 90: False}  # it is JPEG indeed
 
 
 def test_table_statistics_and_source(dataset, episodes):
@@ -236,13 +254,29 @@ def test_processes_share_the_global_batch(dataset, processor):
     parts[0].set_state(whole.get_state())  # another number of processes may go on
 
 
+def test_reads_ahead_from_disk_while_a_batch_is_used(dataset, processor, monkeypatch):
+    """After the first batch was taken, the next ones are read although nobody asks; not more than were asked for."""
+    read, started = Dataset.records, []
+    monkeypatch.setattr(
+        Dataset, "records", lambda self, indices: (started.append(len(indices)), read(self, indices))[1]
+    )
+    loader = Loader(dataset, processor, 4, SEED, memory_bytes=0, prefetch=3, threads=2)
+    next(loader)
+    deadline = time.monotonic() + 30
+    while len(started) < 1 + 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(started) >= 1 + 3
+    time.sleep(0.2)
+    assert len(started) <= 1 + 3 + 2  # what the threads hold beside the buffer
+
+
 def test_batch_larger_than_the_dataset(dataset, processor):
     n = len(dataset)
     batch = next(Loader(dataset, processor, 2 * n + 1, SEED))
     assert np.bincount(batch["index"], minlength=n).min() == 2
 
 
-def test_loader_refuses_foreign_states_and_bad_sizes(dataset, processor):
+def test_loader_refuses_foreign_states_and_bad_exact(dataset, processor):
     loader = Loader(dataset, processor, 4, SEED)
     with pytest.raises(ValueError, match="seed"):
         loader.set_state(Loader(dataset, processor, 4, SEED + 1).get_state())

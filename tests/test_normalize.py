@@ -62,17 +62,31 @@ def test_thinned_quantiles_stay_close_and_moments_stay_exact(rng):
     assert abs(stats.q01[0] + 0.98) < 0.02 and abs(stats.q99[0] - 0.98) < 0.02  # 2,500 rows: 5 sigma is 0.02
 
 
-def test_thinning_keeps_every_nth_row_whatever_the_parts(rng):
-    data = np.arange(1000.0)[:, None]
+def test_thinning_keeps_the_same_rows_whatever_the_parts(rng):
+    data = rng.normal(size=(5000, 2))
     results = []
     for parts in (1, 13, 250):
-        accumulator = StatsAccumulator(max_rows=100)
+        accumulator = StatsAccumulator(max_rows=300)
         for part in np.array_split(data, parts):
             accumulator.update(part)
         results.append(accumulator.result())
-    expected = np.quantile(data[::16, 0], [0.01, 0.99])  # 1000 rows, at most 100 kept: stride 16
+        assert 130 < accumulator._kept <= 300
     for result in results:
-        np.testing.assert_allclose([result.q01[0], result.q99[0]], expected)
+        np.testing.assert_array_equal([result.q01, result.q99], [results[0].q01, results[0].q99])
+
+
+def test_thinned_quantiles_have_the_rank_that_is_promised_also_in_periodic_data(rng):
+    """Chunks of actions repeat with the period of the chunk: each position must be sampled alike."""
+    period = 8
+    data = rng.normal(size=(400_000, 3)) + 10.0 * (np.arange(400_000) % period == 5)[:, None]
+    accumulator = StatsAccumulator(max_rows=40_000)
+    for part in np.array_split(data, 211):
+        accumulator.update(part)
+    stats = accumulator.result()
+    allowed = 5 * np.sqrt(0.01 * 0.99 / 20_000)
+    np.testing.assert_allclose((data <= stats.q01).mean(axis=0), 0.01, atol=allowed)
+    np.testing.assert_allclose((data <= stats.q99).mean(axis=0), 0.99, atol=allowed)
+    assert (stats.q99 > 9.0).all()  # the rare position is in the sample
 
 
 @pytest.mark.parametrize("mode", ["quantile", "z_score"])

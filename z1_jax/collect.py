@@ -1,6 +1,8 @@
-"""python -m z1_jax.collect TASK --out DIR: expert demonstrations → a dataset, for --config.demos.dataset=DIR.
+"""Demonstrations → a dataset, for --config.demos.dataset=DIR.
 
-An interrupted collection loses no finished episode: the same command goes on with the next seed.
+python -m z1_jax.collect TASK --out DIR: those of our expert. python -m z1_jax.collect --from=PATH --out DIR: those of
+others, from RoboCasa's HDF5 files or LeRobot directories. What is interrupted loses no finished episode: the same
+command goes on.
 """
 
 from __future__ import annotations
@@ -14,12 +16,16 @@ from typing import NoReturn
 from z1_jax import config as z1_config
 from z1_jax.config import Config, ConfigError, DemosConfig, EnvConfig
 from z1_jax.data.dataset import Dataset, open_dataset
+from z1_jax.importing import ImportConfig, import_demonstrations
 from z1_jax.runs import run_main
 from z1_jax.stages import check_inputs, demonstrations, demonstrations_source
 
 
 def main(argv: Sequence[str]) -> None:
     """Collects what the command line asks for, or says that it is there."""
+    if any(argument == "--from" or argument.startswith("--from=") for argument in argv[1:]):
+        import_others(*parse_import(argv[1:]))
+        return
     config, out = parse_arguments(argv[1:])
     check_inputs(config)
     if out.exists():
@@ -41,7 +47,11 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, pathlib.Path]:
         ConfigError: an unknown option, or a value of the wrong type or out of range.
     """
     demos, env = DemosConfig(), EnvConfig()
-    parser = _Parser(prog="python -m z1_jax.collect", description="Expert demonstrations into a dataset directory.")
+    parser = _Parser(
+        prog="python -m z1_jax.collect",
+        description="Expert demonstrations into a dataset directory.",
+        epilog="Demonstrations of others: python -m z1_jax.collect --from=PATH --help",
+    )
     parser.add_argument("task", metavar="TASK", help="a task of the kitchen, e.g. OpenDrawer")
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="directory of the dataset")
     parser.add_argument("--episodes", type=int, default=demos.episodes, help="successful ones to keep (%(default)s)")
@@ -70,6 +80,68 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, pathlib.Path]:
         ),
     )
     z1_config.check(config)
+    return config, given.out.expanduser().absolute()
+
+
+def import_others(config: ImportConfig, out: pathlib.Path) -> None:
+    """Imports, and tells what was done to the data and what was left out."""
+    dataset, known = import_demonstrations(config, out)
+    source, tasks = dataset.source, {row.task for row in dataset.episodes}
+    for order in dict.fromkeys(entry["order"] for entry in source["sources"]):
+        print(order)
+    for line in source["left_out"]:
+        print(f"left out: {line}")
+    print(
+        f"{'already imported: ' * known}{len(dataset.episodes)} demonstrations of {len(tasks)} task"
+        f"{'s' * (len(tasks) > 1)}, {len(dataset)} decisions, {len(source['left_out'])} left out, in {out}\n"
+        f"train on them with --config.demos.dataset={out} --config.env.cameras={','.join(dataset.cameras)}"
+    )
+
+
+def parse_import(arguments: Sequence[str]) -> tuple[ImportConfig, pathlib.Path]:
+    """What to import, and the dataset's directory.
+
+    Raises:
+        ConfigError: an unknown option, or a value of the wrong type.
+    """
+    default = ImportConfig(paths=())
+    parser = _Parser(
+        prog="python -m z1_jax.collect",
+        description="Demonstrations of others (RoboCasa's HDF5 files, LeRobot v2.x or v3 directories) into a dataset.",
+    )
+    add = parser.add_argument
+    add("--from", dest="paths", type=pathlib.Path, nargs="+", required=True, metavar="PATH", help="files, directories")
+    add("--out", type=pathlib.Path, required=True, metavar="DIR", help="directory of the dataset")
+    add("--cameras", default="", help="names, in the order of the policy's image slots (all)")
+    add("--image-size", type=int, default=default.image_size, help="pixels of the stored frames (as the source's)")
+    add("--jpeg", type=int, default=default.jpeg, metavar="QUALITY", help="store frames as JPEG (PNG: loses nothing)")
+    add("--stride", type=int, default=default.stride, help="control steps between observations (%(default)s)")
+    add("--chunk", type=int, default=default.chunk, help="actions of an observation: the model's horizon (%(default)s)")
+    add("--tasks", default="", help="names of RoboCasa's tasks, or instructions, separated by commas (all)")
+    add("--episodes", type=int, default=default.episodes, help="the first ones of each task (all)")
+    add("--split", default="", help="a filter key of the HDF5 files' masks, or a split of LeRobot's info.json")
+    add("--skip-bad", action="store_true", help="leave out what is broken, and say what")
+    given = parser.parse_args(list(arguments))
+    for option in ("stride", "chunk"):
+        if getattr(given, option) < 1:
+            parser.error(f"argument --{option}: got {getattr(given, option)}, expected 1 or more")
+    if given.jpeg not in range(101):
+        parser.error(f"argument --jpeg: got {given.jpeg}, expected 1 to 100, or 0 for PNG")
+    for option in ("image_size", "episodes"):
+        if getattr(given, option) < 0:
+            parser.error(f"argument --{option.replace('_', '-')}: got {getattr(given, option)}, expected 0 or more")
+    config = ImportConfig(
+        paths=tuple(path.expanduser().absolute() for path in given.paths),
+        cameras=tuple(filter(None, given.cameras.split(","))),
+        image_size=given.image_size,
+        jpeg=given.jpeg,
+        stride=given.stride,
+        chunk=given.chunk,
+        tasks=tuple(filter(None, given.tasks.split(","))),
+        episodes=given.episodes,
+        split=given.split,
+        skip_bad=given.skip_bad,
+    )
     return config, given.out.expanduser().absolute()
 
 

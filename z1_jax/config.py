@@ -199,7 +199,7 @@ class SelectiveConfig:
 class EvalConfig:
     """The protocol of the paired evaluation."""
 
-    episodes: int = 256
+    episodes: int = 256  # 0: sft on a given dataset trains and simulates nothing
     first_seed: int = 900_000_000  # held-out seeds are first_seed … first_seed + episodes − 1
     noise_seed: int = 0  # of the sampler's initial noise
     confidence: float = 0.95
@@ -346,7 +346,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "selective.iterations": (3, 9_998),
     "selective.confidence": (0.5, 0.9999),
     "selective.enough": (0.0, 1.01),
-    "eval.episodes": (1, 100_000),
+    "eval.episodes": (0, 100_000),
     "eval.first_seed": (900_000_000, 2**31 - 1_000_000),
     "eval.noise_seed": (0, 2**31 - 1),
     "eval.confidence": (0.5, 0.9999),
@@ -490,6 +490,11 @@ def _check_combinations(config: Config) -> None:
     _check_slots(config)
     if config.mesh.data == 0:
         raise ConfigError("config key mesh.data: got 0, expected a number of devices, or -1 for all that are left")
+    if not config.eval.episodes and not (config.algorithm == "sft" and config.demos.dataset):
+        raise ConfigError(
+            "config key eval.episodes: got 0, expected at least 1; 0 is for algorithm=sft with a demos.dataset, which "
+            "then trains without simulating"
+        )
     if config.algorithm == "eval" and not config.checkpoint:
         raise ConfigError("config key checkpoint: got '', expected a run directory or a checkpoint to evaluate")
 

@@ -169,7 +169,9 @@ def protocol(config: Config, policy: Policy) -> dict[str, Any]:
         "suite": config.env.suite,
         "task": config.task,
         "config": z1_config.fingerprint(config),
-        "evaluation_seeds": f"{config.eval.first_seed} … {config.eval.first_seed + config.eval.episodes - 1}",
+        "evaluation_seeds": f"{config.eval.first_seed} … {config.eval.first_seed + config.eval.episodes - 1}"
+        if config.eval.episodes
+        else "none",
         "noise_seed": config.eval.noise_seed,
         "horizon": config.env.horizon or "the task's own",
         "predicted_steps_per_chunk": policy.config.horizon,

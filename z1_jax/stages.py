@@ -72,7 +72,8 @@ def check_inputs(config: Config) -> None:
     Raises:
         UserError: an unknown task, camera or preset; a policy or dataset that is absent, damaged or does not fit.
     """
-    make_env(config, config.task)
+    if config.eval.episodes:
+        make_env(config, config.task)
     for path in filter(None, (config.init, config.checkpoint, config.compare)):
         check_policy(config, path)
     if config.algorithm == "grpo":
@@ -164,7 +165,8 @@ def demonstrations_source(config: Config) -> dict[str, Any]:
 
 
 def _fitting(config: Config, dataset: Dataset) -> Dataset:
-    horizon = architecture(config).horizon
+    shapes = architecture(config)
+    horizon = shapes.horizon
     missing = [camera for camera in config.env.cameras if camera not in dataset.cameras]
     if missing:
         raise ConfigError(
@@ -175,7 +177,33 @@ def _fitting(config: Config, dataset: Dataset) -> Dataset:
             f"config key model.preset: {config.model.preset} predicts chunks of {horizon} steps, the dataset "
             f"{dataset.path} has chunks of {dataset.chunk}; choose another preset or collect anew"
         )
+    if dataset.action_dim > shapes.action_dim:
+        raise ConfigError(
+            f"config key model.preset: {config.model.preset} predicts actions of width {shapes.action_dim}, "
+            f"the dataset {dataset.path} has width {dataset.action_dim}; choose another preset"
+        )
+    _check_widths(config, dataset)
     return dataset
+
+
+def _check_widths(config: Config, dataset: Dataset) -> None:
+    """Refuses a dataset whose arrays are not those of the environments, or of the policy that is trained on."""
+    got = {"actions": dataset.action_dim, "state": dataset.state_dim}
+    if config.eval.episodes:
+        from envs.kitchen.robot import ACTION_DIM, STATE_DIM
+
+        wanted, whose = {"actions": ACTION_DIM, "state": STATE_DIM}, f"the environments of env.suite={config.env.suite}"
+    elif config.init:
+        stats = policy_document(config.init)["norm_stats"]
+        wanted, whose = {key: len(stats[key]["mean"]) for key in got}, f"the policy at {config.init}"
+    else:
+        return
+    for key, width in got.items():
+        if width != wanted[key]:
+            hint = "; sft with eval.episodes=0 trains without environments" * bool(config.eval.episodes)
+            raise ConfigError(
+                f"config key demos.dataset: {dataset.path} has {key} of width {width}, {whose} {wanted[key]}{hint}"
+            )
 
 
 def _successful_episodes(config: Config, journal: EpisodeJournal) -> Iterator[Any]:

@@ -62,7 +62,11 @@ def start_policy(
 def finish_sft(
     config: Config, policy: Policy, mesh: jax.sharding.Mesh, run_dir: pathlib.Path, clock: StageClock
 ) -> None:
-    """Evaluates an SFT policy and writes the summary."""
+    """Evaluates an SFT policy, where there is something to evaluate it in, and writes the summary."""
+    if not config.eval.episodes:
+        line = f"SFT on {config.demos.dataset}: {config.sft.steps} steps, not evaluated (eval.episodes=0)"
+        conclude(config, policy, run_dir, clock, {}, line)
+        return
     with make_pool(config) as pool, clock.stage("evaluation"):
         after = evaluate(
             policy, pool, mesh, config.eval, config.flow, run_dir / "evaluation" / "after.jsonl", title="evaluation"

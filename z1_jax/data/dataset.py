@@ -133,7 +133,7 @@ class Dataset:
     def _record(self, raw: Mapping[str, Any]) -> Record:
         episode = int(raw["episode"])
         return Record(
-            images={camera: _decode_png(data) for camera, data in raw["images"].items()},
+            images={camera: _decode(data) for camera, data in raw["images"].items()},
             state=raw["state"],
             actions=raw["actions"],
             instruction=self.episodes[episode].instruction,
@@ -142,11 +142,16 @@ class Dataset:
         )
 
 
-def write_dataset(path: str | pathlib.Path, episodes: Iterable[Episode], manifest: Mapping[str, Any]) -> Dataset:
+def write_dataset(
+    path: str | pathlib.Path, episodes: Iterable[Episode], manifest: Mapping[str, Any], *, jpeg: int = 0
+) -> Dataset:
     """Writes a dataset to the new directory `path`; `manifest` (JSON) says what made it.
 
-    Episodes are consumed one by one. All is written to `<path>.partial` and renamed at the end, so a killed run leaves
-    no half dataset under the name.
+    Episodes are consumed one by one, and the manifest is read after the last one: it may tell what was left out. All is
+    written to `<path>.partial` and renamed at the end, so a killed run leaves no half dataset under the name.
+
+    Args:
+        jpeg: quality, 1..100, of frames stored as JPEG (4:2:0, as videos); 0 stores PNG, which loses nothing.
 
     Raises:
         ValueError: the path exists, there are no episodes, or an episode does not fit the others.
@@ -161,7 +166,7 @@ def write_dataset(path: str | pathlib.Path, episodes: Iterable[Episode], manifes
     partial = _partial_path(path)
     shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
     partial.mkdir(parents=True)
-    writer = _EpisodeWriter(first)
+    writer = _EpisodeWriter(first, jpeg)
     _write_records(partial, writer, itertools.chain([first], stream))
     shutil.rmtree(partial / "downloads", ignore_errors=True)  # TFDS makes it, empty
     save_norm_stats(partial / _STATS, {key: value.result() for key, value in writer.stats.items()})
@@ -220,7 +225,8 @@ def open_dataset(path: str | pathlib.Path) -> Dataset:
 class _EpisodeWriter:
     """Turns episodes into records, and keeps the table and the statistics."""
 
-    def __init__(self, first: Episode):
+    def __init__(self, first: Episode, jpeg: int):
+        self.jpeg = jpeg
         self.image_shapes = {camera: np.shape(frames) for camera, frames in first.images.items()}
         self.state_dim = int(np.shape(first.state)[-1])
         self.chunk_shape = tuple(int(n) for n in np.shape(first.actions)[1:])
@@ -250,7 +256,7 @@ class _EpisodeWriter:
             yield (
                 self.count - number + step,
                 {
-                    "images": {camera: _encode_png(frames[step]) for camera, frames in episode.images.items()},
+                    "images": {camera: _encode(frames[step], self.jpeg) for camera, frames in episode.images.items()},
                     "state": np.asarray(episode.state[step], np.float32),
                     "actions": np.asarray(episode.actions[step], np.float32),
                     "episode": index,
@@ -315,7 +321,7 @@ def _builder_class() -> tuple[Any, type]:
 
         def _info(self) -> tfds.core.DatasetInfo:
             images = {
-                camera: tfds.features.Image(shape=shape[1:], encoding_format="png")
+                camera: tfds.features.Image(shape=shape[1:], encoding_format="jpeg" if self._writer.jpeg else "png")
                 for camera, shape in self._writer.image_shapes.items()
             }
             features = {
@@ -352,18 +358,22 @@ def _partial_path(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(path.name + ".partial")
 
 
-def _encode_png(frame: np.ndarray) -> bytes:
+def _encode(frame: np.ndarray, jpeg: int) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(frame).save(out, "PNG", compress_level=_PNG_LEVEL)
+    if jpeg:
+        Image.fromarray(frame).save(out, "JPEG", quality=jpeg, subsampling="4:2:0")
+    else:
+        Image.fromarray(frame).save(out, "PNG", compress_level=_PNG_LEVEL)
     return out.getvalue()
 
 
-def _decode_png(data: bytes) -> np.ndarray:
+def _decode(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
 def _file_entry(path: pathlib.Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _check_file(path: pathlib.Path, entry: Mapping[str, Any]) -> None:

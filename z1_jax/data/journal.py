@@ -88,6 +88,16 @@ class EpisodeJournal:
         self.tried += 1
         self.kept += bool(episode.success)
 
+    def leave_out(self, reason: str) -> None:
+        """Notes an episode that is not wanted for a reason worth a line; it counts as tried."""
+        self._write(json.dumps({"success": False, "left_out": reason}).encode() + b"\n")
+        self.tried += 1
+
+    def left_out(self) -> list[str]:
+        """The reasons given to `leave_out`, in order."""
+        facts = [_facts(payload) for number, (_, payload) in enumerate(self._entries()) if number]
+        return [entry["left_out"] for entry in facts if "left_out" in entry]
+
     def close(self) -> None:
         self._file.close()
 

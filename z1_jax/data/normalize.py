@@ -21,7 +21,7 @@ NormMode = Literal["quantile", "z_score"]
 EPSILON = 1e-6  # openpi's guard against division by zero
 CONSTANT_SPAN = 1e-3  # raw units (1 mm, 1 mrad, 0.1 % of an action): less than this carries no information
 WIDENED_STDS = 3.0  # half-width, in standard deviations, given to a dimension whose quantiles coincide
-MAX_ROWS = 1 << 20  # rows kept for the quantiles; above it every 2nd, 4th, ... row is kept
+MAX_ROWS = 1 << 20  # rows kept for the quantiles; above it a sample of them
 
 _logger = logging.getLogger(__name__)
 
@@ -127,8 +127,10 @@ class NormStats:
 class StatsAccumulator:
     """One pass over the data: exact mean and std (Chan's update), quantiles of the rows kept.
 
-    All rows are kept up to MAX_ROWS, so the quantiles are exact; beyond, a regular subsample of at least MAX_ROWS / 2
-    rows is kept. No draw is random: the same data in the same order give the same statistics.
+    All rows are kept up to `max_rows`, so the quantiles are exact (NumPy's linear interpolation). Beyond, a row is kept
+    when a fixed hash of its number is small: a sample of max_rows / 2 rows or more that no period in the data can
+    bias, and the same whatever the parts that the data come in. Of n kept rows, the "1 % quantile" is a quantile of the
+    whole between 1 % ± 4·sqrt(0.01·0.99 / n): for the half million rows of the default, 0.94 … 1.06 %.
     """
 
     def __init__(self, max_rows: int = MAX_ROWS):
@@ -137,8 +139,9 @@ class StatsAccumulator:
         self._mean: np.ndarray | None = None
         self._m2: np.ndarray | None = None
         self._rows: list[np.ndarray] = []
+        self._hashes: list[np.ndarray] = []  # of the rows kept
         self._kept = 0
-        self._stride = 1
+        self._bound = np.uint64(2**64 - 1)  # hashes up to this one are kept
 
     def update(self, values: np.ndarray) -> None:
         """Adds values [..., D].
@@ -164,14 +167,20 @@ class StatsAccumulator:
         self._count = total
 
     def _keep(self, rows: np.ndarray) -> None:
-        """Keeps the rows whose global index is a multiple of the stride; doubles the stride when full."""
-        kept = rows[(-self._count) % self._stride :: self._stride]
-        self._rows.append(kept.copy())
-        self._kept += len(kept)
+        """Keeps the rows with small hashes; halves the bound when full."""
+        hashes = _hashed(np.arange(self._count, self._count + len(rows), dtype=np.uint64))
+        self._add(rows, hashes)
         while self._kept > self._max_rows:
-            self._rows = [np.concatenate(self._rows)[::2]]
-            self._stride *= 2
-            self._kept = len(self._rows[0])
+            self._bound //= np.uint64(2)
+            rows, hashes = np.concatenate(self._rows), np.concatenate(self._hashes)
+            self._rows, self._hashes, self._kept = [], [], 0
+            self._add(rows, hashes)
+
+    def _add(self, rows: np.ndarray, hashes: np.ndarray) -> None:
+        kept = hashes <= self._bound
+        self._rows.append(rows[kept])
+        self._hashes.append(hashes[kept])
+        self._kept += int(kept.sum())
 
     def result(self) -> NormStats:
         """The statistics so far.
@@ -183,6 +192,14 @@ class StatsAccumulator:
             raise ValueError("statistics: no data; expected at least one record")
         low, high = np.quantile(np.concatenate(self._rows), [0.01, 0.99], axis=0)
         return NormStats(mean=self._mean, std=np.sqrt(self._m2 / self._count), q01=low, q99=high)
+
+
+def _hashed(numbers: np.ndarray) -> np.ndarray:
+    """Spreads numbers evenly over uint64: the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
+    z = numbers * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 def save_norm_stats(path: str | pathlib.Path, stats: Mapping[str, NormStats]) -> None:

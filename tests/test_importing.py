@@ -1,0 +1,495 @@
+"""Imports as a whole: what is stored, bad input of every kind, and interruptions."""
+
+import json
+import pathlib
+import re
+
+import demo_files as files
+import numpy as np
+import pytest
+import tiny_policy as tiny
+
+from z1_jax import importing, stages, train
+from z1_jax.collect import main, parse_import
+from z1_jax.data.importers.base import need
+from z1_jax.errors import UserError
+from z1_jax.importing import ImportConfig, import_demonstrations
+
+CAMERA = files.CAMERAS[0]
+
+
+def run(paths, out: pathlib.Path, **options):
+    return import_demonstrations(ImportConfig(paths=tuple(paths), **{"cameras": (CAMERA,), **options}), out)[0]
+
+
+def edit_hdf5(path: pathlib.Path, change) -> pathlib.Path:
+    import h5py
+
+    with h5py.File(path, "r+") as file:
+        change(file["data"])
+    return path
+
+
+def replace(group, key: str, values: np.ndarray) -> None:
+    del group[key]
+    group.create_dataset(key, data=values)
+
+
+@pytest.fixture
+def demos(rng) -> list[files.Demo]:
+    return files.make_demos(rng)
+
+
+@pytest.mark.parametrize(("stride", "chunk", "image_size"), [(4, 8, 0), (3, 5, 24)])
+def test_every_decision_holds_its_frames_its_state_and_the_actions_that_follow(
+    demos, tmp_path, capsys, stride, chunk, image_size
+):
+    path = files.write_hdf5(tmp_path / "drawer.hdf5", demos)
+    options = {"stride": stride, "chunk": chunk, "image_size": image_size, "cameras": files.CAMERAS[1:]}
+    dataset = run([path], tmp_path / "data", **options)
+    assert len(dataset.episodes) == len(demos) and dataset.chunk == chunk
+    for row, demo in zip(dataset.episodes, demos, strict=True):
+        assert (row.task, row.instruction, row.steps) == ("OpenDrawer", demo.instruction, len(demo.actions))
+        starts = range(0, len(demo.actions), stride)
+        assert row.records == len(starts)
+        for place, start in enumerate(starts):
+            record = dataset[row.first_record + place]
+            np.testing.assert_array_equal(record.state, demo.state[start].astype(np.float32))
+            last = len(demo.actions) - 1
+            following = [demo.actions[min(step, last)] for step in range(start, start + chunk)]
+            np.testing.assert_array_equal(record.actions, np.array(following, np.float32))
+            assert set(record.images) == set(files.CAMERAS[1:])
+            for camera in files.CAMERAS[1:]:
+                if image_size:
+                    assert record.images[camera].shape == (image_size, image_size, 3)
+                    drift = record.images[camera].mean() - demo.images[camera][start].mean()
+                    assert abs(drift) < 2  # a resized frame keeps its brightness
+                else:
+                    np.testing.assert_array_equal(record.images[camera], demo.images[camera][start])
+
+
+def test_statistics_are_those_of_numpy_on_the_whole(demos, tmp_path, capsys):
+    dataset = run([files.write_hdf5(tmp_path / "drawer.hdf5", demos)], tmp_path / "data", stride=2, chunk=3)
+    actions, states = [], []
+    for demo in demos:
+        for start in range(0, len(demo.actions), 2):
+            states.append(demo.state[start].astype(np.float32))
+            actions += [demo.actions[min(s, len(demo.actions) - 1)].astype(np.float32) for s in range(start, start + 3)]
+    for key, rows in (("actions", np.array(actions, np.float64)), ("state", np.array(states, np.float64))):
+        stats = dataset.stats[key]
+        np.testing.assert_allclose(stats.mean, rows.mean(0), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(stats.std, rows.std(0), rtol=1e-9)
+        np.testing.assert_allclose([stats.q01, stats.q99], np.quantile(rows, [0.01, 0.99], axis=0), rtol=1e-9)
+
+
+def test_both_formats_give_the_same_numbers_and_tell_where_they_are_from(demos, tmp_path, capsys):
+    hdf5 = run([files.write_hdf5(tmp_path / "drawer.hdf5", demos)], tmp_path / "a")
+    lerobot = run([files.write_lerobot(tmp_path / "lerobot", demos)], tmp_path / "b")
+    for one, other in zip(hdf5.records(range(len(hdf5))), lerobot.records(range(len(lerobot))), strict=True):
+        np.testing.assert_array_equal(one.actions, other.actions)
+        np.testing.assert_array_equal(one.state, other.state)
+        assert one.instruction == other.instruction
+        assert np.abs(one.images[CAMERA].astype(int) - other.images[CAMERA]).mean() < 5
+    (a,), (b,) = hdf5.source["sources"], lerobot.source["sources"]
+    assert (a["format"], a["version"], a["bytes"]) == (
+        "robomimic hdf5",
+        "1.5.0",
+        (tmp_path / "drawer.hdf5").stat().st_size,
+    )
+    assert (b["format"], b["version"], len(b["sha256_of_tables"])) == ("lerobot", "v2.1", 64)
+    assert hdf5.source["fps"] == lerobot.source["fps"] == 20 and hdf5.source["left_out"] == []
+
+
+def test_frames_may_be_stored_as_jpeg(demos, tmp_path, capsys):
+    path = files.write_hdf5(tmp_path / "drawer.hdf5", demos)
+    dataset = run([path], tmp_path / "data", jpeg=95)
+    got, stored = dataset[0].images[CAMERA].astype(int), demos[0].images[CAMERA][0]
+    assert 0 < np.abs(got - stored).max() < 12 and dataset.source["jpeg"] == 95
+
+
+def test_tasks_and_numbers_of_episodes_are_chosen_over_many_files(demos, tmp_path, capsys):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    files.write_hdf5(tmp_path / "in" / "drawer.hdf5", demos)
+    files.write_hdf5(tmp_path / "in" / "deep" / "stove.hdf5", demos, task="TurnOnStove")
+    files.write_hdf5(tmp_path / "in" / "faucet.hdf5", demos, task="TurnOnSinkFaucet")
+    dataset = run([tmp_path / "in"], tmp_path / "data", tasks=("TurnOnStove", "OpenDrawer"), episodes=2)
+    assert [row.task for row in dataset.episodes] == ["TurnOnStove"] * 2 + ["OpenDrawer"] * 2
+    with pytest.raises(UserError, match="option --tasks: 'Juggle' is not there; known: TurnOnStove, OpenDrawer"):
+        run([tmp_path / "in"], tmp_path / "other", tasks=("Juggle",))
+    first = run([tmp_path / "in"], tmp_path / "first", split="first_2")
+    assert len(first.episodes) == 6
+
+
+def cut(path: pathlib.Path, share: float = 0.6) -> None:
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def truncated_hdf5(root, demos):
+    files.write_hdf5(root / "a.hdf5", demos)
+    cut(files.write_hdf5(root / "b.hdf5", demos))
+    return r"b\.hdf5 cannot be read as robomimic's HDF5 \(.*truncated", 3
+
+
+def damaged_frames(root, demos):
+    """A flipped byte in the compressed frames of one demonstration."""
+    path = files.write_hdf5(root / "a.hdf5", demos)
+    place = []
+    edit_hdf5(path, lambda data: place.append(data[f"demo_2/obs/{CAMERA}_image"].id.get_chunk_info(0)))
+    content = bytearray(path.read_bytes())
+    middle = place[0].byte_offset + place[0].size // 2
+    content[middle : middle + 40] = bytes(40)
+    path.write_bytes(content)
+    return r"a\.hdf5, demo_2 cannot be read", 2
+
+
+def hdf5_without_a_camera(root, demos):
+    def change(data):
+        del data[f"demo_3/obs/{CAMERA}_image"]
+
+    edit_hdf5(files.write_hdf5(root / "a.hdf5", demos), change)
+    return rf"a\.hdf5, demo_3 has no images of {CAMERA}; it has {files.CAMERAS[1]}, ", 2
+
+
+def hdf5_with_wide_actions(root, demos):
+    change = lambda data: replace(data["demo_1"], "actions", np.zeros((9, 7)))  # noqa: E731
+    edit_hdf5(files.write_hdf5(root / "a.hdf5", demos), change)
+    return r"a\.hdf5, demo_1: actions have shape \[9, 7\], expected \[steps, 12\]", 2
+
+
+def hdf5_with_nan(root, demos):
+    demos[1].actions[3, 5] = np.nan
+    files.write_hdf5(root / "a.hdf5", demos)
+    return r"a\.hdf5, demo_2: actions not finite at step 3", 2
+
+
+def hdf5_with_an_empty_episode(root, demos):
+    def change(data):
+        for name in ("actions", *(f"obs/{key}" for key in data["demo_2/obs"])):
+            replace(data["demo_2"], name, data[f"demo_2/{name}"][:0])
+
+    edit_hdf5(files.write_hdf5(root / "a.hdf5", demos), change)
+    return r"a\.hdf5, demo_2 is empty", 2
+
+
+def hdf5_with_a_shorter_state(root, demos):
+    demos[2].observations["robot0_base_quat"] = demos[2].observations["robot0_base_quat"][:-1]
+    files.write_hdf5(root / "a.hdf5", demos)
+    return r"a\.hdf5, demo_3: obs/robot0_base_quat has 5 steps, expected the 6 of its actions", 2
+
+
+def hdf5_without_an_instruction(root, demos):
+    def change(data):
+        data["demo_1"].attrs["ep_meta"] = "{}"
+
+    edit_hdf5(files.write_hdf5(root / "a.hdf5", demos), change)
+    return r"a\.hdf5, demo_1 has no instruction", 2
+
+
+def hdf5_of_another_rate(root, demos):
+    files.write_hdf5(root / "a.hdf5", demos)
+    files.write_hdf5(root / "b.hdf5", demos, fps=10)
+    return r"b\.hdf5 has 10 steps a second, .*a\.hdf5 20", 3
+
+
+def raw_hdf5_without_images(root, demos):
+    files.write_hdf5(root / "a.hdf5", demos)
+    for demo in demos:
+        demo.images.clear()
+    files.write_hdf5(root / "b.hdf5", demos)
+    return rf"b\.hdf5 has no camera {CAMERA}; it has none", 3
+
+
+def video_file(root, episode: int) -> pathlib.Path:
+    return root / "videos" / "chunk-000" / f"observation.images.{CAMERA}" / f"episode_{episode:06d}.mp4"
+
+
+def rewrite_table(root, episode: int, change) -> None:
+    import pyarrow.parquet as pq
+
+    path = root / "data" / "chunk-000" / f"episode_{episode:06d}.parquet"
+    pq.write_table(change(pq.read_table(path)), path)
+
+
+def with_column(table, name: str, values):
+    import pyarrow as pa
+
+    return table.set_column(table.column_names.index(name), name, pa.array(list(values)))
+
+
+def truncated_video(root, demos):
+    files.write_lerobot(root, demos)
+    cut(video_file(root, 1))
+    return r"episode 1: the video .*episode_000001\.mp4 cannot be decoded", 2
+
+
+def video_of_too_few_frames(root, demos):
+    files.write_lerobot(root, demos)
+    files.write_video(video_file(root, 1), demos[1].images[CAMERA][:-2], 20)
+    return r"episode 1: the video .*episode_000001\.mp4 ends after 12 of 14 frames", 2
+
+
+def missing_video(root, demos):
+    files.write_lerobot(root, demos)
+    video_file(root, 2).unlink()
+    return r"episode 2: the video .*episode_000002\.mp4 is missing", 2
+
+
+def video_of_another_rate(root, demos):
+    files.write_lerobot(root, demos)
+    files.write_video(video_file(root, 0), demos[0].images[CAMERA], 30)
+    return r"episode 0: the video .* has 30 frames a second, its dataset 20", 2
+
+
+def stamps_of_another_rate(root, demos):
+    files.write_lerobot(root, demos)
+    rewrite_table(root, 1, lambda table: with_column(table, "timestamp", np.arange(14) / 10))
+    return r"episode_000001\.parquet, episode 1: time stamps 0\.1 s apart, expected 0\.05 s", 2
+
+
+def lerobot_with_wide_actions(root, demos):
+    files.write_lerobot(root, demos)
+    rewrite_table(root, 1, lambda table: with_column(table, "action", np.zeros((14, 7))))
+    return r"episode 1: action has width 7, expected 12", 2
+
+
+def lerobot_with_nan(root, demos):
+    demos[0].observations["robot0_gripper_qpos"][4] = np.inf
+    files.write_lerobot(root, demos)
+    return r"lerobot, episode 0: state not finite at step 4", 2
+
+
+def lerobot_with_an_empty_episode(root, demos):
+    files.write_lerobot(root, demos)
+    rewrite_table(root, 2, lambda table: table.slice(0, 0))
+    return r"episode_000002\.parquet, episode 2 is empty; expected 6 steps", 2
+
+
+def truncated_table(root, demos):
+    files.write_lerobot(root, demos)
+    cut(root / "data" / "chunk-000" / "episode_000002.parquet")
+    return r"episode_000002\.parquet, episode 2 cannot be read", 2
+
+
+def missing_table(root, demos):
+    files.write_lerobot(root, demos)
+    (root / "data" / "chunk-000" / "episode_000000.parquet").unlink()
+    return r"episode_000000\.parquet, episode 0: the file is missing; the dataset is half written", 2
+
+
+def cut_list_of_episodes(root, demos):
+    files.write_lerobot(root, demos)
+    path = root / "meta" / "episodes.jsonl"
+    path.write_text(path.read_text()[:-9])
+    return r"episodes\.jsonl was only half written: line 3 is cut off", 2
+
+
+def list_of_fewer_episodes(root, demos):
+    files.write_lerobot(root, demos)
+    path = root / "meta" / "episodes.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    return r"half written or half copied: meta/info\.json counts 3 episodes, its table lists 2", 2
+
+
+BROKEN = [
+    truncated_hdf5,
+    damaged_frames,
+    hdf5_without_a_camera,
+    hdf5_with_wide_actions,
+    hdf5_with_nan,
+    hdf5_with_an_empty_episode,
+    hdf5_with_a_shorter_state,
+    hdf5_without_an_instruction,
+    hdf5_of_another_rate,
+    raw_hdf5_without_images,
+    truncated_video,
+    video_of_too_few_frames,
+    missing_video,
+    video_of_another_rate,
+    stamps_of_another_rate,
+    lerobot_with_wide_actions,
+    lerobot_with_nan,
+    lerobot_with_an_empty_episode,
+    truncated_table,
+    missing_table,
+    cut_list_of_episodes,
+    list_of_fewer_episodes,
+]
+
+
+@pytest.mark.parametrize("damage", BROKEN)
+def test_bad_input_is_one_line_and_may_be_left_out(damage, demos, tmp_path, capsys):
+    """The line names the file and the episode; the rest is imported, and the dataset tells what is not in it."""
+    root = tmp_path / "lerobot"
+    if "hdf5" in damage.__name__ or damage is damaged_frames:
+        root.mkdir()
+    message, left = damage(root, demos)
+    out = tmp_path / "data"
+    with pytest.raises(UserError, match=message) as error:
+        run([root], out)
+    assert "\n" not in str(error.value) and not out.exists()
+    dataset = run([root], out, skip_bad=True)
+    assert len(dataset.episodes) == left and re.search(message, dataset.source["left_out"][0])
+    assert not out.with_name("data.episodes").exists()
+
+
+def test_a_v3_directory_that_was_never_finished(tmp_path, demos):
+    root = files.write_lerobot(tmp_path / "lerobot", demos)
+    info = json.loads((root / "meta" / "info.json").read_text())
+    (root / "meta" / "info.json").write_text(json.dumps(info | {"codebase_version": "v3.0"}))
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"task_index": [0], "task": ["x"]}), root / "meta" / "tasks.parquet")
+    with pytest.raises(UserError, match="half written: it has no meta/episodes"):
+        run([root], tmp_path / "data")
+    (root / "meta" / "episodes" / "chunk-000").mkdir(parents=True)
+    (root / "meta" / "episodes" / "chunk-000" / "file-000.parquet").write_bytes(b"PAR1 no footer")
+    with pytest.raises(UserError, match=r"file-000\.parquet cannot be read .*its episodes are lost"):
+        run([root], tmp_path / "data")
+    (root / "meta" / "info.json").unlink()
+    with pytest.raises(UserError, match=r"half written: it has no meta/info\.json"):
+        run([root], tmp_path / "data")
+
+
+def test_nothing_to_import_is_told(tmp_path, demos, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("hello")
+    for path, message in (("empty", "holds nothing to import"), ("none", "does not exist"), ("notes.txt", "no HDF5")):
+        with pytest.raises(UserError, match=message):
+            run([tmp_path / path], tmp_path / "data")
+    path = files.write_hdf5(tmp_path / "drawer.hdf5", demos)
+    run([path], tmp_path / "data")
+    with pytest.raises(UserError, match="is a dataset already; train on it with --config.demos.dataset="):
+        run([tmp_path / "data"], tmp_path / "again")
+    with pytest.raises(UserError, match="has no camera sideways; it has robot0_agentview_left"):
+        run([path], tmp_path / "again", cameras=("sideways",))
+    for demo in demos:
+        demo.actions[:] = np.nan
+    with pytest.raises(UserError, match="no episodes"):
+        run([files.write_hdf5(tmp_path / "nan.hdf5", demos)], tmp_path / "again", skip_bad=True)
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_an_interrupted_import_goes_on_where_it_was(demos, tmp_path, monkeypatch, capsys, stop_after):
+    demos[0].actions[2] = np.nan  # left out before the interruption, and told after it
+    demos += files.make_demos(np.random.default_rng(1))
+    path = files.write_hdf5(tmp_path / "drawer.hdf5", demos)
+    whole = run([path], tmp_path / "whole", skip_bad=True)
+    read, seen = importing.read_episode, []
+
+    def interrupted(source, episode, *arguments):
+        if len(seen) == stop_after:
+            raise KeyboardInterrupt
+        seen.append(episode.name)
+        return read(source, episode, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(importing, "read_episode", interrupted)
+        run([path], tmp_path / "data", skip_bad=True)
+    assert not (tmp_path / "data").exists()
+
+    def counted(source, episode, *arguments):
+        assert episode.name not in seen, "a finished episode was read again"
+        return read(source, episode, *arguments)
+
+    monkeypatch.setattr(importing, "read_episode", counted)
+    resumed = run([path], tmp_path / "data", skip_bad=True)
+    assert resumed.identity == whole.identity and len(resumed.source["left_out"]) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "drawer.hdf5", "whole"]
+
+
+def test_a_bad_episode_costs_none_of_those_before_it(demos, tmp_path, monkeypatch, capsys):
+    demos[2].actions[0] = np.inf
+    path = files.write_hdf5(tmp_path / "drawer.hdf5", demos)
+    with pytest.raises(UserError, match="demo_3: actions not finite at step 0 .*; --skip-bad leaves it out"):
+        run([path], tmp_path / "data")
+    read, seen = importing.read_episode, []
+    monkeypatch.setattr(importing, "read_episode", lambda s, e, *a: (seen.append(e.name), read(s, e, *a))[1])
+    assert len(run([path], tmp_path / "data", skip_bad=True).episodes) == 2
+    assert seen == ["demo_3"]
+
+
+def test_an_import_of_something_else_is_refused(demos, tmp_path, capsys):
+    path = files.write_hdf5(tmp_path / "drawer.hdf5", demos)
+    dataset = run([path], tmp_path / "data")
+    again, known = import_demonstrations(ImportConfig((path,), (CAMERA,)), tmp_path / "data")
+    assert known and again.identity == dataset.identity
+    with pytest.raises(UserError, match="exists with stride 4, asked for 2; choose another --out"):
+        run([path], tmp_path / "data", stride=2)
+    files.write_hdf5(path, demos[:2])
+    with pytest.raises(UserError, match="exists with sources .*; choose another --out"):
+        run([path], tmp_path / "data")
+
+
+def test_the_command(demos, tmp_path, capsys):
+    path = files.write_lerobot(tmp_path / "lerobot", demos)
+    arguments = ["collect", f"--from={path}", f"--out={tmp_path / 'data'}", "--stride=2", f"--cameras={CAMERA}"]
+    main(arguments)
+    said = capsys.readouterr().out
+    assert "actions in raw order by meta/modality.json" in said and "3 demonstrations of 1 task, 15 decisions" in said
+    assert f"--config.demos.dataset={tmp_path / 'data'} --config.env.cameras={CAMERA}" in said
+    main(arguments)
+    assert "already imported: 3 demonstrations" in capsys.readouterr().out
+    for wrong, message in (("--stride=0", "--stride: got 0"), ("--noise=1", "unrecognized arguments: --noise=1")):
+        with pytest.raises(UserError, match=message):
+            parse_import([*arguments[1:], wrong])
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "h5py", None)
+    with pytest.raises(UserError, match=r"reading a\.hdf5 needs the package h5py: pip install 'z1-jax\[data\]'"):
+        need("h5py", "h5py", pathlib.Path("a.hdf5"))
+
+
+def sft(dataset: pathlib.Path, run_dir: pathlib.Path, *more: str) -> None:
+    options = {"demos.dataset": dataset, "run_dir": run_dir, "env.cameras": CAMERA, "sft.steps": 3, "sft.batch_size": 8}
+    settings = [f"--config.{key}={value}" for key, value in options.items()]
+    train.main(["train", "--config=configs/sft.py:smoke", *settings, *more])
+
+
+def test_sft_trains_on_an_import(demos, tmp_path, monkeypatch, capsys):
+    """A few steps on RoboCasa's LeRobot files, without an environment; the policy keeps the data's statistics."""
+    monkeypatch.setattr(stages, "architecture", lambda config: tiny.CONFIG)
+    monkeypatch.setattr(train, "start_jax", lambda: None)  # the tests have a cache of their own
+    monkeypatch.setattr(train, "make_mesh", lambda config: tiny.one_device())
+    dataset = run([files.write_lerobot(tmp_path / "lerobot", demos)], tmp_path / "data", cameras=(CAMERA,))
+    sft(tmp_path / "data", tmp_path / "run", "--config.eval.episodes=0", "--config.log.every=1")
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 3 and np.isfinite(losses).all() and len(set(losses)) == 3
+    document = stages.policy_document(str(tmp_path / "run"))
+    assert document["norm_stats"]["actions"]["q99"] == dataset.stats["actions"].q99.tolist()
+    assert document["cameras"] == [CAMERA]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "not evaluated" in summary["sentence"] and (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_dataset_that_does_not_fit_is_refused_before_the_run(demos, tmp_path, monkeypatch, capsys):
+    path = files.write_lerobot(tmp_path / "lerobot", demos)
+    run([path], tmp_path / "data")
+    run([path], tmp_path / "short", chunk=4)
+    info = json.loads((path / "meta" / "info.json").read_text())
+    info["features"]["action"]["shape"] = [14]
+    (path / "meta" / "info.json").write_text(json.dumps(info))
+    (path / "meta" / "modality.json").unlink()
+    for episode, demo in enumerate(demos):
+        wide = np.zeros((len(demo.actions), 14))
+        rewrite_table(path, episode, lambda table, wide=wide: with_column(table, "action", wide))
+    run([path], tmp_path / "wide")
+    trains_only = "--config.eval.episodes=0"
+    for name, more, message in (
+        (
+            "data",
+            ("--config.env.cameras=front", trains_only),
+            "env.cameras: got front, the dataset .* has robot0_agent",
+        ),
+        ("short", (), "model.preset: kitchen predicts chunks of 8 steps, the dataset .* has chunks of 4"),
+        ("wide", (trains_only,), "model.preset: kitchen predicts actions of width 12, the dataset .* has width 14"),
+        ("wide", ("--config.model.preset=mid",), "width 14, the environments of env.suite=kitchen 12; sft with eval"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sft(tmp_path / name, tmp_path / "run", *more)
+    with pytest.raises(
+        UserError, match="eval.episodes: got 0, expected at least 1; 0 is for algorithm=sft with a demos"
+    ):
+        train.main(["train", "--config=configs/grpo.py:smoke", trains_only])
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,106 @@
+"""What every format is read as: sources with episodes, the arrays of one episode, and the refusal of a bad one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from z1_jax.errors import UserError
+
+ENDS_BYTES = 1 << 20  # of a large file's beginning and end, that its checksum covers
+
+
+class BadData(UserError):
+    """A file or an episode that cannot be used; `--skip-bad` leaves it out. One line with its name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeRef:
+    """One episode that a source lists, before its arrays are read."""
+
+    number: int  # the source's own
+    name: str  # as the source calls it: "demo_3", "episode 7"
+    task: str  # RoboCasa's name of the task; where the source tells none, the instruction
+
+
+@dataclasses.dataclass(frozen=True)
+class RawEpisode:
+    """One demonstration of N control steps, raw units; frames only of every `stride`-th step."""
+
+    images: dict[str, np.ndarray]  # camera -> uint8 [ceil(N / stride), H, W, 3], upright
+    state: np.ndarray  # [N, state_dim], parts in the order of `orders.STATE_PARTS` where the source names them
+    actions: np.ndarray  # [N, action_dim], parts in the order of `orders.ACTION_PARTS` where the source names them
+    instruction: str
+
+
+class Source(Protocol):
+    """A file or directory of demonstrations."""
+
+    path: pathlib.Path
+    episodes: Sequence[EpisodeRef]
+    cameras: Sequence[str]
+    action_dim: int
+    state_dim: int
+    fps: float | None  # control steps a second; None: the source does not say
+    order: str  # what was done to the parts of actions and state, in words
+    flaws: Sequence[str]  # one line for each thing that is broken in it and not in a listed episode
+
+    def facts(self) -> dict[str, Any]:
+        """Its identity as JSON: path, format, version, counts, checksum."""
+
+    def read(self, episode: EpisodeRef, cameras: Sequence[str], stride: int) -> RawEpisode:
+        """The arrays of one episode.
+
+        Raises:
+            BadData: they cannot be read or do not fit together.
+        """
+
+
+def need(module: str, package: str, path: pathlib.Path) -> Any:
+    """Imports a module of the extra `data`.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"reading {path} needs the package {package}: pip install 'z1-jax[data]'") from None
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of another library's message, which may be pages."""
+    lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def checksum(paths: Iterable[pathlib.Path]) -> str:
+    """SHA-256 of the files' sizes and contents; of a file above 2 MiB only its first and last MiB count."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with path.open("rb") as file:
+            if size <= 2 * ENDS_BYTES:
+                digest.update(file.read())
+            else:
+                digest.update(file.read(ENDS_BYTES))
+                file.seek(-ENDS_BYTES, 2)
+                digest.update(file.read())
+    return digest.hexdigest()
+
+
+def check_length(where: str, what: str, got: int, expected: int) -> None:
+    """Refuses a column that is not as long as the episode.
+
+    Raises:
+        BadData: names it.
+    """
+    if got != expected:
+        raise BadData(f"{where}: {what} has {got} steps, expected the {expected} of its actions")
