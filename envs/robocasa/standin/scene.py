@@ -1,7 +1,7 @@
 """Mends the scene that RoboCasa hands to MuJoCo, so that it compiles and can be seen without meshes and textures.
 
-Absent textures become flat colours, geoms with an absent mesh invisible dots that keep their names, and what collides in
-such a fixture is drawn too. What collides, weighs and moves stays exactly as RoboCasa wrote it.
+Absent textures become flat colours, geoms with an absent mesh invisible dots that keep their names, and what collides
+in such a fixture is drawn too. What collides, weighs and moves stays exactly as RoboCasa wrote it.
 """
 
 from __future__ import annotations
