@@ -74,8 +74,8 @@ def _sliding(name: str, x: tuple[float, float], y: tuple[float, float], z: float
 
 def _knob(name: str, pos: tuple[float, float, float], axis: tuple[float, float, float]) -> str:
     """A knob with a ridge that shows where it points."""
-    flat = [0.02 - 0.008 * abs(component) for component in axis]
-    ridge = [0.004 + 0.012 * abs(component) for component in axis]
+    flat = [0.02 - 0.01 * abs(component) for component in axis]  # 2 mm off what it stands on
+    ridge = [0.004 + 0.007 * abs(component) for component in axis]
     ridge[0 if axis[2] else 2] = 0.019
     content = geom(("box", pos, flat), _DARK, f"{name}_main", _LIGHT) + drawn(("box", pos, ridge), ".9 .9 .9 1")
     return part(name, joint(f"{name}_joint", "hinge", axis, pos, (0, 2.6)), content)
@@ -286,7 +286,7 @@ def toaster() -> Model:
     lever = _named("lever_main", box((-0.02, 0.02), (-0.15, -0.134), (0.04, 0.055)), _DARK)
     body += part("lever", joint("lever_joint", "slide", (0, 0, -1), (0, 0, 0), (0, 0.09)), lever)
     body += _knob("knob_doneness", (0.055, -0.145, -0.03), (0, -1, 0))
-    body += _push("button_cancel", box((-0.065, -0.045), (-0.145, -0.132), (-0.04, -0.02)), (0, 1, 0))
+    body += _push("button_cancel", box((-0.065, -0.045), (-0.15, -0.138), (-0.04, -0.02)), (0, 1, 0))
     return half, body + _room("main", *((-size, size) for size in half))
 
 
@@ -299,14 +299,14 @@ def _push(name: str, solid: Solid, axis: tuple[float, float, float]) -> str:
 def electric_kettle() -> Model:
     half = (0.08, 0.11, 0.125)
     body = _solid(
-        [("cylinder", (0, -0.03, -0.015), (0.075, 0.11)), box((-0.012, 0.012), (0.07, 0.11), (-0.09, 0.1))], _BODY
+        [("cylinder", (0, -0.03, -0.015), (0.075, 0.11)), box((-0.012, 0.012), (0.07, 0.11), (-0.09, 0.09))], _BODY
     )
     body += _solid([box((-0.012, 0.012), (0.03, 0.09), (0.075, 0.095))], _BODY)
     lid = geom(("cylinder", (0, -0.035, 0.107), (0.06, 0.007)), _DOOR, more=_LIGHT)
     body += part("lid", joint("lid_joint", "hinge", (-1, 0, 0), (0, 0.025, 0.107), (0, 1.4)), lid)
     switch = _named("switch_main", box((-0.01, 0.01), (0.113, 0.125), (-0.1, -0.08)), _GREEN)
-    body += part("switch", joint("switch_joint", "hinge", (1, 0, 0), (0, 0.113, -0.1), (0, 0.4)), switch)
-    body += _push("button_lid", box((-0.008, 0.008), (0.085, 0.1), (0.101, 0.11)), (0, 0, -1))
+    body += part("switch", joint("switch_joint", "hinge", (-1, 0, 0), (0, 0.113, -0.1), (0, 0.4)), switch)
+    body += _push("button_lid", box((-0.008, 0.008), (0.093, 0.108), (0.099, 0.108)), (0, 0, -1))
     return half, body + _room("main", *((-size, size) for size in half))
 
 
@@ -325,18 +325,18 @@ def stand_mixer() -> Model:
     body = _solid(
         [
             box((-0.1, 0.1), (-0.18, 0.18), (-0.17, -0.14)),
-            box((-0.06, 0.06), (0.08, 0.18), (-0.14, 0.06)),
+            box((-0.06, 0.06), (0.08, 0.18), (-0.14, 0.055)),
         ],
         _BODY,
     )
-    head = geom(box((-0.055, 0.055), (-0.16, 0.17), (0.065, 0.165)), _DOOR, more=_LIGHT)
-    body += part("head", joint("head_joint", "hinge", (-1, 0, 0), (0, 0.15, 0.07), (0, 0.8)), head)
+    head = geom(box((-0.055, 0.055), (-0.16, 0.15), (0.068, 0.165)), _DOOR, more=_LIGHT)
+    body += part("head", joint("head_joint", "hinge", (-1, 0, 0), (0, 0.15, 0.068), (0, 0.8)), head)
     bowl = _solid([("box", (0, -0.05, -0.128), (0.09, 0.09, 0.008))], _INSIDE)
     bowl += _solid([box(x, (-0.14, 0.04), (-0.12, 0.02)) for x in ((-0.09, -0.082), (0.082, 0.09))], _INSIDE)
     bowl += _solid([box((-0.082, 0.082), y, (-0.12, 0.02)) for y in ((-0.14, -0.132), (0.032, 0.04))], _INSIDE)
     body += part("bowl", joint("bowl_joint", "hinge", (0, 0, 1), (0, -0.05, 0), (0, 0.3)), bowl)
     body += _knob("knob_speed", (0.073, 0.12, 0.0), (1, 0, 0))
-    body += _push("button_head_lock", box((-0.073, -0.061), (0.11, 0.13), (-0.01, 0.01)), (1, 0, 0))
+    body += _push("button_head_lock", box((-0.08, -0.068), (0.11, 0.13), (-0.01, 0.01)), (1, 0, 0))
     body += _room("bowl", (-0.08, 0.08), (-0.13, 0.03), (-0.12, 0.05))
     return half, body + _room("main", *((-size, size) for size in half))
 

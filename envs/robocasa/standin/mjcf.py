@@ -19,11 +19,11 @@ def numbers(values: Vector) -> str:
     return " ".join(f"{value:.5g}" for value in values)
 
 
-def colour(name: str, variant: str = "") -> str:
-    """A colour (rgba as text) that belongs to a name; a variant changes its lightness alone."""
+def colour(name: str, variant: str = "", saturation: float = 0.45) -> str:
+    """A colour (rgba as text) that belongs to a name; variants of it differ in lightness alone."""
     hue = zlib.crc32(name.encode()) % 360 / 360
     light = 0.5 + zlib.crc32(variant.encode()) % 5 / 25 if variant else 0.58
-    return numbers((*colorsys.hls_to_rgb(hue, light, 0.45), 1))
+    return numbers((*colorsys.hls_to_rgb(hue, light, saturation), 1))
 
 
 def geom(solid: Solid, rgba: str = "", name: str | None = None, more: str = "", looks: str = "") -> str:

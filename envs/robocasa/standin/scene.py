@@ -121,4 +121,4 @@ def _part_colour(geom: ET.Element, part: ET.Element, fixture: ET.Element) -> str
         if any(word in name for name in names):
             return rgba
     kind = fixture.get("name", "").split("_")[0]
-    return mjcf.colour(kind, part.get("name", ""))
+    return mjcf.colour(kind, part.get("name", ""), saturation=0.12)
