@@ -281,8 +281,8 @@ def bring_about(env, task: str, solved: bool) -> None:
     elif task in ("CoffeePressButton", "StartCoffeeMachine"):
         env.coffee_machine._turned_on = False  # RoboCasa's machine never goes off again
         if solved:
-            button = next(name for name in names(env, "geom") if name.endswith("start_button"))
-            press(env, env.coffee_machine, button.removeprefix(env.coffee_machine.name + "_"))
+            start = next(n for n in names(env, "geom") if re.match(f"{env.coffee_machine.name}_.*start_button", n))
+            press(env, env.coffee_machine, start.removeprefix(env.coffee_machine.name + "_"))
     else:
         put(env, task, solved)
 
@@ -326,9 +326,9 @@ def press(env, fixture, button: str) -> None:
 
 
 def put(env, task: str, solved: bool) -> None:
-    """Sets the object to where it belongs, or high above it."""
+    """Sets the object to where it belongs, or above the ceiling."""
     if not solved:
-        place(env, env.sim.data.body_xpos[env.obj_body_id["obj"]] + [0, 0, 1.0])
+        place(env, env.sim.data.body_xpos[env.obj_body_id["obj"]] + [0, 0, 3.0])
     elif task == "CoffeeSetupMug":
         site = env.sim.model.site_name2id(f"{env.coffee_machine.name}_receptacle_place_site")
         place(env, env.sim.data.site_xpos[site] + [0, 0, 0.04])
