@@ -187,9 +187,9 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SelectiveConfig:
-    """`train.scope=auto`: a probe with the expert alone, then a decision by the trend of training success."""
+    """`train.scope=auto`: probes with the expert alone; after each, the trend of training success decides."""
 
-    iterations: int = 20  # of the probe
+    iterations: int = 20  # of a probe
     confidence: float = 0.9  # one-sided, at which a rising trend keeps the expert alone
     enough: float = 0.95  # mean success over the probe's later half that keeps it too
     then: str = "joint"  # scope from there on, where neither holds
