@@ -295,24 +295,35 @@ def test_entering_joint_keeps_the_experts_moments_and_starts_the_rest_afresh():
         np.testing.assert_array_equal(value, trained.get(name, start[name]))
 
 
-def test_the_probe_decides_once(monkeypatch):
+def test_a_scope_that_was_left_is_decided_once(monkeypatch):
     made = trainer(SELECTIVE)
-    entered = []
-    monkeypatch.setattr(made, "enter", entered.append)
+    enter, entered = made._enter, []
+
+    def watched(scope, *policies):
+        entered.append(scope)
+        enter(scope, *policies)
+
+    monkeypatch.setattr(made, "_enter", watched)
     assert made.observe(0.3) is None and made.observe(0.5) is None and entered == []
     decision = made.observe(0.1)
     assert decision.scope == "joint" and entered == ["joint"] and decision.trend.slope == pytest.approx(-0.1)
-    assert made.observe(0.0) is None and entered == ["joint"] and len(made.probe) == 3
+    assert all(made.observe(0.0) is None for _ in range(6)) and entered == ["joint"]
     other = trainer(SELECTIVE)
-    monkeypatch.setattr(other, "enter", entered.append)
-    made.scope = "joint"
     other.resume(made.progress())
-    assert entered == ["joint", "joint"] and other.decision == decision and other.observe(0.0) is None
+    assert other.scope == "joint" and other.decision == decision
+    assert all(other.observe(0.0) is None for _ in range(6))
 
 
-def test_a_rising_probe_stays_with_the_expert():
+def test_a_rising_probe_stays_with_the_expert_and_another_begins():
     made = trainer(dataclasses.replace(SELECTIVE, selective=SelectiveConfig(iterations=4, confidence=0.9)))
     decisions = [made.observe(value) for value in (0.1, 0.2, 0.32, 0.41)]
     assert decisions[:3] == [None] * 3 and decisions[3].scope == made.scope == "expert"
     assert "rising" in decisions[3].reason and "\n" not in decisions[3].reason
+    assert made.observe(0.4) is None
+    other = trainer(made.config)
+    other.resume(made.progress())
+    assert other.probe == [0.4] and other.decision == decisions[3]
+    for run in (made, other):  # flat, however much it rose before
+        later = [run.observe(value) for value in (0.41, 0.4, 0.4)]
+        assert later[:2] == [None] * 2 and later[2].scope == run.scope == "joint"
     assert trainer(CONFIG).observe(0.5) is None  # another scope never probes

@@ -7,6 +7,7 @@ it, and a snapshot taken elsewhere is restored by starting the same episode firs
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from envs.base import ChunkResult, EnvObservation, EnvSpec, Snapshot
-from envs.robocasa import compat, state, tables
+from envs.robocasa import compat, standin, state, tables
 
-STANDIN_LABEL = "stand-in assets: a smoke test, no RoboCasa result"
+STANDIN_FOLDER = "~/.cache/z1/robocasa-standin"  # where stand-ins are written, unless Z1_STANDINS says another
 _NO_LIMIT = 10**9  # control steps: the horizon is this adapter's
 
 
@@ -73,7 +74,7 @@ class RoboCasaEnv:
             control_hz=tables.CONTROL_HZ,
             horizon=horizon or tables.HORIZONS[found.api][self._task],
             version=f"robocasa {found.version}",
-            label=STANDIN_LABEL if standins else "",
+            label=standin.LABEL if standins else "",
         )
         self._raw: Any = None
         self._observed: Mapping[str, np.ndarray] = {}
@@ -296,11 +297,9 @@ class RoboCasaEnv:
 
 
 def _prepare(standins: bool) -> None:
-    compat.load()
     if standins:
-        from envs.robocasa import standin
-
-        standin.install()
+        standin.install(os.environ.get("Z1_STANDINS", STANDIN_FOLDER))
+    compat.load()
 
 
 def _known(kind: str, name: str, table: Any) -> None:

@@ -124,15 +124,21 @@ ACTION: dict[str, slice] = {
 }
 ACTION_DIM = 12
 
-# The 16-d state in v1's order: (robosuite's observable without "robot0_", width). Quaternions are x, y, z, w.
-STATE: tuple[tuple[str, int], ...] = (
-    ("base_pos", 3),
-    ("base_quat", 4),
-    ("base_to_eef_pos", 3),
-    ("base_to_eef_quat", 4),
-    ("gripper_qpos", 2),
+# The 16-d state in v1's order: (robosuite's observable without "robot0_", the range of each value). Metres; quaternions
+# are x, y, z, w.
+STATE: tuple[tuple[str, tuple[tuple[float, float], ...]], ...] = (
+    ("base_pos", ((-10.0, 10.0), (-10.0, 10.0), (0.0, 2.0))),
+    ("base_quat", ((-1.0, 1.0),) * 4),
+    ("base_to_eef_pos", ((-1.5, 1.5),) * 3),
+    ("base_to_eef_quat", ((-1.0, 1.0),) * 4),
+    ("gripper_qpos", ((0.0, 0.04), (-0.04, 0.0))),
 )
 STATE_DIM = 16
+
+
+def state_bounds() -> list[tuple[float, float]]:
+    """(lowest, highest) of each value of the state, in its order."""
+    return [bounds for _, part in STATE for bounds in part]
 
 
 def task_name(task: str, api: str) -> str:

@@ -51,14 +51,14 @@ class GrpoTrainer:
 
     Attributes:
         scope: what is trained now; with `train.scope=auto` it begins as `expert`.
-        probe: training success of the probe's iterations, with `train.scope=auto` until the decision.
-        decision: what the probe led to, once it has.
+        probe: training success since the last decision, with `train.scope=auto` as long as the expert alone is trained.
+        decision: what the last probe led to, once there was one.
     """
 
     def __init__(self, policy: Policy, config: Config, mesh: jax.sharding.Mesh, slots: int):
         # Without its arrays: what is frozen may be narrower, and must not be held twice.
         self._policy, self.config, self._mesh, self._slots = policy.without_params(), config, mesh, slots
-        self._whole = policy if config.train.scope == "auto" else None  # until the probe has decided
+        self._whole = policy if config.train.scope == "auto" else None  # until more than the expert is trained
         optim = config.update.optim
         self._optimizer = PartOptimizer(optim, config.update.vlm_lr_factor)
         self._lr = schedule(optim, config.train.iterations)
@@ -278,23 +278,24 @@ class GrpoTrainer:
     def observe(self, success: float) -> selective.Decision | None:
         """Tells `train.scope=auto` the training success of the iteration that has ended.
 
-        Returns the decision at the end of the probe, and changes the scope if that is what it says.
+        Returns the decision at the end of a probe, and changes the scope if that is what it says; else the next probe
+        begins, for the expert alone may stall later.
         """
         config = self.config.selective
-        if self.config.train.scope != "auto" or self.decision is not None:
+        if self._whole is None:
             return None
         self.probe.append(success)
         if len(self.probe) < config.iterations:
             return None
         self.decision = selective.decide(self.probe, config.confidence, config.enough, config.then)
+        self.probe = []
         if self.decision.scope != self.scope:
             self.enter(self.decision.scope)
-        self._whole = None
         return self.decision
 
     def enter(self, scope: str) -> None:
-        """Changes the scope of a probe under way: what was trained stays as it is, the rest is the start's own."""
-        start = self._whole
+        """Changes the scope for good: what was trained stays as it is, the rest is the start's own."""
+        start, self._whole = self._whole, None
         leaves = {**named(start.params), **named(self.trainable)}
         self._earlier_traces.append({**self.actor.traces, "update": self._updater.traces})
         self._enter(scope, start.with_params(unnamed(start.params, leaves)), start)
