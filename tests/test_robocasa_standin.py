@@ -214,7 +214,7 @@ def test_every_model_compiles_and_is_written_once(assets):
 def test_every_model_that_the_registry_names_is_there(assets):
     import yaml
 
-    for registry in (INSTALLED.assets / "fixtures" / "fixture_registry").glob("*.yaml"):
+    for registry in (INSTALLED.root / "models" / "assets" / "fixtures" / "fixture_registry").glob("*.yaml"):
         for entry in yaml.safe_load(registry.read_text()).values():
             if "xml" in entry:
                 assert (assets / entry["xml"] / "model.xml").exists(), f"{registry.stem}: {entry['xml']}"

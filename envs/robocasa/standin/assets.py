@@ -88,10 +88,11 @@ def _digest(found: compat.Installation) -> str:
 
 
 def _copies(found: compat.Installation) -> Iterator[tuple[pathlib.Path, pathlib.PurePosixPath]]:
+    carried = found.root / "models" / "assets"
     for folder in _COPIED:
-        for path in sorted((found.assets / folder).rglob("*")):
+        for path in sorted((carried / folder).rglob("*")):
             if path.suffix in (".xml", ".yaml"):
-                yield path, pathlib.PurePosixPath(path.relative_to(found.assets).as_posix())
+                yield path, pathlib.PurePosixPath(path.relative_to(carried).as_posix())
 
 
 def _write(found: compat.Installation, draft: pathlib.Path) -> None:
