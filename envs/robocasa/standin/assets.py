@@ -100,7 +100,7 @@ def _write(found: compat.Installation, draft: pathlib.Path) -> None:
     for relative, text in objects.models(found.root):
         _file(draft / relative, text)
     if found.api == "v1":  # v0.2's repository carries the MJCF of its fixtures
-        for relative, text in fixtures.models(found.assets):
+        for relative, text in fixtures.models(found.root):
             if not (draft / relative).exists():
                 _file(draft / relative, text)
     _file(draft / _NOTE, f"RoboCasa {found.version}: {LABEL}\n")

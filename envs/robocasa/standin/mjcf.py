@@ -19,23 +19,57 @@ def numbers(values: Vector) -> str:
     return " ".join(f"{value:.5g}" for value in values)
 
 
-def colour(name: str, variant: str = "") -> str:
-    """A colour (rgba as text) that belongs to a name; a variant changes its lightness alone."""
+def colour(name: str, variant: str = "", saturation: float = 0.45) -> str:
+    """A colour (rgba as text) that belongs to a name; variants of it differ in lightness alone."""
     hue = zlib.crc32(name.encode()) % 360 / 360
     light = 0.5 + zlib.crc32(variant.encode()) % 5 / 25 if variant else 0.58
-    return numbers((*colorsys.hls_to_rgb(hue, light, 0.45), 1))
+    return numbers((*colorsys.hls_to_rgb(hue, light, saturation), 1))
 
 
-def geom(solid: Solid, rgba: str, name: str | None = None, more: str = "") -> str:
-    """A solid twice: what collides, and what is drawn. Only the first has the name and `more`, attributes as text."""
+def geom(solid: Solid, rgba: str = "", name: str | None = None, more: str = "", looks: str = "") -> str:
+    """A solid twice: what collides, and what is drawn.
+
+    Args:
+        solid: shape, centre and size.
+        rgba: colour of what is drawn, as text; or `looks`, other attributes for it, e.g. a material.
+        name: of what collides; RoboCasa looks for contacts by it.
+        more: further attributes of what collides, as text.
+    """
     shape, pos, size = solid
     common = f'type="{shape}" pos="{numbers(pos)}" size="{numbers(size)}"'
     label = f' name="{name}"' if name else ""
-    drawn = f' name="{name}_visual"' if name else ""
+    return f'<geom{label} group="0" {common} rgba="0.5 0 0 0.5" {more}/>' + drawn(solid, rgba, looks)
+
+
+def drawn(solid: Solid, rgba: str = "", looks: str = "") -> str:
+    """A solid that can be seen and touches nothing."""
+    shape, pos, size = solid
     return (
-        f'<geom{label} group="0" {common} rgba="0.5 0 0 0.5" {more}/>'
-        f'<geom{drawn} group="1" contype="0" conaffinity="0" mass="0" {common} rgba="{rgba}"/>'
+        f'<geom group="1" contype="0" conaffinity="0" mass="0" type="{shape}" pos="{numbers(pos)}" '
+        f'size="{numbers(size)}" {looks or f"""rgba="{rgba}" """}/>'
     )
+
+
+def box(x: tuple[float, float], y: tuple[float, float], z: tuple[float, float]) -> Solid:
+    """A box by where it begins and ends on each axis."""
+    ends = (x, y, z)
+    return "box", [(low + high) / 2 for low, high in ends], [(high - low) / 2 for low, high in ends]
+
+
+_STAYS = 'damping="0.2" frictionloss="0.1" armature="0.01"'
+
+
+def joint(name: str, kind: str, axis: Vector, pos: Vector, span: tuple[float, float], more: str = _STAYS) -> str:
+    """A hinge or slide joint with two stops (radians or metres); unless `more` says otherwise it stays where it is."""
+    return (
+        f'<joint name="{name}" type="{kind}" axis="{numbers(axis)}" pos="{numbers(pos)}" limited="true" '
+        f'range="{numbers(span)}" {more}/>'
+    )
+
+
+def part(name: str, joints: str, content: str) -> str:
+    """A body that moves; weightless, since a joint's friction alone shall hold it."""
+    return f'<body name="{name}" gravcomp="1">{joints}{content}</body>'
 
 
 def region(name: str, pos: Vector, half: Vector) -> str:
@@ -63,9 +97,9 @@ def open_box(half: Vector, wall: float, floor: float) -> list[Solid]:
     ]
 
 
-def model(name: str, body: str, sites: str = "") -> str:
+def model(name: str, body: str, sites: str = "", assets: str = "") -> str:
     """A model file: RoboCasa wants an outer body without a name that holds the body `object`, and an asset element."""
     return (
-        f'<mujoco model="{name}"><compiler angle="radian"/><asset/><worldbody><body>'
+        f'<mujoco model="{name}"><compiler angle="radian"/><asset>{assets}</asset><worldbody><body>'
         f'<body name="object">{body}</body>{sites}</body></worldbody></mujoco>\n'
     )

@@ -1,7 +1,7 @@
 """Mends the scene that RoboCasa hands to MuJoCo, so that it compiles and can be seen without meshes and textures.
 
-Absent textures become flat colours, geoms with an absent mesh invisible dots that keep their names, and what collides in
-such a fixture is drawn too. What collides, weighs and moves stays exactly as RoboCasa wrote it.
+Absent textures become flat colours, geoms with an absent mesh invisible dots that keep their names, and what collides
+in such a fixture is drawn too. What collides, weighs and moves stays exactly as RoboCasa wrote it.
 """
 
 from __future__ import annotations
@@ -121,4 +121,4 @@ def _part_colour(geom: ET.Element, part: ET.Element, fixture: ET.Element) -> str
         if any(word in name for name in names):
             return rgba
     kind = fixture.get("name", "").split("_")[0]
-    return mjcf.colour(kind, part.get("name", ""))
+    return mjcf.colour(kind, part.get("name", ""), saturation=0.12)
