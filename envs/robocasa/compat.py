@@ -16,6 +16,7 @@ import importlib.util
 import inspect
 import io
 import logging
+import os
 import pathlib
 import re
 import sys
@@ -61,7 +62,8 @@ class Installation:
     @property
     def assets(self) -> pathlib.Path:
         """Where textures, meshes and objects belong."""
-        return self.root / "models" / "assets"
+        elsewhere = os.environ.get("ROBOCASA_ASSETS_PATH") if self.api == "v1" else None
+        return pathlib.Path(elsewhere) if elsewhere else self.root / "models" / "assets"
 
     def missing_assets(self) -> list[str]:
         """Asset folders that are absent or empty."""

@@ -1,11 +1,12 @@
-"""Finds the Python state that a simulation keeps beside MuJoCo's: every attribute that changes while it steps.
+"""Finds the state that a simulation keeps beside MuJoCo's: every attribute and model field that changes as it steps.
 
-`python -m envs.robocasa.walk TASK` lists what changes, and whether the snapshots hold it. RoboCasa and robosuite grow
-new state with every version; this is how one learns of it before a rollout diverges.
+`python -m envs.robocasa.walk TASK` lists what changes, and what of it a snapshot does not bring back. RoboCasa and
+robosuite grow new state with every version; this is how one learns of it before a rollout diverges.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import sys
 from collections import deque
@@ -16,8 +17,7 @@ import mujoco
 import numpy as np
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
-# MuJoCo's own structures have a state of their own (`state.PHYSICS`); models are looked at field by field there.
-_OPAQUE = (mujoco.MjModel, mujoco.MjData, type(sys), type, np.random.SeedSequence)
+_OPAQUE = (mujoco.MjData, type(sys), type)  # MjData has a state of its own: `state.PHYSICS`
 
 
 def fingerprints(root: Any, name: str = "env", depth: int = 12) -> dict[str, Any]:
@@ -53,6 +53,9 @@ def _children(value: Any) -> list[tuple[str, Any]]:
         return [(f"[{i}]", child) for i, child in enumerate(value)]
     if isinstance(value, (set, frozenset)):
         return [(".members", repr(sorted(map(repr, value))))]
+    if isinstance(value, mujoco.MjModel):
+        fields = ((name, getattr(value, name, None)) for name in dir(value) if not name.startswith("_"))
+        return [(f".{name}", field) for name, field in fields if isinstance(field, np.ndarray)]
     module = type(value).__module__.partition(".")[0]
     if module in ("robocasa", "robosuite") and hasattr(value, "__dict__"):
         return [(f".{key}", child) for key, child in list(vars(value).items())]
@@ -74,3 +77,33 @@ _ABSENT = object()
 
 def _same(a: Any, b: Any) -> bool:
     return a is b or (type(a) is type(b) and (a == b or (a != a and b != b)))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    from envs.robocasa import make
+
+    parser = argparse.ArgumentParser(prog="python -m envs.robocasa.walk", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("task", help="a RoboCasa task, e.g. OpenDrawer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=20, help="random control steps (%(default)s)")
+    parser.add_argument("--standins", action="store_true", help="without the downloaded assets")
+    given = parser.parse_args(arguments)
+    try:
+        env = make(given.task, standins=given.standins)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    env.reset(given.seed)
+    start = fingerprints(env.raw)
+    snapshot = env.snapshot()
+    env.step_chunk(np.random.default_rng(given.seed).uniform(-1, 1, (given.steps, env.spec.action_dim)))
+    moved = changed(start, fingerprints(env.raw))
+    env.restore(snapshot)
+    lost = set(changed(start, fingerprints(env.raw)))
+    for path in moved:
+        print(f"{'LOST' if path in lost else 'kept'}  {path}")
+    print(f"{len(moved)} of {len(start)} values changed, {len(lost)} are not brought back by a snapshot")
+    sys.exit(1 if lost else 0)
+
+
+if __name__ == "__main__":
+    main()
