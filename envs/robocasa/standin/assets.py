@@ -23,6 +23,11 @@ _COPIED = ("arenas", "scenes", "fixtures")  # RoboCasa's own MJCF and layouts, w
 _OWN = pathlib.Path(__file__).parent
 
 
+def folder() -> str:
+    """Where stand-ins are written unless a caller names another folder: $Z1_STANDINS, or one in the user's cache."""
+    return os.environ.get("Z1_STANDINS", "~/.cache/z1/robocasa-standin")
+
+
 def prepare(directory: str | os.PathLike[str]) -> pathlib.Path:
     """Writes the assets for the installed RoboCasa, unless they are there; several processes may do so at once.
 
