@@ -10,7 +10,7 @@ import pytest
 
 from envs.robocasa import compat, state, tables, walk
 
-# --- tables ---------------------------------------------------------------------------------------------------------
+# --- tables ---
 
 
 def test_tasks_horizons_and_twins():
@@ -74,7 +74,7 @@ def test_action_and_state_parts_fill_their_widths():
     assert len(bounds) == tables.STATE_DIM and all(low < high for low, high in bounds)
 
 
-# --- what is installed ----------------------------------------------------------------------------------------------
+# --- what is installed ---
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_an_import_skips_the_asserts_of_the_package_alone(site):
         del sys.modules[name]
 
 
-# --- shims ----------------------------------------------------------------------------------------------------------
+# --- shims ---
 
 
 def test_an_argument_that_is_not_known_is_dropped():
@@ -201,7 +201,7 @@ def test_a_legacy_controller_is_the_one_without_the_word():
         make("JOINT_TORQUE", {})
 
 
-# --- state and walk --------------------------------------------------------------------------------------------------
+# --- state and walk ---
 
 
 def test_plain_values_and_their_equality(rng):
