@@ -324,7 +324,7 @@ def test_each_number_of_an_action_moves_what_the_table_says(rng, envs):
         before = Rotation.from_quat(env.observe().state[10:14])
         env.step_chunk(np.tile(unit(tables.ACTION["eef_rot"].start + axis, 0.3), (4, 1)))
         turn = (Rotation.from_quat(env.observe().state[10:14]) * before.inv()).as_rotvec()
-        assert np.argmax(np.abs(turn)) == axis and turn[axis] > 0.2
+        assert np.argmax(np.abs(turn)) == axis and turn[axis] > 0.08
     env.restore(start)
     open_width = np.ptp(env.observe().state[14:])
     env.step_chunk(np.tile(unit(tables.ACTION["gripper"].start, 1.0), (10, 1)))
@@ -333,12 +333,12 @@ def test_each_number_of_an_action_moves_what_the_table_says(rng, envs):
         env.restore(start)
         drive = moved(env, unit(tables.ACTION["base"].start + index, 0.5, mode=1.0))[:3]
         yaw_free = Rotation.from_quat(env.observe().state[3:7]).inv().apply(drive)
-        assert np.argmax(np.abs(yaw_free)) == index and abs(yaw_free[index]) > 0.01
+        assert np.argmax(np.abs(yaw_free)) == index and abs(yaw_free[index]) > 0.004
     env.restore(start)
     before = Rotation.from_quat(env.observe().state[3:7])
     env.step_chunk(np.tile(unit(tables.ACTION["base"].start + 2, 0.5, mode=1.0), (6, 1)))
     turn = (Rotation.from_quat(env.observe().state[3:7]) * before.inv()).as_rotvec()
-    assert np.argmax(np.abs(turn)) == 2 and abs(turn[2]) > 0.01
+    assert np.argmax(np.abs(turn)) == 2 and abs(turn[2]) > 0.004
     env.restore(start)
     assert abs(moved(env, unit(tables.ACTION["torso"].start, 1.0, mode=1.0))[9]) > 0.01  # the hand rises with it
     env.restore(start)
@@ -413,9 +413,11 @@ def test_the_spec_says_version_and_label():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", tables.HORIZONS[API])
-def test_every_task_branches_exactly(task, rng):
-    env = make(task)
-    env.reset(fresh_seed(rng))
+def test_every_task_branches_exactly_and_is_the_same_elsewhere(task, rng):
+    env, seed = make(task), fresh_seed(rng)
+    env.reset(seed)
+    with EnvPool(functools.partial(robocasa.make, task, **OPTIONS), 1, 1, timeout_s=900) as pool:
+        assert_same_look(env.observe(), pool.reset([0], [seed])[0])
     env.step_chunk(random_actions(rng, 5, "base"))
     snapshot, attributes = env.snapshot(), walk.fingerprints(env.raw)
     actions = np.concatenate([random_actions(rng, 20, "arm"), random_actions(rng, 20, "base")])

@@ -162,6 +162,20 @@ def test_an_import_skips_the_asserts_of_the_package_alone(site):
         del sys.modules[name]
 
 
+def test_places_on_a_counter_come_in_a_fixed_order(site):
+    """Objects in a set stand in the order of their addresses, which no seed decides."""
+    site("robocasa")
+    site("robocasa/models")
+    site("robocasa/models/fixtures")
+    text = "def places(valid_geoms):\n    valid_geoms = list(set(valid_geoms))\n    return valid_geoms\n"
+    (site.root / "robocasa" / "models" / "fixtures" / "counter.py").write_text(text)
+    compat._order_regions()
+    geoms = [ET.Element("geom") for _ in range(50)]
+    assert sys.modules["robocasa.models.fixtures.counter"].places(geoms + geoms[::2]) == geoms
+    for name in [name for name in sys.modules if name.partition(".")[0] == "robocasa"]:
+        del sys.modules[name]
+
+
 # --- shims ---
 
 
