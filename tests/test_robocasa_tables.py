@@ -10,7 +10,7 @@ import pytest
 
 from envs.robocasa import compat, state, tables, walk
 
-# --- tables ---------------------------------------------------------------------------------------------------------
+# --- tables ---
 
 
 def test_tasks_horizons_and_twins():
@@ -74,7 +74,7 @@ def test_action_and_state_parts_fill_their_widths():
     assert len(bounds) == tables.STATE_DIM and all(low < high for low, high in bounds)
 
 
-# --- what is installed ----------------------------------------------------------------------------------------------
+# --- what is installed ---
 
 
 @pytest.fixture
@@ -162,7 +162,21 @@ def test_an_import_skips_the_asserts_of_the_package_alone(site):
         del sys.modules[name]
 
 
-# --- shims ----------------------------------------------------------------------------------------------------------
+def test_places_on_a_counter_come_in_a_fixed_order(site):
+    """Objects in a set stand in the order of their addresses, which no seed decides."""
+    site("robocasa")
+    site("robocasa/models")
+    site("robocasa/models/fixtures")
+    text = "def places(valid_geoms):\n    valid_geoms = list(set(valid_geoms))\n    return valid_geoms\n"
+    (site.root / "robocasa" / "models" / "fixtures" / "counter.py").write_text(text)
+    compat._order_regions()
+    geoms = [ET.Element("geom") for _ in range(50)]
+    assert sys.modules["robocasa.models.fixtures.counter"].places(geoms + geoms[::2]) == geoms
+    for name in [name for name in sys.modules if name.partition(".")[0] == "robocasa"]:
+        del sys.modules[name]
+
+
+# --- shims ---
 
 
 def test_an_argument_that_is_not_known_is_dropped():
@@ -201,7 +215,7 @@ def test_a_legacy_controller_is_the_one_without_the_word():
         make("JOINT_TORQUE", {})
 
 
-# --- state and walk --------------------------------------------------------------------------------------------------
+# --- state and walk ---
 
 
 def test_plain_values_and_their_equality(rng):
