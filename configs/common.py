@@ -36,6 +36,41 @@ FULL = {
     "flow__steps": 10,
 }
 
+# RoboCasa, v0.2 or v1.0.1, as π0.5 is evaluated on it: 50 episodes over the evaluation scenes, unseen objects, a look
+# every 5 steps. The cameras stand in the order of the slots: base, left wrist, right wrist.
+ROBOCASA = {
+    **FULL,
+    "env__suite": "robocasa",
+    "env__cameras": ("robot0_agentview_left", "robot0_eye_in_hand", "robot0_agentview_right"),
+    "inputs__slots": ("robot0_agentview_left", "robot0_eye_in_hand", "robot0_agentview_right"),
+    "env__image_size": 256,  # RoboCasa's own; resized to the model's 224
+    "env__executed": 5,
+    "env__scenes": ("training",),
+    "env__workers": 8,
+    "env__timeout_s": 600.0,  # a branch may rebuild scenes
+    "eval__episodes": 50,
+    "eval__scenes": ("evaluation",),
+    "eval__objects": "heldout",
+    "eval__videos": 1,
+}
+
+# The real RoboCasa code without its 10 GB of assets, and a small untrained policy: it shows that everything works.
+ROBOCASA_STANDIN = {
+    "env__suite": "robocasa",
+    "env__standins": True,
+    "env__scenes": ("1/1",),
+    "env__horizon": 16,
+    "env__executed": 4,
+    "env__parallel": 4,
+    "env__timeout_s": 600.0,
+    "eval__episodes": 5,
+    "eval__scenes": ("evaluation",),
+    "eval__objects": "heldout",
+    "eval__videos": 1,
+    "eval__video_size": 96,
+    "init": "random",
+}
+
 
 def choose(file: str, preset: str, presets: Mapping[str, Mapping[str, Any]]) -> ml_collections.ConfigDict:
     """The defaults with a preset's settings (`a__b` for the key a.b).

@@ -6,6 +6,7 @@ from configs import common
 
 PRESETS = {
     "kitchen": {"algorithm": "eval"},
+    "robocasa": {"algorithm": "eval", **common.ROBOCASA},
     "smoke": {"algorithm": "eval", "env__parallel": 16, "eval__episodes": 16},
 }
 

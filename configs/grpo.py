@@ -24,6 +24,29 @@ PRESETS = {
         "update__optim__lr": 5e-6,
         "update__optim__lr_end": 5e-6,
     },
+    "robocasa": {  # π0.5 on RoboCasa, from a policy fine-tuned on its demonstrations (configs/sft.py:robocasa)
+        **common.ROBOCASA,
+        "init": "checkpoints/pi05-robocasa",
+        "group__count": 16,
+        "group__size": 4,
+        "group__prefix_chunks": 15,
+        "group__prefix_chunks_end": 0,
+        "update__batch_size": 16,
+        "update__micro_batch": 16,
+        "update__optim__lr": 5e-6,
+        "update__optim__lr_end": 5e-6,
+    },
+    "robocasa_standin": {
+        **common.ROBOCASA_STANDIN,
+        "group__count": 2,
+        "group__size": 2,
+        "group__prefix_chunks": 1,
+        "reward__keep_low": 0.0,  # an untrained policy fails: keep its groups, so that the update runs
+        "update__batch_size": 32,
+        "update__micro_batch": 32,
+        "train__iterations": 1,
+        "train__checkpoint_every": 1,
+    },
 }
 
 

@@ -9,6 +9,14 @@ PRESETS = {
     "smoke": {"algorithm": "sft", **common.SMOKE},
     # π0.5 at full size: see what it costs with python -m z1_jax.plan
     "full": {"algorithm": "sft", **common.FULL, "mesh__fsdp": 2},
+    # π0.5 on RoboCasa's public demonstrations (z1_jax.collect --from=…), from a converted checkpoint
+    "robocasa": {
+        "algorithm": "sft",
+        **common.ROBOCASA,
+        "init": "checkpoints/pi05",
+        "demos__dataset": "data/robocasa",
+        "mesh__fsdp": 2,
+    },
 }
 
 

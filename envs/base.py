@@ -22,6 +22,8 @@ class EnvSpec:
     state_dim: int  # width of the proprioceptive state
     control_hz: float  # control steps per second of simulated time
     horizon: int  # control steps after which an episode ends
+    version: str = ""  # of the simulation, where success depends on it, e.g. "robocasa 0.2.0"
+    label: str = ""  # what must stand beside every figure, e.g. that assets are stand-ins
 
 
 @dataclasses.dataclass(frozen=True)

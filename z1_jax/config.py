@@ -29,13 +29,17 @@ class ConfigError(UserError):
 class EnvConfig:
     """The environments that rollouts and evaluations run in."""
 
-    suite: str = "kitchen"
+    suite: str = "kitchen"  # kitchen: built in; robocasa: v0.2 or v1.0.1, as installed (docs/robocasa.md)
+    version: str = ""  # robocasa: its version, e.g. 1.0.1; empty: the one that is installed
+    standins: bool = False  # robocasa: primitive stand-ins for the downloaded assets; a smoke test, and labelled so
     cameras: tuple[str, ...] = ("robot0_agentview_left", "robot0_eye_in_hand")  # in the order of the image slots
     image_size: int = 64  # pixels
     horizon: int = 0  # control steps of an episode; 0: the task's own
+    executed: int = 0  # E, steps of a predicted chunk that run before the policy looks again; 0: the policy's own
+    scenes: tuple[str, ...] = ()  # robocasa: training | evaluation | …, or layout/style; each episode draws one
     layouts: tuple[str, ...] = ("straight",)  # kitchens; each episode draws one; also: train, heldout (all of a split)
     styles: tuple[str, ...] = ("oak",)  # colours; the same
-    objects: tuple[str, ...] = ("train",)  # splits of the things that stand about: train, heldout
+    objects: tuple[str, ...] = ("train",)  # splits of the things that stand about: train, heldout; robocasa also: all
     parallel: int = 64  # environments alive at once, over all workers
     workers: int = 2  # worker processes; 0: step inside this process
     timeout_s: float = 60.0  # longest that one call to a worker may take
@@ -201,6 +205,8 @@ class EvalConfig:
 
     episodes: int = 256  # 0: sft on a given dataset trains and simulates nothing
     first_seed: int = 900_000_000  # held-out seeds are first_seed … first_seed + episodes − 1
+    scenes: tuple[str, ...] = ()  # robocasa: the held-out seeds take these in turn, as many episodes in each
+    objects: str = ""  # robocasa: the split of their objects
     noise_seed: int = 0  # of the sampler's initial noise
     confidence: float = 0.95
     videos: int = 4  # seeds filmed before and after
@@ -233,7 +239,9 @@ class Config:
     task: str = "TurnOnSinkFaucet"
     seed: int = 0
     run_dir: str = ""  # empty: runs/<algorithm>-<task>-seed<seed>, runs/eval-<task>-<fingerprint>
-    init: str = ""  # a run directory or checkpoint: grpo starts from its policy, without SFT; sft trains it on
+    # A run directory or checkpoint: grpo starts from its policy, without SFT; sft trains it on. "random", for grpo in a
+    # suite without demonstrations: an untrained policy, which shows that everything works.
+    init: str = ""
     checkpoint: str = ""  # eval: the policy to evaluate, a run directory or checkpoint
     compare: str = ""  # eval: another policy, to be compared with it on the same seeds
     env: EnvConfig = dataclasses.field(default_factory=EnvConfig)
@@ -256,7 +264,8 @@ class Config:
     def directory(self) -> pathlib.Path:
         """The run directory, absolute."""
         which = fingerprint(self)[:8] if self.algorithm == "eval" else f"seed{self.seed}"  # one of each set of policies
-        name = self.run_dir or f"runs/{self.algorithm}-{self.task}-{which}"
+        suite = {"kitchen": ""}.get(self.env.suite, f"{self.env.suite}-") + "standins-" * self.env.standins
+        name = self.run_dir or f"runs/{self.algorithm}-{suite}{self.task}-{which}"
         return pathlib.Path(name).expanduser().absolute()
 
 
@@ -275,7 +284,7 @@ _FIXED_SCOPES = ("expert", "joint", "lora", "everything")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "algorithm": ("grpo", "sft", "eval"),
-    "env.suite": ("kitchen",),
+    "env.suite": ("kitchen", "robocasa"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "model.attention": ("einsum", "xla", "cudnn"),
@@ -304,6 +313,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "seed": (0, 9_999),
     "env.image_size": (14, 1024),
     "env.horizon": (0, None),
+    "env.executed": (0, None),
     "env.parallel": (1, 4096),
     "env.workers": (0, 512),
     "env.timeout_s": (0.1, None),
@@ -488,6 +498,7 @@ def _check_combinations(config: Config) -> None:
     if config.algorithm == "grpo":
         _check_switches(config)
     _check_slots(config)
+    _check_suite(config)
     if config.mesh.data == 0:
         raise ConfigError("config key mesh.data: got 0, expected a number of devices, or -1 for all that are left")
     if not config.eval.episodes and not (config.algorithm == "sft" and config.demos.dataset):
@@ -497,6 +508,44 @@ def _check_combinations(config: Config) -> None:
         )
     if config.algorithm == "eval" and not config.checkpoint:
         raise ConfigError("config key checkpoint: got '', expected a run directory or a checkpoint to evaluate")
+
+
+RANDOM = "random"  # config.init: an untrained policy
+
+# Keys that only one suite knows, with the value that means nothing.
+_OWN_KEYS: dict[str, tuple[str, ...]] = {
+    "kitchen": ("env.layouts", "env.styles"),
+    "robocasa": ("env.version", "env.standins", "env.scenes", "eval.scenes", "eval.objects"),
+}
+
+
+def _check_suite(config: Config) -> None:
+    """Refuses keys of another suite, and a start that the suite does not offer."""
+    values, default = flat(config), flat(Config())
+    for suite, keys in _OWN_KEYS.items():
+        for key in keys:
+            if suite != config.env.suite and values[key] != default[key]:
+                raise ConfigError(
+                    f"config key {key}: got {values[key]}, which only env.suite={suite} has; leave it out, or change "
+                    f"env.suite={config.env.suite}"
+                )
+    if config.init == RANDOM and config.algorithm != "grpo":
+        raise ConfigError(f"config key init: got random with algorithm={config.algorithm}, expected grpo")
+    if config.env.suite != "robocasa":
+        return
+    for key in ("env.scenes", "eval.scenes", "eval.objects"):
+        if not values[key]:
+            raise ConfigError(f"config key {key}: got nothing, expected e.g. {_EXAMPLES[key]} with env.suite=robocasa")
+    if len(config.env.objects) != 1:
+        raise ConfigError(f"config key env.objects: got {', '.join(config.env.objects)}, expected one split")
+    if config.algorithm != "eval" and not (config.demos.dataset or config.init and config.algorithm == "grpo"):
+        raise ConfigError(
+            "config key demos.dataset: got '', but RoboCasa has no scripted expert; expected a dataset of its public "
+            "demonstrations (python -m z1_jax.collect --from=…), or for grpo a policy in init"
+        )
+
+
+_EXAMPLES = {"env.scenes": "training", "eval.scenes": "evaluation", "eval.objects": "heldout"}
 
 
 def _check_scopes(config: Config) -> None:

@@ -27,12 +27,14 @@ from z1_jax.runs import (
     start_jax,
 )
 from z1_jax.stages import check_inputs, given_policy, make_mesh, make_pool
+from z1_jax.suites import pin_version
 
 
 def main(argv: Sequence[str]) -> None:
     """Evaluates `checkpoint`, and `compare` beside it on the same seeds where it is given."""
     config = z1_config.parse_command_line(argv)
     require_algorithm(config, ("eval",), "evaluate")
+    config = pin_version(config)
     check_inputs(config)
     paths = {"checkpoint": config.checkpoint, "compare": config.compare}
     identities = {name: policy_identity(path) for name, path in paths.items() if path}

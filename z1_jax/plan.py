@@ -26,7 +26,8 @@ from z1_jax.models.pi05 import Pi05Config
 from z1_jax.programs import Program
 from z1_jax.rl.tree import branch_plan
 from z1_jax.runs import require_algorithm, run_main
-from z1_jax.stages import architecture, check_batches, make_env
+from z1_jax.stages import architecture, check_batches
+from z1_jax.suites import episode_steps, make_env
 
 GB = 1e9
 # The estimate knows neither layout copies nor gaps between buffers. XLA's own assignment for a GPU was 1.27 times the
@@ -251,9 +252,9 @@ def _row(
 
 def most_looks(config: Config, model: Pi05Config) -> int:
     """Observations of an iteration at most: no member succeeds before the episode ends."""
-    steps = make_env(config, config.task)().spec.horizon
+    steps = episode_steps(config)
     plan = branch_plan(config.group.branching, config.group.size, config.group.prefix_chunks_end)
-    return config.group.count * plan.most_looks(math.ceil(steps / model.horizon))
+    return config.group.count * plan.most_looks(math.ceil(steps / (config.env.executed or model.horizon)))
 
 
 def changes(config: Config, model: Pi05Config, plan: Plan) -> list[tuple[str, float]]:

@@ -60,7 +60,8 @@ class _AbstractProcessor:
 def abstract_policy(config: Config, model: Pi05Config, mesh: jax.sharding.Mesh) -> Policy:
     graphdef, params = abstract_params(model, mesh)
     processor: Any = _AbstractProcessor(model.action_dim)
-    return Policy(model, graphdef, params, processor, executed=model.horizon, denoising_steps=config.flow.steps)
+    executed = config.env.executed or model.horizon
+    return Policy(model, graphdef, params, processor, executed, denoising_steps=config.flow.steps)
 
 
 def _sft(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> Program:

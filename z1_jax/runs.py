@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from envs.pool import PoolError
-from z1_jax import __version__
+from z1_jax import __version__, suites
 from z1_jax import config as z1_config
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.config import Config, ConfigError
@@ -145,6 +145,8 @@ def conclude(
     line: str,
 ) -> None:
     """Writes summary.json and the report, and prints the result."""
+    note = suites.label(config)
+    line += f" [{note}]" * bool(note)
     summary = {
         "task": config.task,
         "seeds": {"run": config.seed, "evaluation": [config.eval.first_seed, config.eval.episodes]},
@@ -173,15 +175,12 @@ def protocol(config: Config, policy: Policy) -> dict[str, Any]:
         if config.eval.episodes
         else "none",
         "noise_seed": config.eval.noise_seed,
-        "horizon": config.env.horizon or "the task's own",
         "predicted_steps_per_chunk": policy.config.horizon,
         "executed_steps_per_chunk": policy.executed,
         "denoising_steps": config.flow.steps,
         "sampler": "ODE",
         "cameras": list(config.env.cameras),
-        "layouts": list(config.env.layouts),
-        "styles": list(config.env.styles),
-        "objects": list(config.env.objects),
+        **suites.facts(config),
         "stop_on_success": True,
         "latched_success": True,
         "tokenizer": policy.processor.tokenizer.identity[:12],

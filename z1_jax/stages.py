@@ -4,66 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from envs.base import Env
 from envs.pool import EnvPool
 from z1_jax import sharding
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config import Config, ConfigError, InputsConfig, check_horizon
+from z1_jax.config import RANDOM, Config, ConfigError, InputsConfig, check_horizon
 from z1_jax.data import tokenizer
 from z1_jax.data.dataset import Dataset, open_dataset, write_dataset
 from z1_jax.data.journal import EpisodeJournal
+from z1_jax.data.normalize import NormStats
 from z1_jax.metrics import MetricsWriter, Progress
 from z1_jax.models.pi05 import Pi05Config
 from z1_jax.models.presets import PRESETS, get_preset
 from z1_jax.policy import Policy, find_policy, fresh_policy, load_policy, make_processor
 from z1_jax.sft import train_sft
+from z1_jax.suites import assumed_statistics, check_names, episode_steps, kitchen_options, make_env
 
 DEMO_SEEDS = 10_000  # seeds reserved for the demonstrations of one run seed
-
-
-def make_env(config: Config, task: str) -> functools.partial[Env]:
-    """What a worker calls to build one environment.
-
-    Raises:
-        ConfigError: the suite has no such task, camera, layout, style or objects.
-    """
-    from envs import kitchen
-
-    _check_names("task", [task], list(kitchen.TASKS))
-    _check_names("env.cameras", list(config.env.cameras), list(kitchen.CAMERAS))
-    _check_names("env.layouts", list(config.env.layouts), [*kitchen.LAYOUTS, *kitchen.LAYOUT_SPLITS])
-    _check_names("env.styles", list(config.env.styles), [*kitchen.STYLES, *kitchen.STYLE_SPLITS])
-    _check_names("env.objects", list(config.env.objects), list(kitchen.OBJECT_SPLITS))
-    return functools.partial(kitchen.make, task, **_env_options(config))
-
-
-def _env_options(config: Config) -> dict[str, Any]:
-    """KitchenEnv's arguments besides the task."""
-    env = config.env
-    return {
-        "cameras": env.cameras,
-        "image_size": env.image_size,
-        "horizon": env.horizon or None,
-        "layout": env.layouts,
-        "style": env.styles,
-        "objects": env.objects,
-    }
-
-
-def episode_steps(config: Config) -> int:
-    """Control steps of an episode."""
-    from envs import kitchen
-
-    return config.env.horizon or kitchen.TASKS[config.task].horizon
 
 
 def check_inputs(config: Config) -> None:
@@ -74,26 +38,19 @@ def check_inputs(config: Config) -> None:
     """
     if config.eval.episodes:
         make_env(config, config.task)
-    for path in filter(None, (config.init, config.checkpoint, config.compare)):
+    given = config.init if config.init != RANDOM else ""
+    for path in filter(None, (given, config.checkpoint, config.compare)):
         check_policy(config, path)
     if config.algorithm == "grpo":
-        executed = policy_document(config.init).get("executed") if config.init else architecture(config).horizon
+        executed = policy_document(given).get("executed") if given else architecture(config).horizon
         if executed:  # else no policy of ours: loading it says so
-            check_horizon(config, episode_steps(config), executed)
-    if config.algorithm == "sft" or not (config.init or config.algorithm == "eval"):
+            check_horizon(config, episode_steps(config), config.env.executed or executed)
+    if config.algorithm == "sft" or not (given or config.algorithm == "eval"):
         shapes = architecture(config)
         if config.inputs.tokenizer:
             _tokenizer(config, shapes)
         if config.demos.dataset:
             _fitting(config, open_dataset(config.demos.dataset))
-
-
-def _check_names(key: str, given: list[str], known: list[str]) -> None:
-    if not given:
-        raise ConfigError(f"config key {key}: got nothing, expected one or more of {', '.join(known)}")
-    for name in given:
-        if name not in known:
-            raise ConfigError(f"config key {key}: {name!r} does not exist; known: {', '.join(known)}")
 
 
 def make_mesh(config: Config) -> jax.sharding.Mesh:
@@ -121,8 +78,13 @@ def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 def make_pool(config: Config) -> EnvPool:
     """The worker processes of a run, not started twice."""
+    timeout_s = config.env.timeout_s
     return EnvPool(
-        make_env(config, config.task), config.env.parallel, config.env.workers, timeout_s=config.env.timeout_s
+        make_env(config, config.task),
+        config.env.parallel,
+        config.env.workers,
+        timeout_s=timeout_s,
+        start_timeout_s=max(120.0, 2 * timeout_s),
     )
 
 
@@ -193,7 +155,7 @@ def _check_widths(config: Config, dataset: Dataset) -> None:
         from envs.kitchen.robot import ACTION_DIM, STATE_DIM
 
         wanted, whose = {"actions": ACTION_DIM, "state": STATE_DIM}, f"the environments of env.suite={config.env.suite}"
-    elif config.init:
+    elif config.init and config.init != RANDOM:
         stats = policy_document(config.init)["norm_stats"]
         wanted, whose = {key: len(stats[key]["mean"]) for key in got}, f"the policy at {config.init}"
     else:
@@ -222,7 +184,7 @@ def _successful_episodes(config: Config, journal: EpisodeJournal) -> Iterator[An
         processes=config.env.workers,
         stride=config.demos.stride,
         chunk=architecture(config).horizon,
-        options=_env_options(config),
+        options=kitchen_options(config),
     )
     columns = {"success": ".1%"}
     with (
@@ -274,7 +236,7 @@ def architecture(config: Config) -> Pi05Config:
     Raises:
         ConfigError: an unknown preset, or one whose shapes do not fit the environment.
     """
-    _check_names("model.preset", [config.model.preset], list(PRESETS))
+    check_names("model.preset", [config.model.preset], list(PRESETS))
     model = config.model
     chosen = get_preset(model.preset, dtype=model.dtype, remat=model.remat, attention=model.attention)
     if len(_slots(config)) > chosen.cameras:
@@ -282,6 +244,7 @@ def architecture(config: Config) -> Pi05Config:
             f"config key env.cameras: got {', '.join(config.env.cameras)}; model.preset={config.model.preset} sees at "
             f"most {chosen.cameras}: choose fewer, or another preset"
         )
+    _check_executed(config, chosen.horizon)
     return chosen
 
 
@@ -300,15 +263,31 @@ def _slots(config: Config) -> tuple[str | None, ...]:
 
 def new_policy(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) -> Policy:
     """A policy with random parameters that fits the demonstrations."""
+    instructions = sorted({episode.instruction for episode in dataset.episodes})
+    return _new_policy(config, dataset.stats, instructions, mesh)
+
+
+def untrained_policy(config: Config, mesh: jax.sharding.Mesh) -> Policy:
+    """A policy with random parameters for environments without demonstrations (`init=random`).
+
+    Raises:
+        ConfigError: the suite has demonstrations.
+    """
+    return _new_policy(config, assumed_statistics(config), sorted(set(tokenizer.kitchen_instructions())), mesh)
+
+
+def _new_policy(
+    config: Config, stats: Mapping[str, NormStats], instructions: Sequence[str], mesh: jax.sharding.Mesh
+) -> Policy:
     _check_attention(config)
     shapes = architecture(config)
     prompts = _tokenizer(config, shapes)
-    length = _prompt_length(config, dataset, prompts)
+    length = _prompt_length(config, stats, instructions, prompts)
     shapes = dataclasses.replace(shapes, prompt_length=length)
     processor = make_processor(
         shapes,
         tokenizer.PromptTokenizer(prompts.model_bytes, length),
-        dataset.stats,
+        stats,
         _slots(config),
         norm_mode=config.inputs.norm,
         state_in_prompt=config.inputs.state_in_prompt,
@@ -318,7 +297,7 @@ def new_policy(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) -> Pol
         processor,
         config.seed,
         mesh,
-        executed=shapes.horizon,
+        executed=config.env.executed or shapes.horizon,
         denoising_steps=config.flow.steps,
     )
 
@@ -343,13 +322,14 @@ def _tokenizer(config: Config, shapes: Pi05Config) -> tokenizer.PromptTokenizer:
     return prompts
 
 
-def _prompt_length(config: Config, dataset: Dataset, prompts: tokenizer.PromptTokenizer) -> int:
+def _prompt_length(
+    config: Config, stats: Mapping[str, NormStats], instructions: Sequence[str], prompts: tokenizer.PromptTokenizer
+) -> int:
     """Tokens of the longest prompt, two to spare, rounded up to a multiple of 4: unused slots cost too.
 
     A state bin is one token whatever its value, or one a digit: the middle one, 128, is as long as any.
     """
-    instructions = sorted({episode.instruction for episode in dataset.episodes})
-    states = np.zeros((len(instructions), dataset.state_dim)) if config.inputs.state_in_prompt else None
+    states = np.zeros((len(instructions), stats["state"].dim)) if config.inputs.state_in_prompt else None
     longest = max(len(ids) for ids in prompts.prompt_ids(instructions, states))
     return -(-(longest + 2) // 4) * 4
 
@@ -367,6 +347,7 @@ def given_policy(config: Config, path: str, mesh: jax.sharding.Mesh) -> Policy:
     checkpoints = Checkpoints(directory)
     policy = load_policy(checkpoints, step, mesh)
     checkpoints.close()
+    policy = dataclasses.replace(policy, executed=config.env.executed or policy.executed)
     try:
         return policy.with_compute(config.model.remat, config.model.attention)
     except ValueError as error:
@@ -377,6 +358,7 @@ def check_policy(config: Config, path: str) -> None:
     """As `given_policy`, without reading the parameters."""
     document = policy_document(path)
     horizon = document.get("architecture", {}).get("horizon")
+    _check_executed(config, horizon)
     if config.algorithm == "sft" and horizon != architecture(config).horizon:
         raise ConfigError(
             f"config key model.preset: {config.model.preset} predicts chunks of {architecture(config).horizon} steps, "
@@ -389,6 +371,14 @@ def check_policy(config: Config, path: str) -> None:
             f"{', '.join(wanted) or 'none'}: set --config.env.cameras={','.join(wanted)}"
         )
     _check_same_inputs(config, document, path)
+
+
+def _check_executed(config: Config, horizon: int | None) -> None:
+    if horizon is not None and config.env.executed > horizon:
+        raise ConfigError(
+            f"config key env.executed: got {config.env.executed}, but the policy predicts chunks of {horizon} steps; "
+            f"expected at most {horizon}, or 0 for the policy's own"
+        )
 
 
 def _check_same_inputs(config: Config, document: dict[str, Any], path: str) -> None:

@@ -19,13 +19,23 @@ from z1_jax.metrics import MetricsWriter, read_records
 from z1_jax.policy import Policy
 from z1_jax.rl.loop import GrpoTrainer, train_grpo
 from z1_jax.runs import StageClock, conclude, finished_sentence, require_algorithm, run_main, start_jax
-from z1_jax.stages import check_inputs, demonstrations, given_policy, make_mesh, make_pool, supervised_policy
+from z1_jax.stages import (
+    check_inputs,
+    demonstrations,
+    given_policy,
+    make_mesh,
+    make_pool,
+    supervised_policy,
+    untrained_policy,
+)
+from z1_jax.suites import pin_version
 
 
 def main(argv: Sequence[str]) -> int | None:
     """Runs the stages of a config in order; each prints what it does."""
     config = z1_config.parse_command_line(argv)
     require_algorithm(config, ("grpo", "sft"), "train")
+    config = pin_version(config)
     check_inputs(config)  # before anything is written
     start_jax()
     mesh = make_mesh(config)
@@ -51,6 +61,8 @@ def start_policy(
     config: Config, mesh: jax.sharding.Mesh, run_dir: pathlib.Path, writer: MetricsWriter, clock: StageClock
 ) -> Policy:
     """The policy that RL starts from: `init`, or SFT on demonstrations; algorithm=sft trains `init` on."""
+    if config.init == z1_config.RANDOM:
+        return untrained_policy(config, mesh)
     if config.init and config.algorithm == "grpo":
         return given_policy(config, config.init, mesh)
     with clock.stage("demonstrations"):

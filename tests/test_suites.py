@@ -1,0 +1,176 @@
+"""The suites as a config chooses them, without a simulator: refusals, protocol, and policies that have seen no data."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import tiny_policy as tiny
+
+from envs.robocasa import compat, standin, tables
+from z1_jax import config as z1_config
+from z1_jax import runs, stages, suites
+from z1_jax.config import Config, ConfigError, parse_command_line
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+
+
+def parse(file: str, *arguments: str) -> Config:
+    return parse_command_line(["main", f"--config={CONFIGS / file}", *arguments])
+
+
+def standin_config(*arguments: str) -> Config:
+    return parse("grpo.py:robocasa_standin", *arguments)
+
+
+@pytest.fixture(params=["v0.2", "v1"])
+def installed(request, monkeypatch, tmp_path) -> compat.Installation:
+    """As if RoboCasa of a version were installed with its assets."""
+    found = compat.Installation(request.param, {"v0.2": "0.2.0", "v1": "1.0.1"}[request.param], tmp_path)
+    monkeypatch.setattr(compat, "find", lambda: found)
+    monkeypatch.setattr(compat, "check", lambda standins: found)
+    monkeypatch.setattr(compat, "versions", lambda: {"robocasa": found.version, "mujoco": "3.3.1"})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments", "parts"),
+    [
+        ("grpo.py", ["--config.env.scenes=1/1"], ["env.scenes", "only env.suite=robocasa has"]),
+        ("grpo.py", ["--config.env.standins=true"], ["env.standins", "only env.suite=robocasa has"]),
+        ("grpo.py", ["--config.eval.objects=heldout"], ["eval.objects", "only env.suite=robocasa has"]),
+        ("grpo.py:robocasa", ["--config.env.layouts=train"], ["env.layouts", "only env.suite=kitchen has"]),
+        ("grpo.py:robocasa", ["--config.env.scenes="], ["env.scenes", "got nothing", "training"]),
+        ("grpo.py:robocasa", ["--config.eval.scenes="], ["eval.scenes", "got nothing", "evaluation"]),
+        ("grpo.py:robocasa", ["--config.env.objects=train,heldout"], ["env.objects", "expected one split"]),
+        ("grpo.py:robocasa", ["--config.init="], ["demos.dataset", "no scripted expert", "collect --from"]),
+        ("sft.py:robocasa", ["--config.demos.dataset="], ["demos.dataset", "no scripted expert"]),
+        ("sft.py:robocasa", ["--config.init=random"], ["init: got random with algorithm=sft", "expected grpo"]),
+        ("grpo.py", ["--config.env.suite=libero"], ["env.suite", "'libero'", "kitchen, robocasa"]),
+    ],
+)
+def test_what_a_suite_does_not_offer_is_refused(file, arguments, parts):
+    with pytest.raises(ConfigError) as error:
+        parse(file, *arguments)
+    assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("task=OpenDrawr", ["config key task", "unknown RoboCasa task"]),
+        ("env.scenes=99/1", ["config key env.scenes", "unknown RoboCasa scene '99/1'"]),
+        ("eval.scenes=test", ["config key eval.scenes", "unknown RoboCasa scene 'test'"]),
+        ("env.objects=A", ["config key env.objects", "train, heldout, all"]),
+        ("eval.objects=B", ["config key eval.objects", "train, heldout, all"]),
+        ("env.cameras=robot0_agentview_left,top", ["config key env.cameras", "'top' does not exist"]),
+        ("env.version=0.1.0", ["config key env.version: got 0.1.0, installed is RoboCasa"]),
+        ("env.executed=9", ["config key env.executed", "at most 8"]),
+        ("group.prefix_chunks=4", ["group.prefix_chunks", "4 chunks of 4"]),
+    ],
+)
+def test_names_that_robocasa_does_not_have(argument, parts, installed):
+    with pytest.raises(ConfigError) as error:
+        stages.check_inputs(standin_config(f"--config.{argument}"))
+    assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)
+
+
+def test_a_missing_installation_names_the_key(monkeypatch):
+    def absent(standins):
+        raise ValueError("RoboCasa is not installed: pip install it")
+
+    monkeypatch.setattr(compat, "check", absent)
+    for check in (stages.check_inputs, suites.pin_version):
+        with pytest.raises(ConfigError, match="config key env.suite: RoboCasa is not installed: pip install it"):
+            check(standin_config())
+    suites.pin_version(Config())  # the kitchen asks nobody
+
+
+def test_an_environment_gets_what_the_config_says(installed):
+    config = standin_config("--config.task=PnPCounterToCab", "--config.env.objects=all")
+    made = suites.make_env(config, config.task)
+    name = {"v0.2": "PnPCounterToCab", "v1": "PickPlaceCounterToCabinet"}[installed.api]
+    assert made.args == (name,)
+    assert made.keywords == {
+        "cameras": config.env.cameras,
+        "image_size": 64,
+        "horizon": 16,
+        "scenes": ("1/1",),
+        "objects": "all",
+        "heldout_scenes": ("evaluation",),
+        "heldout_objects": "heldout",
+        "heldout_seed": config.eval.first_seed,
+        "standins": True,
+    }
+    assert suites.episode_steps(config) == 16
+    own = dataclasses.replace(config, env=dataclasses.replace(config.env, horizon=0))
+    assert suites.episode_steps(own) == {"v0.2": 500, "v1": 750}[installed.api]
+
+
+def test_a_run_belongs_to_one_version_of_robocasa(installed, tmp_path):
+    config = suites.pin_version(standin_config(f"--config.run_dir={tmp_path / 'run'}"))
+    assert config.env.version == installed.version
+    z1_config.claim_directory(config)
+    z1_config.claim_directory(config)
+    other = dataclasses.replace(config, env=dataclasses.replace(config.env, version="9.9"))
+    with pytest.raises(ConfigError, match="belongs to another config .env.version"):
+        z1_config.claim_directory(other)
+
+
+def test_the_benchmarks_settings_stand_in_the_preset():
+    config = parse("grpo.py:robocasa")
+    left, wrist, right = "robot0_agentview_left", "robot0_eye_in_hand", "robot0_agentview_right"
+    assert config.inputs.slots == config.env.cameras == (left, wrist, right)  # base, left wrist, right wrist
+    assert (config.model.preset, config.env.executed, config.flow.steps) == ("pi05", 5, 10)
+    assert (config.eval.episodes, config.eval.scenes, config.eval.objects) == (50, ("evaluation",), "heldout")
+    for file in ("sft.py:robocasa", "eval.py:robocasa"):
+        other = parse(file, "--config.checkpoint=somewhere")
+        assert (other.env, other.eval, other.inputs) == (config.env, config.eval, config.inputs)
+
+
+def test_the_protocol_says_what_success_depends_on_and_figures_are_labelled(installed, tmp_path, capsys):
+    config = standin_config(f"--config.run_dir={tmp_path}", "--config.eval.episodes=50", "--config.env.horizon=0")
+    policy = tiny.policy(3)
+    runs.conclude(config, policy, tmp_path, runs.StageClock(tmp_path / "wall.json"), {}, "It succeeded in 0.0 %")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    protocol = summary["protocol"]
+    assert protocol["suite"] == "robocasa" and protocol["versions"]["robocasa"] == installed.version
+    assert protocol["scenes"] == [f"{a}/{b}" for a, b in tables.SCENES[installed.api]["evaluation"]]
+    assert protocol["episodes_per_scene"] == {"v0.2": 10, "v1": 5}[installed.api]
+    assert protocol["objects"] == {"v0.2": "heldout (B)", "v1": "heldout (target)"}[installed.api]
+    assert protocol["horizon"] == {"v0.2": 500, "v1": 600}[installed.api]
+    assert protocol["executed_steps_per_chunk"] == policy.executed and protocol["denoising_steps"] == 4
+    for text in (
+        summary["sentence"],
+        protocol["assets"],
+        (tmp_path / "report.html").read_text(),
+        capsys.readouterr().out,
+    ):
+        assert standin.LABEL in text
+    assert "standins" in standin_config().directory.name
+
+    real = dataclasses.replace(config, env=dataclasses.replace(config.env, standins=False))
+    assert suites.label(real) == "" and suites.facts(real)["assets"] == "downloaded"
+
+
+def test_an_untrained_policy_takes_the_ranges_of_state_and_action(rng):
+    config = standin_config("--config.env.executed=3")
+    mesh = stages.make_mesh(config)
+    with jax.set_mesh(mesh):
+        policy = stages.untrained_policy(config, mesh)
+    assert policy.executed == 3
+    low, high = map(np.array, zip(*tables.state_bounds(), strict=True))
+    states = rng.uniform(low, high, (50, tables.STATE_DIM))
+    expected = 2 * (states - low) / (high - low) - 1
+    np.testing.assert_allclose(policy.processor.model_states(states), expected, atol=1e-4)
+    actions = rng.uniform(-1, 1, (7, policy.config.horizon, tables.ACTION_DIM))
+    np.testing.assert_allclose(policy.processor.model_actions(actions), actions, atol=1e-4)
+    assert policy.processor.counted_dims.all()
+    # Any instruction of the suite fits into the prompt, with the state.
+    long = "Pick the bell pepper from the counter and place it in the microwave."
+    tokens, mask = policy.processor.prompts([long], states[:1])
+    assert mask.sum() < tokens.shape[1]
+    with pytest.raises(ConfigError, match="env.suite=kitchen has an expert"):
+        suites.assumed_statistics(Config(init="random"))
