@@ -7,6 +7,7 @@ it, and a snapshot taken elsewhere is restored by starting the same episode firs
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -296,6 +297,7 @@ class RoboCasaEnv:
             np.random.set_state(theirs)
 
 
+@functools.cache
 def _prepare(standins: bool) -> None:
     if standins:
         standin.install(os.environ.get("Z1_STANDINS", STANDIN_FOLDER))
