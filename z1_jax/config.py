@@ -69,7 +69,7 @@ class InputsConfig:
 class DemosConfig:
     """Expert demonstrations."""
 
-    episodes: int = 400  # successful ones to keep
+    episodes: int = 250  # successful ones to keep
     noise: float = 0.2  # an episode's action noise is one of 0, noise, 2·noise
     stride: int = 4  # control steps between recorded observations
     dataset: str = ""  # a dataset directory (see z1_jax.collect) that replaces the collection
@@ -182,7 +182,7 @@ class UpdateConfig:
 class TrainConfig:
     """The loop."""
 
-    iterations: int = 180  # GRPO iterations
+    iterations: int = 150  # GRPO iterations
     scope: str = "expert"  # expert | joint (all but the token embedding) | lora | everything; auto: SelectiveConfig
     checkpoint_every: int = 10  # iterations
     stop_success: float = 1.01  # stop early when the training success over `stop_window` iterations reaches this
