@@ -214,7 +214,7 @@ def test_every_model_compiles_and_is_written_once(assets):
 def test_every_model_that_the_registry_names_is_there(assets):
     import yaml
 
-    for registry in (INSTALLED.assets / "fixtures" / "fixture_registry").glob("*.yaml"):
+    for registry in (INSTALLED.root / "models" / "assets" / "fixtures" / "fixture_registry").glob("*.yaml"):
         for entry in yaml.safe_load(registry.read_text()).values():
             if "xml" in entry:
                 assert (assets / entry["xml"] / "model.xml").exists(), f"{registry.stem}: {entry['xml']}"
@@ -309,17 +309,23 @@ def turn(env, joint: str, angle: float) -> None:
 
 
 def press(env, fixture, button: str) -> None:
-    """Drives the robot's base so that a fingertip lies on the button, lets RoboCasa notice, and drives back."""
-    data, model = env.sim.data, env.sim.model
+    """Drives the robot's base so that a fingertip touches this button alone; lets RoboCasa notice; drives back."""
+    data, model, gripper = env.sim.data, env.sim.model, env.robots[0].gripper["right"]
     before = data.qpos.copy()
-    joints = [name for name in names(env, "joint") if re.search("mobile_forward|mobile_side|torso_height", name)]
-    ids = [model.joint_name2id(name) for name in joints]
-    tip = next(name for name in names(env, "geom") if re.search("finger1_pad_collision", name))
-    for _ in range(2):
+    ids = [model.joint_name2id(n) for n in names(env, "joint") if re.search("mobile_(forward|side)|torso_height", n)]
+    tip = model.geom_name2id(next(name for name in names(env, "geom") if "finger1_pad_collision" in name))
+    target = model.geom_name2id(f"{fixture.name}_{button}")
+    others = [name for name in names(env, "geom") if re.match(f"{fixture.name}_.*button", name) and button not in name]
+    for offset in np.random.default_rng(0).normal(scale=0.015, size=(60, 3)):
         axes = np.stack([data.xaxis[index] for index in ids], axis=1)
-        way = data.geom_xpos[model.geom_name2id(f"{fixture.name}_{button}")] - data.geom_xpos[model.geom_name2id(tip)]
-        data.qpos[[model.jnt_qposadr[index] for index in ids]] += np.linalg.solve(axes, way)
+        way = np.linalg.solve(axes, data.geom_xpos[target] + offset - data.geom_xpos[tip])
+        data.qpos[[model.jnt_qposadr[index] for index in ids]] += way
         env.sim.forward()
+        touched = env.check_contact(gripper, f"{fixture.name}_{button}")
+        if touched and not any(env.check_contact(gripper, other) for other in others):
+            break
+    else:
+        raise AssertionError(f"no finger can touch {button} alone")
     fixture.update_state(env)
     data.qpos[:] = before
     env.sim.forward()

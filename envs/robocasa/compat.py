@@ -24,6 +24,8 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from typing import Any
 
+from envs.robocasa import parsing
+
 INSTALL = (
     "pip install -e '.[robocasa]' && pip install --no-deps rlinf-robocasa365==1.0.1 robosuite==1.5.2 "
     "(v0.2, and why: docs/robocasa.md)"
@@ -126,6 +128,7 @@ def load() -> Installation:
             importlib.import_module("robosuite")
             _mend_robosuite()
             _import_without_asserts("robocasa", found.root)
+            parsing.speed_up()
             _order_regions()
     except ImportError as error:
         raise ValueError(f"RoboCasa {found.version} cannot be imported ({error}): {INSTALL}") from error

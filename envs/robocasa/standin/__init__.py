@@ -4,6 +4,6 @@
 shows them says `LABEL`.
 """
 
-from envs.robocasa.standin.assets import LABEL, install, prepare
+from envs.robocasa.standin.assets import LABEL, folder, install, prepare
 
-__all__ = ["LABEL", "install", "prepare"]
+__all__ = ["LABEL", "folder", "install", "prepare"]

@@ -1,17 +1,15 @@
-"""Writes stand-ins for the installed RoboCasa: python -m envs.robocasa.standin --dir=~/.cache/z1/robocasa-standin"""
+"""Writes stand-ins for the installed RoboCasa: python -m envs.robocasa.standin [--dir=FOLDER]"""
 
-from absl import app, flags
+import argparse
 
 from envs.robocasa import standin
 
-_DIR = flags.DEFINE_string("dir", "~/.cache/z1/robocasa-standin", "Folder to write to.")
 
-
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: expected --dir=FOLDER")
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m envs.robocasa.standin", description=standin.LABEL)
+    parser.add_argument("--dir", default=standin.folder(), help="folder to write to (%(default)s; or $Z1_STANDINS)")
     try:
-        target = standin.prepare(_DIR.value)
+        target = standin.prepare(parser.parse_args().dir)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     files = [path for path in target.rglob("*") if path.is_file()]
@@ -19,4 +17,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

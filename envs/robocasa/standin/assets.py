@@ -23,6 +23,11 @@ _COPIED = ("arenas", "scenes", "fixtures")  # RoboCasa's own MJCF and layouts, w
 _OWN = pathlib.Path(__file__).parent
 
 
+def folder() -> str:
+    """Where stand-ins are written unless a caller names another folder: $Z1_STANDINS, or one in the user's cache."""
+    return os.environ.get("Z1_STANDINS", "~/.cache/z1/robocasa-standin")
+
+
 def prepare(directory: str | os.PathLike[str]) -> pathlib.Path:
     """Writes the assets for the installed RoboCasa, unless they are there; several processes may do so at once.
 
@@ -88,10 +93,11 @@ def _digest(found: compat.Installation) -> str:
 
 
 def _copies(found: compat.Installation) -> Iterator[tuple[pathlib.Path, pathlib.PurePosixPath]]:
+    carried = found.root / "models" / "assets"
     for folder in _COPIED:
-        for path in sorted((found.assets / folder).rglob("*")):
+        for path in sorted((carried / folder).rglob("*")):
             if path.suffix in (".xml", ".yaml"):
-                yield path, pathlib.PurePosixPath(path.relative_to(found.assets).as_posix())
+                yield path, pathlib.PurePosixPath(path.relative_to(carried).as_posix())
 
 
 def _write(found: compat.Installation, draft: pathlib.Path) -> None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ast
 import pathlib
-import random
+import zlib
 from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 from envs.robocasa.standin import mjcf
 
@@ -102,7 +104,7 @@ def _instances(name: str, registry: str, settings: dict[str, Any]) -> Iterator[t
 def _model(category: str, instance: str, types: str | tuple[str, ...], scale: float | list[float]) -> str:
     keys = (category, *((types,) if isinstance(types, str) else types), "")
     shape, extent = _FORMS[next(key for key in keys if key in _FORMS)]
-    vary = random.Random(instance)
+    vary = np.random.default_rng(zlib.crc32(instance.encode()))
     scales = (scale,) * 3 if isinstance(scale, int | float) else scale
     # RoboCasa multiplies by the scale: divided here, an object has its size whatever the real models' units were.
     wide, high = vary.uniform(0.9, 1.05), vary.uniform(0.85, 1.15)
