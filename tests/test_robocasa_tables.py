@@ -121,6 +121,18 @@ def test_what_is_missing_is_one_line_that_says_how_to_install_it(site, monkeypat
         compat.find()
 
 
+def test_leftovers_of_another_mujoco_are_told(site, monkeypatch):
+    install(site, "atomic", "1.0.1")
+    versions = {"mujoco": "3.3.1", "mujoco-core": "4.0.0"}
+    monkeypatch.setattr(compat, "_version", versions.get)
+    with pytest.raises(ValueError, match="MuJoCo 3.3.1 lies over parts of 4.0.0: pip uninstall -y mujoco mujoco-core"):
+        compat.find()
+    versions["mujoco"] = "4.0.0"
+    assert compat.find().api == "v1"
+    versions.update({"mujoco": "3.3.1", "mujoco-core": None})
+    assert compat.find().api == "v1"
+
+
 def test_a_strange_package_is_refused(site):
     install(site, "composite", "9.9.9")
     with pytest.raises(ValueError, match="is no RoboCasa that is known: expected v0.2 or v1.0.1"):

@@ -86,6 +86,7 @@ def find() -> Installation:
     absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if absent:
         raise ValueError(f"RoboCasa needs {', '.join(absent)}, not installed: {INSTALL}")
+    _check_mujoco()
     root = pathlib.Path(spec.origin).parent
     kitchen = root / "environments" / "kitchen"
     apis = {"v1": kitchen / "atomic", "v0.2": kitchen / "single_stage"}
@@ -94,6 +95,27 @@ def find() -> Installation:
         raise ValueError(f"{root} is no RoboCasa that is known: expected v0.2 or v1.0.1; {INSTALL}")
     stated = re.search(r'^__version__ = "([^"]+)"', pathlib.Path(spec.origin).read_text(), re.MULTILINE)
     return Installation(api, stated.group(1) if stated else "unknown", root)
+
+
+def _check_mujoco() -> None:
+    """MuJoCo 4 comes in three packages; one of an older version over them leaves parts that do not load.
+
+    Raises:
+        ValueError: that is the case; one line that says how to mend it.
+    """
+    have = {name: _version(name) for name in ("mujoco", "mujoco-core")}
+    if have["mujoco-core"] and have["mujoco"] and int(have["mujoco"].split(".")[0]) < 4:
+        raise ValueError(
+            f"MuJoCo {have['mujoco']} lies over parts of {have['mujoco-core']}: pip uninstall -y mujoco mujoco-core "
+            f"mujoco-studio && pip install mujoco=={have['mujoco']}"
+        )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def check(standins: bool) -> Installation:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,7 +17,6 @@ import numpy as np
 from envs.base import ChunkResult, EnvObservation, EnvSpec, Snapshot
 from envs.robocasa import compat, standin, state, tables
 
-STANDIN_FOLDER = "~/.cache/z1/robocasa-standin"  # where stand-ins are written, unless Z1_STANDINS says another
 _NO_LIMIT = 10**9  # control steps: the horizon is this adapter's
 
 
@@ -300,7 +298,7 @@ class RoboCasaEnv:
 @functools.cache
 def _prepare(standins: bool) -> None:
     if standins:
-        standin.install(os.environ.get("Z1_STANDINS", STANDIN_FOLDER))
+        standin.install(standin.folder())
     compat.load()
 
 

@@ -1,7 +1,7 @@
 """Cost of RoboCasa as installed: a control step, a look, a reset, a snapshot and both kinds of restore.
 
-`python benchmarks/robocasa.py OpenDrawer`; `--standins` without the downloaded assets (figures are then labelled). Times
-are process CPU time, so that other work on the machine hardly counts; rendering in software counts all of its threads.
+`python benchmarks/robocasa_cost.py OpenDrawer`; `--standins` without the downloaded assets (figures are then labelled).
+Times are process CPU time, so that other work on the machine hardly counts; rendering counts all of its threads.
 """
 
 from __future__ import annotations
