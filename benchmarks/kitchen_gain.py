@@ -20,7 +20,7 @@ from envs.kitchen import TASKS as TASK_TABLE
 TASKS = ("TurnOnSinkFaucet", "OpenDrawer", "PnPCounterToSink")
 GOALS = {"TurnOnSinkFaucet": 0.40, "OpenDrawer": 0.25, "PnPCounterToSink": 0.25}
 FAUCET = TASKS[0]
-SHORT = 48  # control steps: tasks with a longer horizon take the longer preset
+SHORT = 40  # control steps: tasks with a longer horizon take the longer preset
 
 
 @dataclasses.dataclass(frozen=True)

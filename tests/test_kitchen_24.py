@@ -62,7 +62,7 @@ def test_the_mean_weighs_tasks_alike_and_names_what_went_wrong(kitchen_24, tmp_p
     assert gain == pytest.approx(0.25)
     assert -0.25 <= low <= 0.25 <= high <= 1.0
     page = kitchen_24.table(rows, ["TurnOnStove-seed1"])
-    assert "| OpenDrawer, 0 | kitchen | 0.0 % [10.0, 90.0] | 50.0 % [10.0, 90.0] | +50.0 [-10.0, +20.0] | 0.5 |" in page
+    assert "| OpenDrawer, 0 | long | 0.0 % [10.0, 90.0] | 50.0 % [10.0, 90.0] | +50.0 [-10.0, +20.0] | 0.5 |" in page
     assert "| 12,345 | 3.0 |" in page
     assert "Mean gain over 2 tasks: **+25.0 points**" in page
     assert "Significantly worse after RL: TurnOnStove-seed0." in page
