@@ -125,7 +125,7 @@ def check(standins: bool) -> Installation:
     if missing:
         raise ValueError(
             f"RoboCasa {found.version} lacks its assets ({', '.join(missing)} in {found.assets}): "
-            "python -m robocasa.scripts.download_kitchen_assets (10 GB), or env.standins=true for smoke tests without"
+            "python -m robocasa.scripts.download_kitchen_assets (10 GB; v0.2: python -O -m …, 5 GB), or env.standins=true for smoke tests without"
         )
     return found
 
