@@ -141,6 +141,7 @@ def test_the_protocol_says_what_success_depends_on_and_figures_are_labelled(inst
     assert protocol["episodes_per_scene"] == {"v0.2": 10, "v1": 5}[installed.api]
     assert protocol["objects"] == {"v0.2": "heldout (B)", "v1": "heldout (target)"}[installed.api]
     assert protocol["horizon"] == {"v0.2": 500, "v1": 600}[installed.api]
+    assert protocol["slots"] == list(policy.processor.cameras) and protocol["image_size"] == 64
     assert protocol["executed_steps_per_chunk"] == policy.executed and protocol["denoising_steps"] == 4
     for text in (
         summary["sentence"],

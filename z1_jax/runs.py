@@ -180,6 +180,8 @@ def protocol(config: Config, policy: Policy) -> dict[str, Any]:
         "denoising_steps": config.flow.steps,
         "sampler": "ODE",
         "cameras": list(config.env.cameras),
+        "slots": list(policy.processor.cameras),
+        "image_size": config.env.image_size,
         **suites.facts(config),
         "stop_on_success": True,
         "latched_success": True,

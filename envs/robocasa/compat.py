@@ -125,7 +125,8 @@ def check(standins: bool) -> Installation:
     if missing:
         raise ValueError(
             f"RoboCasa {found.version} lacks its assets ({', '.join(missing)} in {found.assets}): "
-            "python -m robocasa.scripts.download_kitchen_assets (10 GB), or env.standins=true for smoke tests without"
+            f"python {'-O ' if found.api == 'v0.2' else ''}-m robocasa.scripts.download_kitchen_assets (some GB), or "
+            "env.standins=true for smoke tests without"
         )
     return found
 
