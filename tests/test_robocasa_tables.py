@@ -1,10 +1,14 @@
 """What the RoboCasa adapter knows without RoboCasa: its tables, what it finds installed, its shims, and the walk."""
 
+import copy
 import importlib
+import pickle
 import sys
 import textwrap
+import types
 import xml.etree.ElementTree as ET
 
+import mujoco
 import numpy as np
 import pytest
 
@@ -244,6 +248,10 @@ def test_plain_values_and_their_equality(rng):
     assert not state.same(np.zeros(2), -np.zeros(2))  # to the bit
 
 
+MODEL = mujoco.MjModel.from_xml_string("<mujoco><worldbody><site/><geom size='1'/></worldbody></mujoco>")
+DATA = mujoco.MjData(MODEL)
+
+
 class Latch:
     def __init__(self, parent):
         self.parent, self.on, self.log = parent, False, []
@@ -269,3 +277,43 @@ def test_the_walk_names_what_changed():
     world.fresh = 1
     expected = ["env.fixtures['lamp'].log[0]", "env.fixtures['lamp'].on", "env.fresh", "env.goal", "env.rng"]
     assert walk.changed(before, walk.fingerprints(world)) == expected
+
+
+def test_attributes_are_put_back_wherever_they_are_kept(rng):
+    """Changed, new and deleted ones; those of objects, and of dictionaries that hold objects too."""
+    world = World()
+    lamp = world.fixtures["lamp"]
+    lamp.regions = {"int": {"p0": rng.normal(size=3), "element": object()}}
+    lamp.old = 7
+    env = types.SimpleNamespace(
+        fixtures=world.fixtures,
+        robots=[],
+        _observables={},
+        goal=np.zeros(3),
+        rng=np.random.default_rng(0),
+        sim=types.SimpleNamespace(model=types.SimpleNamespace(_model=MODEL), data=types.SimpleNamespace(_data=DATA)),
+    )
+    start = state.baseline(env)
+
+    def change(value: float) -> None:
+        lamp.on, lamp.fresh, lamp.regions["int"]["p0"] = value > 0, value, np.full(3, value)
+        env.goal[1] = value
+
+    def seen() -> dict:
+        return copy.deepcopy(state.attributes(env))
+
+    change(0.5)
+    del lamp.old
+    snapshot, expected = pickle.loads(pickle.dumps(state.capture(env, start))), seen()
+    change(-2.0)
+    lamp.old, lamp.later, env.more = 8, [1], {"a": 1}
+    assert not state.same(seen(), expected)
+    state.apply(env, start, *snapshot)
+    assert state.same(seen(), expected) and not hasattr(lamp, "old") and not hasattr(env, "more")
+    begun = state.capture(env, start)[1]["attributes"]
+    assert set(begun) == {
+        ("env", "goal"),
+        ("fixtures[lamp]", "on"),
+        ("fixtures[lamp]", "fresh"),
+        ("fixtures[lamp].regions.int", "p0"),
+    }

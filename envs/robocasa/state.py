@@ -30,7 +30,29 @@ _SCALARS = (bool, int, float, str, type(None), np.generic)
 
 
 def holders(env: Any) -> Iterator[tuple[str, Any]]:
-    """(path, object) of everything whose plain attributes are part of the state. `env` is the robosuite environment."""
+    """(path, object or dictionary) of everything whose plain attributes or items are part of the state.
+
+    `env` is the robosuite environment. A dictionary that holds more than plain values counts by itself: the regions of
+    v1's drawers move along with them, beside the XML elements that they were read from.
+    """
+    for path, holder in _objects(env):
+        yield path, holder
+        yield from _dictionaries(path, holder)
+
+
+def _dictionaries(path: str, holder: Any, depth: int = 3) -> Iterator[tuple[str, dict]]:
+    for name, value in _fields(holder).items():
+        if depth and isinstance(value, dict) and not plain(value):
+            yield f"{path}.{name}", value
+            yield from _dictionaries(f"{path}.{name}", value, depth - 1)
+
+
+def _fields(holder: Any) -> dict[Any, Any]:
+    """The live attributes of an object, or the items of a dictionary."""
+    return holder if isinstance(holder, dict) else getattr(holder, "__dict__", {})
+
+
+def _objects(env: Any) -> Iterator[tuple[str, Any]]:
     yield "env", env
     for i, robot in enumerate(env.robots):
         yield f"robots[{i}]", robot
@@ -51,13 +73,9 @@ def holders(env: Any) -> Iterator[tuple[str, Any]]:
 
 
 def attributes(env: Any) -> dict[tuple[str, str], Any]:
-    """(holder's path, attribute) → value, uncopied, of all attributes that hold plain values."""
+    """(holder's path, attribute or key) → value, uncopied, of all that are plain."""
     return {
-        (path, name): value
-        for path, holder in holders(env)
-        if hasattr(holder, "__dict__")
-        for name, value in vars(holder).items()
-        if plain(value)
+        (path, name): value for path, holder in holders(env) for name, value in _fields(holder).items() if plain(value)
     }
 
 
@@ -76,6 +94,7 @@ def capture(env: Any, start: Mapping[tuple[str, str], Any]) -> tuple[np.ndarray,
         "attributes": copy.deepcopy(
             {key: value for key, value in now.items() if key not in start or not same(value, start[key])}
         ),
+        "gone": start.keys() - now.keys(),
         "model": {name: getattr(model, name).copy() for name in MODEL_FIELDS},
         "derived": {name: getattr(data, name).copy() for name in DERIVED},
         "rng": env.rng.bit_generator.state,
@@ -101,14 +120,14 @@ def apply(env: Any, start: Mapping[tuple[str, str], Any], physics: np.ndarray, r
     changes = copy.deepcopy(dict(rest["attributes"]))
     if unknown := {path for path, _ in changes} - parts.keys():
         raise ValueError(f"the snapshot holds {sorted(unknown)[0]}, which this scene lacks: it is of another episode")
-    for (path, name), value in attributes(env).items():
-        key = (path, name)
-        if key not in changes and key in start and not same(value, start[key]):
-            setattr(parts[path], name, copy.deepcopy(start[key]))
-        elif key not in changes and key not in start:
-            delattr(parts[path], name)
-    for (path, name), value in changes.items():
-        setattr(parts[path], name, value)
+    now = attributes(env)
+    wanted = {key: value for key, value in {**start, **changes}.items() if key not in rest["gone"]}
+    for path, name in now.keys() - wanted.keys():
+        del _fields(parts[path])[name]
+    for key, value in wanted.items():
+        path, name = key
+        if key not in now or not same(now[key], value):
+            _fields(parts[path])[name] = value if key in changes else copy.deepcopy(value)
 
 
 def plain(value: Any, depth: int = 3) -> bool:
