@@ -45,6 +45,21 @@ class ChunkResult:
     simulate_s: float = 0.0  # seconds spent stepping physics
 
 
+def checked_actions(actions: np.ndarray, width: int) -> np.ndarray:
+    """Actions [E, width] as float64.
+
+    Raises:
+        ValueError: a wrong shape, or a value that is not finite.
+    """
+    actions = np.asarray(actions, np.float64)
+    if actions.ndim != 2 or actions.shape[1] != width:
+        raise ValueError(f"actions have shape {actions.shape}: expected [E, {width}], one row a control step")
+    if not np.isfinite(actions).all():
+        rows = np.flatnonzero(~np.isfinite(actions).all(axis=1)).tolist()
+        raise ValueError(f"actions hold NaN or infinity in rows {rows}: expected finite values in [-1, 1]")
+    return actions
+
+
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
     """The full state of an environment: picklable, restores bit for bit, also into another process."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import mujoco
 import numpy as np
 
-from envs.base import ChunkResult, EnvObservation, EnvSpec, Snapshot
+from envs.base import ChunkResult, EnvObservation, EnvSpec, Snapshot, checked_actions
 from envs.kitchen import gl
 from envs.kitchen import render as renderer
 from envs.kitchen.objects import OBJECT_SPLITS
@@ -178,12 +178,7 @@ class KitchenEnv:
         Raises:
           ValueError: a wrong shape or a value that is not finite.
         """
-        actions = np.asarray(actions, np.float64)
-        if actions.ndim != 2 or actions.shape[1] != ACTION_DIM:
-            raise ValueError(f"actions have shape {actions.shape}: expected [E, {ACTION_DIM}], one row a control step")
-        if not np.isfinite(actions).all():
-            rows = np.flatnonzero(~np.isfinite(actions).all(axis=1)).tolist()
-            raise ValueError(f"actions hold NaN or infinity in rows {rows}: expected finite values in [-1, 1]")
+        actions = checked_actions(actions, ACTION_DIM)
         world, executed, started = self.world, 0, time.perf_counter()
         for action in actions:
             if self._succeeded or self._steps >= self._spec.horizon:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.base import ChunkResult, EnvObservation, EnvSpec, Snapshot
+from envs.base import ChunkResult, EnvObservation, EnvSpec, Snapshot, checked_actions
 from envs.robocasa import compat, standin, state, tables
 
 _NO_LIMIT = 10**9  # control steps: the horizon is this adapter's
@@ -145,14 +145,7 @@ class RoboCasaEnv:
           ValueError: a wrong shape, a value that is not finite, or no episode yet.
         """
         raw = self._started()
-        actions = np.asarray(actions, np.float64)
-        if actions.ndim != 2 or actions.shape[1] != tables.ACTION_DIM:
-            raise ValueError(
-                f"actions have shape {actions.shape}: expected [E, {tables.ACTION_DIM}], one row a control step"
-            )
-        if not np.isfinite(actions).all():
-            rows = np.flatnonzero(~np.isfinite(actions).all(axis=1)).tolist()
-            raise ValueError(f"actions hold NaN or infinity in rows {rows}: expected finite values in [-1, 1]")
+        actions = checked_actions(actions, tables.ACTION_DIM)
         executed, started = 0, time.perf_counter()
         with self._own_randomness():
             for action in np.clip(actions, -1.0, 1.0):

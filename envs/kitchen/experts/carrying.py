@@ -14,8 +14,7 @@ def into_sink(world: World, task: Task) -> Command:
     """Above the object, down, close, up, across, down over the basin, open, up."""
     eef, thing, sink = world.eef, world.position(world.memory["target"]), world.position("sink")
     half = world.half(world.memory["target"])
-    grip = thing + max(0.0, half[2] - 0.045) * Z
-    aside, above = float(np.linalg.norm((eef - grip)[:2])), float(eef[2] - grip[2])
+    grip, aside, above = _top_grip(world)
     held = aside < 0.03 and abs(above) < 0.03 and gap(world) < 2 * half[0] + 0.012
     drop = sink + np.array([0.0, 0.06, 0.02])
     if (np.abs(thing - sink)[:2] < np.array(SINK_HALF) - 0.05).all():
@@ -23,9 +22,7 @@ def into_sink(world: World, task: Task) -> Command:
             return eef * [1, 1, 0] + (sink[2] + 0.35) * Z, OPEN
         return (eef, OPEN) if eef[2] < drop[2] + 0.06 else (drop, CLOSE)
     if not held:
-        if aside < 0.022 and abs(above) < 0.015:
-            return grip, CLOSE
-        return grip + min(0.12, 4.0 * max(aside - 0.012, 0.0)) * Z, OPEN
+        return _down_on(grip, aside, above)
     # Held: rise first; how far it may move sideways grows with the height.
     carry = sink[2] + 0.15
     goal = eef + np.clip((eef[2] - (carry - 0.06)) / 0.04, 0.0, 1.0) * (drop - eef)
@@ -36,15 +33,12 @@ def onto_dish(world: World, task: Task) -> Command:
     """From above: down on the thing, close, up, across, down on the dish, open, up."""
     eef, name = world.eef, world.memory["target"]
     thing, half, spot = world.position(name), world.half(name), task.spot(world)
-    grip = thing + max(0.0, half[2] - 0.045) * Z
-    aside, above = float(np.linalg.norm((eef - grip)[:2])), float(eef[2] - grip[2])
+    grip, aside, above = _top_grip(world)
     held = aside < 0.03 and abs(above) < 0.05 and _gripped(world, half[0])
     if task.placed(world, name):
         return (eef, OPEN) if held else (eef * [1, 1, 0] + (thing[2] + 0.32) * Z, OPEN)
     if not held:
-        if aside < 0.022 and abs(above) < 0.015:
-            return grip, CLOSE
-        return grip + min(0.12, 4.0 * max(aside - 0.012, 0.0)) * Z, OPEN
+        return _down_on(grip, aside, above)
     offset = (spot - thing) * [1, 1, 0]
     far, counter = float(np.linalg.norm(offset)), float(world.position("plate")[2])
     low = spot[2] + half[2] - 0.003
@@ -55,40 +49,55 @@ def onto_dish(world: World, task: Task) -> Command:
     return eef + free * offset + (counter + 0.065 + half[2] - thing[2]) * Z, CLOSE
 
 
+def _top_grip(world: World) -> tuple[np.ndarray, float, float]:
+    """Where to take the target from above [3], and how far the tool point is beside and above that, metres."""
+    name, eef = world.memory["target"], world.eef
+    grip = world.position(name) + max(0.0, world.half(name)[2] - 0.045) * Z
+    return grip, float(np.linalg.norm((eef - grip)[:2])), float(eef[2] - grip[2])
+
+
+def _down_on(grip: np.ndarray, aside: float, above: float) -> Command:
+    """Down to a grip (see `_top_grip`), the lower the better the hand is centred, and close."""
+    if aside < 0.022 and abs(above) < 0.015:
+        return grip, CLOSE
+    return grip + min(0.12, 4.0 * max(aside - 0.012, 0.0)) * Z, OPEN
+
+
 def _gripped(world: World, half: float) -> bool:
     """Whether the fingers are as far apart as a thing between them is wide. It may slip down a little when lifted."""
     return -0.008 < gap(world) - 2 * half < 0.014
 
 
-def _level_grip(world: World, reach: float) -> tuple[Command | None, bool]:
+def _level_grip(world: World, reach: float) -> Command | None:
     """Takes the target from the front, coming from `reach` metres before it; None once it is held."""
     name, eef = world.memory["target"], world.eef
     half = world.half(name)
     grip = world.position(name) + max(0.0, 0.026 - half[2]) * Z  # no lower, for the counter's sake
     depth, aside, above = np.abs(eef - grip)
     if depth < 0.03 and aside < 0.03 and above < 0.05 and _gripped(world, half[1]):
-        return None, True
+        return None
     if depth < 0.015 and aside < 0.018 and above < 0.012:
-        return (grip, CLOSE), False
+        return grip, CLOSE
     astray = max(aside - 0.010, above - 0.008, 0.0)
-    return (grip - min(reach, 6.0 * astray) * X, OPEN), False
+    return grip - min(reach, 6.0 * astray) * X, OPEN
 
 
-def _let_go(world: World, held: bool) -> Command:
-    """Opens the fingers and backs off."""
-    if held:
+def _take_or_leave(world: World, task: Task, reach: float) -> Command | None:
+    """Before the carrying: takes the target (`_level_grip`). After it: opens the fingers and backs off. Else None."""
+    name = world.memory["target"]
+    approach = _level_grip(world, reach)
+    if not task.placed(world, name):
+        return approach
+    if approach is None:  # still held
         return world.eef, OPEN
-    return world.eef * [0, 1, 1] + (world.position(world.memory["target"])[0] - 0.32) * X, OPEN
+    return world.eef * [0, 1, 1] + (world.position(name)[0] - 0.32) * X, OPEN
 
 
 def into(world: World, task: Task) -> Command:
     """From the counter through a fixture's front: take, lift, before the opening, in, down, open, back."""
     name = world.memory["target"]
-    approach, held = _level_grip(world, 0.14)
-    if task.placed(world, name):
-        return _let_go(world, held)
-    if approach is not None:
-        return approach
+    if (command := _take_or_leave(world, task, 0.14)) is not None:
+        return command
     thing, half, spot, mouth = world.position(name), world.half(name), task.spot(world), task.opening(world)
     counter = float(world.position("counter")[2])
     offset = spot + half[2] * Z - thing
@@ -106,11 +115,8 @@ def into(world: World, task: Task) -> Command:
 def out_of(world: World, task: Task) -> Command:
     """Out of a fixture's front to the counter: in, take, lift, out, across, down, open, back."""
     name = world.memory["target"]
-    approach, held = _level_grip(world, 0.25)
-    if task.placed(world, name):
-        return _let_go(world, held)
-    if approach is not None:
-        return approach
+    if (command := _take_or_leave(world, task, 0.25)) is not None:
+        return command
     thing, half, spot, mouth = world.position(name), world.half(name), task.spot(world), task.opening(world)
     floor = float(world.site(task.place)[2])
     if thing[0] > mouth - 0.05:  # inside

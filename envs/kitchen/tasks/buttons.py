@@ -12,7 +12,7 @@ from envs.kitchen.world import World
 
 
 class Button(Task):
-    """Press a button until its machine turns on (a latch), then take the hand 0.15 m away."""
+    """Press a button until its machine is on, or off, as wanted (a latch), then take the hand 0.15 m away."""
 
     fixture: str  # the body that varies
     joint: str  # the button's joint and site
@@ -33,7 +33,8 @@ class Button(Task):
             world.tint(self.lamp, self.lit)
 
     def success(self, world: World) -> bool:
-        return world.memory["on"] and bool(np.linalg.norm(world.eef - world.site(self.joint)) > 0.15)
+        pressed = world.memory["on"] == world.memory["wanted"]
+        return pressed and bool(np.linalg.norm(world.eef - world.site(self.joint)) > 0.15)
 
 
 class CoffeeButton(Button):
@@ -85,6 +86,3 @@ class MicrowaveStop(MicrowaveButton):
         if world.fraction(self.joint) > 0.5:
             world.memory["on"] = False
         world.tint(self.lamp, self.lit if world.memory["on"] else world.memory["dark"])
-
-    def success(self, world: World) -> bool:
-        return not world.memory["on"] and bool(np.linalg.norm(world.eef - world.site(self.joint)) > 0.15)

@@ -18,11 +18,20 @@ class Shelf(PickAndPlace):
     fixture: str
     place: str
     mouth = 0.0  # x of its opening in its own frame, metres
+    door: str  # its joint, where it has one
+    shift: tuple[tuple[float, float, float], tuple[float, float, float]]  # lowest and highest offset of `open`, metres
     start_offset = (-0.20, 0.0, 0.06)
 
     def spot(self, world: World) -> np.ndarray:
         """A free place [3] that a thing may be put on: in the fixture, where no other is meant."""
         return world.site(self.place)
+
+    def open(self, world: World, rng: np.random.Generator) -> np.ndarray:
+        """Moves the fixture and opens its door; returns where it is now."""
+        world.move(self.fixture, rng.uniform(*self.shift))
+        world.set_joint(self.door, rng.uniform(0.94, 1.0) * np.pi / 2)
+        world.update()
+        return world.position(self.fixture).copy()
 
     def opening(self, world: World) -> float:
         """World x of the fixture's opening."""
@@ -34,7 +43,8 @@ class Shelf(PickAndPlace):
 
 
 class _Cabinet(Shelf):
-    fixture, place = "cabinet", "cabinet_floor"
+    fixture, place, door = "cabinet", "cabinet_floor", "door"
+    shift = ((-0.02, -0.05, -0.02), (0.01, 0.05, 0.03))
     half = (0.21, 0.20)
     left_eye = (-0.62, -0.34, 0.30)
 
@@ -46,13 +56,6 @@ class _Cabinet(Shelf):
 
     def focus(self, layout: Layout) -> np.ndarray:
         return np.array([layout.wall - 0.40, 0.0, layout.counter_height + 0.16])
-
-    def open(self, world: World, rng: np.random.Generator) -> np.ndarray:
-        """Moves the cabinet and opens its door; returns where it is now."""
-        world.move("cabinet", rng.uniform([-0.02, -0.05, -0.02], [0.01, 0.05, 0.03]))
-        world.set_joint("door", rng.uniform(0.94, 1.0) * np.pi / 2)
-        world.update()
-        return world.position("cabinet").copy()
 
 
 class CounterToCabinet(_Cabinet):
@@ -99,7 +102,8 @@ class CabinetToCounter(_Cabinet):
 
 
 class _Microwave(Shelf):
-    fixture, place = "microwave", "microwave_floor"
+    fixture, place, door = "microwave", "microwave_floor", "microwave_door"
+    shift = ((-0.02, -0.04, 0.0), (0.02, 0.04, 0.0))
     left_eye = (-0.62, -0.30, 0.44)
 
     def build(self, scene: SceneBuilder) -> None:
@@ -110,13 +114,6 @@ class _Microwave(Shelf):
 
     def focus(self, layout: Layout) -> np.ndarray:
         return np.array([layout.counter_front + 0.18, 0.02, layout.counter_height + 0.08])
-
-    def open(self, world: World, rng: np.random.Generator) -> np.ndarray:
-        """Moves the microwave and opens its door; returns where it is now."""
-        world.move("microwave", rng.uniform([-0.02, -0.04, 0.0], [0.02, 0.04, 0.0]))
-        world.set_joint("microwave_door", rng.uniform(0.94, 1.0) * np.pi / 2)
-        world.update()
-        return world.position("microwave").copy()
 
 
 class CounterToMicrowave(_Microwave):
