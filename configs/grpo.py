@@ -4,6 +4,13 @@ import ml_collections
 
 from configs import common
 
+FULL_UPDATE = {  # of 3.35 B parameters, with the paper's rate
+    "update__batch_size": 16,
+    "update__micro_batch": 16,
+    "update__optim__lr": 5e-6,
+    "update__optim__lr_end": 5e-6,
+}
+
 PRESETS = {
     "kitchen": {"train__scope": "auto"},  # a small policy in the built-in kitchen, on two CPU cores
     # For tasks that take more: about 25 minutes on two cores.
@@ -19,10 +26,7 @@ PRESETS = {
     "full": {  # π0.5 at full size from a converted checkpoint: see what it costs with python -m z1_jax.plan
         **common.FULL,
         "init": "checkpoints/pi05",
-        "update__batch_size": 16,
-        "update__micro_batch": 16,
-        "update__optim__lr": 5e-6,
-        "update__optim__lr_end": 5e-6,
+        **FULL_UPDATE,
     },
     "robocasa": {  # π0.5 on RoboCasa, from a policy fine-tuned on its demonstrations (configs/sft.py:robocasa)
         **common.ROBOCASA,
@@ -31,10 +35,7 @@ PRESETS = {
         "group__size": 4,
         "group__prefix_chunks": 15,
         "group__prefix_chunks_end": 0,
-        "update__batch_size": 16,
-        "update__micro_batch": 16,
-        "update__optim__lr": 5e-6,
-        "update__optim__lr_end": 5e-6,
+        **FULL_UPDATE,
     },
     "robocasa_standin": {
         **common.ROBOCASA_STANDIN,

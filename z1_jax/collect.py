@@ -15,8 +15,8 @@ from typing import NoReturn
 
 from z1_jax import config as z1_config
 from z1_jax.config import Config, ConfigError, DemosConfig, EnvConfig
-from z1_jax.data.dataset import Dataset, open_dataset
-from z1_jax.importing import ImportConfig, import_demonstrations
+from z1_jax.data.dataset import open_dataset
+from z1_jax.importing import ImportConfig, check_source, import_demonstrations
 from z1_jax.runs import run_main
 from z1_jax.stages import check_inputs, demonstrations, demonstrations_source
 
@@ -30,7 +30,8 @@ def main(argv: Sequence[str]) -> None:
     check_inputs(config)
     if out.exists():
         dataset = open_dataset(out)
-        check_same(config, dataset)
+        wanted = {**demonstrations_source(config), "episodes": config.demos.episodes}
+        check_source(dataset.path, {**dataset.source, "episodes": len(dataset.episodes)}, wanted)
         print("already collected: ", end="")
     else:
         dataset = demonstrations(config, out)
@@ -143,21 +144,6 @@ def parse_import(arguments: Sequence[str]) -> tuple[ImportConfig, pathlib.Path]:
         skip_bad=given.skip_bad,
     )
     return config, given.out.expanduser().absolute()
-
-
-def check_same(config: Config, dataset: Dataset) -> None:
-    """Refuses a dataset that another command made.
-
-    Raises:
-        ConfigError: names the first difference.
-    """
-    got, wanted = {**dataset.source}, demonstrations_source(config)
-    got["episodes"], wanted["episodes"] = len(dataset.episodes), config.demos.episodes
-    for key, value in wanted.items():
-        if got.get(key) != value:
-            raise ConfigError(
-                f"{dataset.path} exists with {key} {got.get(key)!r}, asked for {value!r}; choose another --out"
-            )
 
 
 class _Parser(argparse.ArgumentParser):

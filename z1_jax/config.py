@@ -264,7 +264,7 @@ class Config:
     def directory(self) -> pathlib.Path:
         """The run directory, absolute."""
         which = fingerprint(self)[:8] if self.algorithm == "eval" else f"seed{self.seed}"  # one of each set of policies
-        suite = {"kitchen": ""}.get(self.env.suite, f"{self.env.suite}-") + "standins-" * self.env.standins
+        suite = f"{self.env.suite}-" * (self.env.suite != "kitchen") + "standins-" * self.env.standins
         name = self.run_dir or f"runs/{self.algorithm}-{suite}{self.task}-{which}"
         return pathlib.Path(name).expanduser().absolute()
 
@@ -512,7 +512,7 @@ def _check_combinations(config: Config) -> None:
 
 RANDOM = "random"  # config.init: an untrained policy
 
-# Keys that only one suite knows, with the value that means nothing.
+# Keys that only one suite knows.
 _OWN_KEYS: dict[str, tuple[str, ...]] = {
     "kitchen": ("env.layouts", "env.styles"),
     "robocasa": ("env.version", "env.standins", "env.scenes", "eval.scenes", "eval.objects"),

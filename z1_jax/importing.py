@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from z1_jax.config import ConfigError
@@ -51,7 +51,9 @@ def import_demonstrations(config: ImportConfig, directory: pathlib.Path) -> tupl
     chosen = _chosen(config, sources)
     origin = _origin(config, sources, shapes)
     if directory.exists():
-        return _same(open_dataset(directory), origin), True
+        dataset = open_dataset(directory)
+        check_source(dataset.path, dataset.source, origin)
+        return dataset, True
     with EpisodeJournal(directory.with_name(directory.name + ".episodes"), origin) as journal:
         source = {**origin, "left_out": left_out + unlike}  # the episodes' own are added as they are met
         episodes = _episodes(chosen, shapes, journal, config.skip_bad, source)
@@ -153,11 +155,12 @@ def _origin(config: ImportConfig, sources: Sequence[Source], shapes: Shapes) -> 
     }
 
 
-def _same(dataset: Dataset, origin: dict[str, Any]) -> Dataset:
-    for key, value in origin.items():
-        if dataset.source.get(key) != value:
-            raise ConfigError(
-                f"{dataset.path} exists with {key} {dataset.source.get(key)!r}, asked for {value!r}; "
-                "choose another --out"
-            )
-    return dataset
+def check_source(path: pathlib.Path, got: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuses a dataset that another command made.
+
+    Raises:
+        ConfigError: names the first difference.
+    """
+    for key, value in wanted.items():
+        if got.get(key) != value:
+            raise ConfigError(f"{path} exists with {key} {got.get(key)!r}, asked for {value!r}; choose another --out")

@@ -25,7 +25,7 @@ from z1_jax.models.pi05 import Pi05Config
 from z1_jax.models.presets import PRESETS, get_preset
 from z1_jax.policy import Policy, find_policy, fresh_policy, load_policy, make_processor
 from z1_jax.sft import train_sft
-from z1_jax.suites import assumed_statistics, check_names, episode_steps, kitchen_options, make_env
+from z1_jax.suites import assumed_statistics, check_names, episode_steps, kitchen_options, make_env, widths
 
 DEMO_SEEDS = 10_000  # seeds reserved for the demonstrations of one run seed
 
@@ -152,9 +152,7 @@ def _check_widths(config: Config, dataset: Dataset) -> None:
     """Refuses a dataset whose arrays are not those of the environments, or of the policy that is trained on."""
     got = {"actions": dataset.action_dim, "state": dataset.state_dim}
     if config.eval.episodes:
-        from envs.kitchen.robot import ACTION_DIM, STATE_DIM
-
-        wanted, whose = {"actions": ACTION_DIM, "state": STATE_DIM}, f"the environments of env.suite={config.env.suite}"
+        wanted, whose = widths(config), f"the environments of env.suite={config.env.suite}"
     elif config.init and config.init != RANDOM:
         stats = policy_document(config.init)["norm_stats"]
         wanted, whose = {key: len(stats[key]["mean"]) for key in got}, f"the policy at {config.init}"

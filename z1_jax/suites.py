@@ -120,6 +120,17 @@ def episode_steps(config: Config) -> int:
     return kitchen.TASKS[config.task].horizon
 
 
+def widths(config: Config) -> dict[str, int]:
+    """Widths of an action and a state."""
+    if config.env.suite == "robocasa":
+        from envs.robocasa import tables
+
+        return {"actions": tables.ACTION_DIM, "state": tables.STATE_DIM}
+    from envs.kitchen import robot
+
+    return {"actions": robot.ACTION_DIM, "state": robot.STATE_DIM}
+
+
 def label(config: Config) -> str:
     """What must stand beside every figure of a run; empty for most."""
     if not config.env.standins:

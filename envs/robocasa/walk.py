@@ -16,6 +16,8 @@ from typing import Any
 import mujoco
 import numpy as np
 
+from envs.robocasa.state import same
+
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
 _OPAQUE = (mujoco.MjData, type(sys), type)  # MjData has a state of its own: `state.PHYSICS`
 
@@ -69,14 +71,10 @@ def _hash(array: np.ndarray) -> str:
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Paths whose value differs, or that only one of the two has. NaN equals NaN."""
-    return sorted(path for path in {*before, *after} if not _same(before.get(path, _ABSENT), after.get(path, _ABSENT)))
+    return sorted(path for path in {*before, *after} if not same(before.get(path, _ABSENT), after.get(path, _ABSENT)))
 
 
 _ABSENT = object()
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and (a == b or (a != a and b != b)))
 
 
 def main(arguments: list[str] | None = None) -> None:

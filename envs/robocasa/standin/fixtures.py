@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from envs.robocasa.standin import mjcf
 from envs.robocasa.standin.appliances import APPLIANCES
-from envs.robocasa.standin.mjcf import Solid, box, geom, region
+from envs.robocasa.standin.mjcf import box, geom, region
 
 # Shape and half sizes (metres) of what does not move, by type of the registry.
 _FORMS: dict[str, tuple[str, tuple[float, float, float]]] = {
@@ -76,12 +76,8 @@ def _fixture(kind: str, name: str) -> str:
 
 def _simple(kind: str, name: str) -> tuple[tuple[float, float, float], str]:
     shape, half = _FORMS[kind]
-    solids: list[Solid] = [("box", (0, 0, 0), half)]
-    if shape == "cylinder":
-        solids = [("cylinder", (0, 0, 0), (half[0], half[2]))]
-    elif shape == "open":
-        solids = mjcf.open_box(half, wall=0.006, floor=0.008)
     rgba = mjcf.colour(kind, name)
+    solids = mjcf.shaped(shape, half, wall=0.006, floor=0.008)
     body = "".join(geom(solid, rgba, more='density="100"') for solid in solids)
     body += region("main", (0, 0, 0), half) + region("bbox", (0, 0, 0), half)
     inner = [half[0] - 0.008, half[1] - 0.008, half[2] - 0.004]

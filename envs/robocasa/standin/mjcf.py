@@ -97,6 +97,17 @@ def open_box(half: Vector, wall: float, floor: float) -> list[Solid]:
     ]
 
 
+def shaped(shape: str, half: Vector, wall: float, floor: float) -> list[Solid]:
+    """The solids of a thing with these half sizes: a "box", an upright "cylinder", or "open" to hold things.
+
+    Args:
+        wall, floor: thicknesses of what is open.
+    """
+    if shape == "open":
+        return open_box(half, wall, floor)
+    return [("cylinder", (0, 0, 0), (half[0], half[2]))] if shape == "cylinder" else [("box", (0, 0, 0), half)]
+
+
 def model(name: str, body: str, sites: str = "", assets: str = "") -> str:
     """A model file: RoboCasa wants an outer body without a name that holds the body `object`, and an asset element."""
     return (

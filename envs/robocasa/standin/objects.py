@@ -109,11 +109,7 @@ def _model(category: str, instance: str, types: str | tuple[str, ...], scale: fl
     # RoboCasa multiplies by the scale: divided here, an object has its size whatever the real models' units were.
     wide, high = vary.uniform(0.9, 1.05), vary.uniform(0.85, 1.15)
     half = [size * by / 2 / s for size, by, s in zip(extent, (wide, wide, high), scales, strict=True)]
-    solids: list[mjcf.Solid] = [("box", (0, 0, 0), half)]
-    if shape == "open":
-        solids = mjcf.open_box(half, wall=0.006 / scales[0], floor=0.008 / scales[2])
-    elif shape == "cylinder":
-        solids = [("cylinder", (0, 0, 0), (half[0], half[2]))]
+    solids = mjcf.shaped(shape, half, wall=0.006 / scales[0], floor=0.008 / scales[2])
     body = "".join(mjcf.geom(solid, mjcf.colour(category, instance), more=_DENSITY_HINT) for solid in solids)
     sites = (
         mjcf.site("bottom_site", (0, 0, -half[2]))
