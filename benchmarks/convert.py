@@ -10,7 +10,6 @@ machine the processor seconds tell more: the conversion needs them, `cp` does no
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pathlib
 import shutil
@@ -20,6 +19,7 @@ import tempfile
 import time
 
 import numpy as np
+from figures import result_line
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -82,8 +82,7 @@ def convert_seconds(source: pathlib.Path, place: pathlib.Path, dtype: str) -> tu
 
 
 def result(name: str, value: float, unit: str, baseline: float | None, goal: float, met: bool, n: int = 1) -> None:
-    row = {"name": name, "value": round(value, 3), "unit": unit, "baseline": baseline, "goal": goal, "met": met}
-    print("RESULT " + json.dumps({**row, "n": n, "spread": None}), flush=True)
+    print(result_line(name, round(value, 3), unit, baseline=baseline, goal=goal, met=met, n=n), flush=True)
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
@@ -25,6 +24,7 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+from figures import result_line
 
 from envs.kitchen import demos
 from z1_jax import stages
@@ -101,18 +101,9 @@ def waiting_share(dataset: Dataset, steps: int) -> tuple[list[float], float]:
 
 def result(name: str, values: list[float], unit: str, goal: float, met: bool) -> str:
     """The figure's RESULT line: the median of the repeats."""
-    return "RESULT " + json.dumps(
-        {
-            "name": name,
-            "value": float(f"{statistics.median(values):.4g}"),
-            "unit": unit,
-            "baseline": None,
-            "goal": goal,
-            "met": met,
-            "n": len(values),
-            "spread": [float(f"{min(values):.4g}"), float(f"{max(values):.4g}")],
-        }
-    )
+    spread = [float(f"{edge:.4g}") for edge in (min(values), max(values))]
+    value = float(f"{statistics.median(values):.4g}")
+    return result_line(name, value, unit, goal=goal, met=met, n=len(values), spread=spread)
 
 
 def cached(path: pathlib.Path, size: int, episodes: int, noise: float, jpeg: int = 0) -> Dataset:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+from figures import result_line
 
 PARTS = ("sampler_3_cameras", "sft_batch_32", "rl_update", "sampler_2_cameras", "sft_largest")  # what has goals first
 GOALS = {  # on an H200, for full-size π0.5
@@ -273,20 +274,9 @@ class Bench:
         goal = GOALS[name][1] if self.attains_goals and name in GOALS else None
         higher = more.pop("higher", False)
         met = None if goal is None else (value >= goal if higher else value <= goal)
-        line = {
-            "name": name,
-            "value": value,
-            "unit": unit,
-            "baseline": baseline,
-            "goal": goal,
-            "met": met,
-            "n": n,
-            "spread": spread,
-            "device": self.device.device_kind,
-            "preset": self.preset,
-            "peak_bytes": more.get("memory"),
-        }
-        print("RESULT " + json.dumps(line), flush=True)
+        facts = {"device": self.device.device_kind, "preset": self.preset, "peak_bytes": more.get("memory")}
+        line = result_line(name, value, unit, baseline=baseline, goal=goal, met=met, n=n, spread=spread, **facts)
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

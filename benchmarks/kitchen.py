@@ -7,12 +7,12 @@ the expert; times are process CPU time, so that other work on the machine hardly
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 
 import numpy as np
+from figures import result_line
 
 from envs.kitchen import CAMERAS, TASKS, KitchenEnv
 from envs.kitchen.experts import make_expert
@@ -65,18 +65,9 @@ def frame_milliseconds(env: KitchenEnv, size: int, frames: int) -> list[float]:
 def result(name: str, values: list[float], unit: str, goal: float | None) -> str:
     """The figure's RESULT line; a goal is a lower bound."""
     value = statistics.median(values)
-    return "RESULT " + json.dumps(
-        {
-            "name": name,
-            "value": round(value, 2),
-            "unit": unit,
-            "baseline": None,
-            "goal": goal,
-            "met": None if goal is None else value >= goal,
-            "n": len(values),
-            "spread": [round(min(values), 2), round(max(values), 2)],
-        }
-    )
+    met = None if goal is None else value >= goal
+    spread = [round(edge, 2) for edge in (min(values), max(values))]
+    return result_line(name, round(value, 2), unit, goal=goal, met=met, n=len(values), spread=spread)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import json
 import pathlib
 
 import numpy as np
+from figures import result_line
 from kitchen_gain import Cell, preset_of, run_all
 
 from envs.kitchen import TASKS
@@ -133,13 +134,12 @@ def results(rows: list[Row]) -> list[str]:
     gain, interval = mean_gain(rows)
     worse = sum(row.worse for row in rows)
     spread = [round(100 * value, 2) for value in interval]
-    figures = [
-        ("kitchen_24/mean_gain", round(100 * gain, 2), "points", 100 * MEAN_GOAL, gain >= MEAN_GOAL, spread),
-        ("kitchen_24/significantly_worse", worse, "runs", 0, worse == 0, None),
+    goal, common = 100 * MEAN_GOAL, {"baseline": "SFT, same seeds", "n": len(rows)}
+    mean = round(100 * gain, 2)
+    return [
+        result_line("kitchen_24/mean_gain", mean, "points", goal=goal, met=gain >= MEAN_GOAL, spread=spread, **common),
+        result_line("kitchen_24/significantly_worse", worse, "runs", goal=0, met=worse == 0, **common),
     ]
-    keys = ("name", "value", "unit", "goal", "met", "spread")
-    common = {"baseline": "SFT, same seeds", "n": len(rows)}
-    return ["RESULT " + json.dumps({**dict(zip(keys, figure, strict=True)), **common}) for figure in figures]
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Mapping
 
 import numpy as np
+from figures import result_line
 
 from envs.kitchen import LAYOUT_SPLITS, OBJECT_SPLITS, STYLE_SPLITS, TASKS, KitchenEnv
 from envs.kitchen.demos import disturb
@@ -67,18 +68,9 @@ def result(task: str, row: dict, noise: float) -> str:
     """A RESULT line; the goal is for the expert without noise."""
     value = row[str(noise)]["successes"] / row["count"]
     goal = GOAL if noise == 0 else None
-    return "RESULT " + json.dumps(
-        {
-            "name": f"kitchen_experts/{task}/noise_{noise}",
-            "value": value,
-            "unit": "success",
-            "baseline": None,
-            "goal": goal,
-            "met": None if goal is None else value >= goal,
-            "n": row["count"],
-            "spread": None,
-        }
-    )
+    met = None if goal is None else value >= goal
+    name = f"kitchen_experts/{task}/noise_{noise}"
+    return result_line(name, value, "success", goal=goal, met=met, n=row["count"])
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ import statistics
 import subprocess
 import sys
 
+from figures import result_line
+
 from envs.kitchen import TASKS as TASK_TABLE
 
 TASKS = ("TurnOnSinkFaucet", "OpenDrawer", "PnPCounterToSink")
@@ -135,19 +137,17 @@ def report(rows: list[Cell], out: pathlib.Path) -> None:
     for name, summaries in groups.items():
         gains = [summary["difference"] for summary in summaries]
         goal = GOALS.get(name, 0.0)
+        spread = [round(100 * edge, 2) for edge in (min(gains), max(gains))]
         print(
-            "RESULT "
-            + json.dumps(
-                {
-                    "name": f"kitchen_gain/{name}",
-                    "value": round(100 * statistics.median(gains), 2),
-                    "unit": "points",
-                    "baseline": "SFT, same seeds",
-                    "goal": 100 * goal,
-                    "met": min(gains) >= goal,
-                    "n": len(gains),
-                    "spread": [round(100 * min(gains), 2), round(100 * max(gains), 2)],
-                }
+            result_line(
+                f"kitchen_gain/{name}",
+                round(100 * statistics.median(gains), 2),
+                "points",
+                baseline="SFT, same seeds",
+                goal=100 * goal,
+                met=min(gains) >= goal,
+                n=len(gains),
+                spread=spread,
             )
         )
 

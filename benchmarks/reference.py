@@ -7,7 +7,6 @@ Forward arrays: max |difference| by max |reference|. Gradients: L2 of the differ
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import pi05_reference  # noqa: E402
+from figures import result_line  # noqa: E402
 
 
 def main() -> None:
@@ -24,17 +24,9 @@ def main() -> None:
     for row in rows:
         print(f"{row.name:<{width}}  {row.error:9.2e}  {'ok' if row.ok else 'TOO LARGE'}")
     worst = max(row.error for row in rows)
-    result = {
-        "name": "reference/largest_relative_error",
-        "value": worst,
-        "unit": "relative",
-        "baseline": 0.0,
-        "goal": pi05_reference.TOLERANCE,
-        "met": worst <= pi05_reference.TOLERANCE,
-        "n": len(rows),
-        "spread": [min(row.error for row in rows), worst],
-    }
-    print("RESULT " + json.dumps(result))
+    met, spread = worst <= pi05_reference.TOLERANCE, [min(row.error for row in rows), worst]
+    name, goal = "reference/largest_relative_error", pi05_reference.TOLERANCE
+    print(result_line(name, worst, "relative", baseline=0.0, goal=goal, met=met, n=len(rows), spread=spread))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,14 @@ Times are process CPU time, so that other work on the machine hardly counts; ren
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 import resource
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
+from figures import result_line
 
 from envs import robocasa
 from envs.robocasa import compat, tables
@@ -76,9 +75,8 @@ def main() -> None:
         print(f"{name:28} {statistics.median(values):9.1f}   {min(values):9.1f} … {max(values):.1f}")
     for name, values in found.items():
         unit = name.partition(", ")[2] if name.endswith("bytes") else "CPU ms"
-        result: dict[str, Any] = {"name": f"robocasa {given.task}: {name}", "value": statistics.median(values)}
-        result |= {"unit": unit, "n": len(values), "spread": [min(values), max(values)], "label": label}
-        print("RESULT", json.dumps(result))
+        figure, median = f"robocasa {given.task}: {name}", statistics.median(values)
+        print(result_line(figure, median, unit, n=len(values), spread=[min(values), max(values)], label=label))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import os
 import sys
 import time
@@ -35,6 +34,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 import pi05_reference  # noqa: E402
+from figures import result_line  # noqa: E402
 from flax import nnx, traverse_util  # noqa: E402
 from pi05_reference import CAMERAS  # noqa: E402
 
@@ -273,17 +273,10 @@ def report(name: str, ours: np.ndarray, theirs: np.ndarray | None) -> None:
     if theirs is not None:
         ratios = np.median(ours, axis=0) / np.median(theirs, axis=0)
         print(f"{name:8} ours / openpi: {ratios[0]:.2f}, processor {ratios[1]:.2f}")
-    result = {
-        "name": f"tiny_model/{name}",
-        "value": median,
-        "unit": "ms",
-        "baseline": baseline,
-        "goal": baseline,
-        "met": None if baseline is None else median <= baseline,
-        "n": len(ours),
-        "spread": np.quantile(ours[:, 0], [0.25, 0.75]).tolist(),
-    }
-    print("RESULT " + json.dumps(result))
+    met = None if baseline is None else median <= baseline
+    spread = np.quantile(ours[:, 0], [0.25, 0.75]).tolist()
+    name = f"tiny_model/{name}"
+    print(result_line(name, median, "ms", baseline=baseline, goal=baseline, met=met, n=len(ours), spread=spread))
 
 
 def main() -> None:

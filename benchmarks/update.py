@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from figures import result_line
 from flax import nnx
 
 from z1_jax import sharding
@@ -176,8 +176,7 @@ def in_turns(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.n
 def result(
     name: str, value: float, unit: str, baseline: Any, goal: Any, met: bool, n: int, spread: list[float]
 ) -> None:
-    row = {"name": name, "value": value, "unit": unit, "baseline": baseline, "goal": goal, "met": met, "n": n}
-    print("RESULT " + json.dumps({**row, "spread": spread}), flush=True)
+    print(result_line(name, value, unit, baseline=baseline, goal=goal, met=met, n=n, spread=spread), flush=True)
 
 
 def perturbed(model: Pi05, rng: np.random.Generator) -> Pi05:
