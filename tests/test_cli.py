@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from z1_jax.interrupt import INTERRUPTED
+
 ROOT = pathlib.Path(__file__).parents[1]
 SMOKE = ("z1_jax.train", "--config=configs/grpo.py:smoke", "--config.eval.videos=0", "--config.demos.episodes=6")
 
@@ -77,6 +79,28 @@ def test_a_bug_keeps_its_traceback(tmp_path):
     code = "from z1_jax import runs; runs.run_main(lambda argv: [][1])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" in done.stderr and "IndexError" in done.stderr
+
+
+def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost():
+    code = """
+import gc, signal, time
+from z1_jax import interrupt, runs
+
+def interrupted(*_):
+    gc.callbacks.remove(interrupted)
+    signal.raise_signal(signal.SIGINT)
+
+def main(argv):
+    gc.callbacks.append(interrupted)
+    gc.collect()
+    time.sleep(20)
+    print("lost")
+
+interrupt.install_hooks()
+runs.run_main(main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{INTERRUPTED}\n")
 
 
 def test_ctrl_c_while_collecting_loses_no_episode(tmp_path):

@@ -24,6 +24,7 @@ from z1_jax import config as z1_config
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.config import Config, ConfigError
 from z1_jax.errors import UserError
+from z1_jax.interrupt import INTERRUPTED
 from z1_jax.policy import Policy, find_policy
 from z1_jax.report import write_report
 
@@ -38,7 +39,7 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
     try:
         code = main(sys.argv)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command continues where it stopped", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         code = 130
     except (UserError, PoolError, FloatingPointError, OSError) as error:
         if TRACEBACK in os.environ or isinstance(error, OSError) and error.errno not in _DISK:
