@@ -49,7 +49,7 @@ def test_every_task_is_run_with_the_preset_of_its_length(kitchen_24):
     assert {cell.config for cell in kitchen_24.cells(["OpenDrawer"], [0], "smoke")} == {"configs/grpo.py:smoke"}
 
 
-def test_the_mean_weighs_tasks_alike_and_names_what_went_wrong(kitchen_24, tmp_path):
+def test_the_mean_weighs_tasks_alike_and_names_what_went_wrong(kitchen_24, tmp_path, monkeypatch):
     """OpenDrawer's two seeds gain 50 and 100 points, TurnOnStove's one seed loses 25: the mean is (75 − 25) / 2."""
     write_run(tmp_path / "OpenDrawer-seed0", [0, 0, 0, 0], [1, 1, 0, 0], 0.5)
     write_run(tmp_path / "OpenDrawer-seed1", [0, 0, 0, 0], [1, 1, 1, 1], 0.1)
@@ -68,6 +68,9 @@ def test_the_mean_weighs_tasks_alike_and_names_what_went_wrong(kitchen_24, tmp_p
     assert "Significantly worse after RL: TurnOnStove-seed0." in page
     assert "SFT hardly starts (below 5 %): OpenDrawer-seed0, OpenDrawer-seed1." in page
     assert "Not measured yet: TurnOnStove-seed1." in page
+    figures = [json.loads(line.removeprefix("RESULT ")) for line in kitchen_24.results(rows)]
+    assert [(f["value"], f["met"], f["tasks_missing"]) for f in figures] == [(25.0, None, 22), (1, None, 22)]
+    monkeypatch.setattr(kitchen_24, "TASKS", ("OpenDrawer", "TurnOnStove"))
     figures = [json.loads(line.removeprefix("RESULT ")) for line in kitchen_24.results(rows)]
     assert [(f["value"], f["met"]) for f in figures] == [(25.0, True), (1, False)]
 
