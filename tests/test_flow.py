@@ -267,6 +267,31 @@ def test_gradients_are_finite_in_every_mode(rng, sde_steps, last_step):
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
+@pytest.mark.parametrize(("sde_steps", "last_step"), MODES)
+def test_steps_without_noise_need_no_velocity(rng, sde_steps, last_step, reduce):
+    """The density of the steps that may draw noise, alone, is that of the chain: value and gradient."""
+    n, most = 8, flow.most_stochastic(STEPS, sde_steps, last_step)
+    stochastic = chosen_steps(rng, n, STEPS, sde_steps, last_step)
+    assert most == stochastic.sum(axis=1).max()
+    theta = jnp.asarray(rng.normal(size=3), jnp.float32)
+    noise = rng.normal(size=(n, STEPS + 1, HORIZON, WIDTH)).astype("f")
+    x = flow.sample(velocity_of(theta, jnp), noise, stochastic, ALL, noise_level=0.5).x
+    evaluated = []
+
+    def score(theta, most):
+        def velocity(y, t):
+            evaluated.append(y.shape[:-2])
+            return velocity_of(theta, jnp)(y, t)
+
+        return flow.chain_logp(velocity, x, stochastic, ALL, noise_level=0.5, reduce=reduce, most=most).sum()
+
+    (value, slope), (whole, whole_slope) = (jax.value_and_grad(score)(theta + 0.1, count) for count in (most, None))
+    assert evaluated == [(n, most), (n, STEPS)]
+    assert float(value) == pytest.approx(float(whole), rel=1e-5)
+    np.testing.assert_allclose(slope, whole_slope, rtol=1e-4, atol=1e-4 * np.abs(whole_slope).max())
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
 def test_gradient_matches_finite_differences(case, reduce):
     theta, noise, stochastic, counted = case
     x = np.asarray(flow.sample(velocity_of(theta, jnp), noise, stochastic, counted, noise_level=0.5).x)

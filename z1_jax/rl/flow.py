@@ -120,32 +120,61 @@ def sample(
     return Chain(x=x, stochastic=stochastic, logp=reduce_logp(logp, stochastic, counted, reduce))
 
 
-def chain_transitions(
-    velocity: Velocity, x: Float[Array, "*N K1 H A"], *, noise_level: float
-) -> tuple[Float[Array, "*N K H A"], Float[Array, "*N K 1 1"]]:
-    """Mean and standard deviation of every stochastic step of stored chains under `velocity`.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The S denoising steps of stored chains that a density is taken of. Leading axes are samples."""
 
-    `velocity` sees a chain's K steps at once: x [*N, K, H, A], t [*N, K].
+    before: Float[Array, "*N S H A"]
+    after: Float[Array, "*N S H A"]
+    t: Float[Array, "*N S"]  # the time at which each starts
+    stochastic: Bool[Array, "*N S"]  # a step that drew no noise has no density
+
+
+def most_stochastic(steps: int, sde_steps: str, last_step: str) -> int:
+    """How many of the K steps of a sample `stochastic_steps` may choose."""
+    return 1 if sde_steps == "one" else steps - (last_step == "ode")
+
+
+def chain_steps(x: Float[Array, "*N K1 H A"], stochastic: Bool[Array, "*N K"], most: int | None = None) -> Steps:
+    """The steps of stored chains; with `most`, those alone that drew noise, where no chain has more of them."""
+    x = jnp.asarray(x, jnp.float32)
+    t = jnp.broadcast_to(times(stochastic.shape[-1]), stochastic.shape)
+    steps = Steps(x[..., :-1, :, :], x[..., 1:, :, :], t, stochastic)
+    if most in (None, stochastic.shape[-1]):
+        return steps
+    index = jnp.argsort(~stochastic, axis=-1, stable=True)[..., :most]
+    wide = index[..., None, None]
+    return Steps(
+        jnp.take_along_axis(steps.before, wide, axis=-3),
+        jnp.take_along_axis(steps.after, wide, axis=-3),
+        jnp.take_along_axis(t, index, axis=-1),
+        jnp.take_along_axis(stochastic, index, axis=-1),
+    )
+
+
+def chain_transitions(
+    velocity: Velocity, steps: Steps, total: int, *, noise_level: float
+) -> tuple[Float[Array, "*N S H A"], Float[Array, "*N S 1 1"]]:
+    """Mean and standard deviation of the steps under `velocity`, as stochastic ones; `total` is K.
+
+    `velocity` sees a chain's steps at once: x [*N, S, H, A], t [*N, S].
     """
-    steps = x.shape[-3] - 1
-    now = jnp.asarray(x, jnp.float32)[..., :-1, :, :]
-    t = jnp.broadcast_to(times(steps), now.shape[:-2])
-    return transition(now, velocity(now, t), t, steps, noise_level)
+    return transition(steps.before, velocity(steps.before, steps.t), steps.t, total, noise_level)
 
 
 def transitions_logp(
-    x: Float[Array, "*N K1 H A"],
-    mean: Float[Array, "*N K H A"],
-    std: Float[Array, "*N K 1 1"],
-    stochastic: Bool[Array, "*N K"],
+    steps: Steps,
+    mean: Float[Array, "*N S H A"],
+    std: Float[Array, "*N S 1 1"],
     counted: Bool[Array, "H A"],
     reduce: str = "sum",
 ) -> Float[Array, "*N"]:
     """log π of stored chains from the `chain_transitions` of a policy."""
-    after = jnp.asarray(x, jnp.float32)[..., 1:, :, :]
-    after = jnp.where(stochastic[..., None, None], after, jax.lax.stop_gradient(mean))
+    after = jnp.where(steps.stochastic[..., None, None], steps.after, jax.lax.stop_gradient(mean))
     scored = step_logp(after, mean, std, counted)
-    return reduce_logp(jnp.sum(jnp.where(stochastic, scored, 0.0), axis=-1), stochastic, counted, reduce)
+    total = jnp.sum(jnp.where(steps.stochastic, scored, 0.0), axis=-1)
+    return reduce_logp(total, steps.stochastic, counted, reduce)
 
 
 def chain_logp(
@@ -156,17 +185,19 @@ def chain_logp(
     *,
     noise_level: float,
     reduce: str = "sum",
+    most: int | None = None,
 ) -> Float[Array, "*N"]:
-    """log π of stored chains under `velocity`, which sees a chain's K steps at once: x [*N, K, H, A], t [*N, K]."""
-    mean, std = chain_transitions(velocity, x, noise_level=noise_level)
-    return transitions_logp(x, mean, std, stochastic, counted, reduce)
+    """log π of stored chains under `velocity`, which sees a chain's steps at once; `most` as in `chain_steps`."""
+    steps = chain_steps(x, stochastic, most)
+    mean, std = chain_transitions(velocity, steps, stochastic.shape[-1], noise_level=noise_level)
+    return transitions_logp(steps, mean, std, counted, reduce)
 
 
 def transitions_kl(
-    mean: Float[Array, "*N K H A"],
-    other: Float[Array, "*N K H A"],
-    std: Float[Array, "*N K 1 1"],
-    stochastic: Bool[Array, "*N K"],
+    mean: Float[Array, "*N S H A"],
+    other: Float[Array, "*N S H A"],
+    std: Float[Array, "*N S 1 1"],
+    stochastic: Bool[Array, "*N S"],
     counted: Bool[Array, "H A"],
     reduce: str = "sum",
 ) -> Float[Array, "*N"]:

@@ -177,14 +177,18 @@ class Updater:
         noise_level: Any,
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
         config, reduce = self._config, self._flow.logprob_reduce
+        most = flow.most_stochastic(self._flow.steps, self._flow.sde_steps, self._flow.last_step)
+        steps = flow.chain_steps(batch.x, batch.stochastic, most)
 
         def transitions(weights: Any) -> tuple[jax.Array, jax.Array]:
             model = nnx.merge(graphdef, weights, frozen)
             cache = batch.seen if isinstance(batch.seen, PrefixCache) else model.encode_prefix(batch.seen)
-            return flow.chain_transitions(lambda x, t: model.velocity(cache, x, t), batch.x, noise_level=noise_level)
+            return flow.chain_transitions(
+                lambda x, t: model.velocity(cache, x, t), steps, self._flow.steps, noise_level=noise_level
+            )
 
         mean, std = transitions(trainable)
-        logp = flow.transitions_logp(batch.x, mean, std, batch.stochastic, self._counted, reduce)
+        logp = flow.transitions_logp(steps, mean, std, self._counted, reduce)
         value, stats = loss.grpo_loss(
             logp,
             batch.logp_old,
@@ -198,7 +202,7 @@ class Updater:
         )
         if config.kl_coef:
             other = jax.lax.stop_gradient(transitions(reference)[0])
-            kl = flow.transitions_kl(mean, other, std, batch.stochastic, self._counted, reduce)
+            kl = flow.transitions_kl(mean, other, std, steps.stochastic, self._counted, reduce)
             stats["kl_reference"] = loss.reference_penalty(kl, batch.members, batch.valid, normaliser)
             value += config.kl_coef * stats["kl_reference"]
         return value, (stats, logp)
