@@ -18,6 +18,7 @@ from z1_jax.config import Config
 from z1_jax.evaluation import make_actor
 from z1_jax.models.pi05 import Pi05Config, count_parameters, vlm_is_frozen
 from z1_jax.policy import Policy, abstract_params
+from z1_jax.rl.flow import most_stochastic
 from z1_jax.rl.parts import PartOptimizer
 from z1_jax.rl.update import NodeBatch, Updater
 from z1_jax.sft import SftTrainer
@@ -118,7 +119,7 @@ def _rl(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> list[Program
     learning = costs.training_work(
         model,
         update.batch_size,
-        flow.steps,
+        most_stochastic(flow.steps, flow.sde_steps, flow.last_step),
         trainable=count_parameters(trainable),
         encoded=not cached,
         trains_vlm=not frozen_vlm,

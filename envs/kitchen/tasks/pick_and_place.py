@@ -66,7 +66,7 @@ class CounterToSink(PickAndPlace):
         front, z = layout.counter_front, layout.counter_height
         near = Zone((front + 0.10, front + 0.36), (0.28, 0.42), z)
         far = Zone((front + 0.10, front + 0.50), (-0.50, -0.29), z)
-        scatter(world, rng, things, (near,), others=(near, far))
+        scatter(world, rng, things, (near,), others=(far,))  # RoboCasa too sets the distractors apart
         return self.instruction(world)
 
     def placed(self, world: World, thing: str) -> bool:
