@@ -8,7 +8,8 @@ import ml_collections
 import pytest
 
 from z1_jax import config as z1_config
-from z1_jax.config import Config, ConfigError, claim_directory, flat, parse_command_line
+from z1_jax.command_line import parse_command_line
+from z1_jax.config import Config, ConfigError, claim_directory, flat
 
 ROOT = pathlib.Path(__file__).parent.parent
 GRPO = f"--config={ROOT / 'configs' / 'grpo.py'}"

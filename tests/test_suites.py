@@ -12,7 +12,8 @@ import tiny_policy as tiny
 from envs.robocasa import compat, standin, tables
 from z1_jax import config as z1_config
 from z1_jax import runs, stages, suites
-from z1_jax.config import Config, ConfigError, parse_command_line
+from z1_jax.command_line import parse_command_line
+from z1_jax.config import Config, ConfigError
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 

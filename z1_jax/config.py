@@ -9,11 +9,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import importlib.util
 import json
 import pathlib
 import typing
-from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -401,10 +399,11 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Config:
     Raises:
         ConfigError: an unknown key, a value of the wrong type or out of range, or values that do not fit together.
     """
-    return _checked(config.copy_and_resolve_references().to_dict())
+    return checked(config.copy_and_resolve_references().to_dict())
 
 
-def _checked(values: dict[str, Any]) -> Config:
+def checked(values: dict[str, Any]) -> Config:
+    """A config from nested values; as `from_config_dict`."""
     built = _build(Config, values, "")
     check(built)
     return built
@@ -702,79 +701,3 @@ def claim_directory(config: Config) -> pathlib.Path:
             f"config key run_dir: {directory} cannot be written ({error.strerror}); choose another --config.run_dir"
         ) from error
     return directory
-
-
-def parse_command_line(argv: Sequence[str]) -> Config:
-    """Reads `--config=FILE[:PRESET]` and any `--config.key=value`.
-
-    config_flags reports a mistake as a page of traceback; these few lines report it as one.
-
-    Raises:
-        ConfigError: a missing file, an unknown preset, key or flag, or a value of the wrong type: one line.
-    """
-    given = [argument.removeprefix("--config=") for argument in argv[1:] if argument.startswith("--config=")]
-    if len(given) != 1:
-        raise ConfigError(f"got {len(given)} configs, expected one --config=configs/FILE.py[:PRESET]")
-    values = _load(given[0])
-    known = flat(Config())
-    for argument in argv[1:]:
-        if argument.startswith("--config="):
-            continue
-        key, equals, text = argument.removeprefix("--config.").partition("=")
-        if not argument.startswith("--config.") or not equals:
-            raise ConfigError(f"argument {argument!r} is not understood, expected --config.key=value")
-        if key not in known:
-            raise ConfigError(f"config key {key} does not exist{_suggestion(key, known)}")
-        *sections, leaf = key.split(".")
-        node = values
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[leaf] = _parse_value(key, text, known[key])
-    return _checked(values)
-
-
-def _suggestion(key: str, known: dict[str, Any]) -> str:
-    close = difflib.get_close_matches(key, known, n=1) or [k for k in known if k.endswith("." + key)][:1]
-    return (
-        f"; did you mean {close[0]}?"
-        if close
-        else f"; sections: {', '.join(dict.fromkeys(k.split('.')[0] for k in known))}"
-    )
-
-
-def _load(source: str) -> dict[str, Any]:
-    file, _, preset = source.partition(":")
-    path = pathlib.Path(file)
-    if not path.is_file():
-        raise ConfigError(f"config file {file} does not exist; expected a path such as configs/grpo.py")
-    spec = importlib.util.spec_from_file_location("z1_config_file", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"config file {file} is no Python file; expected a path such as configs/grpo.py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config(preset) if preset else module.get_config()
-        return config.copy_and_resolve_references().to_dict()
-    except ConfigError:
-        raise
-    except Exception as error:  # a config file is the user's own code: anything can be wrong in it
-        raise ConfigError(f"config file {file} failed: {type(error).__name__}: {error}") from error
-
-
-def _parse_value(key: str, text: str, current: Any) -> Any:
-    """Reads `text` as the type that `current` has."""
-    if isinstance(current, str):
-        return text
-    if isinstance(current, list):
-        return tuple(
-            part for part in text.strip("()[]").replace("'", "").replace('"', "").replace(" ", "").split(",") if part
-        )
-    if isinstance(current, bool):
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise ConfigError(f"config key {key}: got {text!r}, expected true or false")
-    try:
-        return type(current)(text)
-    except ValueError:
-        kind = {"int": "a whole number", "float": "a number"}[type(current).__name__]
-        raise ConfigError(f"config key {key}: got {text!r}, expected {kind} (default {current})") from None

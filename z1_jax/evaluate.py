@@ -13,6 +13,7 @@ import jax
 
 from envs.pool import EnvPool
 from z1_jax import config as z1_config
+from z1_jax.command_line import parse_command_line
 from z1_jax.config import Config, ConfigError
 from z1_jax.evaluation import Evaluation, compare, evaluate, rate_sentence, versus_sentence
 from z1_jax.policy import Policy, find_policy
@@ -32,7 +33,7 @@ from z1_jax.suites import pin_version
 
 def main(argv: Sequence[str]) -> None:
     """Evaluates `checkpoint`, and `compare` beside it on the same seeds where it is given."""
-    config = z1_config.parse_command_line(argv)
+    config = parse_command_line(argv)
     require_algorithm(config, ("eval",), "evaluate")
     config = pin_version(config)
     check_inputs(config)

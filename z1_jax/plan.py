@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 import jax
 
 from z1_jax import accelerators, costs, programs, sharding, traced
-from z1_jax import config as z1_config
 from z1_jax.accelerators import USABLE, Accelerator
+from z1_jax.command_line import parse_command_line
 from z1_jax.compiling import Compiled, compile_only_mesh, compile_program, prepare_cuda
 from z1_jax.config import Config, ConfigError
 from z1_jax.errors import UserError
@@ -104,7 +104,7 @@ class Plan:
 def main(argv: Sequence[str]) -> int | None:
     """Plans the config of the command line; exits with 1 where it does not fit."""
     options, rest = parse_options(argv)
-    config = z1_config.parse_command_line(rest)
+    config = parse_command_line(rest)
     require_algorithm(config, ("grpo", "sft"), "plan")
     accelerator = accelerators.get_accelerator(options.accelerator)
     memory = options.memory * GB if options.memory else USABLE * accelerator.memory * GB

@@ -13,6 +13,7 @@ import jax
 
 from envs.video import write_video
 from z1_jax import config as z1_config
+from z1_jax.command_line import parse_command_line
 from z1_jax.config import Config
 from z1_jax.evaluation import Evaluation, compare, evaluate, film, rate_sentence, sentence
 from z1_jax.metrics import MetricsWriter, read_records
@@ -33,7 +34,7 @@ from z1_jax.suites import pin_version
 
 def main(argv: Sequence[str]) -> int | None:
     """Runs the stages of a config in order; each prints what it does."""
-    config = z1_config.parse_command_line(argv)
+    config = parse_command_line(argv)
     require_algorithm(config, ("grpo", "sft"), "train")
     config = pin_version(config)
     check_inputs(config)  # before anything is written
