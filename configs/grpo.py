@@ -11,11 +11,25 @@ FULL_UPDATE = {  # of 3.35 B parameters, with the paper's rate
     "update__optim__lr_end": 5e-6,
 }
 
+# A small policy in the built-in kitchen, on two CPU cores. One denoising step of a sample draws noise, so there may be
+# more of it: success rises faster than with noise in all four steps, and an update costs a quarter (docs/switches.md).
+KITCHEN = {
+    "sft__steps": 300,
+    "flow__sde_steps": "one",
+    "flow__noise_level": 1.0,
+    "flow__noise_level_end": 0.5,
+    "flow__noise_schedule": "linear",
+    "update__optim__lr": 1.5e-4,
+    "update__optim__lr_end": 6e-5,
+    "train__scope": "auto",
+    "train__iterations": 180,
+}
+
 PRESETS = {
-    "kitchen": {"train__scope": "auto"},  # a small policy in the built-in kitchen, on two CPU cores
-    # For tasks that take more: about 25 minutes on two cores.
-    "long": {"train__scope": "auto", "demos__episodes": 600, "sft__steps": 1500},
+    "kitchen": KITCHEN,
+    "long": {**KITCHEN, "demos__episodes": 600, "sft__steps": 1500},  # for tasks that take more
     "smoke": {  # the same, a minute or two long: it shows that everything works, and learns nothing
+        **KITCHEN,
         **common.SMOKE,
         "group__count": 2,
         "update__batch_size": 32,
