@@ -27,7 +27,14 @@ KITCHEN = {
 
 PRESETS = {
     "kitchen": KITCHEN,
-    "long": {**KITCHEN, "demos__episodes": 600, "sft__steps": 1500},  # for tasks that take more
+    # For tasks that take more steps and care: more demonstrations, and a look every 4 steps instead of every 8.
+    "long": {
+        **KITCHEN,
+        "demos__episodes": 600,
+        "sft__steps": 1000,
+        "env__executed": 4,
+        "train__iterations": 150,
+    },
     "smoke": {  # the same, a minute or two long: it shows that everything works, and learns nothing
         **KITCHEN,
         **common.SMOKE,
