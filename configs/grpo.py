@@ -20,7 +20,7 @@ KITCHEN = {
     "flow__noise_level_end": 0.5,
     "flow__noise_schedule": "linear",
     "update__optim__lr": 1.5e-4,
-    "update__optim__lr_end": 6e-5,
+    "update__optim__lr_end": 1e-5,
     "train__scope": "auto",
     "train__iterations": 180,
 }
