@@ -14,7 +14,6 @@ FULL_UPDATE = {  # of 3.35 B parameters, with the paper's rate
 # A small policy in the built-in kitchen, on two CPU cores. One denoising step of a sample draws noise, so there may be
 # more of it: success rises faster than with noise in all four steps, and an update costs a quarter (docs/switches.md).
 KITCHEN = {
-    "sft__steps": 300,
     "flow__sde_steps": "one",
     "flow__noise_level": 1.0,
     "flow__noise_level_end": 0.5,

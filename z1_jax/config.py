@@ -105,7 +105,7 @@ class LoraConfig:
 class SftConfig:
     """Supervised flow matching on the demonstrations."""
 
-    steps: int = 250
+    steps: int = 300
     batch_size: int = 64  # observations a step
     flows: int = 4  # flow times and noises drawn per encoded observation
     loss_dims: str = "all"  # all: padding included, as openpi; real: the environment's action dimensions
