@@ -26,12 +26,15 @@ KITCHEN = {
 
 PRESETS = {
     "kitchen": KITCHEN,
-    # For tasks that take more steps and care: more demonstrations, and a look every 4 steps instead of every 8.
+    # For tasks that take more steps and care: demonstrations enough that SFT does not learn them by heart, a look every
+    # 4 steps instead of every 8, and less noise.
     "long": {
         **KITCHEN,
-        "demos__episodes": 600,
-        "sft__steps": 1000,
+        "demos__episodes": 1500,
+        "sft__steps": 1200,
         "env__executed": 4,
+        "flow__noise_level": 0.6,
+        "flow__noise_level_end": 0.4,
         "train__iterations": 150,
     },
     "smoke": {  # the same, a minute or two long: it shows that everything works, and learns nothing

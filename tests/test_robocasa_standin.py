@@ -189,8 +189,8 @@ def test_paths_that_robocasa_would_rewrite_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def assets(tmp_path_factory):
-    return standin.install(tmp_path_factory.mktemp("standin"))
+def assets():
+    return standin.install(standin.folder())  # as tests/test_robocasa.py: a process has one place for them
 
 
 @needs_robocasa
