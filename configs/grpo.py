@@ -20,8 +20,7 @@ KITCHEN = {
     "flow__noise_schedule": "linear",
     "update__optim__lr": 1.5e-4,
     "update__optim__lr_end": 1e-5,
-    "train__scope": "auto",
-    "train__iterations": 180,
+    "train__iterations": 240,
 }
 
 PRESETS = {
@@ -35,6 +34,7 @@ PRESETS = {
         "env__executed": 4,
         "flow__noise_level": 0.6,
         "flow__noise_level_end": 0.4,
+        "train__scope": "auto",
         "train__iterations": 150,
     },
     "smoke": {  # the same, a minute or two long: it shows that everything works, and learns nothing
