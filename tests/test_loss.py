@@ -26,7 +26,9 @@ def random_tree(rng):
     advantages = rng.normal(size=(groups, size)).astype("f")
     logp_old = rng.normal(-20, 5, len(rows)).astype("f")
     # Away from the kinks at 1 − η and 1 + η by far more than rounding.
-    log_ratio = rng.choice([-0.6, -0.4, -0.1, 0.0, 0.1, 0.4, 0.6], len(rows)) + rng.uniform(-0.04, 0.04, len(rows))
+    log_ratio = rng.choice([-0.6, -0.4, -0.1, 0.0, 0.1, 0.4, 0.6], len(rows))
+    log_ratio[rng.permutation(len(rows))[:2]] = -0.6, 0.6  # the smallest trees have six nodes: both sides, always
+    log_ratio += rng.uniform(-0.04, 0.04, len(rows))
     return group, leader, width, advantages, logp_old, (logp_old + log_ratio).astype("f")
 
 
