@@ -32,8 +32,10 @@ def refusal(*arguments: str) -> str:
 
 
 def test_defaults_and_overrides():
-    assert parse(GRPO, "--config.train.scope=expert") == Config()
-    assert parse(GRPO).train.scope == "auto"
+    kitchen, plain = parse(GRPO), Config()
+    assert dataclasses.replace(kitchen, flow=plain.flow, update=plain.update, train=plain.train) == plain
+    assert (kitchen.flow.sde_steps, plain.flow.sde_steps) == ("one", "all")
+    assert (kitchen.train.scope, parse(f"{GRPO}:long").train.scope) == ("expert", "auto")
     config = parse(
         GRPO,
         "--config.group.size=4",
@@ -79,7 +81,7 @@ def test_presets():
         (["--config.group.branching=none", "--config.group.prefix_chunks=0"], ["group.prefix_chunks", "none"]),
         (["--config.group.prefix_schedule=constant", "--config.group.prefix_chunks_end=0"], ["prefix_chunks_end"]),
         (
-            ["--config.flow.noise_level_end=0.2"],
+            ["--config.flow.noise_schedule=constant", "--config.flow.noise_level_end=0.2"],
             ["flow.noise_level_end", "no effect with flow.noise_schedule=constant"],
         ),
         (["--config.reward.kind=sparse", "--config.reward.discount=0.9"], ["reward.discount", "reward.kind=sparse"]),
@@ -96,8 +98,8 @@ def test_presets():
         ),
         (["--config.update.ratio_max=0.9"], ["update.ratio_max", "got 0.9", "more than 1"]),
         (
-            ["--config.train.scope=auto", "--config.selective.iterations=200"],
-            ["selective.iterations", "200", "train.iterations"],
+            ["--config.train.scope=auto", "--config.selective.iterations=300"],
+            ["selective.iterations", "300", "train.iterations"],
         ),
         (["--config.train.scope=joint", "--config.update.prefix_cache=host"], ["update.prefix_cache", "host", "stale"]),
         (["--config.train.scope=auto", "--config.update.prefix_cache=device"], ["update.prefix_cache", "stale"]),
