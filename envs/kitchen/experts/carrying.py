@@ -59,8 +59,7 @@ def _top_grip(world: World) -> tuple[np.ndarray, float, float]:
 def _down_on(grip: np.ndarray, aside: float, above: float) -> Command:
     """Down to a grip (see `_top_grip`), the lower the better the hand is centred, and close.
 
-    The funnel is as wide as the fingers allow: a policy that sees the thing less exactly than this expert, and copies a
-    narrow one, hovers above it for ever.
+    The funnel is about as wide as the open fingers allow, so that demonstrations do not wait above the thing.
     """
     if aside < 0.024 and abs(above) < 0.015:
         return grip, CLOSE
