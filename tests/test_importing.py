@@ -103,8 +103,10 @@ def test_both_formats_give_the_same_numbers_and_tell_where_they_are_from(demos, 
 def test_frames_may_be_stored_as_jpeg(demos, tmp_path, capsys):
     path = files.write_hdf5(tmp_path / "drawer.hdf5", demos)
     dataset = run([path], tmp_path / "data", jpeg=95)
-    got, stored = dataset[0].images[CAMERA].astype(int), demos[0].images[CAMERA][0]
-    assert 0 < np.abs(got - stored).max() < 12 and dataset.source["jpeg"] == 95
+    stored = np.concatenate([demo.images[CAMERA] for demo in demos])
+    # From the nearest original; a frame of one colour comes back exactly, but not all of them are.
+    off = [np.abs(dataset[i].images[CAMERA].astype(int) - stored).max((1, 2, 3)).min() for i in range(len(dataset))]
+    assert 0 < max(off) < 12 and dataset.source["jpeg"] == 95
 
 
 def test_tasks_and_numbers_of_episodes_are_chosen_over_many_files(demos, tmp_path, capsys):
