@@ -1,8 +1,9 @@
 """The table of the kitchen's 24 tasks: demonstrations → SFT → GRPO → paired evaluation of each, and the mean gain.
 
-Each task and seed is one run of `python -m z1_jax.train`; finished ones are read back, an interrupted one continues, so
-that the same command goes on where it stopped: `python benchmarks/kitchen_24.py --out runs/kitchen_24`. The table is
-written anew after every run (`--table`); `--report` only writes it. Further arguments go to each run.
+Each task and seed is one run of `python -m z1_jax.train`; an interrupted one continues, so that the same command goes
+on where it stopped: `python benchmarks/kitchen_24.py --out runs/kitchen_24`. The summaries of finished runs are kept in
+`--results`, so that another machine measures only what is missing; `--again` measures the named tasks anew. The table
+is written anew after every run (`--table`); `--report` only writes it. Further arguments go to each run.
 """
 
 from __future__ import annotations
@@ -25,11 +26,16 @@ SIGNIFICANT = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A finished run: its cell, its summary and the paired differences of its held-out episodes."""
+    """A finished run: its cell and its summary."""
 
     cell: Cell
     summary: dict
-    differences: np.ndarray  # [n], after minus before: -1, 0 or 1
+
+    @property
+    def differences(self) -> np.ndarray:
+        """[n] Paired differences of the held-out episodes, after minus before (-1, 0 or 1), in no order."""
+        gained, lost = self.summary["gained"], self.summary["lost"]
+        return np.repeat([1, -1, 0], [gained, lost, self.summary["before"]["episodes"] - gained - lost])
 
     @property
     def minutes(self) -> float:
@@ -53,21 +59,16 @@ def cells(tasks: list[str], seeds: list[int], preset: str) -> list[Cell]:
     return rows
 
 
-def finished(rows: list[Cell], out: pathlib.Path) -> list[Row]:
-    """The cells whose run is complete."""
+def finished(rows: list[Cell], out: pathlib.Path, stored: dict[str, dict]) -> list[Row]:
+    """The cells whose run is complete: in a run directory, else among the stored summaries."""
     found = []
     for cell in rows:
-        summary = out / cell.name / "summary.json"
-        if summary.exists():
-            outcomes = [_outcomes(out / cell.name / "evaluation" / f"{name}.jsonl") for name in ("before", "after")]
-            differences = np.array([outcomes[1][seed] - outcomes[0][seed] for seed in sorted(outcomes[0])])
-            found.append(Row(cell, json.loads(summary.read_text()), differences))
+        path = out / cell.name / "summary.json"
+        if path.exists():
+            found.append(Row(cell, {"config": cell.config, **json.loads(path.read_text())}))
+        elif cell.name in stored:
+            found.append(Row(dataclasses.replace(cell, config=stored[cell.name]["config"]), stored[cell.name]))
     return found
-
-
-def _outcomes(path: pathlib.Path) -> dict[int, int]:
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return {record["seed"]: int(record["success"]) for record in records}
 
 
 def mean_gain(rows: list[Row]) -> tuple[float, tuple[float, float]]:
@@ -150,6 +151,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/kitchen_24"))
     parser.add_argument("--table", type=pathlib.Path, default=pathlib.Path("docs/kitchen-24.md"))
+    parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("docs/results/kitchen_24.json"))
+    parser.add_argument("--again", action="store_true", help="do not take what is wanted from --results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on a core of its own")
     parser.add_argument("--only", default="", help="tasks, comma-separated; default all")
@@ -161,16 +164,27 @@ def main() -> None:
     if unknown:
         parser.error(f"--only: unknown task {unknown[0]}; known: {', '.join(TASKS)}")
     out, rows = arguments.out.absolute(), cells(tasks, arguments.seeds, arguments.preset)
+    stored = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
+    seeds = sorted({*arguments.seeds, *(row["seeds"]["run"] for row in stored.values())})
+    named = {cell.name: cell for cell in rows}
+    everything = [named.get(cell.name, cell) for cell in cells(list(TASKS), seeds, "")]
+    missing = [cell for cell in rows if arguments.again or cell.name not in stored]
 
     def write() -> list[Row]:
-        found = finished(rows, out)
+        found = finished(everything, out, stored)
+        stored.update({row.cell.name: row.summary for row in found})
         have = {row.cell.name for row in found}
-        arguments.table.parent.mkdir(parents=True, exist_ok=True)
-        arguments.table.write_text(table(found, [cell.name for cell in rows if cell.name not in have]))
+        wanted = [cell.name for cell in everything if cell.seed in arguments.seeds]
+        for path, text in (
+            (arguments.results, json.dumps(stored, indent=1, ensure_ascii=False) + "\n"),
+            (arguments.table, table(found, [name for name in wanted if name not in have])),
+        ):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
         return found
 
-    for start in range(0, 0 if arguments.report else len(rows), arguments.jobs):
-        run_all(rows[start : start + arguments.jobs], out, arguments.jobs, extra)
+    for start in range(0, 0 if arguments.report else len(missing), arguments.jobs):
+        run_all(missing[start : start + arguments.jobs], out, arguments.jobs, extra)
         write()
     found = write()
     print(arguments.table.read_text())

@@ -24,16 +24,17 @@ def part(outcomes: list[int]) -> dict:
 
 
 def write_run(directory: pathlib.Path, before: list[int], after: list[int], p: float) -> None:
-    (directory / "evaluation").mkdir(parents=True)
-    for name, outcomes in (("before", before), ("after", after)):
-        lines = [json.dumps({"seed": 9 + i, "success": bool(x), "steps": 5}) for i, x in enumerate(outcomes)]
-        (directory / "evaluation" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    directory.mkdir(parents=True)
+    changes = np.subtract(after, before)
     summary = {
+        "seeds": {"run": int(directory.name[-1])},
         "before": part(before),
         "after": part(after),
         "difference": float(np.mean(after) - np.mean(before)),
         "difference_interval": [-0.1, 0.2],
         "mcnemar_p": p,
+        "gained": int((changes == 1).sum()),
+        "lost": int((changes == -1).sum()),
         "simulated_steps": 12_345,
         "wall_seconds": {"sft": 60.0, "grpo": 120.0},
     }
@@ -55,9 +56,9 @@ def test_the_mean_weighs_tasks_alike_and_names_what_went_wrong(kitchen_24, tmp_p
     write_run(tmp_path / "OpenDrawer-seed1", [0, 0, 0, 0], [1, 1, 1, 1], 0.1)
     write_run(tmp_path / "TurnOnStove-seed0", [1, 1, 1, 1], [1, 1, 1, 0], 0.01)
     cells = kitchen_24.cells(["OpenDrawer", "TurnOnStove"], [0, 1], "")
-    rows = kitchen_24.finished(cells, tmp_path)
+    rows = kitchen_24.finished(cells, tmp_path, {})
     assert [row.cell.name for row in rows] == ["OpenDrawer-seed0", "TurnOnStove-seed0", "OpenDrawer-seed1"]
-    assert rows[0].differences.tolist() == [1, 1, 0, 0] and rows[1].differences.tolist() == [0, 0, 0, -1]
+    assert sorted(rows[0].differences) == [0, 0, 1, 1] and sorted(rows[1].differences) == [-1, 0, 0, 0]
     gain, (low, high) = kitchen_24.mean_gain(rows)
     assert gain == pytest.approx(0.25)
     assert -0.25 <= low <= 0.25 <= high <= 1.0
@@ -79,3 +80,32 @@ def test_a_table_without_runs_says_what_is_missing(kitchen_24):
     page = kitchen_24.table([], ["OpenDrawer-seed0"])
     assert "Not measured yet: OpenDrawer-seed0." in page and "Mean gain" not in page
     assert kitchen_24.results([]) == []
+
+
+def test_finished_runs_are_kept_and_only_missing_ones_are_run(kitchen_24, tmp_path, monkeypatch, capsys):
+    """One row stands in the results, one is run now, by a stand-in for the hours that training takes."""
+    results, page = tmp_path / "results.json", tmp_path / "table.md"
+    options = ["--results", str(results), "--table", str(page), "--only", "OpenDrawer,TurnOnStove"]
+    ran = []
+
+    def run_all(rows, out, jobs, extra):
+        ran.extend(cell.name for cell in rows)
+        for cell in rows:
+            write_run(out / cell.name, [0, 0, 1, 0], [1, 0, 0, 1], 0.5)
+
+    def main(out, *more):
+        monkeypatch.setattr(sys, "argv", ["kitchen_24.py", "--out", str(tmp_path / out), *options, *more])
+        kitchen_24.main()
+        return json.loads(results.read_text())
+
+    monkeypatch.setattr(kitchen_24, "run_all", run_all)
+    write_run(tmp_path / "first" / "OpenDrawer-seed0", [0, 0, 0, 0], [1, 1, 0, 0], 0.5)
+    assert list(main("first", "--report")) == ["OpenDrawer-seed0"] and not ran
+    stored = main("second", "--preset", "smoke")
+    assert ran == ["TurnOnStove-seed0"] and set(stored) == {"OpenDrawer-seed0", "TurnOnStove-seed0"}
+    presets = [stored[f"{task}-seed0"]["config"] for task in ("OpenDrawer", "TurnOnStove")]
+    assert presets == ["configs/grpo.py:long", "configs/grpo.py:smoke"]
+    assert "+50.0 [-10.0" in page.read_text() and "+25.0 [-10.0" in page.read_text()
+    main("third", "--again")
+    assert ran == ["TurnOnStove-seed0", "OpenDrawer-seed0", "TurnOnStove-seed0"]
+    capsys.readouterr()
