@@ -24,7 +24,7 @@ from PIL import Image
 from z1_jax.data.normalize import NormStats, StatsAccumulator, load_norm_stats, save_norm_stats
 from z1_jax.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 _MANIFEST, _EPISODES, _STATS = "manifest.json", "episodes.jsonl", "norm_stats.json"
 _HASHED_BYTES = 1 << 20  # files up to this size are hashed when opened; array_record checks the records when read
 _PNG_LEVEL = 1  # half the time of the default for a tenth more bytes
@@ -96,7 +96,7 @@ class Dataset:
     action_dim: int
     episodes: tuple[EpisodeRow, ...]
     stats: dict[str, NormStats]  # of "state" and "actions"
-    identity: str  # SHA-256 of the manifest: changes with the source and with the bytes
+    identity: str  # SHA-256 of source, episode table and records: the same demonstrations give the same, anywhere
 
     def __len__(self) -> int:
         """Records."""
@@ -181,6 +181,7 @@ def write_dataset(
         "action_dim": writer.chunk_shape[1],
         "episodes": len(writer.rows),
         "records": writer.count,
+        "records_sha256": writer.digest.hexdigest(),
         "files": {str(f.relative_to(partial)): _file_entry(f) for f in sorted(partial.rglob("*")) if f.is_file()},
     }
     (partial / _MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
@@ -200,8 +201,7 @@ def open_dataset(path: str | pathlib.Path) -> Dataset:
         state = "was only half written" if half else "does not exist"
         raise UserError(f"dataset {path} {state}; expected a directory with {_MANIFEST}, as z1_jax.collect makes")
     try:
-        text = (path / _MANIFEST).read_bytes()
-        content = json.loads(text)
+        content = json.loads((path / _MANIFEST).read_bytes())
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}, expected {FORMAT}")
         for name, entry in content["files"].items():
@@ -216,10 +216,17 @@ def open_dataset(path: str | pathlib.Path) -> Dataset:
             action_dim=content["action_dim"],
             episodes=rows,
             stats=load_norm_stats(path / _STATS),
-            identity=hashlib.sha256(text).hexdigest(),
+            identity=_identity(content),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"dataset {path} is damaged ({_first_line(error)}); make it again") from None
+
+
+def _identity(content: Mapping[str, Any]) -> str:
+    """Of the manifest without the record files: protobuf orders the fields of a record otherwise in each process."""
+    table = content["files"][_EPISODES]["sha256"]
+    kept = {key: value for key, value in content.items() if key != "files"}
+    return hashlib.sha256(json.dumps({**kept, "table": table}, sort_keys=True).encode()).hexdigest()
 
 
 class _EpisodeWriter:
@@ -233,6 +240,7 @@ class _EpisodeWriter:
         self.stats = {"state": StatsAccumulator(), "actions": StatsAccumulator()}
         self.rows: list[EpisodeRow] = []
         self.count = 0
+        self.digest = hashlib.sha256()  # of all records, in order
 
     def records(self, episode: Episode) -> Iterator[tuple[int, dict[str, Any]]]:
         """(key, TFDS example) of each decision."""
@@ -253,16 +261,17 @@ class _EpisodeWriter:
         )
         self.count += number
         for step in range(number):
-            yield (
-                self.count - number + step,
-                {
-                    "images": {camera: _encode(frames[step], self.jpeg) for camera, frames in episode.images.items()},
-                    "state": np.asarray(episode.state[step], np.float32),
-                    "actions": np.asarray(episode.actions[step], np.float32),
-                    "episode": index,
-                    "step": step,
-                },
-            )
+            example = {
+                "images": {camera: _encode(frames[step], self.jpeg) for camera, frames in episode.images.items()},
+                "state": np.asarray(episode.state[step], np.float32),
+                "actions": np.asarray(episode.actions[step], np.float32),
+                "episode": index,
+                "step": step,
+            }
+            for camera in self.image_shapes:
+                self.digest.update(example["images"][camera])
+            self.digest.update(example["state"].tobytes() + example["actions"].tobytes())
+            yield self.count - number + step, example
 
     def _check(self, episode: Episode) -> int:
         """The episode's number of decisions."""
