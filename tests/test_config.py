@@ -7,6 +7,7 @@ import pathlib
 import ml_collections
 import pytest
 
+from z1_jax import checks
 from z1_jax import config as z1_config
 from z1_jax.command_line import parse_command_line
 from z1_jax.config import Config, ConfigError, claim_directory, flat
@@ -150,16 +151,16 @@ def test_every_leaf_is_checked():
     """A new key must get a range or a list of choices, or be named here as free text."""
     values = flat(Config())
     for key, value in values.items():
-        kinds = [key in z1_config._CHOICES, key in z1_config._RANGES, key in FREE_TEXT, isinstance(value, bool)]
+        kinds = [key in checks._CHOICES, key in checks._RANGES, key in FREE_TEXT, isinstance(value, bool)]
         assert sum(kinds) == 1, f"{key} must be in exactly one of _CHOICES, _RANGES and FREE_TEXT"
-        if key in z1_config._RANGES:
+        if key in checks._RANGES:
             assert isinstance(value, int | float)
-    assert set(z1_config._CHOICES) | set(z1_config._RANGES) | FREE_TEXT <= set(values)
+    assert set(checks._CHOICES) | set(checks._RANGES) | FREE_TEXT <= set(values)
 
 
-@pytest.mark.parametrize("key", sorted(z1_config._RANGES))
+@pytest.mark.parametrize("key", sorted(checks._RANGES))
 def test_every_bound_is_enforced(key):
-    low, high = z1_config._RANGES[key]
+    low, high = checks._RANGES[key]
     kind = type(flat(Config())[key])
     for bound, outside in ((low, -1), (high, +1)):
         if bound is not None:
@@ -167,33 +168,33 @@ def test_every_bound_is_enforced(key):
             assert f"config key {key}: got" in refusal(GRPO, f"--config.{key}={beyond}")
 
 
-@pytest.mark.parametrize("key", sorted(z1_config._CHOICES))
+@pytest.mark.parametrize("key", sorted(checks._CHOICES))
 def test_every_choice_is_enforced(key):
     message = refusal(GRPO, f"--config.{key}=nonsense")
     assert f"config key {key}: got 'nonsense'" in message
-    assert all(choice in message for choice in z1_config._CHOICES[key])
+    assert all(choice in message for choice in checks._CHOICES[key])
 
 
 def test_a_prefix_as_long_as_the_episode_is_refused():
     for key, changes in (("prefix_chunks", {}), ("prefix_chunks_end", {"prefix_chunks": 4})):
         config = dataclasses.replace(Config(), group=z1_config.GroupConfig(**{**changes, key: 5}))
-        z1_config.check_horizon(config, 41, 8)  # five chunks and a step
+        checks.check_horizon(config, 41, 8)  # five chunks and a step
         with pytest.raises(ConfigError, match=f"group.{key}: got 5, but an episode of 40 steps has 5 chunks of 8"):
-            z1_config.check_horizon(config, 40, 8)
+            checks.check_horizon(config, 40, 8)
     constant = z1_config.GroupConfig(prefix_chunks=2, prefix_chunks_end=5, prefix_schedule="constant")
-    z1_config.check_horizon(dataclasses.replace(Config(), group=constant), 40, 8)
+    checks.check_horizon(dataclasses.replace(Config(), group=constant), 40, 8)
 
 
 def test_keys_without_effect_are_real_keys():
     values = flat(Config())
-    for key, by, without in z1_config._INERT:
-        assert key in values and set(without) < set(z1_config._CHOICES[by])
+    for key, by, without in checks._INERT:
+        assert key in values and set(without) < set(checks._CHOICES[by])
 
 
 def with_run_dir(path: pathlib.Path, **changes) -> Config:
     values = ml_collections.ConfigDict(dataclasses.asdict(Config()))
     values.update_from_flattened_dict({"run_dir": str(path), **changes})
-    return z1_config.from_config_dict(values)
+    return checks.from_config_dict(values)
 
 
 def test_a_run_directory_belongs_to_its_config(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import tiny_policy as tiny
 from tiny_grpo import CONFIG, compiled, trainer
 
-from z1_jax import config as z1_config
+from z1_jax import checks
 from z1_jax.config import Config, flat
 from z1_jax.optim import schedule
 from z1_jax.policy import named
@@ -253,7 +253,7 @@ def test_the_other_choices_of_a_switch_differ_too():
         assert all(not np.array_equal(a, b) for i, a in enumerate(outcomes) for b in outcomes[:i])
 
 
-@pytest.mark.parametrize("rule", z1_config._INERT, ids=lambda rule: rule[0])
+@pytest.mark.parametrize("rule", checks._INERT, ids=lambda rule: rule[0])
 def test_what_is_refused_as_without_effect_has_none(rule):
     """The rule is true: with the deciding key at that value, another value of the first changes nothing."""
     key, by, without = rule

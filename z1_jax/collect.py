@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import NoReturn
 
-from z1_jax import config as z1_config
+from z1_jax.checks import check
 from z1_jax.config import Config, ConfigError, DemosConfig, EnvConfig
 from z1_jax.data.dataset import open_dataset
 from z1_jax.importing import ImportConfig, check_source, import_demonstrations
@@ -80,7 +80,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, pathlib.Path]:
             workers=given.workers,
         ),
     )
-    z1_config.check(config)
+    check(config)
     return config, given.out.expanduser().absolute()
 
 

@@ -11,7 +11,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from z1_jax.config import Config, ConfigError, checked, flat
+from z1_jax.checks import checked
+from z1_jax.config import Config, ConfigError, flat
 
 
 def parse_command_line(argv: Sequence[str]) -> Config:

@@ -15,7 +15,8 @@ import numpy as np
 from envs.pool import EnvPool
 from z1_jax import sharding
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config import RANDOM, Config, ConfigError, InputsConfig, check_horizon
+from z1_jax.checks import check_horizon
+from z1_jax.config import RANDOM, Config, ConfigError, InputsConfig
 from z1_jax.data import tokenizer
 from z1_jax.data.dataset import Dataset, open_dataset, write_dataset
 from z1_jax.data.journal import EpisodeJournal

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from envs.pool import EnvPool
-from z1_jax.config import Config, ConfigError, UpdateConfig, check_horizon
+from z1_jax.checks import check_horizon
+from z1_jax.config import Config, ConfigError, UpdateConfig
 from z1_jax.evaluation import make_actor
 from z1_jax.models.pi05 import vlm_is_frozen
 from z1_jax.optim import schedule
