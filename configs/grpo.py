@@ -25,18 +25,8 @@ KITCHEN = {
 
 PRESETS = {
     "kitchen": KITCHEN,
-    # For tasks that take more steps and care: demonstrations enough that SFT does not learn them by heart, a look every
-    # 4 steps instead of every 8, and less noise.
-    "long": {
-        **KITCHEN,
-        "demos__episodes": 1500,
-        "sft__steps": 1200,
-        "env__executed": 4,
-        "flow__noise_level": 0.6,
-        "flow__noise_level_end": 0.4,
-        "train__scope": "auto",
-        "train__iterations": 150,
-    },
+    # For tasks that take more steps and care: demonstrations enough that SFT does not learn them by heart.
+    "long": {**KITCHEN, "demos__episodes": 1500, "sft__steps": 1200},
     "smoke": {  # the same, a minute or two long: it shows that everything works, and learns nothing
         **KITCHEN,
         **common.SMOKE,

@@ -36,7 +36,9 @@ def test_defaults_and_overrides():
     kitchen, plain = parse(GRPO), Config()
     assert dataclasses.replace(kitchen, flow=plain.flow, update=plain.update, train=plain.train) == plain
     assert (kitchen.flow.sde_steps, plain.flow.sde_steps) == ("one", "all")
-    assert (kitchen.train.scope, parse(f"{GRPO}:long").train.scope) == ("expert", "auto")
+    long = parse(f"{GRPO}:long")
+    assert (long.demos.episodes, long.sft.steps) == (1500, 1200)
+    assert dataclasses.replace(long, demos=kitchen.demos, sft=kitchen.sft) == kitchen
     config = parse(
         GRPO,
         "--config.group.size=4",
