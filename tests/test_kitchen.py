@@ -537,34 +537,6 @@ def test_labels_are_the_clean_experts_at_the_visited_states(seed):
     np.testing.assert_array_equal(episode.actions[-1, -1], last)
 
 
-def test_a_misjudging_expert_closes_beside_the_thing_and_the_label_mends_it(seed):
-    env = make("PnPCounterToSink", image_size=8, horizon=160)
-    env.reset(seed)
-    expert, world, mistake = make_expert(env), env.world, np.array([0.06, 0.0, 0.0])
-    for _ in range(40):
-        executed, label = expert.act(mistake), expert.act()
-        if executed[6] > 0:
-            break
-        env.step_chunk(executed[None])
-    beside = world.eef - world.position(world.memory["target"])
-    assert executed[6] > 0 > label[6]  # closes, where the label opens
-    np.testing.assert_allclose(beside[:2], -mistake[:2], atol=0.03)
-    np.testing.assert_array_equal(label, expert.act(np.zeros(3)))
-    expert_actions(env, 100)
-    assert env.success
-
-
-def test_only_disturbed_episodes_are_misjudged(seed):
-    env = make("PnPCounterToSink", image_size=8)
-    same = {0.0: [], 0.2: [], 0.4: []}
-    for one in range(seed, seed + 12):
-        plain, misjudged = run_episode(env, one), run_episode(env, one, misjudge=0.05)
-        assert plain.noise == misjudged.noise
-        np.testing.assert_array_equal(plain.state[0], misjudged.state[0])
-        same[plain.noise].append(np.array_equal(plain.actions, misjudged.actions))
-    assert all(same[0.0]) and not all(same[0.2] + same[0.4])
-
-
 def test_without_noise_labels_are_what_was_executed(seed):
     env = make("TurnOnSinkFaucet", image_size=8)
     episode = run_episode(env, seed, noise=0.0)

@@ -48,7 +48,6 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "env.timeout_s": (0.1, None),
     "demos.episodes": (1, 50_000),
     "demos.noise": (0.0, 1.0),
-    "demos.misjudge": (0.0, 0.5),
     "demos.stride": (1, None),
     "sft.steps": (1, None),
     "sft.batch_size": (1, None),

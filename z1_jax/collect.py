@@ -57,7 +57,6 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, pathlib.Path]:
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="directory of the dataset")
     parser.add_argument("--episodes", type=int, default=demos.episodes, help="successful ones to keep (%(default)s)")
     parser.add_argument("--noise", type=float, default=demos.noise, help="scale of the action noise (%(default)s)")
-    parser.add_argument("--misjudge", type=float, default=demos.misjudge, help="metres of misjudgement (%(default)s)")
     parser.add_argument("--stride", type=int, default=demos.stride, help="control steps between observations")
     parser.add_argument("--seed", type=int, default=0, help="of the episodes (%(default)s)")
     parser.add_argument("--cameras", default=",".join(env.cameras), help="(%(default)s)")
@@ -70,9 +69,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, pathlib.Path]:
         algorithm="sft",
         task=given.task,
         seed=given.seed,
-        demos=dataclasses.replace(
-            demos, episodes=given.episodes, noise=given.noise, misjudge=given.misjudge, stride=given.stride
-        ),
+        demos=dataclasses.replace(demos, episodes=given.episodes, noise=given.noise, stride=given.stride),
         env=dataclasses.replace(
             env,
             cameras=tuple(given.cameras.split(",")),

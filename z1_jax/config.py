@@ -69,7 +69,6 @@ class DemosConfig:
 
     episodes: int = 250  # successful ones to keep
     noise: float = 0.2  # an episode's action noise is one of 0, noise, 2·noise
-    misjudge: float = 0.0  # metres by which the hand is misjudged now and then in those, to show how to mend mistakes
     stride: int = 4  # control steps between recorded observations
     dataset: str = ""  # a dataset directory (see z1_jax.collect) that replaces the collection
 

@@ -115,7 +115,6 @@ def demonstrations_source(config: Config) -> dict[str, Any]:
         "made_by": f"{config.env.suite} expert",
         "task": config.task,
         "noise": config.demos.noise,
-        "misjudge": config.demos.misjudge,
         "stride": config.demos.stride,
         "chunk": architecture(config).horizon,
         "cameras": list(config.env.cameras),
@@ -181,7 +180,6 @@ def _successful_episodes(config: Config, journal: EpisodeJournal) -> Iterator[An
         config.task,
         range(first + journal.tried, first + 3 * wanted),
         noise=config.demos.noise,
-        misjudge=config.demos.misjudge,
         processes=config.env.workers,
         stride=config.demos.stride,
         chunk=architecture(config).horizon,
@@ -201,7 +199,7 @@ def _successful_episodes(config: Config, journal: EpisodeJournal) -> Iterator[An
                 return
     raise ConfigError(
         f"config key demos.episodes: the expert of {config.task} succeeded only {journal.kept} times in "
-        f"{journal.tried} tries, {wanted} wanted; ask for fewer or lower demos.noise or demos.misjudge"
+        f"{journal.tried} tries, {wanted} wanted; ask for fewer or lower demos.noise"
     )
 
 

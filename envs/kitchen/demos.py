@@ -1,9 +1,7 @@
 """Demonstrations: episodes of the scripted experts with disturbed execution and clean labels.
 
 The executed action is the expert's plus noise, so that the recorded states spread around the expert's path; the label
-stays what the expert would do from the state that was reached (as in DART, Laskey et al. 2017). Noise alone seldom
-leads to a mistake that must be mended; with `misjudge` the executed action is for a while that of an expert who
-misjudges where its hand is.
+stays what the expert would do from the state that was reached (as in DART, Laskey et al. 2017).
 """
 
 from __future__ import annotations
@@ -34,8 +32,7 @@ WHITE, OFFSET = 0.5, 0.35  # standard deviations of white noise and constant off
 OFFSET_STEPS = 6  # control steps that an offset lasts
 # Full noise on the position; less where a unit is half a radian or a finger's grip; none on the base.
 _NOISE_PROFILE = np.array([1.0] * 3 + [0.3] * 4 + [0.0] * 5)
-MISJUDGED_STEPS, MISJUDGED_SHARE = 10, 0.5  # control steps of a spell; how many spells of a disturbed episode are
-_NOISE_STREAM, _MISJUDGED_STREAM = 1, 2  # keep the draws of a seed apart from the randomisation of the same seed
+_NOISE_STREAM = 1  # keeps the noise of a seed apart from the randomisation of the same seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +51,7 @@ class Episode:
     actions: np.ndarray  # float32 [N, chunk, 12], clean expert actions from each observation on
 
 
-def run_episode(
-    env: KitchenEnv, seed: int, noise: float = 0.2, stride: int = 4, chunk: int = 8, misjudge: float = 0.0
-) -> Episode:
+def run_episode(env: KitchenEnv, seed: int, noise: float = 0.2, stride: int = 4, chunk: int = 8) -> Episode:
     """Runs the expert for one episode.
 
     Args:
@@ -66,8 +61,6 @@ def run_episode(
       stride: control steps between observations.
       chunk: labels an observation. Where the episode ends before, its last label is repeated: experts end in a steady
         pull, push or retreat, and a policy that is not quite done should go on with it rather than stop.
-      misjudge: standard deviation in metres, in each direction, of how far the hand is misjudged in half of the spells
-        of an episode whose noise scale is not 0.
 
     Returns:
       The episode, also when it failed: the caller keeps what it wants.
@@ -75,7 +68,6 @@ def run_episode(
     env.reset(seed)
     expert = make_expert(env)
     scale, disturbances = disturb(seed, noise)
-    mistakes = misjudgements(seed, misjudge) if scale else itertools.repeat(None)
     observations: list[EnvObservation] = []
     labels: list[np.ndarray] = []
     done = False
@@ -84,9 +76,7 @@ def run_episode(
         if step % stride == 0:
             observations.append(env.observe())
         labels.append(expert.act())
-        mistake = next(mistakes)
-        executed = labels[-1] if mistake is None else expert.act(mistake)
-        done = env.step_chunk((executed + next(disturbances))[None]).done
+        done = env.step_chunk((labels[-1] + next(disturbances))[None]).done
     return _episode(env, seed, scale, stride, chunk, observations, np.stack(labels))
 
 
@@ -102,14 +92,6 @@ def disturb(seed: int, noise: float) -> tuple[float, Iterator[np.ndarray]]:
             yield scale * _NOISE_PROFILE * (WHITE * rng.standard_normal(ACTION_DIM) + offset)
 
     return scale, disturbances()
-
-
-def misjudgements(seed: int, misjudge: float) -> Iterator[np.ndarray | None]:
-    """For each control step how far the hand is misjudged, metres [3], or None where it is not."""
-    rng = np.random.default_rng([seed, _MISJUDGED_STREAM])
-    while True:
-        wrong = misjudge > 0 and rng.random() < MISJUDGED_SHARE
-        yield from itertools.repeat(misjudge * rng.standard_normal(3) if wrong else None, MISJUDGED_STEPS)
 
 
 def _episode(
@@ -146,8 +128,8 @@ def _start_worker(task: str, options: dict[str, Any], parent: int) -> None:
     _worker_env = KitchenEnv(task, **options)
 
 
-def _run_in_worker(seed: int, *how: float) -> Episode:
-    return run_episode(_worker_env, seed, *how)
+def _run_in_worker(seed: int, noise: float, stride: int, chunk: int) -> Episode:
+    return run_episode(_worker_env, seed, noise, stride, chunk)
 
 
 def collect(
@@ -158,24 +140,23 @@ def collect(
     stride: int = 4,
     chunk: int = 8,
     options: Mapping[str, Any] | None = None,
-    misjudge: float = 0.0,
 ) -> Iterator[Episode]:
     """Episodes of `seeds`, in their order, also those that failed.
 
     Args:
       task: a kitchen task.
       seeds: of the episodes; may be endless, because only a few episodes are under way beyond what was consumed.
-      noise, stride, chunk, misjudge: as in `run_episode`.
+      noise, stride, chunk: as in `run_episode`.
       processes: worker processes; 1 or less runs in this process.
       options: KitchenEnv's further arguments.
 
     Raises:
       ValueError: an unknown task or option value.
     """
-    options, how = dict(options or {}), (noise, stride, chunk, misjudge)
+    options = dict(options or {})
     env = KitchenEnv(task, **options)  # a mistake in the arguments shows here, not inside a worker
     if processes <= 1:
-        yield from (run_episode(env, seed, *how) for seed in seeds)
+        yield from (run_episode(env, seed, noise, stride, chunk) for seed in seeds)
         return
     pool = concurrent.futures.ProcessPoolExecutor(
         processes, multiprocessing.get_context("spawn"), _start_worker, (task, options, os.getpid())
@@ -184,7 +165,7 @@ def collect(
         pending: collections.deque[concurrent.futures.Future[Episode]] = collections.deque()
         for seed in seeds:
             with _starting_workers():
-                pending.append(pool.submit(_run_in_worker, seed, *how))
+                pending.append(pool.submit(_run_in_worker, seed, noise, stride, chunk))
             if len(pending) >= 4 * processes:
                 yield pending.popleft().result()
         while pending:

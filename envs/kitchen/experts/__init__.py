@@ -5,15 +5,12 @@ They read privileged poses, which a policy must infer from its cameras.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from envs.kitchen.env import KitchenEnv
 from envs.kitchen.experts import carrying, pulling, pushing
 from envs.kitchen.experts.base import Strategy
 from envs.kitchen.robot import ACTION_DIM, POSITION_SCALE, ROTATION_SCALE, exponential, logarithm, rotation
-from envs.kitchen.world import World
 
 # family: the strategy, the largest position part of an action, and whether that bounds its norm or each direction by
 # itself, so that a small error across the way is made good before a long way is gone.
@@ -44,13 +41,9 @@ class Expert:
         self._env = env
         self._strategy, self._speed, self._each = _STRATEGIES[env.info.family]
 
-    def act(self, misjudged: np.ndarray | None = None) -> np.ndarray:
-        """The clean action float32 [12] for the present state.
-
-        With `misjudged`, metres [3], the action of one who takes the hand to be so far beside where it is: a mistake,
-        such as closing the fingers beside the thing.
-        """
-        world = self._env.world if misjudged is None else _Misjudged(self._env.world, misjudged)
+    def act(self) -> np.ndarray:
+        """The clean action float32 [12] for the present state."""
+        world = self._env.world
         controller = world.controller
         goal, gripper = self._strategy(world, self._env.task)
         base = world.data.qpos[controller.base_qpos]
@@ -62,20 +55,6 @@ class Expert:
         action[3:6] = _limited(logarithm(wanted @ present.T) / ROTATION_SCALE, 0.3)
         action[6], action[11] = gripper, -1.0
         return action
-
-
-class _Misjudged:
-    """A world whose hand seems to be elsewhere."""
-
-    def __init__(self, world: World, offset: np.ndarray):
-        self._world, self._offset = world, offset
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._world, name)
-
-    @property
-    def eef(self) -> np.ndarray:
-        return self._world.eef + self._offset
 
 
 def make_expert(env: KitchenEnv) -> Expert:
