@@ -15,14 +15,14 @@ FIRST = 900_000_000 + int(np.random.SeedSequence().generate_state(1)[0]) % 10**8
 CONFIG = EvalConfig(episodes=24, first_seed=FIRST)
 
 
-def run(results, config=CONFIG):
-    actor, params = tiny.acting()
+def run(results, config=CONFIG, flow=None):
+    actor, params = tiny.acting(flow)
     return evaluate(
         tiny.policy(),
         tiny.pool(16),
         tiny.one_device(),
         config,
-        FlowConfig(),
+        flow or FlowConfig(),
         results,
         title="evaluation",
         actor=actor,
@@ -57,6 +57,11 @@ def test_every_held_out_seed_once(directory):
 
 def test_the_same_policy_twice_is_the_same(directory):
     assert equal(run(directory / "again.jsonl"), whole(directory))
+
+
+def test_how_rollouts_draw_noise_has_no_part_in_it(directory):
+    flow = FlowConfig(sde_steps="one", last_step="ode", noise_level=1.3)
+    assert equal(run(directory / "other_sampler.jsonl", flow=flow), whole(directory))
 
 
 @pytest.mark.parametrize("kept", [0, 5, 16, 23])

@@ -100,8 +100,9 @@ class Actor:
         seconds for each shape of a random generator."""
         rng = np.random.default_rng(key)
         config = self._config
-        drawn = flow.stochastic_steps(rng, config.steps, config.sde_steps, config.last_step)
-        return rng.standard_normal((config.steps + 1, *self.counted.shape), np.float32), drawn
+        # The noise comes first: the ODE sampler starts from the same, whichever steps would draw noise.
+        noise = rng.standard_normal((config.steps + 1, *self.counted.shape), np.float32)
+        return noise, flow.stochastic_steps(rng, config.steps, config.sde_steps, config.last_step)
 
     def _size(self, count: int) -> int:
         for size in self._sizes:
