@@ -172,7 +172,7 @@ def test_deduplicated_loss_is_the_naive_one_on_collected_trees(rng, monkeypatch)
     low, high = 0.2, 0.3
     compiled = jax.jit(jax.value_and_grad(grpo_loss, has_aux=True))
     rows = 512  # one shape for every tree
-    tried = 0
+    tried = sloping = 0
     while tried < 12:
         case = random_case(rng, monkeypatch)
         nodes = case["out"].nodes
@@ -195,8 +195,10 @@ def test_deduplicated_loss_is_the_naive_one_on_collected_trees(rng, monkeypatch)
         (got, _), gradient = compiled(*inputs, np.float32(count), low, high)
         assert abs(float(got) - value) < 1e-6 * magnitude
         difference = np.linalg.norm(np.asarray(gradient, float)[:n] - slope)
-        assert difference < 1e-6 * np.linalg.norm(slope) and np.linalg.norm(slope) > 0
+        assert difference <= 1e-6 * np.linalg.norm(slope)
+        sloping += np.linalg.norm(slope) > 0  # a small tree may have all of its terms clipped
         np.testing.assert_array_equal(gradient[n:], 0.0)
+    assert sloping >= 6
 
 
 def test_returns_of_collected_groups_are_those_of_members_played_alone(rng, monkeypatch):
