@@ -134,8 +134,8 @@ def assert_same_iteration(a, b, exact: bool):
     if exact:
         assert stats == other
     numbers = {name: value for name, value in other.items() if not isinstance(value, str)}
-    # Absolutely too: the loss sums terms of both signs.
-    assert {name: stats[name] for name in numbers} == pytest.approx(numbers, rel=1e-5, abs=1e-5)
+    # A ratio is the exponential of what is left of two sums of hundreds; the loss sums terms of both signs.
+    assert {name: stats[name] for name in numbers} == pytest.approx(numbers, rel=2e-4, abs=1e-5)
     change = np.sqrt(sum(np.sum((params[name] - moved[name]) ** 2) for name in params))
     assert change <= (0.0 if exact else 1e-6) * np.sqrt(sum(np.sum(x**2) for x in params.values()))
 
