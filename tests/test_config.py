@@ -196,7 +196,7 @@ def test_keys_without_effect_are_real_keys():
 def with_run_dir(path: pathlib.Path, **changes) -> Config:
     values = ml_collections.ConfigDict(dataclasses.asdict(Config()))
     values.update_from_flattened_dict({"run_dir": str(path), **changes})
-    return checks.from_config_dict(values)
+    return checks.checked(values.copy_and_resolve_references().to_dict())
 
 
 def test_a_run_directory_belongs_to_its_config(tmp_path):

@@ -243,7 +243,7 @@ def test_frozen_parameters_stay_as_wide_as_float32_runs_need_them():
 )
 def test_settings_that_cannot_work_are_refused(overrides, message):
     with pytest.raises(ConfigError, match=message) as error:
-        checks.from_config_dict(z1_config.defaults(**overrides))
+        checks.checked(z1_config.defaults(**overrides).to_dict())
     assert "\n" not in str(error.value)
 
 
@@ -253,7 +253,7 @@ def test_scopes_that_work_are_taken():
         {"algorithm": "sft", "init": "runs/x", "sft__scope": "lora", "lora__vlm_rank": 4},
         {"sft__scope": "joint", "sft__ema": 0.99, "train__scope": "everything"},
     ):
-        checks.from_config_dict(z1_config.defaults(**overrides))
+        checks.checked(z1_config.defaults(**overrides).to_dict())
 
 
 def test_remat_and_attention_reach_the_model():

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import ml_collections
-
 from z1_jax.config import RANDOM, Config, ConfigError, LoraConfig, SelectiveConfig, build, flat
 
 _FIXED_SCOPES = ("expert", "joint", "lora", "everything")
@@ -112,17 +110,12 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
 }
 
 
-def from_config_dict(config: ml_collections.ConfigDict) -> Config:
-    """Checks a ConfigDict and freezes it.
+def checked(values: dict[str, Any]) -> Config:
+    """Checks nested values and freezes them.
 
     Raises:
         ConfigError: an unknown key, a value of the wrong type or out of range, or values that do not fit together.
     """
-    return checked(config.copy_and_resolve_references().to_dict())
-
-
-def checked(values: dict[str, Any]) -> Config:
-    """A config from nested values; as `from_config_dict`."""
     built = build(Config, values)
     check(built)
     return built

@@ -1,7 +1,7 @@
 """The settings of a run: frozen dataclasses with their defaults, and the run directory that belongs to one.
 
-Only this module and `checks`, which refuses values, know ml_collections. A user's mistake raises ConfigError: one line
-that names the key, what was given and what is allowed.
+Only this module knows ml_collections; `checks` refuses values. A user's mistake raises ConfigError: one line that names
+the key, what was given and what is allowed.
 """
 
 from __future__ import annotations
