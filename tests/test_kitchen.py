@@ -15,7 +15,7 @@ from PIL import Image
 from envs.base import Env
 from envs.kitchen import CAMERAS, DEFAULT_CAMERAS, LAYOUTS, STYLES, TASKS, KitchenEnv, make
 from envs.kitchen import render as renderer
-from envs.kitchen.demos import collect, run_episode
+from envs.kitchen.demos import collect, disturb, run_episode
 from envs.kitchen.experts import make_expert
 from envs.kitchen.fixtures import BURNERS
 from envs.kitchen.robot import angles_of, exponential, logarithm, rotation
@@ -519,7 +519,7 @@ def test_experts_solve_fresh_seeds(task, seed):
     assert sum(solved) >= 7, solved
 
 
-def test_labels_are_the_clean_experts_at_the_visited_states(seed):
+def test_labels_are_what_the_undisturbed_expert_does_from_the_visited_states(seed):
     env = make("OpenDrawer", image_size=8)
     episode = run_episode(env, seed, noise=0.2, stride=4, chunk=8)
     assert episode.noise in (0.0, 0.2, 0.4)
@@ -528,18 +528,27 @@ def test_labels_are_the_clean_experts_at_the_visited_states(seed):
     assert episode.actions.shape == (count, 8, 12) and episode.state.shape == (count, 16)
     assert all(images.shape == (count, 8, 8, 3) for images in episode.images.values())
     np.testing.assert_array_equal(episode.step, 4 * np.arange(count))
-    # Overlapping chunks tell the same story: the second half of one is the first half of the next.
-    np.testing.assert_array_equal(episode.actions[:-1, 4:], episode.actions[1:, :4])
-    env.reset(seed)
-    np.testing.assert_array_equal(episode.actions[0, 0], make_expert(env).act())
-    np.testing.assert_array_equal(episode.state[0], env.observe().state)
-    last = episode.actions[-1, (episode.control_steps - 1) % 4]
-    np.testing.assert_array_equal(episode.actions[-1, -1], last)
+    expert = make_expert(env)
+    for step, state, labels in zip(episode.step, episode.state, episode.actions, strict=True):
+        _, noise = disturb(seed, 0.2)  # the episode once more, up to this observation; then nothing disturbs
+        env.reset(seed)
+        for _ in range(step):
+            assert not env.step_chunk((expert.act() + next(noise))[None]).done
+        np.testing.assert_array_equal(state, env.observe().state)
+        done = False
+        for i, label in enumerate(labels):
+            action = labels[i - 1] if done else expert.act()  # after the end the last one is repeated
+            np.testing.assert_array_equal(label, action)
+            done = done or env.step_chunk(action[None]).done
 
 
 def test_without_noise_labels_are_what_was_executed(seed):
     env = make("TurnOnSinkFaucet", image_size=8)
     episode = run_episode(env, seed, noise=0.0)
+    # Overlapping chunks tell the same story: the second half of one is the first half of the next.
+    np.testing.assert_array_equal(episode.actions[:-1, 4:], episode.actions[1:, :4])
+    last = episode.actions[-1, (episode.control_steps - 1) % 4]
+    np.testing.assert_array_equal(episode.actions[-1, -1], last)
     env.reset(seed)
     executed = np.concatenate(episode.actions[::2])[: episode.control_steps]
     assert env.step_chunk(executed).success == episode.success

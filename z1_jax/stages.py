@@ -113,6 +113,7 @@ def demonstrations_source(config: Config) -> dict[str, Any]:
     """What the demonstrations of a config depend on, besides their number."""
     return {
         "made_by": f"{config.env.suite} expert",
+        "labels": "undisturbed branches",
         "task": config.task,
         "noise": config.demos.noise,
         "stride": config.demos.stride,

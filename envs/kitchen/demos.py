@@ -1,7 +1,9 @@
 """Demonstrations: episodes of the scripted experts with disturbed execution and clean labels.
 
-The executed action is the expert's plus noise, so that the recorded states spread around the expert's path; the label
-stays what the expert would do from the state that was reached (as in DART, Laskey et al. 2017).
+The executed action is the expert's plus noise, so that the recorded states spread around the expert's path; the labels
+stay what the expert would do from the state that was reached (as in DART, Laskey et al. 2017). A chunk of labels is
+taken from a branch of the episode that goes on without noise: the expert's answers to noise yet to come, which nobody
+can foresee from the observation, are most of what a chunk would otherwise hold.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import numpy as np
 
 from envs.base import EnvObservation
 from envs.kitchen.env import KitchenEnv
-from envs.kitchen.experts import make_expert
+from envs.kitchen.experts import Expert, make_expert
 from envs.kitchen.robot import ACTION_DIM
 from envs.worker import exit_with_parent
 
@@ -48,7 +50,7 @@ class Episode:
     step: np.ndarray  # int32 [N], control steps executed before each observation
     images: dict[str, np.ndarray]  # camera -> uint8 [N, S, S, 3]
     state: np.ndarray  # float32 [N, 16]
-    actions: np.ndarray  # float32 [N, chunk, 12], clean expert actions from each observation on
+    actions: np.ndarray  # float32 [N, chunk, 12], the undisturbed expert's actions from each observation on
 
 
 def run_episode(env: KitchenEnv, seed: int, noise: float = 0.2, stride: int = 4, chunk: int = 8) -> Episode:
@@ -59,7 +61,7 @@ def run_episode(env: KitchenEnv, seed: int, noise: float = 0.2, stride: int = 4,
       seed: of the episode and, in a stream of its own, of the noise.
       noise: n; the episode's noise scale is drawn from {0, n, 2n}, in units of the action.
       stride: control steps between observations.
-      chunk: labels an observation. Where the episode ends before, its last label is repeated: experts end in a steady
+      chunk: labels an observation. Where its branch ends before, the last label is repeated: experts end in a steady
         pull, push or retreat, and a policy that is not quite done should go on with it rather than stop.
 
     Returns:
@@ -72,12 +74,34 @@ def run_episode(env: KitchenEnv, seed: int, noise: float = 0.2, stride: int = 4,
     labels: list[np.ndarray] = []
     done = False
     while not done:
-        step = len(labels)
-        if step % stride == 0:
+        if env.steps % stride == 0:
             observations.append(env.observe())
-        labels.append(expert.act())
-        done = env.step_chunk((labels[-1] + next(disturbances))[None]).done
-    return _episode(env, seed, scale, stride, chunk, observations, np.stack(labels))
+            labels.append(_undisturbed(env, expert, chunk))
+        done = env.step_chunk((expert.act() + next(disturbances))[None]).done
+    return Episode(
+        task=env.spec.task,
+        seed=seed,
+        instruction=observations[0].instruction,
+        success=env.success,
+        control_steps=env.steps,
+        noise=scale,
+        step=np.arange(len(observations), dtype=np.int32) * stride,
+        images={camera: np.stack([seen.images[camera] for seen in observations]) for camera in env.spec.cameras},
+        state=np.stack([seen.state for seen in observations]),
+        actions=np.stack(labels),
+    )
+
+
+def _undisturbed(env: KitchenEnv, expert: Expert, chunk: int) -> np.ndarray:
+    """The expert's next actions [chunk, 12] if nothing disturbs them; the environment stays where it is."""
+    present = env.snapshot()
+    actions: list[np.ndarray] = []
+    done = False
+    while len(actions) < chunk and not done:
+        actions.append(expert.act())
+        done = env.step_chunk(actions[-1][None]).done
+    env.restore(present)
+    return np.stack(actions + actions[-1:] * (chunk - len(actions)))
 
 
 def disturb(seed: int, noise: float) -> tuple[float, Iterator[np.ndarray]]:
@@ -92,31 +116,6 @@ def disturb(seed: int, noise: float) -> tuple[float, Iterator[np.ndarray]]:
             yield scale * _NOISE_PROFILE * (WHITE * rng.standard_normal(ACTION_DIM) + offset)
 
     return scale, disturbances()
-
-
-def _episode(
-    env: KitchenEnv,
-    seed: int,
-    scale: float,
-    stride: int,
-    chunk: int,
-    observations: list[EnvObservation],
-    labels: np.ndarray,
-) -> Episode:
-    step = np.arange(len(observations), dtype=np.int32) * stride
-    following = np.minimum(step[:, None] + np.arange(chunk), len(labels) - 1)
-    return Episode(
-        task=env.spec.task,
-        seed=seed,
-        instruction=observations[0].instruction,
-        success=env.success,
-        control_steps=len(labels),
-        noise=scale,
-        step=step,
-        images={camera: np.stack([seen.images[camera] for seen in observations]) for camera in env.spec.cameras},
-        state=np.stack([seen.state for seen in observations]),
-        actions=labels[following],
-    )
 
 
 _worker_env: KitchenEnv | None = None
