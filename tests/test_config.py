@@ -34,11 +34,15 @@ def refusal(*arguments: str) -> str:
 
 def test_defaults_and_overrides():
     kitchen, plain = parse(GRPO), Config()
-    assert dataclasses.replace(kitchen, flow=plain.flow, update=plain.update, train=plain.train) == plain
+    same = {"flow": plain.flow, "update": plain.update, "train": plain.train, "sft": plain.sft}
+    assert dataclasses.replace(kitchen, **same) == plain
     assert (kitchen.flow.sde_steps, plain.flow.sde_steps) == ("one", "all")
     long = parse(f"{GRPO}:long")
-    assert (long.demos.episodes, long.sft.steps) == (1500, 1200)
-    assert dataclasses.replace(long, demos=kitchen.demos, sft=kitchen.sft) == kitchen
+    assert (long.demos.episodes, long.sft.steps, long.train.iterations) == (1000, 600, 240)
+    assert dataclasses.replace(long, demos=kitchen.demos, sft=kitchen.sft, train=kitchen.train) == kitchen
+    carry = parse(f"{GRPO}:carry")
+    assert (carry.demos.episodes, carry.sft.steps) == (1500, 2500)
+    assert dataclasses.replace(carry, demos=long.demos, sft=long.sft) == long
     config = parse(
         GRPO,
         "--config.group.size=4",
@@ -50,7 +54,7 @@ def test_defaults_and_overrides():
     assert (config.group.size, config.update.optim.lr, config.group.shuffle_advantages) == (4, 1.0, True)
     assert type(config.update.optim.lr) is float
     assert config.task == "OpenDrawer" and config.env.cameras == ("a", "b")
-    assert config.sft == Config().sft  # nothing else moved
+    assert config.sft == kitchen.sft and config.demos == Config().demos  # nothing else moved
 
 
 def test_presets():
@@ -101,7 +105,7 @@ def test_presets():
         ),
         (["--config.update.ratio_max=0.9"], ["update.ratio_max", "got 0.9", "more than 1"]),
         (
-            ["--config.train.scope=auto", "--config.selective.iterations=300"],
+            ["--config.train.scope=auto", "--config.selective.iterations=400"],
             ["selective.iterations", "300", "train.iterations"],
         ),
         (["--config.train.scope=joint", "--config.update.prefix_cache=host"], ["update.prefix_cache", "host", "stale"]),

@@ -41,12 +41,14 @@ def write_run(directory: pathlib.Path, before: list[int], after: list[int], p: f
     (directory / "summary.json").write_text(json.dumps(summary))
 
 
-def test_every_task_is_run_with_the_preset_of_its_length(kitchen_24):
+def test_every_task_is_run_with_the_preset_that_suits_it(kitchen_24):
     rows = kitchen_24.cells(list(TASKS), [3], "")
     assert [cell.task for cell in rows] == list(TASKS) and {cell.seed for cell in rows} == {3}
     presets = {cell.task: cell.config for cell in rows}
     assert presets["TurnOnSinkFaucet"] == "configs/grpo.py:kitchen"
     assert presets["OpenDoubleDoor"] == "configs/grpo.py:long"
+    carrying = {task for task, config in presets.items() if config == "configs/grpo.py:carry"}
+    assert carrying == {task for task in TASKS if task.startswith("PnP") or task.endswith("Mug")}
     assert {cell.config for cell in kitchen_24.cells(["OpenDrawer"], [0], "smoke")} == {"configs/grpo.py:smoke"}
 
 
