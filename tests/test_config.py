@@ -106,7 +106,7 @@ def test_presets():
         (["--config.update.ratio_max=0.9"], ["update.ratio_max", "got 0.9", "more than 1"]),
         (
             ["--config.train.scope=auto", "--config.selective.iterations=400"],
-            ["selective.iterations", "300", "train.iterations"],
+            ["selective.iterations", "400", "train.iterations"],
         ),
         (["--config.train.scope=joint", "--config.update.prefix_cache=host"], ["update.prefix_cache", "host", "stale"]),
         (["--config.train.scope=auto", "--config.update.prefix_cache=device"], ["update.prefix_cache", "stale"]),
