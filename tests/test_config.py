@@ -34,12 +34,12 @@ def refusal(*arguments: str) -> str:
 
 def test_defaults_and_overrides():
     kitchen, plain = parse(GRPO), Config()
-    same = {"flow": plain.flow, "update": plain.update, "train": plain.train, "sft": plain.sft}
+    same = {"flow": plain.flow, "update": plain.update, "train": plain.train, "demos": plain.demos}
     assert dataclasses.replace(kitchen, **same) == plain
     assert (kitchen.flow.sde_steps, plain.flow.sde_steps) == ("one", "all")
     long = parse(f"{GRPO}:long")
-    assert (long.demos.episodes, long.sft.steps, long.train.iterations) == (1000, 600, 240)
-    assert dataclasses.replace(long, demos=kitchen.demos, sft=kitchen.sft, train=kitchen.train) == kitchen
+    assert (long.demos.episodes, long.demos.labels, long.sft.steps) == (1000, "undisturbed", 600)
+    assert dataclasses.replace(long, demos=kitchen.demos, sft=kitchen.sft) == kitchen
     carry = parse(f"{GRPO}:carry")
     assert (carry.demos.episodes, carry.sft.steps) == (1500, 2500)
     assert dataclasses.replace(carry, demos=long.demos, sft=long.sft) == long
@@ -54,7 +54,7 @@ def test_defaults_and_overrides():
     assert (config.group.size, config.update.optim.lr, config.group.shuffle_advantages) == (4, 1.0, True)
     assert type(config.update.optim.lr) is float
     assert config.task == "OpenDrawer" and config.env.cameras == ("a", "b")
-    assert config.sft == kitchen.sft and config.demos == Config().demos  # nothing else moved
+    assert config.sft == Config().sft and config.demos == kitchen.demos  # nothing else moved
 
 
 def test_presets():
@@ -105,8 +105,8 @@ def test_presets():
         ),
         (["--config.update.ratio_max=0.9"], ["update.ratio_max", "got 0.9", "more than 1"]),
         (
-            ["--config.train.scope=auto", "--config.selective.iterations=400"],
-            ["selective.iterations", "400", "train.iterations"],
+            ["--config.train.scope=auto", "--config.selective.iterations=300"],
+            ["selective.iterations", "300", "train.iterations"],
         ),
         (["--config.train.scope=joint", "--config.update.prefix_cache=host"], ["update.prefix_cache", "host", "stale"]),
         (["--config.train.scope=auto", "--config.update.prefix_cache=device"], ["update.prefix_cache", "stale"]),

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from envs.base import Env
-from envs.kitchen import CAMERAS, DEFAULT_CAMERAS, LAYOUTS, STYLES, TASKS, KitchenEnv, make
+from envs.kitchen import CAMERAS, DEFAULT_CAMERAS, LAYOUTS, STYLES, TASKS, KitchenEnv, demos, make
 from envs.kitchen import render as renderer
 from envs.kitchen.demos import collect, disturb, run_episode
 from envs.kitchen.experts import make_expert
@@ -519,15 +519,31 @@ def test_experts_solve_fresh_seeds(task, seed):
     assert sum(solved) >= 7, solved
 
 
-def test_labels_are_what_the_undisturbed_expert_does_from_the_visited_states(seed):
+def test_recorded_labels_are_the_clean_experts_at_the_states_that_followed(seed):
     env = make("OpenDrawer", image_size=8)
-    episode = run_episode(env, seed, noise=0.2, stride=4, chunk=8)
+    episode = run_episode(env, seed, noise=0.2, stride=4, chunk=8, labels="recorded")
     assert episode.noise in (0.0, 0.2, 0.4)
     count = len(episode.step)
     assert count == -(-episode.control_steps // 4)
     assert episode.actions.shape == (count, 8, 12) and episode.state.shape == (count, 16)
     assert all(images.shape == (count, 8, 8, 3) for images in episode.images.values())
     np.testing.assert_array_equal(episode.step, 4 * np.arange(count))
+    # Overlapping chunks tell the same story: the second half of one is the first half of the next.
+    np.testing.assert_array_equal(episode.actions[:-1, 4:], episode.actions[1:, :4])
+    env.reset(seed)
+    np.testing.assert_array_equal(episode.actions[0, 0], make_expert(env).act())
+    np.testing.assert_array_equal(episode.state[0], env.observe().state)
+    last = episode.actions[-1, (episode.control_steps - 1) % 4]
+    np.testing.assert_array_equal(episode.actions[-1, -1], last)
+
+
+def test_undisturbed_labels_are_what_the_expert_does_from_the_visited_states(seed):
+    env = make("OpenDrawer", image_size=8)
+    episode = run_episode(env, seed, noise=0.2, stride=4, chunk=8, labels="undisturbed")
+    recorded = run_episode(env, seed, noise=0.2, stride=4, chunk=8, labels="recorded")
+    np.testing.assert_array_equal(episode.state, recorded.state)  # branches leave no trace in the episode
+    np.testing.assert_array_equal(episode.actions[:, 0], recorded.actions[:, 0])
+    assert (episode.noise == 0) == np.array_equal(episode.actions, recorded.actions)
     expert = make_expert(env)
     for step, state, labels in zip(episode.step, episode.state, episode.actions, strict=True):
         _, noise = disturb(seed, 0.2)  # the episode once more, up to this observation; then nothing disturbs
@@ -542,16 +558,18 @@ def test_labels_are_what_the_undisturbed_expert_does_from_the_visited_states(see
             done = done or env.step_chunk(action[None]).done
 
 
-def test_without_noise_labels_are_what_was_executed(seed):
+@pytest.mark.parametrize("labels", demos.LABELS)
+def test_without_noise_labels_are_what_was_executed(seed, labels):
     env = make("TurnOnSinkFaucet", image_size=8)
-    episode = run_episode(env, seed, noise=0.0)
-    # Overlapping chunks tell the same story: the second half of one is the first half of the next.
-    np.testing.assert_array_equal(episode.actions[:-1, 4:], episode.actions[1:, :4])
-    last = episode.actions[-1, (episode.control_steps - 1) % 4]
-    np.testing.assert_array_equal(episode.actions[-1, -1], last)
+    episode = run_episode(env, seed, noise=0.0, labels=labels)
     env.reset(seed)
     executed = np.concatenate(episode.actions[::2])[: episode.control_steps]
     assert env.step_chunk(executed).success == episode.success
+
+
+def test_unknown_labels_are_refused(seed):
+    with pytest.raises(ValueError, match="labels must be one of recorded, undisturbed; got 'clean'"):
+        run_episode(make("OpenDrawer", image_size=8), seed, labels="clean")
 
 
 def test_collect_keeps_the_order_of_seeds_and_equals_one_process(seed):

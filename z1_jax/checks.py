@@ -20,6 +20,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "sft.loss_dims": ("all", "real"),
     "sft.optim.schedule": ("cosine", "constant"),
     "update.optim.schedule": ("cosine", "constant"),
+    "demos.labels": ("recorded", "undisturbed"),
     "group.branching": ("none", "prefix", "tree"),
     "group.prefix_schedule": ("constant", "linear", "cosine"),
     "flow.noise_schedule": ("constant", "linear", "cosine"),

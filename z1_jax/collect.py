@@ -58,6 +58,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, pathlib.Path]:
     parser.add_argument("--episodes", type=int, default=demos.episodes, help="successful ones to keep (%(default)s)")
     parser.add_argument("--noise", type=float, default=demos.noise, help="scale of the action noise (%(default)s)")
     parser.add_argument("--stride", type=int, default=demos.stride, help="control steps between observations")
+    parser.add_argument("--labels", default=demos.labels, help="recorded | undisturbed, see demos.labels (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the episodes (%(default)s)")
     parser.add_argument("--cameras", default=",".join(env.cameras), help="(%(default)s)")
     parser.add_argument("--image-size", type=int, default=env.image_size, help="pixels (%(default)s)")
@@ -69,7 +70,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, pathlib.Path]:
         algorithm="sft",
         task=given.task,
         seed=given.seed,
-        demos=dataclasses.replace(demos, episodes=given.episodes, noise=given.noise, stride=given.stride),
+        demos=dataclasses.replace(
+            demos, episodes=given.episodes, noise=given.noise, stride=given.stride, labels=given.labels
+        ),
         env=dataclasses.replace(
             env,
             cameras=tuple(given.cameras.split(",")),

@@ -70,6 +70,7 @@ class DemosConfig:
     episodes: int = 250  # successful ones to keep
     noise: float = 0.2  # an episode's action noise is one of 0, noise, 2·noise
     stride: int = 4  # control steps between recorded observations
+    labels: str = "undisturbed"  # a chunk is what the expert does undisturbed, or (recorded) did amid the noise
     dataset: str = ""  # a dataset directory (see z1_jax.collect) that replaces the collection
 
 

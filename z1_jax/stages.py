@@ -113,7 +113,7 @@ def demonstrations_source(config: Config) -> dict[str, Any]:
     """What the demonstrations of a config depend on, besides their number."""
     return {
         "made_by": f"{config.env.suite} expert",
-        "labels": "undisturbed branches",
+        "labels": config.demos.labels,
         "task": config.task,
         "noise": config.demos.noise,
         "stride": config.demos.stride,
@@ -184,6 +184,7 @@ def _successful_episodes(config: Config, journal: EpisodeJournal) -> Iterator[An
         processes=config.env.workers,
         stride=config.demos.stride,
         chunk=architecture(config).horizon,
+        labels=config.demos.labels,
         options=kitchen_options(config),
     )
     columns = {"success": ".1%"}

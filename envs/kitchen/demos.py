@@ -1,9 +1,10 @@
 """Demonstrations: episodes of the scripted experts with disturbed execution and clean labels.
 
 The executed action is the expert's plus noise, so that the recorded states spread around the expert's path; the labels
-stay what the expert would do from the state that was reached (as in DART, Laskey et al. 2017). A chunk of labels is
-taken from a branch of the episode that goes on without noise: the expert's answers to noise yet to come, which nobody
-can foresee from the observation, are most of what a chunk would otherwise hold.
+stay what the expert would do from the state that was reached (as in DART, Laskey et al. 2017).
+
+A chunk of labels is either `recorded`: the expert's actions at the states that followed, which answer noise that nobody
+could foresee from the observation; or `undisturbed`: what the expert does on a branch of the episode without noise.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from envs.kitchen.robot import ACTION_DIM
 from envs.worker import exit_with_parent
 
 WHITE, OFFSET = 0.5, 0.35  # standard deviations of white noise and constant offsets, as parts of the noise scale
+LABELS = ("recorded", "undisturbed")
 OFFSET_STEPS = 6  # control steps that an offset lasts
 # Full noise on the position; less where a unit is half a radian or a finger's grip; none on the base.
 _NOISE_PROFILE = np.array([1.0] * 3 + [0.3] * 4 + [0.0] * 5)
@@ -50,10 +52,17 @@ class Episode:
     step: np.ndarray  # int32 [N], control steps executed before each observation
     images: dict[str, np.ndarray]  # camera -> uint8 [N, S, S, 3]
     state: np.ndarray  # float32 [N, 16]
-    actions: np.ndarray  # float32 [N, chunk, 12], the undisturbed expert's actions from each observation on
+    actions: np.ndarray  # float32 [N, chunk, 12], clean expert actions from each observation on
 
 
-def run_episode(env: KitchenEnv, seed: int, noise: float = 0.2, stride: int = 4, chunk: int = 8) -> Episode:
+def run_episode(
+    env: KitchenEnv,
+    seed: int,
+    noise: float = 0.2,
+    stride: int = 4,
+    chunk: int = 8,
+    labels: str = "undisturbed",
+) -> Episode:
     """Runs the expert for one episode.
 
     Args:
@@ -61,23 +70,34 @@ def run_episode(env: KitchenEnv, seed: int, noise: float = 0.2, stride: int = 4,
       seed: of the episode and, in a stream of its own, of the noise.
       noise: n; the episode's noise scale is drawn from {0, n, 2n}, in units of the action.
       stride: control steps between observations.
-      chunk: labels an observation. Where its branch ends before, the last label is repeated: experts end in a steady
-        pull, push or retreat, and a policy that is not quite done should go on with it rather than stop.
+      chunk: labels an observation. Where the episode or branch ends before, the last label is repeated: experts end in
+        a steady pull, push or retreat, and a policy that is not quite done should go on with it rather than stop.
+      labels: one of `LABELS`, see above.
 
     Returns:
       The episode, also when it failed: the caller keeps what it wants.
+
+    Raises:
+      ValueError: unknown labels.
     """
+    if labels not in LABELS:
+        raise ValueError(f"labels must be one of {', '.join(LABELS)}; got {labels!r}")
     env.reset(seed)
     expert = make_expert(env)
     scale, disturbances = disturb(seed, noise)
     observations: list[EnvObservation] = []
-    labels: list[np.ndarray] = []
+    chunks: list[np.ndarray] = []
+    recorded: list[np.ndarray] = []
     done = False
     while not done:
         if env.steps % stride == 0:
             observations.append(env.observe())
-            labels.append(_undisturbed(env, expert, chunk))
-        done = env.step_chunk((expert.act() + next(disturbances))[None]).done
+            if labels == "undisturbed":
+                chunks.append(_undisturbed(env, expert, chunk))
+        recorded.append(expert.act())
+        done = env.step_chunk((recorded[-1] + next(disturbances))[None]).done
+    if labels == "recorded":
+        chunks = [_repeat_last(recorded[i : i + chunk], chunk) for i in range(0, len(recorded), stride)]
     return Episode(
         task=env.spec.task,
         seed=seed,
@@ -88,7 +108,7 @@ def run_episode(env: KitchenEnv, seed: int, noise: float = 0.2, stride: int = 4,
         step=np.arange(len(observations), dtype=np.int32) * stride,
         images={camera: np.stack([seen.images[camera] for seen in observations]) for camera in env.spec.cameras},
         state=np.stack([seen.state for seen in observations]),
-        actions=np.stack(labels),
+        actions=np.stack(chunks),
     )
 
 
@@ -101,7 +121,11 @@ def _undisturbed(env: KitchenEnv, expert: Expert, chunk: int) -> np.ndarray:
         actions.append(expert.act())
         done = env.step_chunk(actions[-1][None]).done
     env.restore(present)
-    return np.stack(actions + actions[-1:] * (chunk - len(actions)))
+    return _repeat_last(actions, chunk)
+
+
+def _repeat_last(actions: list[np.ndarray], length: int) -> np.ndarray:
+    return np.stack(actions + actions[-1:] * (length - len(actions)))
 
 
 def disturb(seed: int, noise: float) -> tuple[float, Iterator[np.ndarray]]:
@@ -127,8 +151,8 @@ def _start_worker(task: str, options: dict[str, Any], parent: int) -> None:
     _worker_env = KitchenEnv(task, **options)
 
 
-def _run_in_worker(seed: int, noise: float, stride: int, chunk: int) -> Episode:
-    return run_episode(_worker_env, seed, noise, stride, chunk)
+def _run_in_worker(seed: int, noise: float, stride: int, chunk: int, labels: str) -> Episode:
+    return run_episode(_worker_env, seed, noise, stride, chunk, labels)
 
 
 def collect(
@@ -138,6 +162,7 @@ def collect(
     processes: int = 2,
     stride: int = 4,
     chunk: int = 8,
+    labels: str = "undisturbed",
     options: Mapping[str, Any] | None = None,
 ) -> Iterator[Episode]:
     """Episodes of `seeds`, in their order, also those that failed.
@@ -145,7 +170,7 @@ def collect(
     Args:
       task: a kitchen task.
       seeds: of the episodes; may be endless, because only a few episodes are under way beyond what was consumed.
-      noise, stride, chunk: as in `run_episode`.
+      noise, stride, chunk, labels: as in `run_episode`.
       processes: worker processes; 1 or less runs in this process.
       options: KitchenEnv's further arguments.
 
@@ -155,7 +180,7 @@ def collect(
     options = dict(options or {})
     env = KitchenEnv(task, **options)  # a mistake in the arguments shows here, not inside a worker
     if processes <= 1:
-        yield from (run_episode(env, seed, noise, stride, chunk) for seed in seeds)
+        yield from (run_episode(env, seed, noise, stride, chunk, labels) for seed in seeds)
         return
     pool = concurrent.futures.ProcessPoolExecutor(
         processes, multiprocessing.get_context("spawn"), _start_worker, (task, options, os.getpid())
@@ -164,7 +189,7 @@ def collect(
         pending: collections.deque[concurrent.futures.Future[Episode]] = collections.deque()
         for seed in seeds:
             with _starting_workers():
-                pending.append(pool.submit(_run_in_worker, seed, noise, stride, chunk))
+                pending.append(pool.submit(_run_in_worker, seed, noise, stride, chunk, labels))
             if len(pending) >= 4 * processes:
                 yield pending.popleft().result()
         while pending:
