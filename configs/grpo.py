@@ -29,7 +29,7 @@ LONG = {**KITCHEN, "demos__labels": "undisturbed"}
 PRESETS = {
     "kitchen": KITCHEN,
     # For tasks that take more control steps, from the best demonstrations.
-    "long": {**LONG, "demos__episodes": 1000, "sft__steps": 600},
+    "long": {**LONG, "demos__episodes": 1500, "sft__steps": 1200},
     # For tasks that carry things: where they stand is read from the images only after some 2,000 steps.
     "carry": {**LONG, "demos__episodes": 1500, "sft__steps": 2500},
     "smoke": {  # the same, a minute or two long: it shows that everything works, and learns nothing
