@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on a core of its own")
     parser.add_argument("--only", default="", help="tasks, comma-separated; default all")
-    parser.add_argument("--preset", default="", help="of configs/grpo.py for every task; default by the task's length")
+    parser.add_argument("--preset", default="", help="of configs/grpo.py for every task; default by task")
     parser.add_argument("--report", action="store_true", help="run nothing, write the table of what is there")
     arguments, extra = parser.parse_known_args()
     tasks = arguments.only.split(",") if arguments.only else list(TASKS)
