@@ -24,14 +24,14 @@ KITCHEN = {
     "demos__labels": "recorded",
     "train__iterations": 240,
 }
-LONG = {**KITCHEN, "demos__labels": "undisturbed"}
+# For tasks that take more control steps, from the best demonstrations.
+LONG = {**KITCHEN, "demos__labels": "undisturbed", "demos__episodes": 1500, "sft__steps": 1200}
 
 PRESETS = {
     "kitchen": KITCHEN,
-    # For tasks that take more control steps, from the best demonstrations.
-    "long": {**LONG, "demos__episodes": 1500, "sft__steps": 1200},
+    "long": LONG,
     # For tasks that carry things: where they stand is read from the images only after some 2,000 steps.
-    "carry": {**LONG, "demos__episodes": 1500, "sft__steps": 2500},
+    "carry": {**LONG, "sft__steps": 2500},
     "smoke": {  # the same, a minute or two long: it shows that everything works, and learns nothing
         **KITCHEN,
         **common.SMOKE,

@@ -31,8 +31,8 @@ from envs.kitchen.experts import Expert, make_expert
 from envs.kitchen.robot import ACTION_DIM
 from envs.worker import exit_with_parent
 
-WHITE, OFFSET = 0.5, 0.35  # standard deviations of white noise and constant offsets, as parts of the noise scale
 LABELS = ("recorded", "undisturbed")
+WHITE, OFFSET = 0.5, 0.35  # standard deviations of white noise and constant offsets, as parts of the noise scale
 OFFSET_STEPS = 6  # control steps that an offset lasts
 # Full noise on the position; less where a unit is half a radian or a finger's grip; none on the base.
 _NOISE_PROFILE = np.array([1.0] * 3 + [0.3] * 4 + [0.0] * 5)
@@ -85,6 +85,7 @@ def run_episode(
     env.reset(seed)
     expert = make_expert(env)
     scale, disturbances = disturb(seed, noise)
+    branched = labels == "undisturbed" and scale > 0  # without noise the episode itself is that branch
     observations: list[EnvObservation] = []
     chunks: list[np.ndarray] = []
     recorded: list[np.ndarray] = []
@@ -92,11 +93,11 @@ def run_episode(
     while not done:
         if env.steps % stride == 0:
             observations.append(env.observe())
-            if labels == "undisturbed":
+            if branched:
                 chunks.append(_undisturbed(env, expert, chunk))
         recorded.append(expert.act())
         done = env.step_chunk((recorded[-1] + next(disturbances))[None]).done
-    if labels == "recorded":
+    if not branched:
         chunks = [_repeat_last(recorded[i : i + chunk], chunk) for i in range(0, len(recorded), stride)]
     return Episode(
         task=env.spec.task,
