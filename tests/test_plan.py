@@ -157,13 +157,14 @@ def test_peak_bytes_by_hand():
     assert 12 * product <= peak(kept_for_backward, x, w) <= 13 * product
 
 
-def test_bytes_are_those_of_real_arrays(rng):
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_bytes_are_those_of_real_arrays(rng, name):
     """Parameters, optimiser state and prefix cache of a tiny model, on two devices."""
     mesh = sharding.make_mesh(fsdp=2, devices=jax.devices()[:2])
     model = get_preset("tiny")
     real = nnx.state(pi05.init_model(model, int(rng.integers(1000)), mesh))
     policy = programs.abstract_policy(SMALL, model, mesh)
-    optimizer = optim.make_optimizer(z1_config.OptimConfig(), 1e-3)
+    optimizer = optim.make_optimizer(z1_config.SftOptimConfig(name=name), 1e-3)
 
     def held(tree) -> int:
         return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from z1_jax import sharding
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config import OptimConfig
+from z1_jax.config import OptimConfig, SftOptimConfig
 from z1_jax.errors import UserError
 from z1_jax.models import pi05
 from z1_jax.models.presets import get_preset
@@ -129,6 +129,26 @@ def test_every_mesh_computes_the_same(shape):
     assert found.keys() == {"loss", "gradients", "step", "actions"} and max(found.values()) < TOLERANCE, found
 
 
+def test_muon_steps_alike_on_every_mesh(rng):
+    """Its matrices are multiplied across shards; moments lie where their parameters do."""
+    optimizer = make_optimizer(SftOptimConfig(name="muon"), 1e-2)
+    grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype("f"), case().state)
+
+    def step(mesh):
+        with jax.set_mesh(mesh):
+            params, placed = sharding.shard(case().state, mesh), sharding.shard(grads, mesh)
+            state = init_optimizer(optimizer, params, mesh)
+            return state, named(jax.device_get(jax.jit(optimizer.update)(placed, state, params)[0]))
+
+    _, expected = step(tiny.one_device())
+    state, got = step(sharding.make_mesh(2, 2, 2))
+    for name, leaf in expected.items():
+        np.testing.assert_allclose(got[name], leaf, rtol=1e-4, atol=1e-4 * np.abs(leaf).max())
+    kernel = case().state["language"]["layers"]["mlp"]["gate_up"].get_value()
+    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == kernel.shape]
+    assert moments and all(moment.addressable_shards[0].data.size == kernel.size // 4 for moment in moments)
+
+
 def adaptive_block(params, condition, x, *, constrained: bool):
     """An adaRMS block as one would write it first: a 2-D condition times a kernel over fsdp and tensor."""
     time, modulate, gate_up, down = params
@@ -183,9 +203,10 @@ def test_no_single_buffer_holds_the_model_at_initialisation():
     assert held == sharding.bytes_per_device(state, mesh) < 0.13 * total
 
 
-def test_a_checkpoint_restores_onto_another_mesh(tmp_path):
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_checkpoint_restores_onto_another_mesh(tmp_path, name):
     """Parameters and moments, saved from one mesh, land on the shards of another, bit for bit."""
-    optimizer = make_optimizer(OptimConfig(), 1e-3)
+    optimizer = make_optimizer(SftOptimConfig(name=name), 1e-3)
 
     def trained(shape):
         mesh = sharding.make_mesh(*shape)

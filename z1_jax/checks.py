@@ -18,6 +18,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "sft.scope": _FIXED_SCOPES,
     "inputs.norm": ("quantile", "z_score"),
     "sft.loss_dims": ("all", "real"),
+    "sft.optim.name": ("adamw", "muon"),
     "sft.optim.schedule": ("cosine", "constant"),
     "update.optim.schedule": ("cosine", "constant"),
     "demos.labels": ("recorded", "undisturbed"),
@@ -94,6 +95,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "mesh.fsdp": (1, None),
     "mesh.tensor": (1, None),
     "log.every": (1, None),
+    "sft.optim.muon_rms": (1e-6, 100.0),
     **{
         f"{part}.{key}": bounds
         for part in ("sft.optim", "update.optim")
@@ -249,6 +251,7 @@ _INERT: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("reward.penalty", "reward.kind", ("decay", "sparse")),
     ("reward.filter_on", "reward.kind", ("sparse",)),
     ("update.optim.lr_end", "update.optim.schedule", ("constant",)),
+    ("sft.optim.muon_rms", "sft.optim.name", ("adamw",)),
     ("update.vlm_lr_factor", "train.scope", ("expert",)),
     *((f"selective.{f.name}", "train.scope", _FIXED_SCOPES) for f in dataclasses.fields(SelectiveConfig)),
 )

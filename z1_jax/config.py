@@ -90,6 +90,14 @@ class OptimConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SftOptimConfig(OptimConfig):
+    """The same, or Muon."""
+
+    name: str = "adamw"  # adamw; muon: orthogonalised momentum for kernels, AdamW for the rest
+    muon_rms: float = 0.4  # root mean square of a kernel's step with muon, as a share of the learning rate
+
+
+@dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters of scope lora: on every kernel of attention and MLP; what has adapters is itself frozen.
 
@@ -113,7 +121,7 @@ class SftConfig:
     scope: str = "everything"  # everything | joint | expert | lora, as train.scope
     ema: float = 0.0  # decay of a moving average of the parameters, with which the policy then acts; 0: none
     augment: bool = False  # openpi's crop, rotation (first slot only) and colour jitter of the images
-    optim: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(lr=3e-3, warmup_steps=50))
+    optim: SftOptimConfig = dataclasses.field(default_factory=lambda: SftOptimConfig(lr=3e-3, warmup_steps=50))
     checkpoint_every: int = 250  # steps
 
 

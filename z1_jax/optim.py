@@ -1,4 +1,4 @@
-"""Optimisers: AdamW behind global-norm clipping, and learning-rate schedules."""
+"""Optimisers: AdamW or Muon behind global-norm clipping, and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import optax
+from flax import nnx
+from optax.contrib import MuonDimensionNumbers, muon
 
-from z1_jax.config import OptimConfig
+from z1_jax.config import OptimConfig, SftOptimConfig
 from z1_jax.sharding import replicated
 
 
@@ -28,8 +30,10 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, lr: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """clip(global norm) → AdamW, as openpi: weight decay on every trained parameter, first moment in float32."""
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), make_adamw(config, lr))
+    """clip(global norm) → AdamW, as openpi, or Muon: weight decay on every trained parameter, float32 moments."""
+    muon_too = isinstance(config, SftOptimConfig) and config.name == "muon"
+    rule = make_muon(config, lr) if muon_too else make_adamw(config, lr)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
 
 
 def make_adamw(config: OptimConfig, lr: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -43,6 +47,35 @@ def make_adamw(config: OptimConfig, lr: optax.ScalarOrSchedule) -> optax.Gradien
     )
 
 
+def make_muon(config: SftOptimConfig, lr: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Muon (https://kellerjordan.github.io/posts/muon) for kernels, AdamW for embeddings, norms and biases.
+
+    A kernel's step is its momentum (0.95, Nesterov) with all singular values near one, scaled to a root mean square of
+    `muon_rms` × lr whatever its shape (arXiv 2502.16982). Each layer's, and each of several kernels in one array, is a
+    matrix of its own.
+    """
+    return muon(
+        lr,
+        weight_decay=config.weight_decay,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        eps=config.eps,
+        adam_weight_decay=config.weight_decay,
+        muon_weight_dimension_numbers=_matrices,
+        consistent_rms=config.muon_rms,
+    )
+
+
+def _matrices(params: Any) -> Any:
+    """For each parameter, which of its axes make a matrix: those of the layer's input and of its output; or None."""
+
+    def axes(variable: nnx.Variable) -> nnx.Variable:
+        matrix = variable.get_metadata("matrix")
+        return variable.replace(matrix and MuonDimensionNumbers(*matrix))
+
+    return jax.tree.map(axes, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
 def init_optimizer(optimizer: optax.GradientTransformation, params: Any, mesh: jax.sharding.Mesh) -> Any:
     """The optimiser's state for `params`: moments lie where their parameters do, the rest on every device.
 
@@ -52,12 +85,18 @@ def init_optimizer(optimizer: optax.GradientTransformation, params: Any, mesh: j
     whole = replicated(mesh)
     shardings = optax.tree.map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        lambda moment, sharding: moment if _absent(moment) else sharding,
         jax.eval_shape(optimizer.init, params),
         jax.tree.map(lambda x: x.sharding, params),
         transform_non_params=lambda _: whole,
+        is_leaf=_absent,
     )
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
         abstract = jax.eval_shape(optimizer.init, params)
         return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), abstract, shardings)
     return jax.jit(optimizer.init, out_shardings=shardings)(params)
+
+
+def _absent(moment: Any) -> bool:
+    """Whether an optimiser that treats parameters differently keeps no such moment for this one."""
+    return isinstance(moment, optax.MaskedNode)

@@ -54,7 +54,7 @@ class Einsum(nnx.Module):
         keep_float32: bool = False,
     ):
         self.pattern = pattern
-        self.kernel = param(shape, axes, init, layers=layers, keep_float32=keep_float32)
+        self.kernel = param(shape, axes, init, layers=layers, keep_float32=keep_float32, pattern=pattern)
         if bias is None:
             self.bias = None
         else:
@@ -162,15 +162,18 @@ class Mlp(nnx.Module):
 class GatedMlp(nnx.Module):
     """Gemma's MLP: down(gelu(gate(x)) * up(x)); gate and up are stored in one array."""
 
+    _GATE_UP, _DOWN = "...d,cdf->c...f", "...f,fd->...d"
+
     def __init__(self, width: int, hidden: int, *, layers: int | None = None):
-        self.gate_up = param((2, width, hidden), (None, "embed", "mlp"), Init(width**-0.5), layers=layers)
-        self.down = param((hidden, width), ("mlp", "embed"), Init(hidden**-0.5), layers=layers)
+        by_width, by_hidden = Init(width**-0.5), Init(hidden**-0.5)
+        self.gate_up = param((2, width, hidden), (None, "embed", "mlp"), by_width, layers=layers, pattern=self._GATE_UP)
+        self.down = param((hidden, width), ("mlp", "embed"), by_hidden, layers=layers, pattern=self._DOWN)
         self.gate_up_lora, self.down_lora = nnx.data(None), nnx.data(None)
 
     def adapt(self, rank: int, alpha: float) -> None:
         """Adds low-rank adapters to gate, up and down."""
-        self.gate_up_lora = Adapter("...d,cdf->c...f", self.gate_up, rank, alpha)
-        self.down_lora = Adapter("...f,fd->...d", self.down, rank, alpha)
+        self.gate_up_lora = Adapter(self._GATE_UP, self.gate_up, rank, alpha)
+        self.down_lora = Adapter(self._DOWN, self.down, rank, alpha)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         gate_up, flat = self.gate_up[...].astype(x.dtype), _flatten_tokens(x, 1)

@@ -6,6 +6,7 @@ travels with them as metadata: a state is enough, no module is needed.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from z1_jax.models.params import ZEROS, Init, param
+from z1_jax.models.params import ZEROS, Init, Pattern, param
 from z1_jax.sharding import constrain
 
 SUFFIX = "_lora"  # the adapter of parameter `kernel` is `kernel_lora`, beside it
@@ -32,26 +33,23 @@ class Adapter(nnx.Module):
     def __init__(self, pattern: str, kernel: nnx.Param, rank: int, alpha: float):
         if rank < 1:
             raise ValueError(f"an adapter's rank must be positive; got {rank}")
-        inputs, rest = pattern.split(",")
-        letters, outputs = rest.split("->")
-        contracted = inputs.removeprefix("...")
-        several, produced = outputs.split("...")
+        letters, contracted, several, produced = dataclasses.astuple(Pattern.parse(pattern))
         shape, axes = kernel.get_value().shape, kernel.get_metadata("logical_axes")
         stacked = len(shape) - len(letters)  # 1: the kernel has a leading layers axis
         size = dict(zip(letters, shape[stacked:], strict=True))
         axis = dict(zip(letters, axes[stacked:], strict=True))
 
-        def declare(names: str, init: Init) -> nnx.Param:
+        def declare(names: str, init: Init, pattern: str) -> nnx.Param:
             dims = tuple(size.get(name, rank) for name in names)
             layers = shape[0] if stacked else None
-            return param(dims, tuple(axis.get(name) for name in names), init, layers=layers)
+            return param(dims, tuple(axis.get(name) for name in names), init, layers=layers, pattern=pattern)
 
         fan_in = math.prod(size[name] for name in contracted)
         self.down = f"...{contracted},{several}{contracted}r->{several}...r"
         self.up = f"{several}...r,{several}r{produced}->{several}...{produced}"
         self.several, self.scale = len(several), alpha / rank
-        self.a = declare(f"{several}{contracted}r", Init(fan_in**-0.5))
-        self.b = declare(f"{several}r{produced}", ZEROS)
+        self.a = declare(f"{several}{contracted}r", Init(fan_in**-0.5), self.down)
+        self.b = declare(f"{several}r{produced}", ZEROS, self.up)
         layer = "L" * stacked
         fold = f"{layer}{several}{contracted}r,{layer}{several}r{produced}->{layer}{letters}"
         self.b.set_metadata("fold", fold)

@@ -24,6 +24,37 @@ class Init:
 ZEROS, ONES = Init(), Init(mean=1.0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """An einsum of an input and one kernel, such as "...d,ckdh->c...kh", by the letters of the kernel.
+
+    Attributes:
+        letters: of the kernel, in its order.
+        contracted: those that it shares with the input and that are summed over.
+        several: those that stand before the tokens in the output: they tell several kernels apart.
+        produced: those that stand behind the tokens in the output.
+    """
+
+    letters: str
+    contracted: str
+    several: str
+    produced: str
+
+    @classmethod
+    def parse(cls, pattern: str) -> Pattern:
+        """From the einsum's text."""
+        letters, outputs = pattern.partition(",")[2].split("->")
+        several, produced = outputs.split("...")
+        return cls(letters, "".join(c for c in letters if c not in outputs), several, produced)
+
+    def matrix(self, stacked: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The kernel's axes that are a matrix's input and its output, behind `stacked` leading axes."""
+        inputs, outputs = (
+            tuple(stacked + self.letters.index(c) for c in names) for names in (self.contracted, self.produced)
+        )
+        return inputs, outputs
+
+
 def param(
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
@@ -31,19 +62,21 @@ def param(
     *,
     layers: int | None = None,
     keep_float32: bool = False,
+    pattern: str | None = None,
 ) -> nnx.Param:
     """Declares a float32 parameter: shape, logical axes (see sharding) and initial values of one layer.
 
     Its value is a `jax.ShapeDtypeStruct` until `initialise` or a checkpoint fills it. `layers` adds a leading axis of
     that length. `keep_float32` marks what must not be cast down when frozen: it is used in float32 whatever the
-    compute dtype.
+    compute dtype. `pattern` is the einsum that applies a kernel to its input: it says which axes make a matrix.
     """
     if len(shape) != len(axes):
         raise ValueError(f"a parameter of shape {shape} needs {len(shape)} logical axes; got {axes}")
     if layers is not None:
         shape, axes = (layers, *shape), ("layers", *axes)
     value = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return nnx.Param(value, logical_axes=axes, init=init, keep_float32=keep_float32)
+    matrix = None if pattern is None else Pattern.parse(pattern).matrix(stacked=layers is not None)
+    return nnx.Param(value, logical_axes=axes, init=init, keep_float32=keep_float32, matrix=matrix)
 
 
 def initialise(state: nnx.State, seed: int | jax.Array, mesh: Mesh | None = None) -> nnx.State:

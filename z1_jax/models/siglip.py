@@ -100,7 +100,10 @@ class Siglip(nnx.Module):
         self.remat, self.unroll = remat, unroll
         patch_shape = (config.patch, config.patch, 3, config.width)
         patch_std = (3 * config.patch**2) ** -0.5
-        self.patch_kernel = param(patch_shape, (None, None, None, "embed"), Init(patch_std), keep_float32=True)
+        patch_axes = (None, None, None, "embed")
+        self.patch_kernel = param(
+            patch_shape, patch_axes, Init(patch_std), keep_float32=True, pattern="...xyc,xycd->...d"
+        )
         self.patch_bias = param((config.width,), (None,), ZEROS, keep_float32=True)
         position_shape, position_std = (1, config.tokens, config.width), config.width**-0.5
         self.position = param(position_shape, (None, None, "embed"), Init(position_std), keep_float32=True)
