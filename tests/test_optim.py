@@ -88,3 +88,19 @@ def test_muon_keeps_one_moment_for_kernels_and_two_for_the_rest():
         count[variable.get_metadata("matrix") is not None] += variable.get_value().size
     held = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim > 1 or leaf.size > 3)
     assert held == pytest.approx(count[True] + 2 * count[False], abs=200)
+
+
+def test_muon_rms_scales_the_steps_of_kernels_under_muon_alone(rng):
+    params = drawn(tiny.policy().params, rng)
+    grads = drawn(params, rng)
+
+    def steps(name, muon_rms):
+        optimizer = make_optimizer(SftOptimConfig(name=name, muon_rms=muon_rms, weight_decay=0.0), 1e-3)
+        return named(optimizer.update(grads, optimizer.init(params), params)[0])
+
+    for name in ("adamw", "muon"):
+        single, double = steps(name, 0.2), steps(name, 0.4)
+        for path, variable in nnx.to_flat_state(params):
+            key = ".".join(map(str, path))
+            factor = 2 if name == "muon" and variable.get_metadata("matrix") else 1
+            np.testing.assert_allclose(double[key], factor * single[key], rtol=1e-5)
