@@ -24,12 +24,12 @@ KITCHEN = {
     "demos__labels": "recorded",
     "train__iterations": 240,
 }
-# For tasks that take more control steps: from the best demonstrations, with Muon, which learns what AdamW does in less
-# than half of the steps.
+# For tasks that take more control steps or carry things: more and cleaner demonstrations, and Muon, which learns where
+# things stand in less than half of AdamW's steps.
 LONG = {
     **KITCHEN,
     "demos__labels": "undisturbed",
-    "demos__episodes": 1000,
+    "demos__episodes": 500,
     "sft__optim__name": "muon",
     "sft__steps": 450,
 }
@@ -37,8 +37,6 @@ LONG = {
 PRESETS = {
     "kitchen": KITCHEN,
     "long": LONG,
-    # For tasks that carry things: where they stand is read from the images later than anything else.
-    "carry": {**LONG, "sft__steps": 900},
     "smoke": {  # the same, a minute or two long: it shows that everything works, and learns nothing
         **KITCHEN,
         **common.SMOKE,
