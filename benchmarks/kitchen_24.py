@@ -3,7 +3,8 @@
 Each task and seed is one run of `python -m z1_jax.train`; an interrupted one continues, so that the same command goes
 on where it stopped: `python benchmarks/kitchen_24.py --out runs/kitchen_24`. The summaries of finished runs are kept in
 `--results`, so that another machine measures only what is missing; `--again` measures the named tasks anew. The table
-is written anew after every run (`--table`); `--report` only writes it. Further arguments go to each run.
+is written anew after every run (`--table`); `--report` only writes it. Further arguments go to each run. A "note" that
+was added to a row of the results, such as the reason found for a small gain, stands below the table.
 """
 
 from __future__ import annotations
@@ -41,6 +42,12 @@ class Row:
     def minutes(self) -> float:
         """Wall time of all stages."""
         return sum(self.summary["wall_seconds"].values()) / 60
+
+    @property
+    def moved(self) -> bool:
+        """Whether zero lies outside the interval of the gain."""
+        low, high = self.summary["difference_interval"]
+        return not low <= 0 <= high
 
     @property
     def worse(self) -> bool:
@@ -106,9 +113,11 @@ def table(rows: list[Row], missing: list[str]) -> str:
     notes = {
         "Significantly worse after RL": [row.cell.name for row in rows if row.worse],
         "SFT hardly starts (below 5 %)": [row.cell.name for row in rows if row.summary["before"]["rate"] < 0.05],
+        "RL does not lift (interval of the gain includes zero)": [row.cell.name for row in rows if not row.moved],
         "Not measured yet": missing,
     }
     lines += [f"{title}: {', '.join(names) or 'none'}.\n" for title, names in notes.items()]
+    lines += [f"- {row.cell.name}: {row.summary['note']}" for row in rows if row.summary.get("note")]
     return "\n".join(lines).rstrip() + "\n"
 
 

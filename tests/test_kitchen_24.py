@@ -69,7 +69,10 @@ def test_the_mean_weighs_tasks_alike_and_names_what_went_wrong(kitchen_24, tmp_p
     assert "Mean gain over 2 tasks: **+25.0 points**" in page
     assert "Significantly worse after RL: TurnOnStove-seed0." in page
     assert "SFT hardly starts (below 5 %): OpenDrawer-seed0, OpenDrawer-seed1." in page
-    assert "Not measured yet: TurnOnStove-seed1." in page
+    assert "RL does not lift (interval of the gain includes zero): OpenDrawer-seed0," in page
+    assert "Not measured yet: TurnOnStove-seed1." in page and "- OpenDrawer" not in page
+    rows[0].summary["note"] = "the handle is not seen"
+    assert "\n- OpenDrawer-seed0: the handle is not seen\n" in kitchen_24.table(rows, [])
     figures = [json.loads(line.removeprefix("RESULT ")) for line in kitchen_24.results(rows)]
     assert [(f["value"], f["met"], f["tasks_missing"]) for f in figures] == [(25.0, None, 22), (1, None, 22)]
     monkeypatch.setattr(kitchen_24, "TASKS", ("OpenDrawer", "TurnOnStove"))
