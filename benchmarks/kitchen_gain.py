@@ -23,6 +23,7 @@ TASKS = ("TurnOnSinkFaucet", "OpenDrawer", "PnPCounterToSink")
 GOALS = {"TurnOnSinkFaucet": 0.40, "OpenDrawer": 0.25, "PnPCounterToSink": 0.25}
 FAUCET = TASKS[0]
 SHORT = 40  # control steps: tasks with a longer horizon take a longer preset
+CARRYING = ("pick_and_place", "onto_dish", "into", "out_of")  # families of tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,10 @@ class Cell:
 
 def preset_of(task: str) -> str:
     """The preset of configs/grpo.py that suits a task."""
-    return "kitchen" if TASK_TABLE[task].horizon <= SHORT else "long"
+    info = TASK_TABLE[task]
+    if info.family in CARRYING:
+        return "carry"
+    return "kitchen" if info.horizon <= SHORT else "long"
 
 
 def cells(seeds: list[int]) -> list[Cell]:

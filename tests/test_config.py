@@ -40,6 +40,8 @@ def test_defaults_and_overrides():
     long = parse(f"{GRPO}:long")
     assert (long.demos.episodes, long.demos.labels, long.sft.steps) == (500, "undisturbed", 450)
     assert dataclasses.replace(long, demos=kitchen.demos, sft=kitchen.sft) == kitchen
+    carry = parse(f"{GRPO}:carry")
+    assert (carry.demos, carry.sft) == (long.demos, long.sft) and carry.group.branching == "none"
     config = parse(
         GRPO,
         "--config.group.size=4",
