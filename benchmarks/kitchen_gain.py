@@ -23,13 +23,14 @@ TASKS = ("TurnOnSinkFaucet", "OpenDrawer", "PnPCounterToSink")
 GOALS = {"TurnOnSinkFaucet": 0.40, "OpenDrawer": 0.25, "PnPCounterToSink": 0.25}
 FAUCET = TASKS[0]
 # OpenDrawer from demonstrations as people's are: with undisturbed ones SFT leaves little to gain (docs/learning.md).
-RECORDED = (
-    "--config.demos.labels=recorded",
-    "--config.demos.episodes=1500",
-    "--config.sft.optim.name=adamw",
-    "--config.sft.steps=1200",
-)
-ARGUMENTS = {"OpenDrawer": RECORDED}
+ARGUMENTS = {
+    "OpenDrawer": (
+        "--config.demos.labels=recorded",
+        "--config.demos.episodes=1500",
+        "--config.sft.optim.name=adamw",
+        "--config.sft.steps=1200",
+    )
+}
 SHORT = 40  # control steps: tasks with a longer horizon take a longer preset
 HARDER = ("TurnSinkSpout", "TurnOffStove")  # short, but 300 SFT steps hardly teach which side or burner is meant
 CARRYING = ("pick_and_place", "onto_dish", "into", "out_of")  # families of tasks

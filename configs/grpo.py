@@ -38,7 +38,7 @@ PRESETS = {
     "kitchen": KITCHEN,
     "long": LONG,
     # For tasks that carry things. A grasp is decided by the second or third chunk: members that share those fail or
-    # succeed together, and teach nothing. And it bears less noise: with twice as much GRPO made such tasks worse.
+    # succeed together, and teach nothing. And it bears less noise: with more, GRPO made one such task worse.
     "carry": {
         **LONG,
         "group__branching": "none",

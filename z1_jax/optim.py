@@ -48,7 +48,7 @@ def make_adamw(config: OptimConfig, lr: optax.ScalarOrSchedule) -> optax.Gradien
 
 
 def make_muon(config: SftOptimConfig, lr: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """Muon (https://kellerjordan.github.io/posts/muon) for kernels, AdamW for embeddings, norms and biases.
+    """Muon (https://kellerjordan.github.io/posts/muon) for kernels, AdamW with Nesterov momentum for the rest.
 
     A kernel's step is its momentum (0.95, Nesterov) with all singular values near one, scaled to a root mean square of
     `muon_rms` × lr whatever its shape (arXiv 2502.16982). Each layer's, and each of several kernels in one array, is a

@@ -49,10 +49,11 @@ class Pattern:
 
     def matrix(self, stacked: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The kernel's axes that are a matrix's input and its output, behind `stacked` leading axes."""
-        inputs, outputs = (
-            tuple(stacked + self.letters.index(c) for c in names) for names in (self.contracted, self.produced)
-        )
-        return inputs, outputs
+
+        def axes(names: str) -> tuple[int, ...]:
+            return tuple(stacked + self.letters.index(name) for name in names)
+
+        return axes(self.contracted), axes(self.produced)
 
 
 def param(
