@@ -24,11 +24,10 @@ KITCHEN = {
     "demos__labels": "recorded",
     "train__iterations": 240,
 }
-# For tasks that take more control steps: more and cleaner demonstrations, and Muon, which learns where things stand in
-# less than half of AdamW's steps.
+# For tasks that take more control steps: more demonstrations, and Muon, which learns where things stand in less than
+# half of AdamW's steps.
 LONG = {
     **KITCHEN,
-    "demos__labels": "undisturbed",
     "demos__episodes": 500,
     "sft__optim__name": "muon",
     "sft__steps": 450,
@@ -37,17 +36,19 @@ LONG = {
 PRESETS = {
     "kitchen": KITCHEN,
     "long": LONG,
-    # For tasks that carry things. A grasp is decided by the second or third chunk: members that share those fail or
-    # succeed together, and teach nothing. And it bears less noise: with more, GRPO made one such task worse.
+    # For tasks that carry things, which must see better to start at all. A grasp is decided by the second or third chunk:
+    # members that share those fail or succeed together, and teach nothing. And it bears less noise.
     "carry": {
         **LONG,
+        "demos__episodes": 1000,
+        "sft__steps": 900,
         "group__branching": "none",
         "group__prefix_chunks": 0,
         "group__prefix_chunks_end": 0,
         "flow__noise_level": 0.7,
         "flow__noise_level_end": 0.3,
         "update__optim__lr": 1e-4,
-        "train__iterations": 160,
+        "train__iterations": 200,
     },
     "smoke": {  # the same, a minute or two long: it shows that everything works, and learns nothing
         **KITCHEN,

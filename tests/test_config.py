@@ -38,10 +38,11 @@ def test_defaults_and_overrides():
     assert dataclasses.replace(kitchen, **same) == plain
     assert (kitchen.flow.sde_steps, plain.flow.sde_steps) == ("one", "all")
     long = parse(f"{GRPO}:long")
-    assert (long.demos.episodes, long.demos.labels, long.sft.steps) == (500, "undisturbed", 450)
+    assert (long.demos.episodes, long.sft.steps, long.sft.optim.name) == (500, 450, "muon")
     assert dataclasses.replace(long, demos=kitchen.demos, sft=kitchen.sft) == kitchen
     carry = parse(f"{GRPO}:carry")
-    assert (carry.demos, carry.sft) == (long.demos, long.sft) and carry.group.branching == "none"
+    assert (carry.demos.episodes, carry.sft.steps, carry.group.branching) == (1000, 900, "none")
+    assert {kitchen.demos.labels, long.demos.labels, carry.demos.labels} == {"recorded"}
     config = parse(
         GRPO,
         "--config.group.size=4",
