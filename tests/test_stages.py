@@ -52,7 +52,9 @@ def test_an_interrupted_collection_ends_in_the_same_dataset(stop_after, rng, tmp
 def test_a_given_dataset_replaces_the_collection_where_it_fits(tmp_path, capsys):
     dataset = demonstrations(make_config(episodes=1), tmp_path / "data")
     config = make_config(episodes=50, dataset=str(tmp_path / "data"))
+    capsys.readouterr()
     assert demonstrations(config, tmp_path / "unused").identity == dataset.identity
+    assert "the other keys of demos have no effect" in capsys.readouterr().out
     assert not (tmp_path / "unused").exists()
     other = dataclasses.replace(config.env, cameras=("robot0_agentview_right", "robot0_eye_in_hand"))
     with pytest.raises(ConfigError, match="env.cameras: got robot0_agentview_right, the dataset .* has"):

@@ -99,7 +99,9 @@ def demonstrations(config: Config, directory: pathlib.Path) -> Dataset:
         UserError: the dataset is damaged or does not fit the config, or the expert fails too often.
     """
     if config.demos.dataset:
-        return _fitting(config, open_dataset(config.demos.dataset))
+        dataset = _fitting(config, open_dataset(config.demos.dataset))
+        print(f"demonstrations of {dataset.path}: the other keys of demos have no effect")
+        return dataset
     if directory.exists():
         return _fitting(config, open_dataset(directory))
     source = demonstrations_source(config)
