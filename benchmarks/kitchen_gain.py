@@ -32,7 +32,7 @@ ARGUMENTS = {
     )
 }
 SHORT = 40  # control steps: tasks with a longer horizon take a longer preset
-HARDER = ("TurnSinkSpout", "TurnOffStove")  # short, but 300 SFT steps hardly teach which side or burner is meant
+HARD = ("TurnSinkSpout", "TurnOffStove")  # short, but 300 SFT steps hardly teach which side or burner is meant
 CARRYING = ("pick_and_place", "onto_dish", "into", "out_of")  # families of tasks
 
 
@@ -51,9 +51,11 @@ class Cell:
 def preset_of(task: str) -> str:
     """The preset of configs/grpo.py that suits a task."""
     info = TASK_TABLE[task]
+    if task in HARD:
+        return "brief"
     if info.family in CARRYING:
         return "carry"
-    return "kitchen" if info.horizon <= SHORT and task not in HARDER else "long"
+    return "kitchen" if info.horizon <= SHORT else "long"
 
 
 def cells(seeds: list[int]) -> list[Cell]:

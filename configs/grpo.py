@@ -33,18 +33,20 @@ LONG = {
     "sft__steps": 450,
 }
 
+# Members of a group that share what decides an episode fail or succeed together, and teach nothing.
+APART = {"group__branching": "none", "group__prefix_chunks": 0, "group__prefix_chunks_end": 0}
+
 PRESETS = {
     "kitchen": KITCHEN,
     "long": LONG,
-    # For tasks that carry things, which must see better to start at all. A grasp is decided by the second or third chunk:
-    # members that share those fail or succeed together, and teach nothing. And it bears less noise.
+    "brief": {**LONG, **APART},  # for hard tasks that are over within two chunks: the first one decides
+    # For tasks that carry things: they must see better to start at all, the second or third chunk decides a grasp, and
+    # it bears less noise.
     "carry": {
         **LONG,
+        **APART,
         "demos__episodes": 1000,
         "sft__steps": 900,
-        "group__branching": "none",
-        "group__prefix_chunks": 0,
-        "group__prefix_chunks_end": 0,
         "flow__noise_level": 0.7,
         "flow__noise_level_end": 0.3,
         "update__optim__lr": 1e-4,

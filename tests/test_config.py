@@ -40,7 +40,8 @@ def test_defaults_and_overrides():
     long = parse(f"{GRPO}:long")
     assert (long.demos.episodes, long.sft.steps, long.sft.optim.name) == (500, 450, "muon")
     assert dataclasses.replace(long, demos=kitchen.demos, sft=kitchen.sft) == kitchen
-    carry = parse(f"{GRPO}:carry")
+    brief, carry = parse(f"{GRPO}:brief"), parse(f"{GRPO}:carry")
+    assert dataclasses.replace(brief, group=long.group) == long and brief.group.branching == "none"
     assert (carry.demos.episodes, carry.sft.steps, carry.group.branching) == (1000, 900, "none")
     assert {kitchen.demos.labels, long.demos.labels, carry.demos.labels} == {"recorded"}
     config = parse(

@@ -47,6 +47,7 @@ def test_every_task_is_run_with_the_preset_that_suits_it(kitchen_24):
     presets = {cell.task: cell.config for cell in rows}
     assert presets["TurnOnSinkFaucet"] == "configs/grpo.py:kitchen"
     assert presets["OpenDoubleDoor"] == "configs/grpo.py:long"
+    assert presets["TurnOffStove"] == "configs/grpo.py:brief"
     carrying = {task for task, config in presets.items() if config == "configs/grpo.py:carry"}
     assert carrying == {task for task in TASKS if task.startswith("PnP") or task.endswith("Mug")}
     assert {cell.config for cell in kitchen_24.cells(["OpenDrawer"], [0], "smoke")} == {"configs/grpo.py:smoke"}
