@@ -45,12 +45,11 @@ PRESETS = {
     "carry": {
         **LONG,
         **APART,
-        "demos__episodes": 1000,
-        "sft__steps": 900,
+        "demos__episodes": 1500,
+        "sft__steps": 1600,
         "flow__noise_level": 0.7,
         "flow__noise_level_end": 0.3,
         "update__optim__lr": 1e-4,
-        "train__iterations": 200,
     },
     "smoke": {  # the same, a minute or two long: it shows that everything works, and learns nothing
         **KITCHEN,

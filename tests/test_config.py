@@ -42,7 +42,7 @@ def test_defaults_and_overrides():
     assert dataclasses.replace(long, demos=kitchen.demos, sft=kitchen.sft) == kitchen
     brief, carry = parse(f"{GRPO}:brief"), parse(f"{GRPO}:carry")
     assert dataclasses.replace(brief, group=long.group) == long and brief.group.branching == "none"
-    assert (carry.demos.episodes, carry.sft.steps, carry.group.branching) == (1000, 900, "none")
+    assert (carry.demos.episodes, carry.sft.steps, carry.group.branching) == (1500, 1600, "none")
     assert {kitchen.demos.labels, long.demos.labels, carry.demos.labels} == {"recorded"}
     config = parse(
         GRPO,
