@@ -22,15 +22,6 @@ from envs.kitchen import TASKS as TASK_TABLE
 TASKS = ("TurnOnSinkFaucet", "OpenDrawer", "PnPCounterToSink")
 GOALS = {"TurnOnSinkFaucet": 0.40, "OpenDrawer": 0.25, "PnPCounterToSink": 0.25}
 FAUCET = TASKS[0]
-# OpenDrawer from demonstrations as people's are: with undisturbed ones SFT leaves little to gain (docs/learning.md).
-ARGUMENTS = {
-    "OpenDrawer": (
-        "--config.demos.labels=recorded",
-        "--config.demos.episodes=1500",
-        "--config.sft.optim.name=adamw",
-        "--config.sft.steps=1200",
-    )
-}
 SHORT = 40  # control steps: tasks with a longer horizon take a longer preset
 HARD = ("TurnSinkSpout", "TurnOffStove")  # short, but 300 SFT steps hardly teach which side or burner is meant
 CARRYING = ("pick_and_place", "onto_dish", "into", "out_of")  # families of tasks
@@ -61,7 +52,7 @@ def preset_of(task: str) -> str:
 def cells(seeds: list[int]) -> list[Cell]:
     """Parents come before their children; the cells that matter most come first."""
     rows = [
-        Cell(f"{task}-seed{seed}", task, seed, ARGUMENTS.get(task, ()), config=f"configs/grpo.py:{preset_of(task)}")
+        Cell(f"{task}-seed{seed}", task, seed, (), config=f"configs/grpo.py:{preset_of(task)}")
         for seed in seeds
         for task in TASKS
     ]
