@@ -4,7 +4,8 @@ Each task and seed is one run of `python -m z1_jax.train`; an interrupted one co
 on where it stopped: `python benchmarks/kitchen_24.py --out runs/kitchen_24`. The summaries of finished runs are kept in
 `--results`, so that another machine measures only what is missing; `--again` measures the named tasks anew. The table
 is written anew after every run (`--table`); `--report` only writes it. Further arguments go to each run. A "note" that
-was added to a row of the results, such as the reason found for a small gain, stands below the table.
+was added to a row of the results, such as the reason found for a small gain, stands below the table;
+rows of other names, such as those of other settings, are kept and not shown.
 """
 
 from __future__ import annotations
