@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py                  # full-size π0.5 with random weights, under 9 minutes
     python benchmarks/gpu.py --preset tiny    # the same on anything, to see that it works
+    python benchmarks/gpu.py --parts sampler_3_cameras --batches 1 --attention cudnn
 
 Each part runs in a process of its own: one that fails, as when memory runs out, is reported and the others go on.
 Every number stands beside its floor, from the counts of z1_jax/costs.py and the table of z1_jax/accelerators.py.
@@ -20,6 +21,9 @@ from typing import Any
 
 from figures import result_line
 
+from z1_jax.models.attention import IMPLEMENTATIONS
+
+BATCHES = (1, 8, 32)
 PARTS = ("sampler_3_cameras", "sft_batch_32", "rl_update", "sampler_2_cameras", "sft_largest")  # what has goals first
 GOALS = {  # on an H200, for full-size π0.5
     "gpu/decision_3_cameras_batch_1_steps_10": ("ms", 16.0),
@@ -36,16 +40,19 @@ def main() -> None:
     parser.add_argument("--accelerator", default="", help="whose floors to show; default: the one that is there")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together (%(default)s)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES), help="of the samplers (%(default)s)")
+    parser.add_argument("--attention", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS[0], help="(%(default)s)")
+    parser.add_argument("--unroll", action="store_true", help="write the layers out instead of looping over them")
     parser.add_argument("--here", action="store_true", help="run the parts in this process")
     arguments = parser.parse_args()
     if arguments.here:
         for part in arguments.parts:
-            Bench(arguments.preset, arguments.accelerator).run(part)
+            Bench(arguments).run(part)
         return
     deadline = time.monotonic() + 60 * arguments.minutes
     for part in arguments.parts:
-        command = [sys.executable, __file__, "--here", "--parts", part, "--preset", arguments.preset]
-        command += ["--accelerator", arguments.accelerator] if arguments.accelerator else []
+        # What comes later takes the place of what came before.
+        command = [sys.executable, __file__, *sys.argv[1:], "--here", "--parts", part]
         try:
             code = subprocess.run(command, timeout=max(deadline - time.monotonic(), 0.1)).returncode
             if code:
@@ -57,7 +64,7 @@ def main() -> None:
 class Bench:
     """One part: random weights on the device, functions of the training code, and a line for each number."""
 
-    def __init__(self, preset: str, accelerator: str):
+    def __init__(self, arguments: argparse.Namespace):
         import jax  # after the parent has started its children: it must not hold the device
 
         from z1_jax import accelerators, sharding
@@ -67,16 +74,20 @@ class Bench:
         start_jax()
         self.device = jax.devices()[0]
         self.mesh = sharding.make_mesh(devices=[self.device])
-        self.preset, self.model = preset, get_preset(preset, remat="full")
+        self.preset, self.batches, self.attention = arguments.preset, arguments.batches, arguments.attention
+        settings = {"remat": "full", "attention": arguments.attention, "unroll": arguments.unroll}
+        self.model = get_preset(self.preset, **settings)
         known = accelerators.accelerator_of(self.device.device_kind)
-        self.accelerator = accelerators.get_accelerator(accelerator) if accelerator else known
-        self.attains_goals = preset == "pi05" and known is not None and known.name == "H200"
+        named = arguments.accelerator
+        self.accelerator = accelerators.get_accelerator(named) if named else known
+        self.attains_goals = self.preset == "pi05" and known is not None and known.name == "H200"
 
     def run(self, part: str) -> None:
         """Runs the part of that name, under the mesh."""
         import jax
 
-        print(f"{part} on {self.device.device_kind}, preset {self.preset}", flush=True)
+        how = f"preset {self.preset}, attention {self.attention}" + ", layers written out" * self.model.unroll
+        print(f"{part} on {self.device.device_kind}, {how}", flush=True)
         with jax.set_mesh(self.mesh):
             if part.startswith("sampler"):
                 self.sampler(int(part.split("_")[1]))
@@ -99,7 +110,7 @@ class Bench:
         policy = self.policy()
         graphdef, trainable, frozen = policy.split("expert")
         params = self.filled((trainable, frozen))
-        for batch in (1, 8, 32):
+        for batch in self.batches:
             actors = {
                 steps: make_actor(policy, graphdef, FlowConfig(steps=steps), self.mesh, batch) for steps in (10, 5)
             }
@@ -275,6 +286,7 @@ class Bench:
         higher = more.pop("higher", False)
         met = None if goal is None else (value >= goal if higher else value <= goal)
         facts = {"device": self.device.device_kind, "preset": self.preset, "peak_bytes": more.get("memory")}
+        facts |= {"attention": self.attention, "unroll": self.model.unroll}
         line = result_line(name, value, unit, baseline=baseline, goal=goal, met=met, n=n, spread=spread, **facts)
         print(line, flush=True)
 

@@ -75,6 +75,22 @@ def test_a_mistake_is_one_line(arguments, message):
     assert code in (1, 2) and out.startswith("error: ") and message in out and out.count("\n") == 1, out
 
 
+@pytest.mark.parametrize(
+    "given, memory, precision",
+    [
+        ({}, "0.92", "float32"),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5", "JAX_DEFAULT_MATMUL_PRECISION": "default"}, "None", "default"),
+    ],
+)
+def test_settings_of_the_process_give_way_to_the_users(given, memory, precision):
+    code = "import os, jax; from z1_jax import runs; runs.start_jax()"
+    code += "; print(os.environ.get('XLA_CLIENT_MEM_FRACTION'), jax.config.jax_default_matmul_precision)"
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | given, capture_output=True, text=True, check=True
+    )
+    assert out.stdout.split() == [memory, precision]
+
+
 def test_a_bug_keeps_its_traceback(tmp_path):
     code = "from z1_jax import runs; runs.run_main(lambda argv: [][1])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

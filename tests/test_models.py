@@ -189,6 +189,48 @@ def test_attention_implementations_agree_with_plain_numpy(rng, kv_heads):
         assert relative_error(shared[:, i, 0], alone) < 1e-5
 
 
+def dots(fn, *args) -> list[tuple[set, object]]:
+    """(dtypes of the factors, precision) of every product in `fn`'s trace that is not within a called function."""
+    equations = jax.make_jaxpr(fn)(*args).jaxpr.eqns
+    return [
+        ({str(factor.aval.dtype) for factor in equation.invars}, equation.params["precision"])
+        for equation in equations
+        if equation.primitive.name == "dot_general"
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_only_products_of_float32_are_computed_in_full(rng, dtype):
+    """As under `start_jax`: a gradient that meets bfloat16 is none of them."""
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 4, 2, 8)), dtype) for _ in range(3))
+    mask = jnp.ones((2, 4), bool)
+
+    def loss(q, k, v):
+        shared = attention.attend_shared_prefix(q[:, None], k[:, None], v[:, None], k, v, mask)
+        return jnp.sum(jnp.square(attention.attend(q, k, v, mask)) + jnp.square(shared[:, 0])).astype(jnp.float32)
+
+    with jax.default_matmul_precision("float32"):
+        found = dots(jax.grad(loss, argnums=(0, 1, 2)), q, k, v)
+    full = (jax.lax.Precision.HIGHEST,) * 2
+    widened = [precision for factors, precision in found if "float32" in factors]
+    assert widened and all((precision == full) == (dtype == "float32") for precision in widened)
+
+
+def test_cudnn_agrees_with_einsum(rng):
+    if jax.default_backend() != "gpu":
+        pytest.skip("cuDNN needs a GPU: JAX_PLATFORMS=cuda XLA_FLAGS= pytest tests/test_models.py")
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 96, heads, 64)) / 4, jnp.bfloat16) for heads in (4, 1, 1))
+    mask = jnp.asarray(rng.random((2, 96)) < 0.6).at[:, 0].set(True)
+    for given in (mask, None):
+        out = {}
+        for implementation in ("einsum", "cudnn"):
+            attend = lambda q, k, v, name=implementation, given=given: attention.attend(q, k, v, given, name)  # noqa: E731
+            value, pullback = jax.vjp(attend, q, k, v)
+            out[implementation] = [value, *pullback(jnp.ones_like(value))]
+        for got, expected in zip(out["cudnn"], out["einsum"], strict=True):
+            assert relative_error(got.astype(jnp.float32), np.asarray(expected, np.float32)) < 3e-2
+
+
 def test_full_size_arrays_are_openpis():
     shapes = weights.openpi_shapes(get_preset("pi05"))
     assert shapes == {name: tuple(entry["shape"]) for name, entry in SHAPES.items()}

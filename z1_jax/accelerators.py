@@ -41,7 +41,7 @@ ACCELERATORS = {
 }
 
 # Of a device's memory, what a program can plan with: the driver, the libraries' workspaces and fragmentation take the
-# rest. JAX itself takes 75 % of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+# rest. Commands let JAX take as much of a GPU, unless XLA_CLIENT_MEM_FRACTION says otherwise.
 USABLE = 0.92
 
 

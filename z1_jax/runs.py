@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from envs.pool import PoolError
-from z1_jax import __version__, suites
+from z1_jax import __version__, accelerators, suites
 from z1_jax import config as z1_config
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.config import Config, ConfigError
@@ -64,7 +64,16 @@ def require_algorithm(config: Config, known: Sequence[str], command: str) -> Non
 
 
 def start_jax() -> None:
-    """Settings of the process: compiled functions are kept from run to run."""
+    """Settings of the process, before the first device is used: compiled functions are kept from run to run.
+
+    On a GPU JAX may take as much memory as `z1_jax.plan` plans with; by itself it would stop at 75 %. And float32
+    means float32: accelerators would round the factors of products to TF32 or bfloat16, and an update would not find
+    the probabilities that a rollout saw. Products of bfloat16 are what they were.
+    """
+    if not any(name in os.environ for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")):
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(accelerators.USABLE)
+    if jax.config.jax_default_matmul_precision is None:
+        jax.config.update("jax_default_matmul_precision", "float32")
     cache = os.environ.get("Z1_JAX_CACHE", str(pathlib.Path.home() / ".cache" / "z1_jax" / "xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

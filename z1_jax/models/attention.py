@@ -23,14 +23,26 @@ def attend(
     (cudnn: GPU and bfloat16 only).
     """
     if implementation != "einsum":
-        full_mask = None if mask is None else mask[:, None, None, :]
+        # cuDNN wants a row of the mask for every query.
+        full_mask = None if mask is None else _every_query(mask, q.shape[1])
         return jax.nn.dot_product_attention(q, k, v, mask=full_mask, scale=1.0, implementation=implementation)
     grouped = _group(q, k.shape[2])
-    logits = jnp.einsum("bkxd,bskd->bkxs", grouped, k, preferred_element_type=jnp.float32)
+    logits = _logits("bkxd,bskd->bkxs", grouped, k)
     if mask is not None:
         logits = jnp.where(mask[:, None, None, :], logits, MASKED_LOGIT)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return _ungroup(jnp.einsum("bkxs,bskd->bkxd", weights, v), q.shape)
+
+
+def _logits(pattern: str, q: Array, k: Array) -> Array:
+    """Products in float32. From bfloat16 their gradients meet float32 ones: to carry those in full would cost a GPU's
+    SFT step a twentieth, for digits that bfloat16 drops again."""
+    precision = jax.lax.Precision.DEFAULT if q.dtype == jnp.bfloat16 else None
+    return jnp.einsum(pattern, q, k, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _every_query(mask: Bool[Array, "B S"], queries: int) -> Bool[Array, "B 1 T S"]:
+    return jnp.broadcast_to(mask[:, None, None, :], (mask.shape[0], 1, queries, mask.shape[1]))
 
 
 def _group(q: Float[Array, "B T N D"], kv_heads: int) -> Float[Array, "B K X D"]:
@@ -64,9 +76,9 @@ def attend_shared_prefix(
     group = heads // kv_heads
     grouped = q.reshape(batch, chunks, horizon, kv_heads, group, width).transpose(0, 3, 4, 1, 2, 5)
     flat = grouped.reshape(batch, kv_heads, -1, width)  # every query of an observation: the prefix is read once
-    to_prefix = jnp.einsum("bkxd,btkd->bkxt", flat, prefix_k.astype(q.dtype), preferred_element_type=jnp.float32)
+    to_prefix = _logits("bkxd,btkd->bkxt", flat, prefix_k.astype(q.dtype))
     to_prefix = jnp.where(prefix_mask[:, None, None, :], to_prefix, MASKED_LOGIT)
-    to_chunk = jnp.einsum("bkgmhd,bmskd->bkgmhs", grouped, k, preferred_element_type=jnp.float32)
+    to_chunk = _logits("bkgmhd,bmskd->bkgmhs", grouped, k)
     logits = [to_prefix.reshape(*grouped.shape[:-1], prefix_length), to_chunk]
     weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1).astype(v.dtype)
     over_prefix, over_chunk = weights[..., :prefix_length], weights[..., prefix_length:]
