@@ -198,8 +198,9 @@ def test_a_broken_iteration_is_kept_and_stops_the_run(tmp_path, monkeypatch, mom
 
 SELECTIVE = dataclasses.replace(
     CONFIG,
+    seed=0,  # a few of all seeds succeed along a rising straight line, and the expert alone goes on
     train=TrainConfig(iterations=5, scope="auto", checkpoint_every=1),
-    selective=SelectiveConfig(iterations=3, confidence=0.9999, enough=1.01),  # surely switches
+    selective=SelectiveConfig(iterations=3, confidence=0.9999, enough=1.01),  # else it surely switches
 )
 
 
