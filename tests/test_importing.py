@@ -202,6 +202,53 @@ def raw_hdf5_without_images(root, demos):
     return rf"b\.hdf5 has no camera {CAMERA}; it has none", 3
 
 
+def hdf5_after_one_without_images(root, demos):
+    files.write_hdf5(root / "b.hdf5", demos)
+    for demo in demos:
+        demo.images.clear()
+    files.write_hdf5(root / "a.hdf5", demos)
+    return rf"a\.hdf5 has no camera {CAMERA}; it has none", 3
+
+
+def hdf5_after_a_wide_one(root, demos):
+    for name in ("b", "c"):
+        files.write_hdf5(root / f"{name}.hdf5", demos)
+    for demo in demos:
+        demo.actions = demo.actions[:, :7]
+    files.write_hdf5(root / "a.hdf5", demos)
+    return r"a\.hdf5 has actions of width 7 and states of 16, expected 12 and 16 as its fellows", 6
+
+
+def hdf5_of_two_rates_after_one_without(root, demos):
+    import h5py
+
+    for name, fps in (("a", 20), ("b", 20), ("c", 10)):
+        files.write_hdf5(root / f"{name}.hdf5", demos, fps=fps)
+    with h5py.File(root / "a.hdf5", "r+") as file:
+        file["data"].attrs["env_args"] = json.dumps({"env_name": "OpenDrawer", "env_kwargs": None})
+    return r"c\.hdf5 has 10 steps a second, .*b\.hdf5 20", 6
+
+
+def hdf5_with_frames_of_another_size(root, demos):
+    for camera, frames in demos[1].images.items():
+        demos[1].images[camera] = frames[:, ::2, ::2]
+    files.write_hdf5(root / "a.hdf5", demos)
+    size = f"{files.PIXELS}×{files.PIXELS} as in the first episode; --image-size=N brings all to one size"
+    return rf"demo_2: {CAMERA} has frames of {files.PIXELS // 2}×{files.PIXELS // 2}, expected {size}", 2
+
+
+def hdf5_of_another_structure(root, demos):
+    import h5py
+
+    files.write_hdf5(root / "a.hdf5", demos)
+    with h5py.File(root / "a.hdf5", "r+") as file:
+        del file["data/demo_2/obs"]
+        file["data/demo_2/obs"] = np.zeros(3)
+        del file[f"data/demo_3/obs/{CAMERA}_image"]
+        file.create_group(f"data/demo_3/obs/{CAMERA}_image")
+    return r"a\.hdf5, demo_2 cannot be read \(ValueError: .*\); get it anew", 1
+
+
 def video_file(root, episode: int) -> pathlib.Path:
     return root / "videos" / "chunk-000" / f"observation.images.{CAMERA}" / f"episode_{episode:06d}.mp4"
 
@@ -304,6 +351,11 @@ BROKEN = [
     hdf5_without_an_instruction,
     hdf5_of_another_rate,
     raw_hdf5_without_images,
+    hdf5_after_one_without_images,
+    hdf5_after_a_wide_one,
+    hdf5_of_two_rates_after_one_without,
+    hdf5_with_frames_of_another_size,
+    hdf5_of_another_structure,
     truncated_video,
     video_of_too_few_frames,
     missing_video,
@@ -368,8 +420,29 @@ def test_nothing_to_import_is_told(tmp_path, demos, capsys):
         run([path], tmp_path / "again", cameras=("sideways",))
     for demo in demos:
         demo.actions[:] = np.nan
-    with pytest.raises(UserError, match="no episodes"):
+    with pytest.raises(UserError, match="nothing is left to import: 3 left out, the first: .*demo_1: actions not"):
         run([files.write_hdf5(tmp_path / "nan.hdf5", demos)], tmp_path / "again", skip_bad=True)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda info: info["features"]["action"].pop("dtype"), r"lerobot cannot be read \(KeyError: 'dtype'\)"),
+        (lambda info: info.update(features=[]), r"lerobot cannot be read \(AttributeError: "),
+        (lambda info: info.update(fps=0), r"info\.json: fps is 0, expected frames a second above 0"),
+        (lambda info: info["splits"].update(train="a:b"), r"split 'train' is 'a:b', expected numbers first:end"),
+        (lambda info: info.update(data_path="{nowhere}.parquet"), r"episode 0 cannot be read \(KeyError: 'nowhere'\)"),
+    ],
+)
+def test_tables_of_another_structure_are_one_line(tmp_path, demos, capsys, change, message):
+    root = files.write_lerobot(tmp_path / "lerobot", demos)
+    info = json.loads((root / "meta" / "info.json").read_text())
+    change(info)
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+    for skip_bad in (False, True):
+        with pytest.raises(UserError, match=message) as error:
+            run([root], tmp_path / "data", split="train", skip_bad=skip_bad)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("stop_after", [1, 2])

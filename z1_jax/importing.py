@@ -5,6 +5,7 @@ Every episode is kept in `<directory>.episodes` until the dataset is written, li
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +47,7 @@ def import_demonstrations(config: ImportConfig, directory: pathlib.Path) -> tupl
     sources, left_out = open_sources(config.paths, config.split, config.skip_bad)
     if not sources:
         raise ConfigError(f"nothing is left to import: {left_out[0]}")
-    shapes = _shapes(config, sources[0])
+    shapes = _shapes(config, sources)
     sources, unlike = _alike(sources, shapes, config.skip_bad)
     chosen = _chosen(config, sources)
     origin = _origin(config, sources, shapes)
@@ -67,13 +68,17 @@ def _episodes(
 ) -> Iterator[JournaledEpisode]:
     """Those in the journal, then new ones that enter it; `source` hears of what is left out."""
     source["left_out"] += journal.left_out()
-    yield from journal.episodes()
+    sizes: dict[str, tuple[int, ...]] = {}  # of the frames of the first episode
+    for known in journal.episodes():
+        sizes = sizes or _sizes(known)
+        yield known
     with Progress("import", len(chosen), "episode", {"left out": "d"}, start=journal.tried, interval_s=5.0) as progress:
         for number, (place, reference) in enumerate(chosen):
             if number < journal.tried:
                 continue
             try:
                 episode = read_episode(place, reference, number, shapes)
+                _check_sizes(_sizes(episode), sizes, f"{place.path}, {reference.name}")
             except BadData as error:
                 if not skip_bad:
                     raise BadData(f"{error}; --skip-bad leaves it out") from None
@@ -82,15 +87,39 @@ def _episodes(
                 episode = None
             progress.report(number + 1, {"left out": len(source["left_out"])})
             if episode:
+                sizes = sizes or _sizes(episode)
                 journal.append(episode)
                 yield episode
+    if not journal.kept:
+        left_out = source["left_out"]
+        raise ConfigError(f"nothing is left to import: {len(left_out)} left out, the first: {left_out[0]}")
 
 
-def _shapes(config: ImportConfig, first: Source) -> Shapes:
-    cameras = config.cameras or tuple(first.cameras)
+def _sizes(episode: JournaledEpisode) -> dict[str, tuple[int, ...]]:
+    return {camera: frames.shape[1:3] for camera, frames in episode.images.items()}
+
+
+def _check_sizes(got: Mapping[str, tuple[int, ...]], first: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Refuses frames that are not of the first episode's size."""
+    for camera, size in first.items():
+        if got[camera] != size:
+            shown, expected = ("×".join(map(str, pixels)) for pixels in (got[camera], size))
+            raise BadData(
+                f"{where}: {camera} has frames of {shown}, expected {expected} as in the first episode; "
+                "--image-size=N brings all to one size"
+            )
+
+
+def _shapes(config: ImportConfig, sources: Sequence[Source]) -> Shapes:
+    """What most of the sources have; the cameras of the first that has any."""
+    cameras = config.cameras or next((tuple(source.cameras) for source in sources if source.cameras), ())
     if not cameras:
-        raise ConfigError(f"{first.path} has no images; expected at least one camera (for RoboCasa, the *_im128 files)")
-    return Shapes(cameras, first.action_dim, first.state_dim, config.stride, config.chunk, config.image_size)
+        raise ConfigError(
+            f"{sources[0].path} has no images; expected at least one camera (for RoboCasa, the *_im128 files)"
+        )
+    widths = collections.Counter((source.action_dim, source.state_dim) for source in sources)
+    (action_dim, state_dim), _ = widths.most_common(1)[0]
+    return Shapes(cameras, action_dim, state_dim, config.stride, config.chunk, config.image_size)
 
 
 def _alike(sources: Sequence[Source], shapes: Shapes, skip_bad: bool) -> tuple[list[Source], list[str]]:
@@ -99,16 +128,16 @@ def _alike(sources: Sequence[Source], shapes: Shapes, skip_bad: bool) -> tuple[l
     unlike: list[str] = []
     for source in sources:
         missing = [camera for camera in shapes.cameras if camera not in source.cameras]
-        first = kept[0] if kept else source
+        timed = next((other for other in kept if other.fps), source)  # the first that tells its rate
         if missing:
             line = f"{source.path} has no camera {missing[0]}; it has {', '.join(source.cameras) or 'none'}"
         elif (source.action_dim, source.state_dim) != (shapes.action_dim, shapes.state_dim):
             line = (
                 f"{source.path} has actions of width {source.action_dim} and states of {source.state_dim}, "
-                f"expected {shapes.action_dim} and {shapes.state_dim} as in {sources[0].path}"
+                f"expected {shapes.action_dim} and {shapes.state_dim} as its fellows"
             )
-        elif source.fps and first.fps and source.fps != first.fps:
-            line = f"{source.path} has {source.fps:g} steps a second, {first.path} {first.fps:g}: import them apart"
+        elif source.fps and source.fps != timed.fps:
+            line = f"{source.path} has {source.fps:g} steps a second, {timed.path} {timed.fps:g}: import them apart"
         else:
             kept.append(source)
             continue

@@ -192,6 +192,7 @@ def protocol(config: Config, policy: Policy) -> dict[str, Any]:
         "cameras": list(config.env.cameras),
         "slots": list(policy.processor.cameras),
         "image_size": config.env.image_size,
+        "widths": suites.widths(config),
         **suites.facts(config),
         "stop_on_success": True,
         "latched_success": True,

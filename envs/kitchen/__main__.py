@@ -4,8 +4,10 @@ FILE.gif, as a video; `all`: three moments of every task's episode in one pictur
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -89,9 +91,23 @@ def save(path: str, picture: np.ndarray) -> None:
     Image.fromarray(picture).quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
+@contextlib.contextmanager
+def _one_line(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """A file that cannot be written, or OpenGL that is not there, is the user's to mend."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        parser.error(" ".join(str(error).split()))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} ({self.prog} --help shows what there is)\n")
+
+
 def main() -> None:
     """Writes the picture or video and says how the episode went."""
-    parser = argparse.ArgumentParser(prog="python -m envs.kitchen", description=__doc__)
+    parser = _Parser(prog="python -m envs.kitchen", description=__doc__)
     parser.add_argument("task", choices=[*sorted(TASKS), "all"])
     parser.add_argument("--out", default=None, help="a picture, or a video (.webp, .gif); default TASK.png")
     parser.add_argument("--seed", type=int, default=0)
@@ -110,17 +126,23 @@ def main() -> None:
         arguments.backend,
     )
     is_video = Path(out).suffix in VIDEO_SUFFIXES
+    if not is_video and Path(out).suffix not in Image.registered_extensions():
+        parser.error(f"--out {out}: expected a picture such as {arguments.task}.png, or a video, .webp or .gif")
+    if size < 1:
+        parser.error(f"--size {size}: expected at least 1 pixel")
     if arguments.task == "all":
         if is_video:
             parser.error(f"--out {out}: a video shows one task; expected a picture such as all.png")
-        save(out, overview(seed, size, options, backend))
+        with _one_line(parser):
+            save(out, overview(seed, size, options, backend))
         print(f"{out}: {', '.join(TASKS)}; seeds from {seed} on, start, middle and end of the expert's episode")
         return
     env = make(arguments.task, **options)
-    if is_video:
-        write_video(out, film(env, seed, size, arguments.camera, backend), env.spec.control_hz)
-    else:
-        save(out, picture_grid(env, seed, size, backend=backend))
+    with _one_line(parser):
+        if is_video:
+            write_video(out, film(env, seed, size, arguments.camera, backend), env.spec.control_hz)
+        else:
+            save(out, picture_grid(env, seed, size, backend=backend))
     print(
         f"{out}: seed {seed}, {env.observe().instruction!r}, "
         f"{'success' if env.success else 'failure'} after {env.steps} control steps"

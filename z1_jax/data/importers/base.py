@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -72,6 +73,21 @@ def need(module: str, package: str, path: pathlib.Path) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise UserError(f"reading {path} needs the package {package}: pip install 'z1-jax[data]'") from None
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turns whatever breaks while `what` is read into BadData: a damaged file breaks a reader in any place and words.
+
+    Raises:
+        BadData: one line, with the error's type; what was refused in its own words keeps them.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise BadData(f"{what} cannot be read ({type(error).__name__}: {first_line(error)}); get it anew") from error
 
 
 def first_line(error: BaseException) -> str:

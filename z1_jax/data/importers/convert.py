@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from z1_jax.data.importers.base import BadData, EpisodeRef, RawEpisode, Source
+from z1_jax.data.importers.base import BadData, EpisodeRef, RawEpisode, Source, reading
 from z1_jax.data.journal import JournaledEpisode
 from z1_jax.data.transforms import parse_image, resize_with_pad
 
@@ -32,8 +32,9 @@ def read_episode(source: Source, episode: EpisodeRef, number: int, shapes: Shape
     Raises:
         BadData: it cannot be read, is empty, has other widths, or holds numbers that are not finite.
     """
-    raw = source.read(episode, shapes.cameras, shapes.stride)
     where = f"{source.path}, {episode.name}"
+    with reading(where):
+        raw = source.read(episode, shapes.cameras, shapes.stride)
     _check(raw, where, shapes)
     steps = np.arange(0, len(raw.actions), shapes.stride)
     following = np.minimum(steps[:, None] + np.arange(shapes.chunk), len(raw.actions) - 1)

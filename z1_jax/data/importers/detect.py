@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
-from z1_jax.data.importers.base import BadData, Source
+from z1_jax.data.importers.base import BadData, Source, reading
 from z1_jax.data.importers.lerobot import LeRobotDirectory
 from z1_jax.data.importers.robomimic import RobomimicFile
 from z1_jax.errors import UserError
@@ -28,7 +28,8 @@ def open_sources(paths: Sequence[pathlib.Path], split: str, skip_bad: bool) -> t
     flaws: list[str] = []
     for place in (found for path in paths for found in _places(path)):
         try:
-            source = LeRobotDirectory(place, split) if place.is_dir() else RobomimicFile(place, split)
+            with reading(str(place)):
+                source = LeRobotDirectory(place, split) if place.is_dir() else RobomimicFile(place, split)
             if source.flaws and not skip_bad:
                 raise BadData(source.flaws[0])
             flaws += source.flaws

@@ -179,4 +179,6 @@ class LeRobotDirectory:
             known = ", ".join(self._meta.splits) or "none"
             raise UserError(f"option --split: {self.path} has no split {split!r}; it has {known}")
         first, _, end = str(bounds).partition(":")
+        if not (first.isdigit() and end.isdigit()):
+            raise BadData(f"{self.path}/meta/info.json: split {split!r} is {bounds!r}, expected numbers first:end")
         return [entry for entry in self._meta.entries if int(first) <= entry.index < int(end)]

@@ -93,9 +93,12 @@ def read_meta(path: pathlib.Path) -> Meta:
                 f"{path} was only half written or half copied: meta/info.json counts {info['total_episodes']} "
                 f"episodes, its table lists {len(entries)}"
             )
+        fps = float(info["fps"])
+        if not fps > 0:
+            raise BadData(f"{folder / 'info.json'}: fps is {info['fps']!r}, expected frames a second above 0")
         return Meta(
             version=version,
-            fps=float(info["fps"]),
+            fps=fps,
             features=info["features"],
             data_path=info["data_path"],
             video_path=info.get("video_path") or "",

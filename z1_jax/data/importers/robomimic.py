@@ -27,7 +27,7 @@ from z1_jax.data.importers.orders import STATE_OBSERVATIONS
 from z1_jax.errors import UserError
 
 _IMAGE = "_image"
-_ERRORS = (OSError, KeyError, ValueError, RuntimeError, TypeError)  # what h5py raises on damaged files
+_ERRORS = (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError)  # of h5py, on damaged files
 
 
 class RobomimicFile:
@@ -55,7 +55,8 @@ class RobomimicFile:
                 raise
             raise BadData(f"{path} cannot be read as robomimic's HDF5 ({first_line(error)}); get it anew") from None
         arguments = self._env_args()
-        self.fps = _number(arguments.get("env_kwargs", {}).get("control_freq"))
+        settings = arguments.get("env_kwargs")
+        self.fps = _number(settings.get("control_freq")) if isinstance(settings, dict) else None
         self._version = str(arguments.get("env_version", "unknown"))
         task = str(arguments.get("env_name") or path.stem)
         self.episodes = tuple(EpisodeRef(_number_of(name), name, task) for name in sorted(names, key=_number_of))
@@ -82,23 +83,18 @@ class RobomimicFile:
     def read(self, episode: EpisodeRef, cameras: Sequence[str], stride: int) -> RawEpisode:
         """See `Source`."""
         where = f"{self.path}, {episode.name}"
-        try:
-            demo = self._data[episode.name]
-            actions = np.asarray(demo["actions"])
-            observations = demo["obs"] if "obs" in demo else {}
-            state = self._state(observations, where, len(actions))
-            images = {}
-            for camera in cameras:
-                if camera + _IMAGE not in observations:
-                    got = ", ".join(self._cameras_of(episode.name)) or "no camera at all"
-                    raise BadData(f"{where} has no images of {camera}; it has {got}")
-                check_length(where, camera, observations[camera + _IMAGE].shape[0], len(actions))
-                images[camera] = observations[camera + _IMAGE][...][::stride]
-            return RawEpisode(images, state, actions, self._instruction(demo, where))
-        except BadData:
-            raise
-        except _ERRORS as error:
-            raise BadData(f"{where} cannot be read ({first_line(error)}); get the file anew") from None
+        demo = self._data[episode.name]
+        actions = np.asarray(demo["actions"])
+        observations = demo["obs"] if "obs" in demo else {}
+        state = self._state(observations, where, len(actions))
+        images = {}
+        for camera in cameras:
+            if camera + _IMAGE not in observations:
+                got = ", ".join(self._cameras_of(episode.name)) or "no camera at all"
+                raise BadData(f"{where} has no images of {camera}; it has {got}")
+            check_length(where, camera, observations[camera + _IMAGE].shape[0], len(actions))
+            images[camera] = observations[camera + _IMAGE][...][::stride]
+        return RawEpisode(images, state, actions, self._instruction(demo, where))
 
     def _state(self, observations: Any, where: str, steps: int) -> np.ndarray:
         parts = []
