@@ -3,9 +3,9 @@
 Each task and seed is one run of `python -m z1_jax.train`; an interrupted one continues, so that the same command goes
 on where it stopped: `python benchmarks/kitchen_24.py --out runs/kitchen_24`. The summaries of finished runs are kept in
 `--results`, so that another machine measures only what is missing; `--again` measures the named tasks anew. The table
-is written anew after every run (`--table`); `--report` only writes it. Further arguments go to each run. A "note" that
-was added to a row of the results, such as the reason found for a small gain, stands below the table;
-rows of other names, such as those of other settings, are kept and not shown.
+is written anew after every run (`--table`); `--report` only writes it. Further arguments go to each run. Below the
+table stands what a run was given beside its preset, and a "note" that was added to its row of the results, such as the
+reason found for a small gain. Rows of other names, such as those of other settings, are kept and not shown.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import argparse
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from figures import result_line
 from kitchen_gain import Cell, preset_of, run_all
 
+from configs.grpo import get_config
 from envs.kitchen import TASKS
 from z1_jax.statistics import clustered_interval, clustered_mean
 
@@ -73,10 +76,31 @@ def finished(rows: list[Cell], out: pathlib.Path, stored: dict[str, dict]) -> li
     for cell in rows:
         path = out / cell.name / "summary.json"
         if path.exists():
-            found.append(Row(cell, {"config": cell.config, **json.loads(path.read_text())}))
+            head = {"config": cell.config, "arguments": arguments_of(path.with_name("config.json"), cell)}
+            found.append(Row(cell, {**head, **json.loads(path.read_text())}))
         elif cell.name in stored:
             found.append(Row(dataclasses.replace(cell, config=stored[cell.name]["config"]), stored[cell.name]))
     return found
+
+
+def arguments_of(path: pathlib.Path, cell: Cell) -> list[str]:
+    """What a run's config has other than its preset, as arguments of the command line."""
+    preset, got = get_config(cell.config.partition(":")[2]).to_dict(), json.loads(path.read_text())
+    preset |= {"task": cell.task, "seed": cell.seed}
+    given = dict(_leaves(got))
+    return [
+        f"--config.{key}={given[key]}"
+        for key, value in _leaves(preset)
+        if key in given and given[key] != value and key.partition(".")[0] not in ("run_dir", "log")
+    ]
+
+
+def _leaves(config: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, list(value) if isinstance(value, tuple) else value
 
 
 def mean_gain(rows: list[Row]) -> tuple[float, tuple[float, float]]:
@@ -95,8 +119,8 @@ def table(rows: list[Row], missing: list[str]) -> str:
         "# The kitchen's 24 tasks",
         "",
         f"Success on {' or '.join(map(str, episodes)) or 'the'} held-out seeds with the ODE sampler after SFT and "
-        "after GRPO on the same seeds: Wilson and paired bootstrap intervals at 95 %, exact McNemar test. Written by "
-        "`python benchmarks/kitchen_24.py`.",
+        "after GRPO on the same seeds: Wilson and paired bootstrap intervals at 95 %, exact McNemar test. Presets were "
+        "chosen task by task with these very seeds in view. Written by `python benchmarks/kitchen_24.py`.",
         "",
         "| task, seed | preset | after SFT | after GRPO | gain in points | McNemar p | simulated steps | minutes |",
         "|---|---|---|---|---|---|---|---|",
@@ -118,7 +142,11 @@ def table(rows: list[Row], missing: list[str]) -> str:
         "Not measured yet": missing,
     }
     lines += [f"{title}: {', '.join(names) or 'none'}.\n" for title, names in notes.items()]
-    lines += [f"- {row.cell.name}: {row.summary['note']}" for row in rows if row.summary.get("note")]
+    for row in rows:
+        told = [f"`{' '.join(row.summary['arguments'])}`."] if row.summary.get("arguments") else []
+        told += [row.summary["note"]] if row.summary.get("note") else []
+        if told:
+            lines.append(f"- {row.cell.name}: {' '.join(told)}")
     return "\n".join(lines).rstrip() + "\n"
 
 

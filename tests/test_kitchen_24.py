@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from configs.grpo import get_config
 from envs.kitchen import TASKS
 
 
@@ -39,6 +40,12 @@ def write_run(directory: pathlib.Path, before: list[int], after: list[int], p: f
         "wall_seconds": {"sft": 60.0, "grpo": 120.0},
     }
     (directory / "summary.json").write_text(json.dumps(summary))
+    task, seed = directory.name.split("-seed")
+    config = get_config("long" if task == "OpenDrawer" else "kitchen").to_dict()
+    config |= {"task": task, "seed": int(seed), "run_dir": str(directory)}
+    if directory.name == "OpenDrawer-seed1":  # beside its preset
+        config["sft"]["steps"] = 7
+    (directory / "config.json").write_text(json.dumps(config))
 
 
 def test_every_task_is_run_with_the_preset_that_suits_it(kitchen_24):
@@ -72,7 +79,8 @@ def test_the_mean_weighs_tasks_alike_and_names_what_went_wrong(kitchen_24, tmp_p
     assert "Significantly worse after RL: TurnOnStove-seed0." in page
     assert "SFT hardly starts (below 5 %): OpenDrawer-seed0, OpenDrawer-seed1." in page
     assert "RL does not lift (interval of the gain includes zero): OpenDrawer-seed0," in page
-    assert "Not measured yet: TurnOnStove-seed1." in page and "- OpenDrawer" not in page
+    assert "Not measured yet: TurnOnStove-seed1." in page and "- OpenDrawer-seed0" not in page
+    assert "\n- OpenDrawer-seed1: `--config.sft.steps=7`.\n" in page
     rows[0].summary["note"] = "the handle is not seen"
     assert "\n- OpenDrawer-seed0: the handle is not seen\n" in kitchen_24.table(rows, [])
     figures = [json.loads(line.removeprefix("RESULT ")) for line in kitchen_24.results(rows)]
