@@ -143,10 +143,10 @@ def table(rows: list[Row], missing: list[str]) -> str:
     }
     lines += [f"{title}: {', '.join(names) or 'none'}.\n" for title, names in notes.items()]
     for row in rows:
-        told = [f"`{' '.join(row.summary['arguments'])}`."] if row.summary.get("arguments") else []
+        told = [f"`{' '.join(row.summary['arguments'])}`"] if row.summary.get("arguments") else []
         told += [row.summary["note"]] if row.summary.get("note") else []
         if told:
-            lines.append(f"- {row.cell.name}: {' '.join(told)}")
+            lines.append(f"- {row.cell.name}: {'; '.join(told)}")
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -80,7 +80,7 @@ def test_the_mean_weighs_tasks_alike_and_names_what_went_wrong(kitchen_24, tmp_p
     assert "SFT hardly starts (below 5 %): OpenDrawer-seed0, OpenDrawer-seed1." in page
     assert "RL does not lift (interval of the gain includes zero): OpenDrawer-seed0," in page
     assert "Not measured yet: TurnOnStove-seed1." in page and "- OpenDrawer-seed0" not in page
-    assert "\n- OpenDrawer-seed1: `--config.sft.steps=7`.\n" in page
+    assert "\n- OpenDrawer-seed1: `--config.sft.steps=7`\n" in page
     rows[0].summary["note"] = "the handle is not seen"
     assert "\n- OpenDrawer-seed0: the handle is not seen\n" in kitchen_24.table(rows, [])
     figures = [json.loads(line.removeprefix("RESULT ")) for line in kitchen_24.results(rows)]
