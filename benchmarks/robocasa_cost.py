@@ -68,7 +68,10 @@ def main() -> None:
     parser.add_argument("--standins", action="store_true", help="without the downloaded assets")
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
-    label = robocasa.make(given.task, standins=given.standins).spec.label
+    try:
+        label = robocasa.make(given.task, standins=given.standins).spec.label
+    except ValueError as error:
+        parser.error(str(error))
     print(f"{given.task}, {compat.versions()} {label and f'[{label}]'}")
     found = measure(given.task, given.standins, given.repeats)
     for name, values in found.items():
