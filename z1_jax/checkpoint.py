@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from z1_jax.config import ConfigError
+from z1_jax.interrupt import held
 
 Tree = Any
 _FILES = "files.json"  # in each checkpoint: its files' sizes and checksums
@@ -96,8 +97,12 @@ def _quiet() -> Iterator[None]:
 
 
 class Checkpoints:
-    """The checkpoints of one training stage: DIRECTORY/<step>, the newest `keep` of them."""
+    """The checkpoints of one training stage: DIRECTORY/<step>, the newest `keep` of them.
 
+    Ctrl-C waits until a call is over: Orbax's event loops would lose it, or take it for a damaged file.
+    """
+
+    @held()
     def __init__(self, directory: pathlib.Path, keep: int = 2):
         # Orbax costs two seconds to import.
         from orbax.checkpoint import v1 as ocp
@@ -115,6 +120,7 @@ class Checkpoints:
         """Complete checkpoints, ascending."""
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
+    @held()
     def save(self, step: int, parts: Mapping[str, Tree], document: Mapping[str, Any]) -> None:
         """Writes a checkpoint and returns when it is complete. A step that is there already is left as it is.
 
@@ -127,6 +133,7 @@ class Checkpoints:
         checksums = {name: {key: _crc(leaf) for key, leaf in _leaves(tree).items()} for name, tree in parts.items()}
         self._save(step, parts, document, checksums)
 
+    @held()
     def save_frame(
         self, step: int, part: str, crcs: Mapping[str, int], rest: Mapping[str, Tree], document: Mapping[str, Any]
     ) -> pathlib.Path:
@@ -162,10 +169,12 @@ class Checkpoints:
                 f"checkpoint {self.directory / str(step)} cannot be written: {_short(error)}"
             ) from error
 
+    @held()
     def document(self, step: int) -> dict[str, Any]:
         """The JSON document of a step."""
         return self._metadata(step)["document"]
 
+    @held()
     def digest(self, step: int, parts: Sequence[str]) -> str:
         """A short hash of the named parts' checksums: the same content has the same digest."""
         stored = self._metadata(step)["crc32"]
@@ -175,11 +184,13 @@ class Checkpoints:
         text = json.dumps({name: stored[name] for name in parts}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+    @held()
     def checksums(self, step: int, part: str) -> dict[str, int | None]:
         """Array of a flat part -> its CRC-32, where one was stored. Empty for a part that is not there."""
         stored = self._metadata(step)["crc32"].get(part, {})
         return {key.removeprefix("['").removesuffix("']"): crc for key, crc in stored.items()}
 
+    @held()
     def arrays(self, step: int, part: str) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every array of a part, where the reader cannot know them."""
         try:
@@ -204,6 +215,7 @@ class Checkpoints:
             raise self._damaged(step, ValueError("its document fails its checksum"))
         return metadata
 
+    @held()
     def load(self, step: int, abstract: Mapping[str, Tree]) -> dict[str, Tree]:
         """Reads the named parts of a step, each leaf straight onto the sharding that its abstract leaf names.
 
@@ -231,6 +243,7 @@ class Checkpoints:
                     raise self._damaged(step, ValueError(f"{name}{key} fails its checksum"))
         return loaded
 
+    @held()
     def load_newest(
         self, abstract: Mapping[str, Tree] | Callable[[dict[str, Any]], Mapping[str, Tree]]
     ) -> tuple[int, dict[str, Tree], dict[str, Any]] | None:
@@ -265,6 +278,7 @@ class Checkpoints:
             "delete that folder to go on from the one before"
         )
 
+    @held()
     def discard(self, step: int) -> None:
         """Moves a damaged step out of the way, to <step>.damaged, so that the run can write it again."""
         folder = self.directory / str(step)
@@ -274,6 +288,7 @@ class Checkpoints:
         with _quiet():
             self._checkpointer.reload()
 
+    @held()
     def close(self) -> None:
         """Waits for whatever is being written."""
         self._checkpointer.close()

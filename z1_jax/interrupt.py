@@ -2,18 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 INTERRUPTED = "\ninterrupted: the same command continues where it stopped"
 
 
 def install_hooks() -> None:
-    """For a process that is a command: an interruption that nobody caught is one line, and none is swallowed."""
+    """For a process that is a command: an interruption that nobody caught is one line, and none is swallowed.
+
+    Until `imported` Ctrl-C ends the process on the spot: there is nothing to save, and extension modules that it falls
+    into raise errors of their own instead.
+    """
     sys.excepthook = _tell
     sys.unraisablehook = _deliver_again
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+
+
+def imported() -> None:
+    """Ctrl-C raises KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    print(INTERRUPTED, file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Within this context Ctrl-C waits for the end, for code that would take it for damage or lose it.
+
+    It then comes as it would have come. In other threads than the main one, which get none, this does nothing.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    came = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _tell(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

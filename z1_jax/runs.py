@@ -24,7 +24,7 @@ from z1_jax import config as z1_config
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.config import Config, ConfigError
 from z1_jax.errors import UserError
-from z1_jax.interrupt import INTERRUPTED
+from z1_jax.interrupt import INTERRUPTED, imported
 from z1_jax.policy import Policy, find_policy
 from z1_jax.report import write_report
 
@@ -37,6 +37,7 @@ _DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, err
 def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
     """Runs a command: a user's mistake prints one line and exits with 2, an interruption with 130."""
     try:
+        imported()
         code = main(sys.argv)
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
