@@ -2,6 +2,7 @@
 
 import pathlib
 import shutil
+import signal
 import types
 
 import jax
@@ -178,6 +179,38 @@ def test_resuming_falls_back_to_the_one_before(tmp_path, capsys, stage, damage):
     assert checkpoints.steps() == [2] and (tmp_path / "4.damaged").is_dir()  # kept for inspection, out of the way
     checkpoints.save(4, parts(4), {"step": 4})
     assert same(Checkpoints(tmp_path).load(4, like(parts(4))), parts(4))
+
+
+def test_ctrl_c_while_a_checkpoint_is_read_comes_afterwards(tmp_path, monkeypatch, capsys):
+    """Orbax's event loops would turn it into an error, and a healthy checkpoint would be called damaged."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, {"params": {"w": np.arange(3.0)}}, {})
+    abstract, finished = {"params": {"w": np.zeros(3)}}, []
+    for name in ("load_checkpointables", "checkpointables_metadata"):
+        call = getattr(checkpoints._checkpointer, name)
+
+        def interrupted(*arguments, call=call, name=name):
+            signal.raise_signal(signal.SIGINT)
+            result = call(*arguments)
+            finished.append(name)
+            return result
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(checkpoints._checkpointer, name, interrupted)
+            checkpoints.load_newest(abstract)
+    assert set(finished) == {"load_checkpointables", "checkpointables_metadata"}
+    step, loaded, _ = checkpoints.load_newest(abstract)
+    assert step == 2 and loaded["params"]["w"].tolist() == [0, 1, 2]
+    assert "damaged" not in capsys.readouterr().out and not list(tmp_path.glob("*.damaged*"))
+
+
+def test_a_checkpoint_of_others_is_not_only_called_damaged(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, {"params": {"w": np.arange(3.0)}}, {})
+    (tmp_path / "2" / "files.json").unlink()
+    (tmp_path / "2" / "_CHECKPOINT_METADATA").unlink()  # openpi's have none of ours
+    with pytest.raises(CheckpointError, match="none of this project's .*python -m z1_jax.convert SRC DST"):
+        Checkpoints(tmp_path).document(2)
 
 
 def test_with_every_checkpoint_damaged_the_stage_starts_over(tmp_path):

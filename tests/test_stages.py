@@ -9,9 +9,10 @@ from envs.kitchen import LAYOUT_SPLITS, demos
 from z1_jax import stages
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.collect import parse_arguments
-from z1_jax.config import Config, ConfigError, DemosConfig, EnvConfig, InputsConfig
+from z1_jax.config import Config, ConfigError, DemosConfig, EnvConfig, InputsConfig, ModelConfig, SftConfig
 from z1_jax.data.tokenizer import train_small_tokenizer
 from z1_jax.errors import UserError
+from z1_jax.models.presets import get_preset
 from z1_jax.stages import check_inputs, check_policy, demonstrations, make_env, new_policy, supervised_policy
 
 CAMERAS = ("robot0_agentview_left", "robot0_eye_in_hand", "robot0_agentview_right")
@@ -83,6 +84,37 @@ def test_sft_goes_on_from_a_policy_that_is_given(tmp_path, monkeypatch):
     checkpoints.close()
     with pytest.raises(ConfigError, match="model.preset: kitchen predicts chunks of 8 steps, the policy .* of 7"):
         check_policy(sft, sft.init)
+
+
+def test_a_damaged_sft_policy_is_moved_aside_and_trained_again(tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(make_config(), sft=SftConfig(steps=3))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, tiny.policy().parts(), tiny.policy().document())
+    checkpoints.close()
+    monkeypatch.setattr(stages, "train_sft", lambda *args, **kwargs: "trained")
+    monkeypatch.setattr(stages, "new_policy", lambda *args: None)
+    assert supervised_policy(config, None, tiny.one_device(), tmp_path, None) != "trained"
+    array = next(path for path in sorted((tmp_path / "3" / "params").rglob("*")) if path.stat().st_size > 1000)
+    array.write_bytes(array.read_bytes()[:-100])
+    assert supervised_policy(config, None, tiny.one_device(), tmp_path, None) == "trained"
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "warning: checkpoint" in out and "moved aside" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["3.damaged"]
+
+
+def test_a_preset_of_another_size_than_the_policy_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    config = get_preset("mid", prompt_length=48)
+    document = {**tiny.policy().document(), "architecture": dataclasses.asdict(config)}
+    checkpoints.save(3, tiny.policy().parts(), document)
+    checkpoints.close()
+    given = Config(algorithm="eval", env=EnvConfig(cameras=(tiny.CAMERA,)))
+    for preset in ("kitchen", "mid"):  # the default gives way; the policy's own, with prompts of another length
+        check_policy(dataclasses.replace(given, model=ModelConfig(preset=preset)), str(tmp_path))
+    with pytest.raises(
+        ConfigError, match="model.preset: got pi05, whose vision is .* keeps its own, .*leave model.preset"
+    ):
+        check_policy(dataclasses.replace(given, model=ModelConfig(preset="pi05")), str(tmp_path))
 
 
 def test_too_many_failures_are_told(tmp_path, monkeypatch, capsys):

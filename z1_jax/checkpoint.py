@@ -257,8 +257,7 @@ class Checkpoints:
                 document = self.document(step)
                 return step, self.load(step, abstract(document) if callable(abstract) else abstract), document
             except CheckpointError as error:
-                print(f"warning: {error}", flush=True)
-                self.discard(step)
+                self.put_aside(step, error)
         return None
 
     def _check_keys(self, step: int, name: str, stored: Mapping[str, Any] | None, tree: Tree) -> None:
@@ -273,10 +272,20 @@ class Checkpoints:
             )
 
     def _damaged(self, step: int, error: Exception) -> CheckpointError:
+        folder = self.directory / str(step)
+        if not (folder / _FILES).is_file():
+            return CheckpointError(
+                f"checkpoint {folder} is damaged, or none of this project's ({_short(error)}); one of openpi becomes "
+                "ours by python -m z1_jax.convert SRC DST; delete a damaged one to go on from the one before"
+            )
         return CheckpointError(
-            f"checkpoint {self.directory / str(step)} is damaged ({_short(error)}); "
-            "delete that folder to go on from the one before"
+            f"checkpoint {folder} is damaged ({_short(error)}); delete that folder to go on from the one before"
         )
+
+    def put_aside(self, step: int, error: CheckpointError) -> None:
+        """Tells why a step cannot be used, and discards it."""
+        print(f"warning: {str(error).partition('; ')[0]}; moved aside", flush=True)
+        self.discard(step)
 
     @held()
     def discard(self, step: int) -> None:
@@ -301,4 +310,6 @@ def _first(names: list[str]) -> str:
 def _short(error: BaseException) -> str:
     while error.__cause__ is not None:  # Orbax wraps the reason several times
         error = error.__cause__
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    text = " ".join(str(error).split())[:160]
+    plain = isinstance(error, (OSError, ValueError)) and text
+    return text if plain else f"{type(error).__name__} {text}".strip()

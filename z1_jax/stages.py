@@ -14,9 +14,9 @@ import numpy as np
 
 from envs.pool import EnvPool
 from z1_jax import sharding
-from z1_jax.checkpoint import Checkpoints
+from z1_jax.checkpoint import CheckpointError, Checkpoints
 from z1_jax.checks import check_horizon
-from z1_jax.config import RANDOM, Config, ConfigError, InputsConfig
+from z1_jax.config import RANDOM, Config, ConfigError, InputsConfig, ModelConfig
 from z1_jax.data import tokenizer
 from z1_jax.data.dataset import Dataset, open_dataset, write_dataset
 from z1_jax.data.journal import EpisodeJournal
@@ -218,7 +218,10 @@ def supervised_policy(
     finished = config.sft.steps in checkpoints.steps()
     checkpoints.close()
     if finished:
-        return load_policy(checkpoints, config.sft.steps, mesh)
+        try:
+            return load_policy(checkpoints, config.sft.steps, mesh)
+        except CheckpointError as error:
+            checkpoints.put_aside(config.sft.steps, error)
     return train_sft(
         # No name for the policy here: what SFT freezes in bfloat16 must not stay in memory in float32 too.
         given_policy(config, config.init, mesh) if config.init else new_policy(config, dataset, mesh),
@@ -367,6 +370,14 @@ def check_policy(config: Config, path: str) -> None:
             f"config key model.preset: {config.model.preset} predicts chunks of {architecture(config).horizon} steps, "
             f"the policy at {path} of {horizon}; choose the preset that the policy was made with"
         )
+    if config.model.preset != ModelConfig().preset:  # the default gives way to what the policy is
+        known, asked = document.get("architecture", {}), dataclasses.asdict(architecture(config))
+        for key in ("vision", "language", "expert", "action_dim", "horizon"):
+            if key in known and known[key] != asked[key]:
+                raise ConfigError(
+                    f"config key model.preset: got {config.model.preset}, whose {key} is {asked[key]}; the policy at "
+                    f"{path} keeps its own, {known[key]}: leave model.preset out"
+                )
     wanted = tuple(camera for camera in document.get("cameras", ()) if camera)
     if wanted != config.env.cameras:
         raise ConfigError(

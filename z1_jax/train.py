@@ -15,6 +15,7 @@ from envs.video import write_video
 from z1_jax import config as z1_config
 from z1_jax.command_line import parse_command_line
 from z1_jax.config import Config
+from z1_jax.errors import UserError
 from z1_jax.evaluation import Evaluation, compare, evaluate, film, rate_sentence, sentence
 from z1_jax.metrics import MetricsWriter, read_records
 from z1_jax.policy import Policy
@@ -30,6 +31,8 @@ from z1_jax.stages import (
     untrained_policy,
 )
 from z1_jax.suites import pin_version
+
+HARDLY = 0.05  # success after SFT, below which RL seldom starts
 
 
 def main(argv: Sequence[str]) -> int | None:
@@ -118,6 +121,11 @@ def finish_grpo(
                 )
 
         before = measure("before", "evaluation before RL")
+        if before.success.mean() < HARDLY and not config.init:
+            print(
+                f"SFT hardly starts on {config.task}: RL has few successes to learn from; more demonstrations, SFT "
+                "steps and Muon help (presets long and carry of configs/grpo.py)"
+            )
         clips = record_clips(config, policy, pool, trainer, before, run_dir, "before", clock)
         with clock.stage("grpo"):
             policy = train_grpo(trainer, pool, run_dir / "checkpoints" / "grpo", writer)
@@ -135,6 +143,11 @@ def finish_grpo(
         for seed in clips
     ]
     rl = [record for record in read_records(run_dir / "metrics.jsonl") if record["stage"] == "grpo"]
+    if not rl:
+        raise UserError(
+            f"{run_dir / 'metrics.jsonl'} has no GRPO iteration, yet its checkpoints are there: bring it back, or "
+            f"delete {run_dir / 'checkpoints' / 'grpo'} to train again"
+        )
     result["simulated_steps"] = rl[-1]["steps/total"]
     result["iterations"] = len(rl)
     result["compilations"] = trainer.traces
