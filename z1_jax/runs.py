@@ -193,7 +193,7 @@ def protocol(config: Config, policy: Policy) -> dict[str, Any]:
         "cameras": list(config.env.cameras),
         "slots": list(policy.processor.cameras),
         "image_size": config.env.image_size,
-        "widths": suites.widths(config),
+        "widths": {name: stats.dim for name, stats in policy.processor.stats.items()},
         **suites.facts(config),
         "stop_on_success": True,
         "latched_success": True,
