@@ -14,8 +14,6 @@ import argparse
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from figures import result_line
@@ -23,6 +21,7 @@ from kitchen_gain import Cell, preset_of, run_all
 
 from configs.grpo import get_config
 from envs.kitchen import TASKS
+from z1_jax.config import Config, build, identity
 from z1_jax.statistics import clustered_interval, clustered_mean
 
 MEAN_GOAL = 0.25
@@ -85,22 +84,16 @@ def finished(rows: list[Cell], out: pathlib.Path, stored: dict[str, dict]) -> li
 
 def arguments_of(path: pathlib.Path, cell: Cell) -> list[str]:
     """What a run's config has other than its preset, as arguments of the command line."""
-    preset, got = get_config(cell.config.partition(":")[2]).to_dict(), json.loads(path.read_text())
-    preset |= {"task": cell.task, "seed": cell.seed}
-    given = dict(_leaves(got))
+    values = get_config(cell.config.partition(":")[2])
+    values.update(task=cell.task, seed=cell.seed)
+    expected = identity(build(Config, values.to_dict()))
+    values.update(json.loads(path.read_text()))  # a key that an older run does not know stays the preset's
+    got = identity(build(Config, values.to_dict()))
     return [
-        f"--config.{key}={given[key]}"
-        for key, value in _leaves(preset)
-        if key in given and given[key] != value and key.partition(".")[0] not in ("run_dir", "log")
+        f"--config.{key}={','.join(value) if isinstance(value, list) else value}"
+        for key, value in got.items()
+        if value != expected[key]
     ]
-
-
-def _leaves(config: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, list(value) if isinstance(value, tuple) else value
 
 
 def mean_gain(rows: list[Row]) -> tuple[float, tuple[float, float]]:

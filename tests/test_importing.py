@@ -194,20 +194,16 @@ def hdf5_of_another_rate(root, demos):
     return r"b\.hdf5 has 10 steps a second, .*a\.hdf5 20", 3
 
 
-def raw_hdf5_without_images(root, demos):
-    files.write_hdf5(root / "a.hdf5", demos)
+def raw_hdf5_without_images(root, demos, whole="a", raw="b"):
+    files.write_hdf5(root / f"{whole}.hdf5", demos)
     for demo in demos:
         demo.images.clear()
-    files.write_hdf5(root / "b.hdf5", demos)
-    return rf"b\.hdf5 has no camera {CAMERA}; it has none", 3
+    files.write_hdf5(root / f"{raw}.hdf5", demos)
+    return rf"{raw}\.hdf5 has no camera {CAMERA}; it has none", 3
 
 
 def hdf5_after_one_without_images(root, demos):
-    files.write_hdf5(root / "b.hdf5", demos)
-    for demo in demos:
-        demo.images.clear()
-    files.write_hdf5(root / "a.hdf5", demos)
-    return rf"a\.hdf5 has no camera {CAMERA}; it has none", 3
+    return raw_hdf5_without_images(root, demos, whole="b", raw="a")
 
 
 def hdf5_after_a_wide_one(root, demos):

@@ -23,8 +23,9 @@ def attend(
     (cudnn: GPU and bfloat16 only).
     """
     if implementation != "einsum":
-        # cuDNN wants a row of the mask for every query.
-        full_mask = None if mask is None else _every_query(mask, q.shape[1])
+        full_mask = None
+        if mask is not None:  # cuDNN wants a row of it for every query
+            full_mask = jnp.broadcast_to(mask[:, None, None, :], (mask.shape[0], 1, q.shape[1], mask.shape[1]))
         return jax.nn.dot_product_attention(q, k, v, mask=full_mask, scale=1.0, implementation=implementation)
     grouped = _group(q, k.shape[2])
     logits = _logits("bkxd,bskd->bkxs", grouped, k)
@@ -39,10 +40,6 @@ def _logits(pattern: str, q: Array, k: Array) -> Array:
     SFT step a twentieth, for digits that bfloat16 drops again."""
     precision = jax.lax.Precision.DEFAULT if q.dtype == jnp.bfloat16 else None
     return jnp.einsum(pattern, q, k, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _every_query(mask: Bool[Array, "B S"], queries: int) -> Bool[Array, "B 1 T S"]:
-    return jnp.broadcast_to(mask[:, None, None, :], (mask.shape[0], 1, queries, mask.shape[1]))
 
 
 def _group(q: Float[Array, "B T N D"], kv_heads: int) -> Float[Array, "B K X D"]:

@@ -8,11 +8,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from z1_jax.data.importers.base import BadData, first_line, need
+from z1_jax.data.importers.base import BadData, first_line, need, reading
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 _IMAGES = "observation.images."
-_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +81,7 @@ def read_meta(path: pathlib.Path) -> Meta:
     flaws: list[str] = []
     modality = folder / "modality.json"
     tables = [folder / "info.json"]
-    try:
+    with reading(f"the tables in {folder}"):
         if version.startswith("v3"):
             tasks, entries, read = _tables_v3(path, folder, flaws)
         else:
@@ -111,12 +110,6 @@ def read_meta(path: pathlib.Path) -> Meta:
             tables=(*tables, *[modality] * modality.is_file()),
             flaws=tuple(flaws),
         )
-    except BadData:
-        raise
-    except _ERRORS as error:
-        raise BadData(
-            f"the tables in {folder} cannot be read ({type(error).__name__}: {first_line(error)}); get them anew"
-        ) from None
 
 
 def _tables_v2(folder: pathlib.Path, flaws: list[str]) -> tuple[dict[int, str], list[Entry], list[pathlib.Path]]:
