@@ -9,7 +9,9 @@ import sys
 import time
 
 import pytest
+import tiny_policy as tiny
 
+from z1_jax.checkpoint import Checkpoints
 from z1_jax.interrupt import INTERRUPTED
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -75,20 +77,48 @@ def test_a_mistake_is_one_line(arguments, message):
     assert code in (1, 2) and out.startswith("error: ") and message in out and out.count("\n") == 1, out
 
 
+SAME_ORDER = "--xla_gpu_exclude_nondeterministic_ops"
+USERS = {
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5",
+    "JAX_DEFAULT_MATMUL_PRECISION": "default",
+    "XLA_FLAGS": f"{SAME_ORDER}=false",
+}
+
+
 @pytest.mark.parametrize(
-    "given, memory, precision",
+    "given, memory, precision, flags",
     [
-        ({}, "0.92", "float32"),
-        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5", "JAX_DEFAULT_MATMUL_PRECISION": "default"}, "None", "default"),
+        ({"XLA_FLAGS": "--xla_dump_to="}, "0.92", "float32", f"--xla_dump_to= {SAME_ORDER}=true"),
+        (USERS, "None", "default", f"{SAME_ORDER}=false"),
     ],
 )
-def test_settings_of_the_process_give_way_to_the_users(given, memory, precision):
-    code = "import os, jax; from z1_jax import runs; runs.start_jax()"
+def test_settings_of_the_process_give_way_to_the_users(given, memory, precision, flags):
+    code = "import os, jax; from z1_jax import runs; runs.start_jax(); jax.devices()"
     code += "; print(os.environ.get('XLA_CLIENT_MEM_FRACTION'), jax.config.jax_default_matmul_precision)"
+    code += "; print(os.environ['XLA_FLAGS'])"
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ | given, capture_output=True, text=True, check=True
     )
-    assert out.stdout.split() == [memory, precision]
+    assert out.stdout.splitlines() == [f"{memory} {precision}", flags]
+
+
+@pytest.mark.parametrize("command, config, key", [("train", "grpo", "init"), ("evaluate", "eval", "checkpoint")])
+def test_settings_are_made_before_a_checkpoint_takes_the_device(command, config, key, tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(0, tiny.policy().parts(), tiny.policy().document())
+    checkpoints.close()
+    code = f"""
+from jax._src import xla_bridge
+from z1_jax import {command} as command
+
+def started():
+    raise SystemExit(f"too late: {{xla_bridge.backends_are_initialized()}}")
+
+command.start_jax = started
+command.main(["", "--config=configs/{config}.py", "--config.{key}={tmp_path}", "--config.env.cameras={tiny.CAMERA}"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.endswith("too late: False\n"), done.stderr
 
 
 def test_a_bug_keeps_its_traceback(tmp_path):

@@ -115,6 +115,8 @@ def test_a_preset_of_another_size_than_the_policy_is_refused(tmp_path):
         ConfigError, match="model.preset: got pi05, whose vision is .* keeps its own, .*leave model.preset"
     ):
         check_policy(dataclasses.replace(given, model=ModelConfig(preset="pi05")), str(tmp_path))
+    with pytest.raises(ConfigError, match="model.dtype: got bfloat16; .* computes in float32 and keeps that: leave"):
+        check_policy(dataclasses.replace(given, model=ModelConfig(dtype="bfloat16")), str(tmp_path))
 
 
 def test_too_many_failures_are_told(tmp_path, monkeypatch, capsys):

@@ -36,12 +36,12 @@ def main(argv: Sequence[str]) -> None:
     config = parse_command_line(argv)
     require_algorithm(config, ("eval",), "evaluate")
     config = pin_version(config)
+    start_jax()  # before a checkpoint is opened: that takes the device
     check_inputs(config)
     paths = {"checkpoint": config.checkpoint, "compare": config.compare}
     identities = {name: policy_identity(path) for name, path in paths.items() if path}
     if len(set(identities.values())) < len(identities):
         raise ConfigError("config key compare: got the same policy as checkpoint, expected another one")
-    start_jax()
     mesh = make_mesh(config)
     run_dir = z1_config.claim_directory(config)
     claim_policy(run_dir, identities)

@@ -30,6 +30,7 @@ from z1_jax.report import write_report
 
 SUMMARY = "summary.json"
 TRACEBACK = "Z1_JAX_TRACEBACK"  # set: a user's mistake shows its traceback too
+_SAME_ORDER = "--xla_gpu_exclude_nondeterministic_ops"
 # A disk that is full, read-only or not ours: the user's to mend, wherever it shows.
 _DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EIO}
 
@@ -67,10 +68,14 @@ def require_algorithm(config: Config, known: Sequence[str], command: str) -> Non
 def start_jax() -> None:
     """Settings of the process, before the first device is used: compiled functions are kept from run to run.
 
-    On a GPU JAX may take as much memory as `z1_jax.plan` plans with; by itself it would stop at 75 %. And float32
-    means float32: accelerators would round the factors of products to TF32 or bfloat16, and an update would not find
-    the probabilities that a rollout saw. Products of bfloat16 are what they were.
+    On a GPU JAX may take as much memory as `z1_jax.plan` plans with; by itself it would stop at 75 %. Sums are made in
+    an order that is the same in every run. And float32 means float32: accelerators would round the factors of products
+    to TF32 or bfloat16, and an update would not find the probabilities that a rollout saw. Products of bfloat16 are
+    what they were.
     """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _SAME_ORDER not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_SAME_ORDER}=true".strip()
     if not any(name in os.environ for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(accelerators.USABLE)
     if jax.config.jax_default_matmul_precision is None:

@@ -370,14 +370,7 @@ def check_policy(config: Config, path: str) -> None:
             f"config key model.preset: {config.model.preset} predicts chunks of {architecture(config).horizon} steps, "
             f"the policy at {path} of {horizon}; choose the preset that the policy was made with"
         )
-    if config.model.preset != ModelConfig().preset:  # the default gives way to what the policy is
-        known, asked = document.get("architecture", {}), dataclasses.asdict(architecture(config))
-        for key in ("vision", "language", "expert", "action_dim", "horizon"):
-            if key in known and known[key] != asked[key]:
-                raise ConfigError(
-                    f"config key model.preset: got {config.model.preset}, whose {key} is {asked[key]}; the policy at "
-                    f"{path} keeps its own, {known[key]}: leave model.preset out"
-                )
+    _check_same_model(config, document.get("architecture", {}), path)
     wanted = tuple(camera for camera in document.get("cameras", ()) if camera)
     if wanted != config.env.cameras:
         raise ConfigError(
@@ -392,6 +385,24 @@ def _check_executed(config: Config, horizon: int | None) -> None:
         raise ConfigError(
             f"config key env.executed: got {config.env.executed}, but the policy predicts chunks of {horizon} steps; "
             f"expected at most {horizon}, or 0 for the policy's own"
+        )
+
+
+def _check_same_model(config: Config, known: dict[str, Any], path: str) -> None:
+    """Refuses a size or dtype that the policy at `path` does not have; defaults give way to what it is."""
+    given, default = config.model, ModelConfig()
+    if given.preset != default.preset:
+        asked = dataclasses.asdict(architecture(config))
+        for key in ("vision", "language", "expert", "action_dim", "horizon"):
+            if key in known and known[key] != asked[key]:
+                raise ConfigError(
+                    f"config key model.preset: got {given.preset}, whose {key} is {asked[key]}; the policy at {path} "
+                    f"keeps its own, {known[key]}: leave model.preset out"
+                )
+    if given.dtype not in (default.dtype, known.get("dtype", given.dtype)):
+        raise ConfigError(
+            f"config key model.dtype: got {given.dtype}; the policy at {path} computes in {known['dtype']} and keeps "
+            "that: leave model.dtype out"
         )
 
 

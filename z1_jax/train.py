@@ -40,8 +40,8 @@ def main(argv: Sequence[str]) -> int | None:
     config = parse_command_line(argv)
     require_algorithm(config, ("grpo", "sft"), "train")
     config = pin_version(config)
+    start_jax()  # before a checkpoint is opened: that takes the device
     check_inputs(config)  # before anything is written
-    start_jax()
     mesh = make_mesh(config)
     run_dir = z1_config.claim_directory(config)
     print(f"run directory {run_dir}", flush=True)
