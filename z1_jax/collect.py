@@ -7,14 +7,13 @@ command goes on.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import NoReturn
 
 from z1_jax.checks import check
-from z1_jax.config import Config, ConfigError, DemosConfig, EnvConfig
+from z1_jax.command_line import Parser
+from z1_jax.config import Config, DemosConfig, EnvConfig
 from z1_jax.data.dataset import open_dataset
 from z1_jax.importing import ImportConfig, check_source, import_demonstrations
 from z1_jax.runs import run_main
@@ -48,7 +47,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, pathlib.Path]:
         ConfigError: an unknown option, or a value of the wrong type or out of range.
     """
     demos, env = DemosConfig(), EnvConfig()
-    parser = _Parser(
+    parser = Parser(
         prog="python -m z1_jax.collect",
         description="Expert demonstrations into a dataset directory.",
         epilog="Demonstrations of others: python -m z1_jax.collect --from=PATH --help",
@@ -109,7 +108,7 @@ def parse_import(arguments: Sequence[str]) -> tuple[ImportConfig, pathlib.Path]:
         ConfigError: an unknown option, or a value of the wrong type.
     """
     default = ImportConfig(paths=())
-    parser = _Parser(
+    parser = Parser(
         prog="python -m z1_jax.collect",
         description="Demonstrations of others (RoboCasa's HDF5 files, LeRobot v2.x or v3 directories) into a dataset.",
     )
@@ -147,11 +146,6 @@ def parse_import(arguments: Sequence[str]) -> tuple[ImportConfig, pathlib.Path]:
         skip_bad=given.skip_bad,
     )
     return config, given.out.expanduser().absolute()
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} ({self.prog} --help shows what there is)")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""Reads a config from the command line: a config file and overrides of its keys.
+"""Reads the command line: a config file and overrides of its keys, or the options of a command without a config.
 
 A user's mistake raises ConfigError: one line that names the key, what was given and what is allowed.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib.util
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from z1_jax.checks import checked
 from z1_jax.config import Config, ConfigError, flat
@@ -42,6 +43,13 @@ def parse_command_line(argv: Sequence[str]) -> Config:
             node = node.setdefault(section, {})
         node[leaf] = _parse_value(key, text, known[key])
     return checked(values)
+
+
+class Parser(argparse.ArgumentParser):
+    """Options of a command that takes no config. A mistake raises ConfigError instead of printing the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} ({self.prog} --help shows what there is)")
 
 
 def _suggestion(key: str, known: dict[str, Any]) -> str:

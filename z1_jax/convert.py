@@ -14,11 +14,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from z1_jax.config import ConfigError
+from z1_jax.command_line import Parser
 from z1_jax.data.normalize import NormStats, stats_arrays
 from z1_jax.data.tokenizer import PALIGEMMA, PALIGEMMA_VOCAB_SIZE, load_tokenizer
 from z1_jax.formats import companions, targets
@@ -311,7 +311,7 @@ def advice(format: Format, place: pathlib.Path, model: Model) -> str:
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line. Raises ConfigError for an unknown option or a wrong value."""
-    parser = _Parser(prog="python -m z1_jax.convert", description=__doc__.split("\n")[0].split(": ", 1)[1])
+    parser = Parser(prog="python -m z1_jax.convert", description=__doc__.split("\n")[0].split(": ", 1)[1])
     parser.add_argument("src", type=pathlib.Path, metavar="SRC", help="checkpoint: a folder or a safetensors file")
     parser.add_argument("dst", type=pathlib.Path, metavar="DST", help="folder that does not exist yet")
     parser.add_argument("--to", choices=FORMATS, help="what DST becomes (ours, unless SRC is)")
@@ -334,11 +334,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
     parser.add_argument("--state-in-prompt", action=argparse.BooleanOptionalAction, default=None, help="(yes)")
     return parser.parse_args(list(arguments))
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} ({self.prog} --help shows what there is)")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ import json
 import math
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 
 from z1_jax import accelerators, costs, programs, sharding, traced
 from z1_jax.accelerators import USABLE, Accelerator
-from z1_jax.command_line import parse_command_line
+from z1_jax.command_line import Parser, parse_command_line
 from z1_jax.compiling import Compiled, compile_only_mesh, compile_program, prepare_cuda
 from z1_jax.config import Config, ConfigError
 from z1_jax.errors import UserError
@@ -123,7 +123,7 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         ConfigError: an option that is not understood, or out of range.
     """
-    parser = _Parser(prog="python -m z1_jax.plan", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m z1_jax.plan", description=__doc__, allow_abbrev=False)
     parser.add_argument("--devices", type=int, default=1, help="of the whole run (%(default)s)")
     parser.add_argument("--accelerator", default="H200", help=f"{', '.join(accelerators.ACCELERATORS)} (%(default)s)")
     parser.add_argument("--memory", type=float, default=0.0, help="GB a device may use (92 %% of the accelerator's)")
@@ -140,11 +140,6 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.memory < 0:
         raise ConfigError(f"--memory: got {options.memory:g}, expected a number of GB above 0")
     return options, [argv[0], *rest]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} ({self.prog} --help shows what there is)")
 
 
 def provide_devices(count: int) -> None:

@@ -7,7 +7,6 @@ Reads only files of the run directory; what is missing or damaged is left out wi
 
 from __future__ import annotations
 
-import argparse
 import base64
 import dataclasses
 import json
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from z1_jax import page, svg
+from z1_jax.command_line import Parser
 from z1_jax.metrics import METRICS, read_records
 from z1_jax.statistics import wilson_interval
 
@@ -317,7 +317,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m z1_jax.report", description="Writes RUN_DIR/report.html.")
+    parser = Parser(prog="python -m z1_jax.report", description="Writes RUN_DIR/report.html.")
     parser.add_argument("run_dir", metavar="RUN_DIR")
     try:
         print(write_report(parser.parse_args().run_dir))

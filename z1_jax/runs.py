@@ -12,6 +12,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ from z1_jax.report import write_report
 
 SUMMARY = "summary.json"
 TRACEBACK = "Z1_JAX_TRACEBACK"  # set: a user's mistake shows its traceback too
+_CLOCK_S = 5.0  # how often a running stage's time is noted
 _SAME_ORDER = "--xla_gpu_exclude_nondeterministic_ops"
 # A disk that is full, read-only or not ours: the user's to mend, wherever it shows.
 _DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EIO}
@@ -143,13 +145,26 @@ class StageClock:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds the time within to the stage, also when it is interrupted."""
-        began = time.perf_counter()
+        """Adds the time within to the stage, also when it is interrupted; of one that is killed all but the end."""
+        before, began, over = self.seconds.get(name, 0.0), time.perf_counter(), threading.Event()
+
+        def note() -> None:
+            self.seconds[name] = before + time.perf_counter() - began
+            write_json(self._path, self.seconds)
+
+        def note_now_and_then() -> None:
+            while not over.wait(_CLOCK_S):
+                with contextlib.suppress(OSError):  # the stage itself will say what is wrong with the directory
+                    note()
+
+        keeper = threading.Thread(target=note_now_and_then, daemon=True)
+        keeper.start()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
-            write_json(self._path, self.seconds)
+            over.set()
+            keeper.join()
+            note()
 
 
 def conclude(
