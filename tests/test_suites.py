@@ -131,6 +131,36 @@ def test_the_benchmarks_settings_stand_in_the_preset():
         assert (other.env, other.eval, other.inputs) == (config.env, config.eval, config.inputs)
 
 
+@pytest.mark.parametrize(
+    ("version", "steps", "missing"),
+    [("", 700, "PickPlaceCounterToSink"), ("0.2.0", 700, "OpenCabinet"), ("1.0.1", 600, "OpenSingleDoor")],
+)
+def test_a_plan_needs_no_robocasa(version, steps, missing, monkeypatch):
+    """Horizons as its repository has them: PnPCounterToSink 700 in v0.2, PickPlaceCounterToSink 600 in v1.0.1."""
+
+    def absent() -> compat.Installation:
+        raise ValueError("RoboCasa is not installed")
+
+    monkeypatch.setattr(compat, "find", absent)
+    arguments = ("--config.task=PnPCounterToSink", f"--config.env.version={version}")
+    config = parse("grpo.py:robocasa", *arguments)
+    with pytest.raises(ConfigError, match="not installed"):
+        suites.make_env(config, config.task)
+    assert suites.planned(config).env == dataclasses.replace(config.env, horizon=steps)
+    given = dataclasses.replace(config, env=dataclasses.replace(config.env, horizon=40))
+    assert suites.planned(given) == given
+    with pytest.raises(ConfigError, match="config key task: .*RoboCasa"):
+        suites.planned(dataclasses.replace(config, task=missing))
+
+
+def test_a_plan_takes_the_version_that_is_installed(installed):
+    config = parse("grpo.py:robocasa", "--config.task=CoffeePressButton")
+    assert suites.planned(config).env.horizon == 300
+    other = parse("grpo.py:robocasa", "--config.env.version=0.9")
+    with pytest.raises(ConfigError, match=f"env.version: got 0.9, installed is RoboCasa {installed.version}"):
+        suites.planned(other)
+
+
 def test_the_protocol_says_what_success_depends_on_and_figures_are_labelled(installed, tmp_path, capsys):
     config = standin_config(f"--config.run_dir={tmp_path}", "--config.eval.episodes=50", "--config.env.horizon=0")
     policy = tiny.policy(3)

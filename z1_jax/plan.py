@@ -27,7 +27,7 @@ from z1_jax.programs import Program
 from z1_jax.rl.tree import branch_plan
 from z1_jax.runs import require_algorithm, run_main
 from z1_jax.stages import architecture, check_batches
-from z1_jax.suites import episode_steps, make_env
+from z1_jax.suites import episode_steps, planned
 
 GB = 1e9
 # The estimate knows neither layout copies nor gaps between buffers. XLA's own assignment for a GPU was 1.27 times the
@@ -106,9 +106,9 @@ def main(argv: Sequence[str]) -> int | None:
     options, rest = parse_options(argv)
     config = parse_command_line(rest)
     require_algorithm(config, ("grpo", "sft"), "plan")
+    config = planned(config)
     accelerator = accelerators.get_accelerator(options.accelerator)
     memory = options.memory * GB if options.memory else USABLE * accelerator.memory * GB
-    make_env(config, config.task)
     if options.compile == "cuda":
         prepare_cuda(accelerator.name)
     provide_devices(2 * options.devices)  # twice: a wider mesh is one of the changes to look at

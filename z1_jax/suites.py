@@ -50,21 +50,51 @@ def kitchen_options(config: Config) -> dict[str, Any]:
     }
 
 
-def _robocasa(config: Config, task: str) -> functools.partial[Env]:
-    from envs import robocasa
+def planned(config: Config) -> Config:
+    """The config as a plan needs it: names checked, and of RoboCasa, which need not be there, how long an episode is.
+
+    Where none can be used, the version is `env.version`, or v0.2.
+
+    Raises:
+        ConfigError: the suite has no such task, camera, scene, layout, style or objects.
+    """
+    if config.env.suite != "robocasa":
+        make_env(config, config.task)
+        return config
+    from envs.robocasa import compat, tables
+
+    env = config.env
+    try:
+        compat.find()
+    except ValueError:
+        api = "v1" if env.version.startswith("1") else "v0.2"
+    else:  # nothing is simulated: no assets are needed
+        api = _installed(dataclasses.replace(config, env=dataclasses.replace(env, standins=True))).api
+    task = _checked_task(config, config.task, api)
+    return dataclasses.replace(config, env=dataclasses.replace(env, horizon=env.horizon or tables.HORIZONS[api][task]))
+
+
+def _checked_task(config: Config, task: str, api: str) -> str:
+    """RoboCasa's name of the task in that version, after a look at all names of the config."""
     from envs.robocasa import tables
 
     env = config.env
-    api = _installed(config).api
     name = _refused("task", tables.task_name, task, api)
     check_names("env.cameras", list(env.cameras), list(tables.CAMERAS))
     _refused("env.scenes", tables.scenes, env.scenes, api)
     _refused("eval.scenes", tables.scenes, config.eval.scenes, api)
     check_names("env.objects", list(env.objects), list(tables.OBJECTS[api]))
     check_names("eval.objects", [config.eval.objects], list(tables.OBJECTS[api]))
+    return name
+
+
+def _robocasa(config: Config, task: str) -> functools.partial[Env]:
+    from envs import robocasa
+
+    env = config.env
     return functools.partial(
         robocasa.make,
-        name,
+        _checked_task(config, task, _installed(config).api),
         cameras=env.cameras,
         image_size=env.image_size,
         horizon=env.horizon or None,
