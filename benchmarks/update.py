@@ -31,6 +31,7 @@ from z1_jax.evaluation import make_actor
 from z1_jax.models.pi05 import Pi05, Pi05Config, abstract_model, count_parameters, init_model, split_model
 from z1_jax.models.presets import get_preset
 from z1_jax.optim import make_optimizer
+from z1_jax.policies import given_policy
 from z1_jax.policy import Policy, fresh_policy, make_processor
 from z1_jax.rl import flow, loss, rollout
 from z1_jax.rl.actor import Actor, counted_coordinates, stack_ids
@@ -39,7 +40,7 @@ from z1_jax.rl.rollout import NodeTable
 from z1_jax.rl.tree import BranchPlan, branch_plan, signed_advantage_sums
 from z1_jax.rl.update import Updater, mini_batches
 from z1_jax.runs import start_jax
-from z1_jax.stages import given_policy, make_pool
+from z1_jax.stages import make_pool
 from z1_jax.types import Observation
 
 # The kitchen's defaults; an episode there takes 4.7 chunks on average.

@@ -11,7 +11,7 @@ import pytest
 import tiny_policy as tiny
 from flax import nnx
 
-from z1_jax import checks, sharding, stages
+from z1_jax import checks, policies, sharding
 from z1_jax import config as z1_config
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.config import Config, ConfigError, LoraConfig, ModelConfig, OptimConfig, SftConfig
@@ -258,7 +258,7 @@ def test_scopes_that_work_are_taken():
 
 def test_remat_and_attention_reach_the_model():
     config = Config(model=ModelConfig(remat="dots", attention="xla"))
-    shapes = stages.architecture(config)
+    shapes = policies.configured_model(config)
     assert (shapes.remat, shapes.attention) == ("dots", "xla")
     given = policy().with_compute("full", "xla")  # a checkpoint's policy follows the run
     model = nnx.merge(given.graphdef, given.params)
@@ -266,7 +266,7 @@ def test_remat_and_attention_reach_the_model():
     assert (model.vision.implementation, model.language.implementation) == ("xla", "xla")
     cudnn = Config(model=ModelConfig(dtype="bfloat16", attention="cudnn"))
     with pytest.raises(ConfigError, match="got cudnn on cpu, expected einsum or xla without a GPU"):
-        stages._check_attention(cudnn)
+        policies._check_attention(cudnn)
 
 
 def test_remat_gives_the_same_gradients_from_fewer_bytes(rng):

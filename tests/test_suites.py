@@ -11,7 +11,7 @@ import tiny_policy as tiny
 
 from envs.robocasa import compat, standin, tables
 from z1_jax import config as z1_config
-from z1_jax import runs, stages, suites
+from z1_jax import policies, runs, stages, suites
 from z1_jax.command_line import parse_command_line
 from z1_jax.config import Config, ConfigError
 
@@ -191,7 +191,7 @@ def test_an_untrained_policy_takes_the_ranges_of_state_and_action(rng):
     config = standin_config("--config.env.executed=3")
     mesh = stages.make_mesh(config)
     with jax.set_mesh(mesh):
-        policy = stages.untrained_policy(config, mesh)
+        policy = policies.untrained_policy(config, mesh)
     assert policy.executed == 3
     low, high = map(np.array, zip(*tables.state_bounds(), strict=True))
     states = rng.uniform(low, high, (50, tables.STATE_DIM))

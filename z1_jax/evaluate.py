@@ -16,6 +16,7 @@ from z1_jax import config as z1_config
 from z1_jax.command_line import parse_command_line
 from z1_jax.config import Config, ConfigError
 from z1_jax.evaluation import Evaluation, compare, evaluate, rate_sentence, versus_sentence
+from z1_jax.policies import given_policy
 from z1_jax.policy import Policy, find_policy
 from z1_jax.runs import (
     StageClock,
@@ -27,7 +28,7 @@ from z1_jax.runs import (
     run_main,
     start_jax,
 )
-from z1_jax.stages import check_inputs, given_policy, make_mesh, make_pool
+from z1_jax.stages import check_inputs, make_mesh, make_pool
 from z1_jax.suites import pin_version
 
 

@@ -23,10 +23,11 @@ from z1_jax.compiling import Compiled, compile_only_mesh, compile_program, prepa
 from z1_jax.config import Config, ConfigError
 from z1_jax.errors import UserError
 from z1_jax.models.pi05 import Pi05Config
+from z1_jax.policies import configured_model
 from z1_jax.programs import Program
 from z1_jax.rl.tree import branch_plan
 from z1_jax.runs import require_algorithm, run_main
-from z1_jax.stages import architecture, check_batches
+from z1_jax.stages import check_batches
 from z1_jax.suites import episode_steps, planned
 
 GB = 1e9
@@ -112,7 +113,7 @@ def main(argv: Sequence[str]) -> int | None:
     if options.compile == "cuda":
         prepare_cuda(accelerator.name)
     provide_devices(2 * options.devices)  # twice: a wider mesh is one of the changes to look at
-    plan = make_plan(config, architecture(config), accelerator, memory, options.devices, options.compile)
+    plan = make_plan(config, configured_model(config), accelerator, memory, options.devices, options.compile)
     print(json.dumps(document(plan), indent=1) if options.json else "\n".join(lines(plan)), flush=True)
     return None if plan.fits else 1
 

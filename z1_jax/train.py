@@ -18,17 +18,16 @@ from z1_jax.config import Config
 from z1_jax.errors import UserError
 from z1_jax.evaluation import Evaluation, compare, evaluate, film, rate_sentence, sentence
 from z1_jax.metrics import MetricsWriter, read_records
+from z1_jax.policies import given_policy, untrained_policy
 from z1_jax.policy import Policy
 from z1_jax.rl.loop import GrpoTrainer, train_grpo
 from z1_jax.runs import StageClock, conclude, finished_sentence, require_algorithm, run_main, start_jax
 from z1_jax.stages import (
     check_inputs,
     demonstrations,
-    given_policy,
     make_mesh,
     make_pool,
     supervised_policy,
-    untrained_policy,
 )
 from z1_jax.suites import pin_version
 
