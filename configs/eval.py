@@ -4,10 +4,12 @@ import ml_collections
 
 from configs import common
 
+OWN = {"algorithm": "eval", "flow__steps": 0}  # the policy acts as it was trained to
+
 PRESETS = {
-    "kitchen": {"algorithm": "eval"},
+    "kitchen": OWN,
     "robocasa": {"algorithm": "eval", **common.ROBOCASA},
-    "smoke": {"algorithm": "eval", "env__parallel": 16, "eval__episodes": 16},
+    "smoke": {**OWN, "env__parallel": 16, "eval__episodes": 16},
 }
 
 

@@ -296,18 +296,40 @@ def dataset(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("data") / "demos", episodes, {"made_by": "test"})
 
 
-def sft(run_dir, dataset):
+def sft(run_dir, dataset, config=SFT, report_every=1):
     with MetricsWriter(run_dir) as writer:
         return train_sft(
             fresh_policy(),
             dataset,
-            SFT,
+            config,
             SEED,
             tiny.one_device(),
             run_dir / "checkpoints" / "sft",
             writer,
-            report_every=1,
+            report_every=report_every,
         )
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_numbers_that_are_not_finite_are_never_saved(stopped, tmp_path, dataset, monkeypatch):
+    """Also between reports, and when Ctrl-C comes before one."""
+    step = SftTrainer.step
+
+    def breaking(self, batch, number):
+        if number == 2:
+            batch = {**batch, "actions": np.full_like(batch["actions"], np.nan)}
+            if stopped:
+                os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch, number)
+
+    monkeypatch.setattr(SftTrainer, "step", breaking)
+    config = dataclasses.replace(SFT, checkpoint_every=3 if stopped else 1)
+    with pytest.raises(
+        FloatingPointError, match="grad_norm nan and loss nan at step 3 are not finite; the checkpoints"
+    ):
+        sft(tmp_path, dataset, config, report_every=5)
+    kept = {int(path.name) for path in (tmp_path / "checkpoints" / "sft").iterdir()}
+    assert kept == (set() if stopped else {1, 2})
 
 
 def test_sft_then_grpo_interrupted_in_both_ends_with_the_same_bits(tmp_path, dataset, monkeypatch):

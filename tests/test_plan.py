@@ -8,6 +8,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_policy
 from flax import nnx
@@ -21,6 +22,7 @@ from z1_jax.models import pi05
 from z1_jax.models.gemma import GemmaConfig
 from z1_jax.models.presets import get_preset
 from z1_jax.models.siglip import SiglipConfig
+from z1_jax.rl import trainer
 
 H200 = accelerators.get_accelerator("H200")
 SMALL = dataclasses.replace(
@@ -188,6 +190,48 @@ def test_frozen_parameters_are_kept_in_bfloat16():
     for path, variable in nnx.to_flat_state(frozen):
         wide = any(part.startswith(("norm", "patch", "position")) for part in map(str, path))
         assert variable.get_value().dtype == (jnp.float32 if wide else jnp.bfloat16), path
+
+
+def test_a_plan_draws_nothing_for_adapters_and_augmented_images():
+    sft = dataclasses.replace(SMALL.sft, augment=True, ema=0.9)
+    train = dataclasses.replace(SMALL.train, scope="lora")
+    config, mesh = dataclasses.replace(SMALL, sft=sft, train=train), tiny_policy.one_device()
+    names = [program.name for program in programs.trace_programs(config, tiny_policy.CONFIG, mesh)]
+    assert names == ["sft_step", "rl_update", "encode", "denoise"]
+    _, trainable, frozen = programs.abstract_policy(config, tiny_policy.CONFIG, mesh).split("lora", config.lora)
+    leaves = jax.tree.leaves((trainable, frozen))
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding.mesh == mesh for leaf in leaves)
+    real = tiny_policy.policy().split("lora", config.lora)
+    assert jax.tree.map(jnp.shape, (trainable, frozen)) == jax.tree.map(jnp.shape, real[1:])
+
+
+@pytest.mark.parametrize(
+    ("branching", "schedule", "start", "end"),
+    [("tree", "constant", 0, 1), ("tree", "constant", 3, 1), ("tree", "linear", 0, 3), ("prefix", "cosine", 3, 0)],
+)
+def test_the_most_looks_are_those_of_the_dearest_iteration(branching, schedule, start, end):
+    """Counted member by member: a look is one chunk of those who have not parted yet."""
+    group = z1_config.GroupConfig(3, 4, branching, start, end, schedule)
+    train = dataclasses.replace(SMALL.train, iterations=4)
+    config = dataclasses.replace(SMALL, group=group, train=train)
+
+    def looks(iteration: int) -> int:
+        if schedule == "cosine":
+            share = (1 - np.cos(np.pi * iteration / 3)) / 2
+        else:
+            share = iteration / 3 if schedule == "linear" else 0.0
+        prefix = round(start + (end - start) * share)
+        points = [prefix // 2, prefix] if branching == "tree" else [prefix] * 2
+        seen = {(chunk, tuple(member >> (1 - i) for i, p in enumerate(points) if p < chunk))
+                for member in range(4) for chunk in range(6)}  # fmt: skip
+        return 3 * len(seen)
+
+    most = max(looks(i) for i in range(4))
+    assert trainer.most_looks(config, control_steps=46, executed=8) == most
+    model = tiny_policy.CONFIG
+    env = dataclasses.replace(SMALL.env, horizon=46)
+    made = plan.make_plan(dataclasses.replace(config, env=env, init="there"), model, H200, 1e9, 1)
+    assert made.host_cache_bytes == most * costs.cache_bytes(model)
 
 
 def test_the_sampler_casts_its_weights_once():

@@ -1,16 +1,30 @@
 import dataclasses
+import pathlib
 
 import pytest
 import tiny_policy as tiny
 
+from z1_jax import stages
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config import Config, ConfigError, DemosConfig, EnvConfig, InputsConfig, ModelConfig
+from z1_jax.command_line import parse_command_line
+from z1_jax.config import (
+    Config,
+    ConfigError,
+    DemosConfig,
+    EnvConfig,
+    EvalConfig,
+    FlowConfig,
+    InputsConfig,
+    ModelConfig,
+    claim_directory,
+)
 from z1_jax.data.tokenizer import train_small_tokenizer
 from z1_jax.models.presets import get_preset
-from z1_jax.policies import check_policy, new_policy
+from z1_jax.policies import check_policy, given_policy, new_policy
 from z1_jax.stages import demonstrations
 
-CAMERAS = ("robot0_agentview_left", "robot0_eye_in_hand", "robot0_agentview_right")
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+WRIST = "robot0_eye_in_hand"
 
 
 def make_config(seed: int = 0, **demos: object) -> Config:
@@ -39,13 +53,13 @@ def test_a_fresh_policy_sees_as_the_config_says(tmp_path, capsys):
     dataset = demonstrations(config, tmp_path / "data")
     train_small_tokenizer(["open the drawer"], tmp_path / "own.model", vocab_size=480)
     inputs = InputsConfig(
-        tokenizer=str(tmp_path / "own.model"), state_in_prompt=False, norm="z_score", slots=("none", CAMERAS[1])
+        tokenizer=str(tmp_path / "own.model"), state_in_prompt=False, norm="z_score", slots=("none", WRIST)
     )
-    config = dataclasses.replace(config, inputs=inputs, env=EnvConfig(workers=0, cameras=CAMERAS[1:2], image_size=32))
+    config = dataclasses.replace(config, inputs=inputs, env=EnvConfig(workers=0, cameras=(WRIST,), image_size=32))
     policy = new_policy(config, dataset, tiny.one_device())
     seen = policy.processor
     assert seen.tokenizer.model_bytes == (tmp_path / "own.model").read_bytes()
-    assert (seen.norm_mode, seen.state_in_prompt, seen.cameras) == ("z_score", False, (None, CAMERAS[1]))
+    assert (seen.norm_mode, seen.state_in_prompt, seen.cameras) == ("z_score", False, (None, WRIST))
     record = dataset.records([0])[0]
     observation = seen.observation([record])
     assert observation.images.shape == (1, 1, 64, 64, 3)  # frames of any size, one for each camera
@@ -74,3 +88,57 @@ def test_input_settings_that_a_policy_would_ignore_are_refused(tmp_path):
         with pytest.raises(ConfigError, match=f"inputs.{key}: got .* keeps it: leave inputs.{key} out"):
             check_policy(dataclasses.replace(config, inputs=InputsConfig(**{key: value})), str(tmp_path))
     check_policy(dataclasses.replace(config, inputs=InputsConfig(slots=(tiny.CAMERA,))), str(tmp_path))
+
+
+def stored(directory: pathlib.Path, step: int, **changes: object) -> str:
+    checkpoints = Checkpoints(directory)
+    checkpoints.save(step, tiny.policy().parts(), {**tiny.policy().document(), **changes})
+    checkpoints.close()
+    return str(directory)
+
+
+def test_a_policy_acts_with_as_many_denoising_steps_as_it_was_made_for(tmp_path):
+    ten = stored(tmp_path / "ten", 3, denoising_steps=10)
+    four = stored(tmp_path / "four", 3)
+    config = parse_command_line(
+        ["", f"--config={CONFIGS / 'eval.py'}", f"--config.checkpoint={ten}", f"--config.env.cameras={tiny.CAMERA}"]
+    )
+    assert config.flow.steps == 0 and stages.check_inputs(config).flow.steps == 10
+    assert given_policy(config, ten, tiny.one_device()).denoising_steps == 10
+    asked = dataclasses.replace(config, flow=FlowConfig(steps=6))
+    assert stages.check_inputs(asked) == asked
+    assert given_policy(asked, ten, tiny.one_device()).document()["denoising_steps"] == 6
+    two = dataclasses.replace(config, compare=four)
+    with pytest.raises(ConfigError, match="flow.steps: got 0, but .*/ten acts with 10 and .*/four acts with 4: give"):
+        stages.check_inputs(two)
+
+
+def test_a_policy_of_other_environments_is_refused(tmp_path):
+    narrow = {"mean": [0.0] * 7, "std": [1.0] * 7, "q01": [-1.0] * 7, "q99": [1.0] * 7}
+    path = stored(tmp_path, 3, norm_stats={**tiny.policy().document()["norm_stats"], "actions": narrow})
+    config = Config(algorithm="eval", env=EnvConfig(cameras=(tiny.CAMERA,)))
+    with pytest.raises(ConfigError, match="kitchen has actions of width 12, the policy .* of width 7"):
+        check_policy(config, path)
+    check_policy(dataclasses.replace(config, eval=EvalConfig(episodes=0)), path)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_run_keeps_to_the_checkpoint_that_it_began_with(relative, tmp_path, monkeypatch):
+    """Also where the run that `init` names goes on and adds others."""
+    monkeypatch.chdir(tmp_path)
+    given = "other" if relative else str(tmp_path / "other")
+    sft = tmp_path / "other" / "checkpoints" / "sft"
+    stored(sft, 3)
+    env, model = EnvConfig(cameras=(tiny.CAMERA,)), ModelConfig()
+    config = Config(init=given, env=env, model=model, run_dir=str(tmp_path / "mine"))
+    began = stages.check_inputs(config)
+    assert began.init == f"{given}/checkpoints/sft/3"
+    claim_directory(began)
+    stored(sft, 4)
+    assert stages.check_inputs(config) == began
+    assert stages.check_inputs(dataclasses.replace(config, init=began.init)) == began
+    fresh = dataclasses.replace(config, run_dir=str(tmp_path / "another"))
+    assert stages.check_inputs(fresh).init == f"{given}/checkpoints/sft/4"
+    elsewhere = dataclasses.replace(config, init=f"{given}/checkpoints/sft/4")
+    with pytest.raises(ConfigError, match="belongs to another config .init is"):
+        claim_directory(stages.check_inputs(elsewhere))

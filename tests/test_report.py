@@ -145,6 +145,14 @@ def test_a_whole_run_is_told(tmp_path):
     assert "Left out" not in page.text
 
 
+def test_intervals_say_at_what_confidence(tmp_path):
+    summary = write_run(tmp_path)
+    assert "95 % (Wilson)" in page_of(tmp_path).text
+    summary["protocol"]["confidence"] = 0.9
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert "90 % (Wilson)" in page_of(tmp_path).text
+
+
 def test_the_page_needs_nothing_else(tmp_path):
     write_run(tmp_path, iterations=3)
     page = page_of(tmp_path)

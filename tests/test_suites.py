@@ -126,8 +126,8 @@ def test_the_benchmarks_settings_stand_in_the_preset():
     assert config.inputs.slots == config.env.cameras == (left, wrist, right)  # base, left wrist, right wrist
     assert (config.model.preset, config.env.executed, config.flow.steps) == ("pi05", 5, 10)
     assert (config.eval.episodes, config.eval.scenes, config.eval.objects) == (50, ("evaluation",), "heldout")
-    for file in ("sft.py:robocasa", "eval.py:robocasa"):
-        other = parse(file, "--config.checkpoint=somewhere")
+    for file, *arguments in (("sft.py:robocasa",), ("eval.py:robocasa", "--config.checkpoint=somewhere")):
+        other = parse(file, *arguments)
         assert (other.env, other.eval, other.inputs) == (config.env, config.eval, config.inputs)
 
 

@@ -10,6 +10,7 @@ import tiny_policy as tiny
 from tiny_grpo import CONFIG, compiled, trainer
 
 from z1_jax.config import ConfigError, FlowConfig, RewardConfig, SelectiveConfig, TrainConfig
+from z1_jax.errors import UserError
 from z1_jax.policy import named
 from z1_jax.rl import trainer as grpo_trainer
 from z1_jax.rl.diagnostics import RatioError
@@ -238,7 +239,7 @@ def test_a_prefix_schedule_compiles_each_shape_once():
     """P = 2, 1, 0, and back: clusters that part in two, in four, and all at once; the second time nothing is new."""
     group = dataclasses.replace(CONFIG.group, prefix_chunks=2, prefix_chunks_end=0)
     made = trainer(dataclasses.replace(CONFIG, group=group))
-    assert [made.plan(i).points for i in range(3)] == [(1, 2), (0, 1), (0, 0)]
+    assert [grpo_trainer.group_plan(made.config, i).points for i in range(3)] == [(1, 2), (0, 1), (0, 0)]
     for number in range(3):
         made.update(made.collect(tiny.pool(16), number), number)
     known = made.traces
@@ -314,6 +315,14 @@ def test_a_scope_that_was_left_is_decided_once(monkeypatch):
     other.resume(made.progress())
     assert other.scope == "joint" and other.decision == decision
     assert all(other.observe(0.0) is None for _ in range(6))
+
+
+def test_a_checkpoint_from_before_the_scope_was_left_is_for_the_next_start():
+    made = trainer(SELECTIVE)
+    early = made.progress()
+    made.enter("joint")
+    with pytest.raises(UserError, match="train.scope=expert comes before .* the same command again"):
+        made.resume(early)
 
 
 def test_a_rising_probe_stays_with_the_expert_and_another_begins():

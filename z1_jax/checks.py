@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from z1_jax.config import RANDOM, Config, ConfigError, LoraConfig, SelectiveConfig, build, flat
@@ -62,7 +63,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "group.size": (2, 1024),
     "group.prefix_chunks": (0, None),
     "group.prefix_chunks_end": (0, None),
-    "flow.steps": (2, 1000),
+    "flow.steps": (0, 1000),
     "flow.noise_level": (1e-6, 10.0),
     "flow.noise_level_end": (1e-6, 10.0),
     "reward.discount": (1e-3, 1.0),
@@ -159,14 +160,20 @@ def _check_combinations(config: Config) -> None:
             f"config key reward.keep_low: got {config.reward.keep_low}, "
             f"expected at most reward.keep_high = {config.reward.keep_high}"
         )
-    if config.flow.last_step == "ode" and config.flow.steps < 2:
-        raise ConfigError(f"config key flow.steps: got {config.flow.steps} with last_step=ode, expected at least 2")
+    given = config.algorithm == "eval" or config.init not in ("", RANDOM)
+    if config.flow.steps < 2 and not (given and config.flow.steps == 0):
+        raise ConfigError(
+            f"config key flow.steps: got {config.flow.steps}, expected 2 … 1000"
+            + ", or 0 for those that the given policy acts with" * given
+        )
     if group.branching == "none" and (group.prefix_chunks or group.prefix_chunks_end):
         raise ConfigError(
             "config key group.prefix_chunks: branching=none shares no prefix, "
             f"got {group.prefix_chunks} → {group.prefix_chunks_end}, expected 0 → 0"
         )
     _check_scopes(config)
+    if _trains_sft(config):
+        _check_inert(config, _INERT_SFT)
     if config.algorithm == "grpo":
         _check_switches(config)
     _check_slots(config)
@@ -218,9 +225,13 @@ def _check_suite(config: Config) -> None:
 _EXAMPLES = {"env.scenes": "training", "eval.scenes": "evaluation", "eval.objects": "heldout"}
 
 
+def _trains_sft(config: Config) -> bool:
+    return config.algorithm == "sft" or (config.algorithm == "grpo" and not config.init)
+
+
 def _check_scopes(config: Config) -> None:
     """Scopes that would train nothing sensible, and adapters that nobody uses."""
-    trains_sft = config.algorithm == "sft" or (config.algorithm == "grpo" and not config.init)
+    trains_sft = _trains_sft(config)
     scopes = [config.sft.scope] * trains_sft
     if config.algorithm == "grpo":
         scopes.append(config.selective.then if config.train.scope == "auto" else config.train.scope)
@@ -242,6 +253,10 @@ def _check_scopes(config: Config) -> None:
 
 
 # Where a key has no effect it must keep its default: nothing that was asked for is ignored in silence.
+_INERT_SFT: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
+    ("sft.optim.lr_end", "sft.optim.schedule", ("constant",)),
+    ("sft.optim.muon_rms", "sft.optim.name", ("adamw",)),
+)
 # (key, the key that decides, values of that key under which the first has no effect)
 _INERT: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("group.prefix_schedule", "group.branching", ("none",)),
@@ -251,20 +266,23 @@ _INERT: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("reward.penalty", "reward.kind", ("decay", "sparse")),
     ("reward.filter_on", "reward.kind", ("sparse",)),
     ("update.optim.lr_end", "update.optim.schedule", ("constant",)),
-    ("sft.optim.muon_rms", "sft.optim.name", ("adamw",)),
     ("update.vlm_lr_factor", "train.scope", ("expert",)),
     *((f"selective.{f.name}", "train.scope", _FIXED_SCOPES) for f in dataclasses.fields(SelectiveConfig)),
 )
 
 
-def _check_switches(config: Config) -> None:
+def _check_inert(config: Config, rows: tuple[tuple[str, str, tuple[Any, ...]], ...]) -> None:
     values, default = flat(config), flat(Config())
-    for key, by, without in _INERT:
+    for key, by, without in rows:
         if values[by] in without and values[key] != default[key]:
             raise ConfigError(
                 f"config key {key}: got {values[key]}, which has no effect with {by}={values[by]}; "
                 f"leave it at {default[key]} or change {by}"
             )
+
+
+def _check_switches(config: Config) -> None:
+    _check_inert(config, _INERT)
     update, scope = config.update, config.train.scope
     if 0.0 < update.ratio_max <= 1.0:
         raise ConfigError(
@@ -284,6 +302,30 @@ def _check_switches(config: Config) -> None:
             f"config key lora.expert_rank: got {config.lora.expert_rank} with selective.then=lora, where the expert "
             "goes on being trained whole; expected 0"
         )
+
+
+_RL = ("group.", "reward.", "update.", "train.", "selective.", "flow.")
+
+
+def check_given(config: Config, keys: Iterable[str]) -> None:
+    """Refuses keys that were given on the command line and have no effect on what the command does.
+
+    A config file's presets hold the keys of all stages; who gives one means it to count.
+
+    Raises:
+        ConfigError: one line.
+    """
+    if config.algorithm == "eval":
+        unused, why = (*_RL, "sft.", "demos.", "lora.", "init"), "algorithm=eval trains nothing"
+    elif config.algorithm == "sft":
+        unused, why = (*_RL, "checkpoint", "compare"), "algorithm=sft neither trains by RL nor compares policies"
+    elif config.init:
+        unused, why = ("sft.", "demos.", "checkpoint", "compare"), "RL starts from init, without demonstrations and SFT"
+    else:
+        unused, why = ("checkpoint", "compare"), "algorithm=grpo makes its own policy, or starts from init"
+    for key in keys:
+        if key.startswith(unused) and key != "flow.steps":
+            raise ConfigError(f"config key {key}: it has no effect, {why}; leave it out")
 
 
 def stale_cache(placement: str, scope: str) -> ConfigError:

@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from z1_jax.checks import checked
+from z1_jax.checks import check_given, checked
 from z1_jax.config import Config, ConfigError, flat
 
 
@@ -28,7 +28,7 @@ def parse_command_line(argv: Sequence[str]) -> Config:
     if len(given) != 1:
         raise ConfigError(f"got {len(given)} configs, expected one --config=configs/FILE.py[:PRESET]")
     values = _load(given[0])
-    known = flat(Config())
+    known, keys = flat(Config()), []
     for argument in argv[1:]:
         if argument.startswith("--config="):
             continue
@@ -37,12 +37,15 @@ def parse_command_line(argv: Sequence[str]) -> Config:
             raise ConfigError(f"argument {argument!r} is not understood, expected --config.key=value")
         if key not in known:
             raise ConfigError(f"config key {key} does not exist{_suggestion(key, known)}")
+        keys.append(key)
         *sections, leaf = key.split(".")
         node = values
         for section in sections:
             node = node.setdefault(section, {})
         node[leaf] = _parse_value(key, text, known[key])
-    return checked(values)
+    config = checked(values)
+    check_given(config, keys)
+    return config
 
 
 class Parser(argparse.ArgumentParser):

@@ -67,7 +67,7 @@ class InputsConfig:
 class DemosConfig:
     """Expert demonstrations."""
 
-    episodes: int = 250  # successful ones to keep
+    episodes: int = 250  # successful ones to keep; above 3,333 runs of neighbouring seeds share some
     noise: float = 0.2  # an episode's action noise is one of 0, noise, 2·noise
     stride: int = 4  # control steps between recorded observations
     labels: str = "undisturbed"  # a chunk is what the expert does undisturbed, or (recorded) did amid the noise
@@ -142,7 +142,7 @@ class GroupConfig:
 class FlowConfig:
     """The stochastic sampler (Flow-SDE)."""
 
-    steps: int = 4  # K, denoising steps of a decision
+    steps: int = 4  # K, denoising steps of a decision; 0: those that the given policy acts with
     noise_level: float = 0.5  # a, at the first iteration
     noise_level_end: float = 0.5  # a at the last iteration
     noise_schedule: str = "constant"  # constant | linear | cosine, from the one to the other

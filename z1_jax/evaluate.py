@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     require_algorithm(config, ("eval",), "evaluate")
     config = pin_version(config)
     start_jax()  # before a checkpoint is opened: that takes the device
-    check_inputs(config)
+    config = check_inputs(config)
     paths = {"checkpoint": config.checkpoint, "compare": config.compare}
     identities = {name: policy_identity(path) for name, path in paths.items() if path}
     if len(set(identities.values())) < len(identities):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,9 +22,9 @@ from z1_jax.compiling import Compiled, compile_only_mesh, compile_program, prepa
 from z1_jax.config import Config, ConfigError
 from z1_jax.errors import UserError
 from z1_jax.models.pi05 import Pi05Config
-from z1_jax.policies import configured_model
+from z1_jax.policies import configured_model, with_own_steps
 from z1_jax.programs import Program
-from z1_jax.rl.tree import branch_plan
+from z1_jax.rl.trainer import most_looks
 from z1_jax.runs import require_algorithm, run_main
 from z1_jax.stages import check_batches
 from z1_jax.suites import episode_steps, planned
@@ -107,7 +106,7 @@ def main(argv: Sequence[str]) -> int | None:
     options, rest = parse_options(argv)
     config = parse_command_line(rest)
     require_algorithm(config, ("grpo", "sft"), "plan")
-    config = planned(config)
+    config = with_own_steps(planned(config))
     accelerator = accelerators.get_accelerator(options.accelerator)
     memory = options.memory * GB if options.memory else USABLE * accelerator.memory * GB
     if options.compile == "cuda":
@@ -181,7 +180,10 @@ def make_plan(
         where = compile_only_mesh(mesh, target) if compile_for == "cuda" else mesh
         compiled = [compile_program(program, target) for program in programs.trace_programs(config, model, where)]
         rows = [dataclasses.replace(row, compiled=c) for row, c in zip(rows, compiled, strict=True)]
-    caches = most_looks(config, model) * costs.cache_bytes(model) if keeps_caches(config) else 0
+    caches = 0
+    if keeps_caches(config):
+        looks = most_looks(config, episode_steps(config), config.env.executed or model.horizon)
+        caches = looks * costs.cache_bytes(model)
     if caches and config.update.prefix_cache == "device":
         share = caches // (mesh.shape["data"] * mesh.shape["fsdp"])
         rows = [row if row.name == "sft_step" else dataclasses.replace(row, inputs=row.inputs + share) for row in rows]
@@ -200,7 +202,7 @@ def make_plan(
 
 def keeps_caches(config: Config) -> bool:
     """Whether an iteration keeps the prefix caches of its observations: only while the VLM is frozen."""
-    frozen = config.train.scope == "expert" or (config.train.scope == "lora" and not config.lora.vlm_rank)
+    frozen = config.train.scope in ("expert", "auto") or (config.train.scope == "lora" and not config.lora.vlm_rank)
     return config.algorithm == "grpo" and frozen and config.update.prefix_cache != "recompute"
 
 
@@ -244,13 +246,6 @@ def _row(
         floor_ms=computing + optimizer_ms,
         optimizer_ms=optimizer_ms,
     )
-
-
-def most_looks(config: Config, model: Pi05Config) -> int:
-    """Observations of an iteration at most: no member succeeds before the episode ends."""
-    steps = episode_steps(config)
-    plan = branch_plan(config.group.branching, config.group.size, config.group.prefix_chunks_end)
-    return config.group.count * plan.most_looks(math.ceil(steps / (config.env.executed or model.horizon)))
 
 
 def changes(config: Config, model: Pi05Config, plan: Plan) -> list[tuple[str, float]]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,14 +13,14 @@ import jax
 import numpy as np
 
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config import Config, ConfigError, InputsConfig, ModelConfig
+from z1_jax.config import RANDOM, Config, ConfigError, InputsConfig, ModelConfig
 from z1_jax.data import tokenizer
 from z1_jax.data.dataset import Dataset
 from z1_jax.data.normalize import NormStats
 from z1_jax.models.pi05 import Pi05Config
 from z1_jax.models.presets import PRESETS, get_preset
 from z1_jax.policy import Policy, find_policy, fresh_policy, load_policy, make_processor
-from z1_jax.suites import assumed_statistics, check_names
+from z1_jax.suites import assumed_statistics, check_names, widths
 
 
 def configured_model(config: Config) -> Pi05Config:
@@ -137,11 +140,51 @@ def given_policy(config: Config, path: str, mesh: jax.sharding.Mesh) -> Policy:
     checkpoints = Checkpoints(directory)
     policy = load_policy(checkpoints, step, mesh)
     checkpoints.close()
-    policy = dataclasses.replace(policy, executed=config.env.executed or policy.executed)
+    policy = dataclasses.replace(
+        policy,
+        executed=config.env.executed or policy.executed,
+        denoising_steps=config.flow.steps or policy.denoising_steps,
+    )
     try:
         return policy.with_compute(config.model.remat, config.model.attention)
     except ValueError as error:
         raise ConfigError(f"config key model.attention: {error}, which is that of the policy at {path}") from error
+
+
+def with_pinned_init(config: Config) -> Config:
+    """The config with the one checkpoint that `init` leads to: a run that it names may go on.
+
+    A run directory that began with a checkpoint at `init` keeps to it.
+
+    Raises:
+        CheckpointError: there is no policy.
+    """
+    if config.init in ("", RANDOM):
+        return config
+    given = pathlib.Path(config.init)
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # no run yet, or one that will be refused
+        kept = json.loads((config.directory / "config.json").read_text())["init"]
+        if kept and pathlib.Path(kept).is_relative_to(given):
+            return dataclasses.replace(config, init=kept)
+    directory, step = find_policy(config.init)
+    place = (directory / str(step)).relative_to(given.expanduser().absolute())
+    return dataclasses.replace(config, init=str(given / place))
+
+
+def with_own_steps(config: Config) -> Config:
+    """The config with the denoising steps of the given policy where `flow.steps` is 0; for a policy that was checked.
+
+    Raises:
+        ConfigError: two policies act with different numbers.
+    """
+    if config.flow.steps:
+        return config
+    paths = [path for path in (config.checkpoint or config.init, config.compare) if path]
+    steps = {path: policy_document(path)["denoising_steps"] for path in paths}
+    if len(set(steps.values())) > 1:
+        told = " and ".join(f"{path} acts with {count}" for path, count in steps.items())
+        raise ConfigError(f"config key flow.steps: got 0, but {told}: give the number that both are compared with")
+    return dataclasses.replace(config, flow=dataclasses.replace(config.flow, steps=steps[paths[0]]))
 
 
 def check_policy(config: Config, path: str) -> None:
@@ -162,6 +205,14 @@ def check_policy(config: Config, path: str) -> None:
             f"{', '.join(wanted) or 'none'}: set --config.env.cameras={','.join(wanted)}"
         )
     _check_same_inputs(config, document, path)
+    if config.eval.episodes:
+        for key, width in widths(config).items():
+            theirs = len(document.get("norm_stats", {}).get(key, {}).get("mean", ())) or width  # none: loading says so
+            if theirs != width:
+                raise ConfigError(
+                    f"config key env.suite: {config.env.suite} has {key} of width {width}, the policy at {path} of "
+                    f"width {theirs}: it was trained for other environments"
+                )
 
 
 def _check_executed(config: Config, horizon: int | None) -> None:

@@ -80,8 +80,10 @@ class Policy:
         graphdef, params = nnx.split(
             pi05.add_adapters(model, {part: size for part, size in wanted.items() if size[0] > 0})
         )
-        sharding = jax.tree.leaves(self.params)[0].sharding
-        mesh = sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
+        like = jax.tree.leaves(self.params)[0]
+        mesh = like.sharding.mesh if isinstance(like.sharding, jax.sharding.NamedSharding) else None
+        if isinstance(like, jax.ShapeDtypeStruct):  # a plan: nothing is drawn
+            return nnx.merge(graphdef, _placed(params, mesh))
         return nnx.merge(graphdef, initialise(params, seed, mesh))
 
     def document(self) -> dict[str, Any]:
@@ -177,9 +179,13 @@ def make_processor(
 def abstract_params(config: pi05.Pi05Config, mesh: jax.sharding.Mesh) -> tuple[nnx.GraphDef, nnx.State]:
     """The network's graph and its parameters as shapes with their shardings."""
     graphdef, state = nnx.split(pi05.abstract_model(config))
+    return graphdef, _placed(state, mesh)
+
+
+def _placed(state: nnx.State, mesh: jax.sharding.Mesh) -> nnx.State:
+    """Shapes with the shardings of the parameters that they stand for."""
     shardings = param_sharding(state, mesh)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
-    return graphdef, abstract
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
 def load_policy(checkpoints: Checkpoints, step: int, mesh: jax.sharding.Mesh) -> Policy:

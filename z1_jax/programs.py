@@ -49,9 +49,10 @@ def trace_programs(config: Config, model: Pi05Config, mesh: jax.sharding.Mesh) -
 
 @dataclasses.dataclass(frozen=True)
 class _AbstractProcessor:
-    """What the trainers ask of a processor; which dimensions count changes no shape."""
+    """What the trainers ask of a processor; which dimensions count and which slots move changes no shape."""
 
     env_action_dim: int
+    moved_slots: tuple[int, ...] = (0,)
 
     @property
     def counted_dims(self) -> np.ndarray:

@@ -142,10 +142,12 @@ def _results(summary: dict) -> str:
         facts.append(["Difference, paired by seed", text])
     if summary.get("mcnemar_p") is not None:
         facts.append(["Exact McNemar test, two-sided", page.p_value(float(summary["mcnemar_p"]))])
+    confidence = summary.get("protocol", {}).get("confidence", 0.95)
+    columns = ["", "successes", "rate", f"{100 * confidence:g} % (Wilson)"]
     return page.section(
         "Result",
         f'<div class="split"><div class="card">{chart}</div>'
-        f"<div>{page.table(table, ['', 'successes', 'rate', '95 % (Wilson)'])}{page.table(facts)}</div></div>",
+        f"<div>{page.table(table, columns)}{page.table(facts)}</div></div>",
     )
 
 

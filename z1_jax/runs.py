@@ -128,7 +128,7 @@ def claim_policy(run_dir: pathlib.Path, identities: Mapping[str, str]) -> None:
     for name, identity in identities.items():
         if known.get(name, identity) != identity:
             raise UserError(
-                f"{run_dir} evaluated policy {known[name]} as {name}, the path leads to {identity} now; "
+                f"{run_dir} began with policy {known[name]} as {name}, the path leads to {identity} now; "
                 "choose another --config.run_dir"
             )
     write_json(path, dict(identities))
@@ -206,6 +206,7 @@ def protocol(config: Config, policy: Policy) -> dict[str, Any]:
         if config.eval.episodes
         else "none",
         "noise_seed": config.eval.noise_seed,
+        "confidence": config.eval.confidence,
         "predicted_steps_per_chunk": policy.config.horizon,
         "executed_steps_per_chunk": policy.executed,
         "denoising_steps": config.flow.steps,

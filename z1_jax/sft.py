@@ -159,29 +159,36 @@ def train_sft(
         return trainer.policy()
     writer.resume(stage, start + 1)  # records count finished steps: that of `start` is covered by its checkpoint
 
+    def checked(stats: dict[str, jax.Array], done: int) -> dict[str, float]:
+        values = {name: float(value) for name, value in stats.items()}
+        if not np.isfinite(list(values.values())).all():
+            raise FloatingPointError(
+                f"SFT's {' and '.join(f'{name} {value}' for name, value in values.items())} at step {done} are not "
+                f"finite; the checkpoints before it are in {directory}: lower sft.optim.lr or look at the data"
+            )
+        return values
+
     def save(step: int) -> None:
         saved = trainer.policy()
         checkpoints.save(step, trainer.state.parts(saved), {**saved.document(), "loader": loader.get_state()})
 
     columns = {"loss": ".4f", "grad_norm": ".3f"}
+    stats: dict[str, jax.Array] = {}
     with GracefulStop() as stop, Progress(stage, config.steps, "step", columns, start=start) as progress:
         for step in range(start, config.steps):
             if stop.requested:
+                checked(stats, step)  # a step that is not finite spoils all that follow, and must not be saved
                 save(step)
                 checkpoints.close()
                 raise KeyboardInterrupt
             stats = trainer.step(next(loader), step)
             done = step + 1
             if done % report_every == 0 or done == config.steps:
-                values = {name: float(value) for name, value in stats.items()}
-                if not np.isfinite(values["loss"]):
-                    raise FloatingPointError(
-                        f"SFT loss is {values['loss']} at step {done}; the checkpoints before it are in {directory}: "
-                        "lower sft.optim.lr or look at the data"
-                    )
+                values = checked(stats, done)
                 writer.write(stage, done, values)
                 progress.report(done, values)
             if done % config.checkpoint_every == 0 or done == config.steps:
+                checked(stats, done)
                 save(done)
     checkpoints.close()
     return trainer.policy()

@@ -22,17 +22,21 @@ from z1_jax.policy import Policy, load_policy
 from z1_jax.sft import train_sft
 from z1_jax.suites import episode_steps, kitchen_options, make_env, widths
 
-DEMO_SEEDS = 10_000  # seeds reserved for the demonstrations of one run seed
+DEMO_SEEDS = 10_000  # from one run seed's first demonstration to the next one's
 
 
-def check_inputs(config: Config) -> None:
+def check_inputs(config: Config) -> Config:
     """Looks at everything that a config names before a run directory is claimed for it.
+
+    Returns:
+        The config with the checkpoint that `init` leads to, and with what a policy that it names decides.
 
     Raises:
         UserError: an unknown task, camera or preset; a policy or dataset that is absent, damaged or does not fit.
     """
     if config.eval.episodes:
         make_env(config, config.task)
+    config = policies.with_pinned_init(config)
     given = config.init if config.init != RANDOM else ""
     for path in filter(None, (given, config.checkpoint, config.compare)):
         policies.check_policy(config, path)
@@ -46,6 +50,7 @@ def check_inputs(config: Config) -> None:
             policies.prompt_tokenizer(config, shapes)
         if config.demos.dataset:
             _fitting(config, open_dataset(config.demos.dataset))
+    return policies.with_own_steps(config)
 
 
 def make_mesh(config: Config) -> jax.sharding.Mesh:

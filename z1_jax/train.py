@@ -5,6 +5,7 @@ Every stage finds its own finished work in the run directory, so the same comman
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,16 @@ from z1_jax.metrics import MetricsWriter, read_records
 from z1_jax.policies import given_policy, untrained_policy
 from z1_jax.policy import Policy
 from z1_jax.rl.loop import GrpoTrainer, train_grpo
-from z1_jax.runs import StageClock, conclude, finished_sentence, require_algorithm, run_main, start_jax
+from z1_jax.runs import (
+    StageClock,
+    claim_policy,
+    conclude,
+    finished_sentence,
+    policy_identity,
+    require_algorithm,
+    run_main,
+    start_jax,
+)
 from z1_jax.stages import (
     check_inputs,
     demonstrations,
@@ -40,16 +50,21 @@ def main(argv: Sequence[str]) -> int | None:
     require_algorithm(config, ("grpo", "sft"), "train")
     config = pin_version(config)
     start_jax()  # before a checkpoint is opened: that takes the device
-    check_inputs(config)  # before anything is written
+    config = check_inputs(config)  # before anything is written
     mesh = make_mesh(config)
     run_dir = z1_config.claim_directory(config)
     print(f"run directory {run_dir}", flush=True)
     if finished := finished_sentence(run_dir):
         print(f"already finished: {finished}")
         return None
+    if config.init not in ("", z1_config.RANDOM):
+        claim_policy(run_dir, {"init": policy_identity(config.init)})
     clock = StageClock(run_dir / "wall_seconds.json")
     writer = MetricsWriter(
-        run_dir, tensorboard=config.log.tensorboard, wandb_project="z1-jax" if config.log.wandb else None
+        run_dir,
+        tensorboard=config.log.tensorboard,
+        wandb_project="z1-jax" if config.log.wandb else None,
+        config=dataclasses.asdict(config),
     )
     with writer, jax.set_mesh(mesh):
         # No name for the policy here: what RL keeps in bfloat16 must not stay in memory in float32 too.

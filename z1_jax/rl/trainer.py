@@ -12,6 +12,7 @@ import numpy as np
 from envs.pool import EnvPool
 from z1_jax.checks import check_horizon
 from z1_jax.config import Config, ConfigError, UpdateConfig
+from z1_jax.errors import UserError
 from z1_jax.evaluation import make_actor
 from z1_jax.models.pi05 import vlm_is_frozen
 from z1_jax.optim import schedule
@@ -133,18 +134,6 @@ class GrpoTrainer:
             config.noise_schedule, config.noise_level, config.noise_level_end, iteration, self.config.train.iterations
         )
 
-    def plan(self, iteration: int) -> tree.BranchPlan:
-        """How an iteration's groups branch."""
-        group = self.config.group
-        prefix = tree.prefix_schedule(
-            group.prefix_chunks,
-            group.prefix_chunks_end,
-            iteration,
-            self.config.train.iterations,
-            group.prefix_schedule,
-        )
-        return tree.branch_plan(group.branching, group.size, prefix)
-
     def collect(self, pool: EnvPool, iteration: int) -> rollout.Rollouts:
         """One iteration's groups, on seeds and noise of this iteration alone."""
         config = self.config
@@ -156,7 +145,7 @@ class GrpoTrainer:
             self.actor,
             self.params,
             self._policy.processor,
-            self.plan(iteration),
+            group_plan(config, iteration),
             training_seeds(config.seed, iteration, config.group.count),
             (config.seed, 0x6E0, iteration),
             executed=self._policy.executed,
@@ -167,8 +156,7 @@ class GrpoTrainer:
     def _place_caches(self, control_steps: int) -> None:
         """Chooses where the prefix caches of an iteration are kept, by the most that there can be."""
         config, shapes = self.config, self._policy.config
-        chunks = -(-control_steps // self._policy.executed)
-        looks = config.group.count * max(self.plan(i).most_looks(chunks) for i in range(config.train.iterations))
+        looks = most_looks(config, control_steps, self._policy.executed)
         planned = cache_bytes(shapes, looks)
         self.placement = choose_placement(
             config.update.prefix_cache,
@@ -313,7 +301,28 @@ class GrpoTrainer:
         stored = progress["decision"]
         self.decision = stored and selective.Decision(**{**stored, "trend": selective.Trend(**stored["trend"])})
         if progress["scope"] != self.scope:
+            if self._whole is None:  # the newest checkpoint was of the later scope, and could not be read
+                raise UserError(
+                    f"the newest checkpoint with train.scope={progress['scope']} comes before what is set up here: "
+                    "give the same command again, and it goes on from there"
+                )
             self.enter(progress["scope"])
+
+
+def group_plan(config: Config, iteration: int) -> tree.BranchPlan:
+    """How an iteration's groups branch."""
+    group = config.group
+    prefix = tree.prefix_schedule(
+        group.prefix_chunks, group.prefix_chunks_end, iteration, config.train.iterations, group.prefix_schedule
+    )
+    return tree.branch_plan(group.branching, group.size, prefix)
+
+
+def most_looks(config: Config, control_steps: int, executed: int) -> int:
+    """Observations of any iteration at most: no member succeeds before its episode of `control_steps` ends."""
+    chunks = -(-control_steps // executed)
+    plans = {group_plan(config, iteration) for iteration in range(config.train.iterations)}
+    return config.group.count * max(plan.most_looks(chunks) for plan in plans)
 
 
 def _evidence(
