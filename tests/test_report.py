@@ -58,8 +58,6 @@ def write_run(run_dir, seed=0, iterations=90, videos=True):
                     **times,
                 },
             )
-            if step % 30 == 0:
-                writer.write("eval", step, {"success": rate})
     before, after = rng.random(256) < 0.34, rng.random(256) < 0.95
     summary = {
         "task": "TurnOnSinkFaucet",

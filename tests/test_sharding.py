@@ -15,14 +15,14 @@ import tiny_policy as tiny
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
-from z1_jax import sharding
+from z1_jax import programs, sharding
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.config import OptimConfig, SftOptimConfig
 from z1_jax.errors import UserError
 from z1_jax.models import pi05
 from z1_jax.models.presets import get_preset
 from z1_jax.optim import init_optimizer, make_optimizer
-from z1_jax.policy import load_policy, named
+from z1_jax.policy import abstract_params, load_policy, named
 from z1_jax.rl import flow
 from z1_jax.training import TrainState
 from z1_jax.types import Observation
@@ -200,7 +200,7 @@ def test_no_single_buffer_holds_the_model_at_initialisation():
     tracemalloc.stop()
     assert peak < 2.5 * largest < 0.5 * total  # NumPy's own allocations
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
-    assert held == sharding.bytes_per_device(state, mesh) < 0.13 * total
+    assert held == programs.bytes_per_device(state) < 0.13 * total
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -258,9 +258,8 @@ def test_parameters_can_be_created_sharded():
 
 def test_full_size_model_divides_over_a_pod():
     """Every large array of π0.5 splits over fsdp = 8: one device holds little more than an eighth."""
-    state = nnx.state(pi05.abstract_model(get_preset("pi05")))
-    mesh = sharding.make_mesh(1, 8, 1)
-    share = sharding.bytes_per_device(state, mesh) / (4 * pi05.count_parameters(state))
+    _, state = abstract_params(get_preset("pi05"), sharding.make_mesh(1, 8, 1))
+    share = programs.bytes_per_device(state) / (4 * pi05.count_parameters(state))
     assert 0.125 <= share < 0.1255
 
 

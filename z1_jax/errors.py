@@ -1,7 +1,16 @@
-"""The one exception that a command tells in a line instead of a traceback. Importable by every module."""
+"""The one exception that a command tells in a line instead of a traceback, and what of others fits into one.
+
+Importable by every module.
+"""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
     """Something that the user can mend. One line: what was wrong, what was got, what was expected, how to mend it."""
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of another library's message, which may be pages."""
+    lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -25,7 +25,7 @@ EPISODES = "episodes.jsonl"
 class MetricsWriter:
     """Appends records to `run_dir`/metrics.jsonl and episodes.jsonl, and to TensorBoard and W&B when asked.
 
-    A metrics record is {"stage": "sft" | "grpo" | "eval", "step": int, name: number, ...}. A number that is not finite
+    A metrics record is {"stage": "sft" | "grpo", "step": int, name: number, ...}. A number that is not finite
     is written as null, and named with its value under "nonfinite".
 
     Args:

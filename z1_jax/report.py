@@ -51,7 +51,7 @@ def _seconds(value: float) -> str:
 
 TIMES = ("simulate", "render", "sample", "update", "idle")
 CURVES = (
-    Curve("SFT loss", "sft", {"loss": "training", "validation_loss": "validation"}, x_label="step"),
+    Curve("SFT loss", "sft", {"loss": "training"}, x_label="step"),
     Curve(
         "Groups", "grpo", {"groups/kept": "kept", "groups/all_success": "all succeed", "groups/all_fail": "all fail"}
     ),
@@ -182,8 +182,7 @@ def _curves(records: Records, notes: list[str]) -> str:
 
 def _success_curve(records: Records) -> str:
     raw = _series(records, "grpo", "success", "each iteration", style="faint")
-    evaluated = _series(records, "eval", "success", "evaluation", style="dots", colour=1)
-    series = [one for one in (raw, _running_mean(raw), evaluated) if one.xs]
+    series = [one for one in (raw, _running_mean(raw)) if one.xs]
     if not raw.xs:
         return ""
     chart = svg.line_chart(series, "iteration", _percent, y_range=(0.0, 1.0))

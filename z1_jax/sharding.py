@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -142,11 +141,3 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def shard(state: nnx.State, mesh: Mesh) -> nnx.State:
     """`state` placed on the mesh by `param_sharding`."""
     return jax.device_put(state, param_sharding(state, mesh))
-
-
-def bytes_per_device(state: nnx.State, mesh: Mesh) -> int:
-    """Bytes of the parameters that one device of the mesh holds."""
-    total = 0
-    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(param_sharding(state, mesh)), strict=True):
-        total += math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-    return total

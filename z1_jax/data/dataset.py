@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from z1_jax.data.normalize import NormStats, StatsAccumulator, load_norm_stats, save_norm_stats
-from z1_jax.errors import UserError
+from z1_jax.errors import UserError, first_line
 
 FORMAT = 2
 _MANIFEST, _EPISODES, _STATS = "manifest.json", "episodes.jsonl", "norm_stats.json"
@@ -119,7 +119,7 @@ class Dataset:
             return [self._record(raw) for raw in self._records.__getitems__(wanted)]
         except Exception as error:  # array_record, protobuf and Pillow each have their own
             raise UserError(
-                f"dataset {self.path} is damaged: its records cannot be read ({_first_line(error)}); make it again"
+                f"dataset {self.path} is damaged: its records cannot be read ({first_line(error)}); make it again"
             ) from None
 
     @functools.cached_property
@@ -219,7 +219,7 @@ def open_dataset(path: str | pathlib.Path) -> Dataset:
             identity=_identity(content),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"dataset {path} is damaged ({_first_line(error)}); make it again") from None
+        raise UserError(f"dataset {path} is damaged ({first_line(error)}); make it again") from None
 
 
 def _identity(content: Mapping[str, Any]) -> str:
@@ -393,8 +393,3 @@ def _check_file(path: pathlib.Path, entry: Mapping[str, Any]) -> None:
         raise ValueError(f"{path.name} has {size} bytes, expected {entry['bytes']}")
     if size <= _HASHED_BYTES and _file_entry(path)["sha256"] != entry["sha256"]:
         raise ValueError(f"{path.name} was changed after it was written")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

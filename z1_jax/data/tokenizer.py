@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import sentencepiece
 
-from z1_jax.errors import UserError
+from z1_jax.errors import UserError, first_line
 
 PALIGEMMA = "google/paligemma-3b-pt-224"
 PALIGEMMA_VOCAB_SIZE = 257_152
@@ -207,10 +207,9 @@ def _model_file(source: str) -> pathlib.Path:
     try:
         return pathlib.Path(cached_file(source, "tokenizer.model"))
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"no file or directory {source}, and the hub gives no tokenizer.model of that name ({reason}); accept its "
-            "licence and run `hf auth login`, or give the path of a local tokenizer.model"
+            f"no file or directory {source}, and the hub gives no tokenizer.model of that name ({first_line(error)}); "
+            "accept its licence and run `hf auth login`, or give the path of a local tokenizer.model"
         ) from None
 
 

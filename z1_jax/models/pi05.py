@@ -156,11 +156,6 @@ def part_of(path: tuple) -> Part:
     return part
 
 
-def part_labels(state: nnx.State) -> nnx.State:
-    """A tree like `state` with the part's name for each parameter, as `optax.multi_transform` wants it."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: part_of((path[0].key,)), state)
-
-
 def reaches_actions(path: tuple) -> bool:
     """Whether any gradient can reach a parameter: of the language model's last layer only keys and values can."""
     if path[:2] == ("language", "last"):

@@ -48,7 +48,7 @@ class Rollouts:
     nodes: NodeTable
     looks: Observation  # NumPy, [O, …]: each observation once
     caches: AnyStore | None  # prefix caches by look, where they were kept
-    seconds: dict[str, float]  # sample, simulate, render, pool
+    seconds: dict[str, float]  # sample, simulate, render
 
     @property
     def simulated_steps(self) -> int:
@@ -131,25 +131,20 @@ class _Walk:
         self.looks: list[Observation] = []
         self.look_count = 0
         self.sample_s = 0.0
-        self.pool_s = 0.0
 
     def run(self, executed: int) -> None:
         groups, members = np.arange(len(self.seeds)), np.zeros(len(self.seeds), int)  # the clusters' leaders
-        began = time.perf_counter()
         observations: list[Any] = self.pool.reset(self._slots(groups, members).tolist(), self.seeds.tolist())
-        self.pool_s += time.perf_counter() - began
         chunk = 0
         while observations:
             cluster = self.plan.cluster_size(chunk)
             children = members[:, None] + cluster * np.arange(self.plan.split(chunk))  # [n, M]
             chain = self._decide(observations, groups, children, chunk)
             slots = self._slots(groups[:, None], children)
-            began = time.perf_counter()
             if children.shape[1] > 1:
                 self.pool.branch(np.repeat(slots[:, 0], children.shape[1] - 1).tolist(), slots[:, 1:].ravel().tolist())
             actions = self.processor.env_actions(chain.x[:, :, -1, :executed])
             results, following = self.pool.step(slots.ravel().tolist(), actions.reshape(-1, *actions.shape[2:]))
-            self.pool_s += time.perf_counter() - began
             self._record(groups, children, chunk, cluster, chain, results)
             alive = [i for i, result in enumerate(results) if not result.done]
             groups, members = np.repeat(groups, children.shape[1])[alive], children.ravel()[alive]
@@ -228,7 +223,6 @@ def _join(walks: list[_Walk], seeds: np.ndarray, times: dict[str, float], store:
         caches=store,
         seconds={
             "sample": sum(walk.sample_s for walk in walks),
-            "pool": sum(walk.pool_s for walk in walks),
             "simulate": times["simulate"],
             "render": times["render"],
         },

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from z1_jax.errors import UserError
+from z1_jax.errors import UserError, first_line
 
 ENDS_BYTES = 1 << 20  # of a large file's beginning and end, that its checksum covers
 
@@ -88,12 +88,6 @@ def reading(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise BadData(f"{what} cannot be read ({type(error).__name__}: {first_line(error)}); get it anew") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The beginning of another library's message, which may be pages."""
-    lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 def checksum(paths: Iterable[pathlib.Path]) -> str:

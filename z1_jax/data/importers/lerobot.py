@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image
 
 from z1_jax.data.importers import orders
-from z1_jax.data.importers.base import BadData, EpisodeRef, RawEpisode, check_length, checksum, first_line, need
+from z1_jax.data.importers.base import BadData, EpisodeRef, RawEpisode, check_length, checksum, need
 from z1_jax.data.importers.lerobot_meta import Entry, Meta, read_meta
 from z1_jax.data.importers.video import read_frames
-from z1_jax.errors import UserError
+from z1_jax.errors import UserError, first_line
 
 STATE, ACTION = "observation.state", "action"
 _TASK, _DESCRIPTION = "task_index", "annotation.human.task_description"  # columns: indices into the table of tasks

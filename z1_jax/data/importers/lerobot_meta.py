@@ -8,7 +8,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from z1_jax.data.importers.base import BadData, first_line, need, reading
+from z1_jax.data.importers.base import BadData, need, reading
+from z1_jax.errors import first_line
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 _IMAGES = "observation.images."

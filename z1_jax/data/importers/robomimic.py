@@ -20,11 +20,10 @@ from z1_jax.data.importers.base import (
     RawEpisode,
     check_length,
     checksum,
-    first_line,
     need,
 )
 from z1_jax.data.importers.orders import STATE_OBSERVATIONS
-from z1_jax.errors import UserError
+from z1_jax.errors import UserError, first_line
 
 _IMAGE = "_image"
 _ERRORS = (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError)  # of h5py, on damaged files

@@ -6,7 +6,8 @@ import pathlib
 
 import numpy as np
 
-from z1_jax.data.importers.base import BadData, first_line, need
+from z1_jax.data.importers.base import BadData, need
+from z1_jax.errors import first_line
 
 _RATE_TOLERANCE = 0.01  # relative: containers round frame rates
 
