@@ -196,21 +196,9 @@ def film(
 
     The chunks are those of `evaluate` (same key, same ids); each is stepped one control step at a time.
     """
-    waves = [seeds[i : i + pool.num_envs] for i in range(0, len(seeds), pool.num_envs)]
-    return [clip for wave in waves for clip in _film(policy, pool, actor, params, wave, config, camera, size)]
-
-
-def _film(
-    policy: Policy,
-    pool: EnvPool,
-    actor: Actor,
-    params: tuple[Any, Any],
-    seeds: Sequence[int],
-    config: EvalConfig,
-    camera: str,
-    size: int,
-) -> list[np.ndarray]:
-    """As `film`, at most one episode a slot."""
+    if len(seeds) > pool.num_envs:  # one wave after the other
+        waves = seeds[: pool.num_envs], seeds[pool.num_envs :]
+        return [c for wave in waves for c in film(policy, pool, actor, params, wave, config, camera, size)]
     slots = list(range(len(seeds)))
     observations: list[Any] = pool.reset(slots, list(seeds))
     frames = [[frame] for frame in pool.render(slots, camera, size)]
