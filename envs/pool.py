@@ -13,6 +13,8 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import socket
+import struct
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -183,6 +185,7 @@ class EnvPool:
         replies: dict[int, Reply] = {}
         faults: dict[int, _Fault] = {}
         waiting: dict[Any, int] = {}
+        late: list[int] = []  # a message to or from them stood still
         deadline = time.monotonic() + timeout_s
         for index, request in requests.items():
             member = self._workers[index]
@@ -192,6 +195,8 @@ class EnvPool:
             try:
                 member.send(request)
                 waiting[member.connection] = index
+            except BlockingIOError:
+                late.append(index)
             except OSError:
                 faults[index] = _Fault(member.death())
         while waiting:
@@ -202,9 +207,11 @@ class EnvPool:
                 index = waiting.pop(connection)
                 try:
                     replies[index] = connection.recv()
+                except BlockingIOError:
+                    late.append(index)
                 except (EOFError, OSError):
                     faults[index] = _Fault(self._workers[index].death())
-        for index in waiting.values():
+        for index in [*late, *waiting.values()]:
             self._workers[index].kill()
             faults[index] = _Fault(f"no answer within {timeout_s:g} s")
         faults |= {index: _fault_of(reply) for index, reply in replies.items() if reply.error is not None}
@@ -245,7 +252,7 @@ class EnvPool:
         """Starts workers and builds their environments; returns the environments' spec."""
         kind = _ProcessWorker if self.num_workers else _LocalWorker
         for index in indices:
-            self._workers[index] = kind(self._make_env)
+            self._workers[index] = kind(self._make_env, self._timeout_s)
         requests = {index: ("make", [(slot, None) for slot in self._slots_of(index)]) for index in indices}
         return self._must(requests)[min(indices)].results[0]
 
@@ -298,8 +305,9 @@ class _Fault:
 class _ProcessWorker:
     """A worker in its own interpreter."""
 
-    def __init__(self, make_env: Callable[[], Env]) -> None:
+    def __init__(self, make_env: Callable[[], Env], timeout_s: float) -> None:
         self.connection, child = multiprocessing.Pipe()
+        _bound_waits(self.connection, timeout_s)
         fd = child.fileno()
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # the processes are the parallelism
         try:
@@ -350,7 +358,7 @@ class _ProcessWorker:
 class _LocalWorker:
     """The same in this process, for debugging: an exception is survived, a death or a hang is not."""
 
-    def __init__(self, make_env: Callable[[], Env]) -> None:
+    def __init__(self, make_env: Callable[[], Env], timeout_s: float) -> None:
         self._server = SlotServer(make_env)
 
     def serve(self, request: Request) -> Reply:
@@ -364,6 +372,14 @@ class _LocalWorker:
 
     def end(self) -> None:
         self._server.close()
+
+
+def _bound_waits(connection: Any, timeout_s: float) -> None:
+    """A message that stands still for so long raises BlockingIOError: a stopped worker reads and writes no more."""
+    seconds, rest = divmod(timeout_s, 1.0)
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            end.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(seconds), int(1e6 * rest)))
 
 
 def _fault_of(reply: Reply) -> _Fault:

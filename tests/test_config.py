@@ -80,6 +80,8 @@ def test_presets():
         (["--config.flow.steps=1", "--config.init=x"], ["flow.steps", "got 1", "2 … 1000, or 0 for those that"]),
         (["--config.sft.optim.schedule=constant", "--config.sft.optim.lr_end=1e-6"], ["sft.optim.lr_end", "no effect"]),
         (["--config.checkpoint=x"], ["config key checkpoint", "no effect"]),
+        (["--config.env.timeout_s=inf"], ["env.timeout_s", "got inf"]),
+        (["--config.algorithm=eval", "--config.checkpoint=x", "--config.eval.videos=2"], ["eval.videos", "no effect"]),
         (["--config.init=x", "--config.sft.steps=9"], ["sft.steps", "no effect, RL starts from init"]),
         (["--config.init=x", "--config.demos.noise=0"], ["demos.noise", "no effect, RL starts from init"]),
         (["--config.algorithm=sft", "--config.group.size=4"], ["group.size", "no effect, algorithm=sft"]),

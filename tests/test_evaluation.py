@@ -9,6 +9,7 @@ import pytest
 import tiny_policy as tiny
 
 from z1_jax.config import EvalConfig, FlowConfig
+from z1_jax.errors import UserError
 from z1_jax.evaluation import Evaluation, compare, evaluate, film, sentence
 
 FIRST = 900_000_000 + int(np.random.SeedSequence().generate_state(1)[0]) % 10**8
@@ -81,6 +82,18 @@ def test_finished_results_are_read_and_nothing_runs(directory):
         tiny.policy(), None, tiny.one_device(), CONFIG, FlowConfig(), directory / "whole.jsonl", title="evaluation"
     )
     assert equal(again, expected)
+
+
+@pytest.mark.parametrize("damage", [b"\xff", b"5", b"{}", b'{"seed": 1', b'{"seed": 900000001, "steps": 3}'])
+def test_damaged_results_are_one_line_and_stay(directory, damage):
+    whole(directory)
+    lines = (directory / "whole.jsonl").read_bytes().splitlines(keepends=True)
+    path = directory / "damaged.jsonl"
+    path.write_bytes(b"".join([*lines[:2], damage + b"\n", *lines[3:]]))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="damaged.jsonl:3 is .*: the file is damaged; mend or delete that line") as told:
+        run(path)
+    assert "\n" not in str(told.value) and path.read_bytes() == before
 
 
 def test_results_of_other_seeds_are_refused(directory):

@@ -1,5 +1,6 @@
 """The pool against the same environments stepped one by one in this process, with and without injected faults."""
 
+import dataclasses
 import functools
 import multiprocessing.connection
 import os
@@ -165,6 +166,20 @@ def test_a_worker_killed_between_calls_is_replaced(make):
             states.append(observations + [snapshot.physics for snapshot in pool.snapshot([0, 1, 2])])
             assert pool.replaced == (victim is not None)
     assert_same_record(*states)
+
+
+def test_a_stopped_worker_that_reads_no_more_is_replaced():
+    """Also where the message to it is larger than what the system keeps for it."""
+    with EnvPool(TinyEnv, 2, 2, timeout_s=0.5) as pool:
+        pool.reset([0, 1], [3, 4])
+        snapshots = pool.snapshot([0, 1])
+        ballast = np.zeros(5_000_000, np.uint8)
+        heavy = [dataclasses.replace(s, extra={**s.extra, "ballast": ballast}) for s in snapshots]
+        pool._workers[1]._process.send_signal(signal.SIGSTOP)
+        pool.restore([0, 1], heavy)
+        assert pool.replaced == 1
+        for one, other in zip(pool.snapshot([0, 1]), snapshots, strict=True):
+            np.testing.assert_array_equal(one.physics, other.physics)
 
 
 class Interrupted(KeyboardInterrupt):

@@ -79,9 +79,19 @@ def _seal(document: Mapping[str, Any], checksums: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps([document, checksums], sort_keys=True).encode())
 
 
+def _check_folder(path: pathlib.Path) -> None:
+    """Refuses a folder that Orbax would write to and not read again: it takes the path for a pattern.
+
+    Raises:
+        CheckpointError: one line.
+    """
+    if any(character in str(path) for character in "[]"):
+        raise CheckpointError(f"{path}: checkpoints cannot be kept below a folder with [ or ] in its name; rename it")
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Holds back the pages that Orbax and asyncio log about a damaged file; the raised error says it in one line."""
+    """Holds back the pages that Orbax and asyncio log about a damaged file or a full disk: an error is one line."""
     loggers = [logging.getLogger("absl"), logging.getLogger("asyncio")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -159,9 +169,11 @@ class Checkpoints:
     def _save(
         self, step: int, parts: Mapping[str, Tree], document: Mapping[str, Any], checksums: Mapping[str, Any]
     ) -> None:
+        _check_folder(self.directory)
         try:
             metadata = {"document": dict(document), "crc32": checksums, "seal": _seal(document, checksums)}
-            self._checkpointer.save_checkpointables(step, dict(parts), custom_metadata=metadata)
+            with _quiet():
+                self._checkpointer.save_checkpointables(step, dict(parts), custom_metadata=metadata)
             if jax.process_index() == 0:
                 _write_file_list(self.directory / str(step))
         except Exception as error:  # Orbax raises what its storage layers raise

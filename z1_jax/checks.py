@@ -46,7 +46,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "env.executed": (0, None),
     "env.parallel": (1, 4096),
     "env.workers": (0, 512),
-    "env.timeout_s": (0.1, None),
+    "env.timeout_s": (0.1, 86_400.0),
     "demos.episodes": (1, 50_000),
     "demos.noise": (0.0, 1.0),
     "demos.stride": (1, None),
@@ -315,10 +315,12 @@ def check_given(config: Config, keys: Iterable[str]) -> None:
     Raises:
         ConfigError: one line.
     """
+    films = ("eval.video",)  # eval.videos and eval.video_size
     if config.algorithm == "eval":
-        unused, why = (*_RL, "sft.", "demos.", "lora.", "init"), "algorithm=eval trains nothing"
+        unused = (*_RL, *films, "sft.", "demos.", "lora.", "log.", "init", "seed")
+        why = "algorithm=eval trains, draws and films nothing"
     elif config.algorithm == "sft":
-        unused, why = (*_RL, "checkpoint", "compare"), "algorithm=sft neither trains by RL nor compares policies"
+        unused, why = (*_RL, *films, "checkpoint", "compare"), "algorithm=sft neither trains by RL, compares nor films"
     elif config.init:
         unused, why = ("sft.", "demos.", "checkpoint", "compare"), "RL starts from init, without demonstrations and SFT"
     else:

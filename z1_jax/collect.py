@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from z1_jax.checks import check
 from z1_jax.command_line import Parser
-from z1_jax.config import Config, DemosConfig, EnvConfig
+from z1_jax.config import Config, DemosConfig, EnvConfig, absolute
 from z1_jax.data.dataset import open_dataset
 from z1_jax.importing import ImportConfig, check_source, import_demonstrations
 from z1_jax.runs import run_main
@@ -83,7 +83,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, pathlib.Path]:
         ),
     )
     check(config)
-    return config, given.out.expanduser().absolute()
+    return config, absolute(given.out)
 
 
 def import_others(config: ImportConfig, out: pathlib.Path) -> None:
@@ -134,7 +134,7 @@ def parse_import(arguments: Sequence[str]) -> tuple[ImportConfig, pathlib.Path]:
         if getattr(given, option) < 0:
             parser.error(f"argument --{option.replace('_', '-')}: got {getattr(given, option)}, expected 0 or more")
     config = ImportConfig(
-        paths=tuple(path.expanduser().absolute() for path in given.paths),
+        paths=tuple(absolute(path) for path in given.paths),
         cameras=tuple(filter(None, given.cameras.split(","))),
         image_size=given.image_size,
         jpeg=given.jpeg,
@@ -145,7 +145,7 @@ def parse_import(arguments: Sequence[str]) -> tuple[ImportConfig, pathlib.Path]:
         split=given.split,
         skip_bad=given.skip_bad,
     )
-    return config, given.out.expanduser().absolute()
+    return config, absolute(given.out)
 
 
 if __name__ == "__main__":

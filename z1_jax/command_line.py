@@ -24,6 +24,9 @@ def parse_command_line(argv: Sequence[str]) -> Config:
     Raises:
         ConfigError: a missing file, an unknown preset, key or flag, or a value of the wrong type: one line.
     """
+    asked = [argument for argument in argv[1:] if argument not in ("-h", "--help")]
+    if len(asked) < len(argv) - 1:
+        _help(asked)
     given = [argument.removeprefix("--config=") for argument in argv[1:] if argument.startswith("--config=")]
     if len(given) != 1:
         raise ConfigError(f"got {len(given)} configs, expected one --config=configs/FILE.py[:PRESET]")
@@ -46,6 +49,18 @@ def parse_command_line(argv: Sequence[str]) -> Config:
     config = checked(values)
     check_given(config, keys)
     return config
+
+
+def _help(argv: Sequence[str]) -> NoReturn:
+    """Prints the usage, and of a config file its keys and values; ends the process."""
+    print("usage: python -m z1_jax.COMMAND --config=configs/FILE.py[:PRESET] [--config.KEY=VALUE ...]")
+    file = next((argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")), None)
+    if file is None:
+        print("with --config=… and --help: its keys and their values; what they mean stands in z1_jax/config.py")
+    else:
+        for key, value in flat(checked(_load(file))).items():
+            print(f"  --config.{key}={','.join(value) if isinstance(value, tuple) else value}")
+    raise SystemExit(0)
 
 
 class Parser(argparse.ArgumentParser):

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
 import pathlib
 import typing
 from typing import Any
@@ -273,7 +274,19 @@ class Config:
         which = fingerprint(self)[:8] if self.algorithm == "eval" else f"seed{self.seed}"  # one of each set of policies
         suite = f"{self.env.suite}-" * (self.env.suite != "kitchen") + "standins-" * self.env.standins
         name = self.run_dir or f"runs/{self.algorithm}-{suite}{self.task}-{which}"
-        return pathlib.Path(name).expanduser().absolute()
+        return absolute(name)
+
+
+def absolute(path: str | pathlib.Path) -> pathlib.Path:
+    """The absolute path, ~ expanded.
+
+    Raises:
+        ConfigError: there is no such home directory.
+    """
+    try:
+        return pathlib.Path(path).expanduser().absolute()
+    except RuntimeError:
+        raise ConfigError(f"{path} is below a home directory that does not exist; write the path out") from None
 
 
 RANDOM = "random"  # config.init: an untrained policy
@@ -370,7 +383,9 @@ def claim_directory(config: Config) -> pathlib.Path:
     directory = config.directory
     path = directory / "config.json"
     mine = identity(config)
-    if path.exists():
+    if any(character in "[]" for character in str(directory)):  # Orbax would write there and not read again
+        raise ConfigError(f"config key run_dir: {directory} has [ or ] in a name, where no checkpoint can be kept")
+    if os.path.exists(path):  # false too where the path cannot be one
         try:
             theirs = identity(build(Config, json.loads(path.read_text())))
         except (ValueError, TypeError, AttributeError, OSError) as error:
@@ -384,7 +399,7 @@ def claim_directory(config: Config) -> pathlib.Path:
             raise ConfigError(f"{directory} belongs to another config ({shown}{more}); choose another --config.run_dir")
         return directory
     aside = path.with_suffix(".tmp")
-    if directory.is_dir() and any(entry != aside for entry in directory.iterdir()):
+    if os.path.isdir(directory) and any(entry != aside for entry in directory.iterdir()):
         raise ConfigError(
             f"{directory} is not empty and holds no run (no config.json); choose another --config.run_dir"
         )

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from z1_jax.command_line import Parser
+from z1_jax.config import absolute
 from z1_jax.data.normalize import NormStats, stats_arrays
 from z1_jax.data.tokenizer import PALIGEMMA, PALIGEMMA_VOCAB_SIZE, load_tokenizer
 from z1_jax.formats import companions, targets
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
 
 def convert(given: argparse.Namespace) -> int:
     """The conversion that the command line asks for."""
-    source_path, place = (path.expanduser().absolute() for path in (given.src, given.dst))
+    source_path, place = (absolute(path) for path in (given.src, given.dst))
     if place.resolve().is_relative_to(source_path.resolve()):
         raise FormatError(f"DST {place} lies in SRC {source_path}, which stays as it is; choose another DST")
     source = open_source(source_path)
@@ -141,7 +142,7 @@ def read_statistics(
     if given.norm_stats == "none":
         return None, asset_id
     if given.norm_stats is not None:
-        return companions.read_norm_stats(pathlib.Path(given.norm_stats).expanduser()), asset_id
+        return companions.read_norm_stats(absolute(given.norm_stats)), asset_id
     if source.document is not None:
         stored = source.document["norm_stats"]
         stats = {key: NormStats(**{k: np.asarray(v) for k, v in value.items()}) for key, value in stored.items()}

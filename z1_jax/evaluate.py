@@ -16,7 +16,8 @@ from z1_jax import config as z1_config
 from z1_jax.command_line import parse_command_line
 from z1_jax.config import Config, ConfigError
 from z1_jax.evaluation import Evaluation, compare, evaluate, rate_sentence, versus_sentence
-from z1_jax.policies import given_policy
+from z1_jax.locks import hold
+from z1_jax.policies import given_policy, newest_policy
 from z1_jax.policy import Policy, find_policy
 from z1_jax.runs import (
     StageClock,
@@ -39,8 +40,9 @@ def main(argv: Sequence[str]) -> None:
     config = pin_version(config)
     start_jax()  # before a checkpoint is opened: that takes the device
     config = check_inputs(config)
-    paths = {"checkpoint": config.checkpoint, "compare": config.compare}
-    identities = {name: policy_identity(path) for name, path in paths.items() if path}
+    given = {"checkpoint": config.checkpoint, "compare": config.compare}
+    paths = {name: newest_policy(path) for name, path in given.items() if path}  # once: the run behind it may go on
+    identities = {name: policy_identity(path) for name, path in paths.items()}
     if len(set(identities.values())) < len(identities):
         raise ConfigError("config key compare: got the same policy as checkpoint, expected another one")
     mesh = make_mesh(config)
@@ -50,6 +52,7 @@ def main(argv: Sequence[str]) -> None:
     if finished := finished_sentence(run_dir):
         print(f"already finished: {finished}")
         return
+    hold(run_dir)
     clock = StageClock(run_dir / "wall_seconds.json")
     with jax.set_mesh(mesh):
         policies = {name: given_policy(config, paths[name], mesh) for name in identities}

@@ -14,7 +14,7 @@ import numpy as np
 from envs.pool import EnvPool
 from z1_jax.config import EvalConfig, FlowConfig
 from z1_jax.errors import UserError
-from z1_jax.metrics import Progress
+from z1_jax.metrics import Progress, drop_half_line, read_records
 from z1_jax.policy import Policy
 from z1_jax.rl import rollout
 from z1_jax.rl.actor import Actor, counted_coordinates
@@ -99,17 +99,15 @@ def evaluate(
 
 
 def _read_results(path: pathlib.Path, seeds: np.ndarray) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    if path.exists():
-        for line, seed in zip(path.read_text().splitlines(), seeds, strict=False):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                break  # a line that was being written when the run was killed
-            if row.get("seed") != int(seed):
-                raise UserError(f"{path} holds other seeds than this evaluation's; move it away to evaluate anew")
-            rows.append(row)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = read_records(path)[: len(seeds)]
+    for number, (row, seed) in enumerate(zip(rows, seeds, strict=False), 1):
+        if not {"seed", "success", "steps"} <= row.keys():
+            raise UserError(
+                f"{path}:{number} is no result of an episode: the file is damaged; mend or delete that line"
+            )
+        if row["seed"] != int(seed):
+            raise UserError(f"{path} holds other seeds than this evaluation's; move it away to evaluate anew")
+    drop_half_line(path)  # what comes next is appended
     return rows
 
 

@@ -51,7 +51,7 @@ class MetricsWriter:
         self._wandb = _open_wandb(wandb_project, self.run_dir, config) if wandb_project else None
         self._files: dict[str, IO[str]] = {}
         for name in (METRICS, EPISODES):
-            _drop_half_line(self.run_dir / name)
+            drop_half_line(self.run_dir / name)
             self._files[name] = open(self.run_dir / name, "a", encoding="utf-8")
 
     def resume(self, stage: str, step: int) -> None:
@@ -242,7 +242,8 @@ def _plain(name: str, value: Any) -> Any:
     raise ValueError(f"metric {name!r} is of {got}: expected one number, boolean or string; reduce it first")
 
 
-def _drop_half_line(path: Path) -> None:
+def drop_half_line(path: Path) -> None:
+    """Cuts off what a kill left behind the last whole line of a file."""
     if path.exists():
         content = path.read_bytes()
         _cut(path, content.rfind(b"\n") + 1)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config import RANDOM, Config, ConfigError, InputsConfig, ModelConfig
+from z1_jax.config import RANDOM, Config, ConfigError, InputsConfig, ModelConfig, absolute
 from z1_jax.data import tokenizer
 from z1_jax.data.dataset import Dataset
 from z1_jax.data.normalize import NormStats
@@ -166,9 +166,18 @@ def with_pinned_init(config: Config) -> Config:
         kept = json.loads((config.directory / "config.json").read_text())["init"]
         if kept and pathlib.Path(kept).is_relative_to(given):
             return dataclasses.replace(config, init=kept)
-    directory, step = find_policy(config.init)
-    place = (directory / str(step)).relative_to(given.expanduser().absolute())
-    return dataclasses.replace(config, init=str(given / place))
+    return dataclasses.replace(config, init=newest_policy(config.init))
+
+
+def newest_policy(path: str) -> str:
+    """The one checkpoint that a path leads to now, in the words of that path.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    directory, step = find_policy(path)
+    given = pathlib.Path(path)
+    return str(given / (directory / str(step)).relative_to(absolute(given)))
 
 
 def with_own_steps(config: Config) -> Config:

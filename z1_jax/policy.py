@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from z1_jax.checkpoint import CheckpointError, Checkpoints
-from z1_jax.config import LoraConfig
+from z1_jax.config import LoraConfig, absolute
 from z1_jax.data.normalize import NormMode, NormStats
 from z1_jax.data.tokenizer import PromptTokenizer, load_tokenizer
 from z1_jax.data.transforms import InputProcessor
@@ -280,7 +280,7 @@ def find_policy(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
     Raises:
         CheckpointError: nothing of the kind is there.
     """
-    root = pathlib.Path(path).expanduser().absolute()
+    root = absolute(path)
     if root.name.isdigit() and (root / "params").is_dir():
         return root.parent, int(root.name)
     for directory in (*(root / "checkpoints" / stage for stage in STAGES), root):

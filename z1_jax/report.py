@@ -22,6 +22,7 @@ from z1_jax.metrics import METRICS, read_records
 from z1_jax.statistics import wilson_interval
 
 Records = list[dict[str, Any]]
+REPORT = "report.html"
 SUFFIXES = {".webp": "image/webp", ".gif": "image/gif", ".png": "image/png"}
 SMOOTHING = 10  # iterations in the running mean of the training success
 
@@ -97,7 +98,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         _attempt("config", notes, _config, config),
         _notes(notes),
     ]
-    path = run_dir / "report.html"
+    path = run_dir / REPORT
     partial = path.with_suffix(".html.partial")
     partial.write_text(page.page(str(summary.get("task", run_dir.name)), "\n".join(body)), encoding="utf-8")
     os.replace(partial, path)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
@@ -23,34 +25,60 @@ from envs.pool import PoolError
 from z1_jax import __version__, accelerators, suites
 from z1_jax import config as z1_config
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config import Config, ConfigError
+from z1_jax.config import Config, ConfigError, absolute
 from z1_jax.errors import UserError
 from z1_jax.interrupt import INTERRUPTED, imported
 from z1_jax.policy import Policy, find_policy
-from z1_jax.report import write_report
+from z1_jax.report import REPORT, write_report
 
 SUMMARY = "summary.json"
 TRACEBACK = "Z1_JAX_TRACEBACK"  # set: a user's mistake shows its traceback too
 _CLOCK_S = 5.0  # how often a running stage's time is noted
 _SAME_ORDER = "--xla_gpu_exclude_nondeterministic_ops"
-# A disk that is full, read-only or not ours: the user's to mend, wherever it shows.
-_DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EIO}
+# A disk that is full, read-only or not ours, a path that cannot be one: the user's to mend, wherever it shows.
+_DISK = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EIO,
+}
 
 
 def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
     """Runs a command: a user's mistake prints one line and exits with 2, an interruption with 130."""
+    _open_output()
     try:
         imported()
         code = main(sys.argv)
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
         code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails once more as it ends
+        print("stopped: nobody reads the output any more; the same command continues where it stopped", file=sys.stderr)
+        code = 128 + signal.SIGPIPE
     except (UserError, PoolError, FloatingPointError, OSError) as error:
         if TRACEBACK in os.environ or isinstance(error, OSError) and error.errno not in _DISK:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     sys.exit(code or 0)
+
+
+def _open_output() -> None:
+    """Output that was closed goes nowhere, and what its encoding lacks is shown as a question mark."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def require_algorithm(config: Config, known: Sequence[str], command: str) -> None:
@@ -82,13 +110,14 @@ def start_jax() -> None:
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(accelerators.USABLE)
     if jax.config.jax_default_matmul_precision is None:
         jax.config.update("jax_default_matmul_precision", "float32")
-    cache = os.environ.get("Z1_JAX_CACHE", str(pathlib.Path.home() / ".cache" / "z1_jax" / "xla"))
-    jax.config.update("jax_compilation_cache_dir", cache)
+    cache = os.environ.get("Z1_JAX_CACHE", "~/.cache/z1_jax/xla")
+    with contextlib.suppress(ConfigError):  # who has no home has no cache
+        jax.config.update("jax_compilation_cache_dir", str(absolute(cache)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def finished_sentence(run_dir: pathlib.Path) -> str | None:
-    """The result of a run that is finished; None for one that is not.
+    """The result of a run that is finished; None for one that is not. A report that is missing is written.
 
     Raises:
         UserError: its summary is damaged.
@@ -97,9 +126,12 @@ def finished_sentence(run_dir: pathlib.Path) -> str | None:
     if not path.exists():
         return None
     try:
-        return str(json.loads(path.read_text())["sentence"])
+        sentence = str(json.loads(path.read_text())["sentence"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged; delete it, and the same command writes it anew") from None
+    if not (run_dir / REPORT).exists():
+        write_report(run_dir)
+    return sentence
 
 
 def policy_identity(path: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from z1_jax.checks import check_horizon
 from z1_jax.config import RANDOM, Config, ConfigError
 from z1_jax.data.dataset import Dataset, open_dataset, write_dataset
 from z1_jax.data.journal import EpisodeJournal
+from z1_jax.errors import first_line
 from z1_jax.metrics import MetricsWriter, Progress
 from z1_jax.policy import Policy, load_policy
 from z1_jax.sft import train_sft
@@ -59,6 +61,12 @@ def make_mesh(config: Config) -> jax.sharding.Mesh:
     Raises:
         ConfigError: the devices, or a batch over them, do not divide.
     """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        named = os.environ.get("JAX_PLATFORMS", "")
+        hint = f"; JAX_PLATFORMS={named} asks for it: unset it, or install JAX for it" * bool(named)
+        raise ConfigError(f"JAX finds no device ({first_line(error)}){hint}") from error
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_batches(config, mesh)
     return mesh

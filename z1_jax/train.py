@@ -18,6 +18,7 @@ from z1_jax.command_line import parse_command_line
 from z1_jax.config import Config
 from z1_jax.errors import UserError
 from z1_jax.evaluation import Evaluation, compare, evaluate, film, rate_sentence, sentence
+from z1_jax.locks import hold
 from z1_jax.metrics import MetricsWriter, read_records
 from z1_jax.policies import given_policy, untrained_policy
 from z1_jax.policy import Policy
@@ -57,6 +58,7 @@ def main(argv: Sequence[str]) -> int | None:
     if finished := finished_sentence(run_dir):
         print(f"already finished: {finished}")
         return None
+    hold(run_dir)
     if config.init not in ("", z1_config.RANDOM):
         claim_policy(run_dir, {"init": policy_identity(config.init)})
     clock = StageClock(run_dir / "wall_seconds.json")

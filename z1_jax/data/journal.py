@@ -18,6 +18,7 @@ import numpy as np
 
 from z1_jax.data.dataset import Episode
 from z1_jax.errors import UserError
+from z1_jax.locks import lock
 
 _HEADER = struct.Struct("<QI")  # bytes of the payload, its CRC-32
 _FACTS = ("task", "seed", "instruction", "success", "control_steps")
@@ -58,8 +59,18 @@ class EpisodeJournal:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch()
+            self._file = self.path.open("r+b")
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error.strerror}); collect elsewhere") from error
+        try:
+            self._resume(head)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _resume(self, head: bytes) -> None:
+        """Counts what is there and stands behind it."""
+        lock(self._file, self.path)
         end = 0
         for number, (end, payload) in enumerate(self._entries()):  # noqa: B007 - the last `end` is used below
             if number:
@@ -70,7 +81,6 @@ class EpisodeJournal:
                     f"{self.path} holds episodes of {payload[:300].decode(errors='replace')}, expected "
                     f"{head.decode()}; delete it, or collect elsewhere"
                 )
-        self._file = self.path.open("r+b")
         self._file.truncate(end)
         self._file.seek(end)
         if end == 0:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import sentencepiece
 
+from z1_jax.config import absolute
 from z1_jax.errors import UserError, first_line
 
 PALIGEMMA = "google/paligemma-3b-pt-224"
@@ -186,7 +187,7 @@ def load_tokenizer(source: str | pathlib.Path, prompt_length: int, vocab_size: i
 
 def _model_file(source: str) -> pathlib.Path:
     """The `.model` file that `source` names; a hub repository's is downloaded, or taken from its cache."""
-    path = pathlib.Path(source).expanduser()
+    path = absolute(source)
     if path.is_file():
         return path
     if path.is_dir():

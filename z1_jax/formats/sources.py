@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from z1_jax.checkpoint import CheckpointError, Checkpoints
+from z1_jax.config import absolute
 from z1_jax.formats import companions
 from z1_jax.formats.architecture import refuse_other_models, style_of
 from z1_jax.formats.orbax import TREE, OrbaxReader
@@ -53,7 +54,7 @@ def open_source(path: pathlib.Path) -> Source:
     Raises:
         FormatError: nothing that is known, a damaged file, or another model than π0.5.
     """
-    path = path.expanduser().absolute()
+    path = absolute(path)
     if not path.exists():
         raise FormatError(f"there is nothing at {path}; expected a checkpoint")
     if path.is_file():
