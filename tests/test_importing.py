@@ -188,6 +188,12 @@ def hdf5_without_an_instruction(root, demos):
     return r"a\.hdf5, demo_1 has no instruction", 2
 
 
+def hdf5_with_an_instruction_of_null(root, demos):
+    path = files.write_hdf5(root / "drawer.hdf5", demos)
+    edit_hdf5(path, lambda data: data["demo_2"].attrs.update({"ep_meta": json.dumps({"lang": None})}))
+    return r"drawer\.hdf5, demo_2 has no instruction", 2
+
+
 def hdf5_of_another_rate(root, demos):
     files.write_hdf5(root / "a.hdf5", demos)
     files.write_hdf5(root / "b.hdf5", demos, fps=10)
@@ -306,7 +312,40 @@ def lerobot_with_nan(root, demos):
 def lerobot_with_an_empty_episode(root, demos):
     files.write_lerobot(root, demos)
     rewrite_table(root, 2, lambda table: table.slice(0, 0))
-    return r"episode_000002\.parquet, episode 2 is empty; expected 6 steps", 2
+    return r"episode_000002\.parquet, episode 2 is empty: no row .* tells of 6 steps", 2
+
+
+def lerobot_with_an_action_of_none(root, demos):
+    files.write_lerobot(root, demos)
+    rewrite_table(root, 1, lambda table: with_column(table, "action", [None, *np.zeros((13, 12)).tolist()]))
+    return r"episode 1: action holds values that are no numbers", 2
+
+
+def lerobot_beyond_float32(root, demos):
+    demos[1].actions[3, 2] = 1e300
+    files.write_lerobot(root, demos)
+    return r"lerobot, episode 1: actions not finite at step 3", 2
+
+
+def stamps_before_the_start(root, demos):
+    files.write_lerobot(root, demos)
+    rewrite_table(root, 1, lambda table: with_column(table, "timestamp", np.arange(14) / 20 - 0.05))
+    return r"episode_000001\.parquet, episode 1: the first time stamp is -0\.05 s", 2
+
+
+def lerobot_without_an_instruction(root, demos):
+    files.write_lerobot(root, demos)
+    path = root / "meta" / "tasks.jsonl"
+    path.write_text(path.read_text().replace('"close the drawer"', "null"))
+    return r"episode 1 has no instruction; the table of tasks has None", 2
+
+
+def list_of_doubled_episodes(root, demos):
+    files.write_lerobot(root, demos)
+    path = root / "meta" / "episodes.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], lines[0], lines[2]]))
+    return r"meta/info\.json counts 3 episodes, its table lists 2", 2
 
 
 def truncated_table(root, demos):
@@ -344,6 +383,7 @@ BROKEN = [
     hdf5_with_an_empty_episode,
     hdf5_with_a_shorter_state,
     hdf5_without_an_instruction,
+    hdf5_with_an_instruction_of_null,
     hdf5_of_another_rate,
     raw_hdf5_without_images,
     hdf5_after_one_without_images,
@@ -359,6 +399,11 @@ BROKEN = [
     lerobot_with_wide_actions,
     lerobot_with_nan,
     lerobot_with_an_empty_episode,
+    lerobot_with_an_action_of_none,
+    lerobot_beyond_float32,
+    stamps_before_the_start,
+    lerobot_without_an_instruction,
+    list_of_doubled_episodes,
     truncated_table,
     missing_table,
     cut_list_of_episodes,
@@ -380,6 +425,108 @@ def test_bad_input_is_one_line_and_may_be_left_out(damage, demos, tmp_path, caps
     dataset = run([root], out, skip_bad=True)
     assert len(dataset.episodes) == left and re.search(message, dataset.source["left_out"][0])
     assert not out.with_name("data.episodes").exists()
+
+
+def test_frames_are_those_of_the_time_stamps(demos, tmp_path, capsys):
+    """A trimmed episode: its video begins five frames before it does."""
+    root = files.write_lerobot(tmp_path / "lerobot", demos)
+    white = np.full((5, files.PIXELS, files.PIXELS, 3), 255, np.uint8)
+    files.write_video(video_file(root, 1), np.concatenate([white, demos[1].images[CAMERA]]), 20)
+    rewrite_table(root, 1, lambda table: with_column(table, "timestamp", ((5 + np.arange(14)) / 20).astype("f")))
+    dataset = run([root], tmp_path / "data", stride=1)
+    row = dataset.episodes[1]
+    for step in range(14):
+        drift = dataset[row.first_record + step].images[CAMERA].astype(int) - demos[1].images[CAMERA][step]
+        assert np.abs(drift).mean() < 4  # of 255: as near as the video's own compression
+
+
+def test_videos_without_a_path_are_told(demos, tmp_path, capsys):
+    root = files.write_lerobot(tmp_path / "lerobot", demos)
+    info = json.loads((root / "meta" / "info.json").read_text())
+    (root / "meta" / "info.json").write_text(json.dumps(info | {"video_path": None}))
+    with pytest.raises(UserError, match=r"info\.json has no video_path, yet observation\.images\.\w+ is a video"):
+        run([root], tmp_path / "data")
+
+
+def test_depth_is_no_picture(demos, tmp_path, capsys):
+    root = files.write_lerobot(tmp_path / "lerobot", demos)
+    info = json.loads((root / "meta" / "info.json").read_text())
+    key = f"observation.images.{files.CAMERAS[2]}"
+    info["features"][key]["info"] = {"video.is_depth_map": True}
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+    dataset = run([root], tmp_path / "data", cameras=())
+    assert tuple(dataset.cameras) == files.CAMERAS[:2]
+    assert f"depth is left out: {key}" in dataset.source["sources"][0]["order"]
+
+    def stored(table):  # 16 bits a pixel, in a column of images that says nothing of it
+        import io
+
+        from PIL import Image
+
+        out = io.BytesIO()
+        Image.fromarray(np.full((32, 32), 3000, np.uint16)).save(out, "png")
+        return table.append_column(key, pa.array([{"bytes": out.getvalue(), "path": ""}] * table.num_rows))
+
+    import pyarrow as pa
+
+    info["features"][key] = {"dtype": "image", "shape": [32, 32, 3]}
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+    rewrite_table(root, 0, stored)
+    with pytest.raises(UserError, match="episode 0: an image of .* cannot be read .*depth cannot be imported"):
+        run([root], tmp_path / "other", cameras=())
+
+
+def test_nothing_is_imported_twice(demos, tmp_path, capsys):
+    import h5py
+
+    folder = tmp_path / "many" / "below"
+    folder.mkdir(parents=True)
+    path = files.write_hdf5(folder / "drawer.hdf5", demos)
+    files.write_lerobot(tmp_path / "elsewhere", demos[:2])
+    (tmp_path / "many" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "many" / "again").symlink_to(folder)  # the same files by another way
+    (folder / "around").symlink_to(tmp_path / "many")
+    given = [tmp_path / "many", path, tmp_path / "many" / "linked"]
+    assert len(run(given, tmp_path / "data").episodes) == 5
+    with h5py.File(path, "r+") as file:
+        file.create_dataset("mask/doubled", data=np.array(["demo_2", "demo_2", "demo_1"], dtype="S"))
+    assert [row.steps for row in run([path], tmp_path / "masked", split="doubled").episodes] == [9, 14]
+
+
+def test_several_options_from_are_all_taken(tmp_path):
+    config, _ = parse_import(["--from", "/a", "/b", "--from=/c", "--out=/d"])
+    assert config.paths == tuple(map(pathlib.Path, ("/a", "/b", "/c")))
+
+
+def test_what_is_not_ours_is_never_deleted(demos, tmp_path, capsys):
+    path = files.write_hdf5(tmp_path / "drawer.hdf5", demos)
+    partial = tmp_path / "data.partial"
+    partial.mkdir()
+    (partial / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="data.partial is needed .* and holds thesis.txt: move it away"):
+        run([path], tmp_path / "data")
+    assert (partial / "thesis.txt").read_text() == "mine"
+    (partial / "thesis.txt").rename(tmp_path / "thesis.txt")
+    (partial / "demonstrations").mkdir()  # as a killed run leaves it
+    assert len(run([path], tmp_path / "data").episodes) == 3 and not partial.exists()
+
+
+def test_what_was_left_out_once_is_not_left_out_unasked(demos, tmp_path, monkeypatch, capsys):
+    demos[0].actions[2] = np.nan
+    path = files.write_hdf5(tmp_path / "drawer.hdf5", demos)
+    read = importing.read_episode
+
+    def interrupted(source, episode, *arguments):
+        if episode.name == "demo_3":
+            raise KeyboardInterrupt
+        return read(source, episode, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(importing, "read_episode", interrupted)
+        run([path], tmp_path / "data", skip_bad=True)
+    with pytest.raises(UserError, match="begun with --skip-bad and left out 1, the first: .*demo_1.*; give --skip-bad"):
+        run([path], tmp_path / "data")
+    assert len(run([path], tmp_path / "data", skip_bad=True).episodes) == 2
 
 
 def test_a_v3_directory_that_was_never_finished(tmp_path, demos):
@@ -501,7 +648,11 @@ def test_the_command(demos, tmp_path, capsys):
     assert f"--config.demos.dataset={tmp_path / 'data'} --config.env.cameras={CAMERA}" in said
     main(arguments)
     assert "already imported: 3 demonstrations" in capsys.readouterr().out
-    for wrong, message in (("--stride=0", "--stride: got 0"), ("--noise=1", "unrecognized arguments: --noise=1")):
+    for wrong, message in (
+        ("--stride=0", "--stride: got 0"),
+        ("--chunk=100000", "got 100000"),
+        ("--noise=1", "unrecognized arguments: --noise=1"),
+    ):
         with pytest.raises(UserError, match=message):
             parse_import([*arguments[1:], wrong])
 

@@ -74,11 +74,35 @@ def test_a_flipped_byte_ends_the_journal_before_its_entry(rng, tmp_path):
         assert journal.tried == 1
 
 
+@pytest.mark.parametrize(
+    "content", [b"my notes", b"my notes, which are longer than the header of an entry", b"\xff" * 40]
+)
+def test_a_file_that_is_no_journal_is_left_alone(content, tmp_path):
+    path = tmp_path / "j"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is no journal of episodes; move it away"):
+        EpisodeJournal(path, SOURCE)
+    assert path.read_bytes() == content
+    with pytest.raises(UserError, match="cannot be written .Is a directory"):
+        EpisodeJournal(tmp_path, SOURCE)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.9])
+def test_a_journal_that_was_killed_in_its_first_entry_begins_anew(share, tmp_path):
+    path = tmp_path / "j"
+    EpisodeJournal(path, SOURCE).close()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with EpisodeJournal(path, SOURCE) as journal:
+        assert journal.tried == 0
+    assert path.read_bytes() == whole
+
+
 def test_a_journal_of_another_source_is_refused_and_left_alone(rng, tmp_path):
     path = tmp_path / "j"
     with EpisodeJournal(path, SOURCE) as journal:
         journal.append(make_episode(rng, 0))
     content = path.read_bytes()
-    with pytest.raises(UserError, match="holds episodes of .*0.2.* expected .*0.3"):
+    with pytest.raises(UserError, match="earlier command with noise '0.2', asked for '0.3'; give that"):
         EpisodeJournal(path, {**SOURCE, "noise": 0.3})
     assert path.read_bytes() == content

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shlex
 from collections.abc import Sequence
 
 from z1_jax.checks import check
@@ -97,7 +98,10 @@ def import_others(config: ImportConfig, out: pathlib.Path) -> None:
     print(
         f"{'already imported: ' * known}{len(dataset.episodes)} demonstrations of {len(tasks)} task"
         f"{'s' * (len(tasks) > 1)}, {len(dataset)} decisions, {len(source['left_out'])} left out, in {out}\n"
-        f"train on them with --config.demos.dataset={out} --config.env.cameras={','.join(dataset.cameras)}"
+        f"train on them with {shlex.quote(f'--config.demos.dataset={out}')} "
+        f"{shlex.quote('--config.env.cameras=' + ','.join(dataset.cameras))}"
+        + " (of these as many as the model has slots: model.preset)"
+        * (len(dataset.cameras) > 2)
     )
 
 
@@ -113,7 +117,8 @@ def parse_import(arguments: Sequence[str]) -> tuple[ImportConfig, pathlib.Path]:
         description="Demonstrations of others (RoboCasa's HDF5 files, LeRobot v2.x or v3 directories) into a dataset.",
     )
     add = parser.add_argument
-    add("--from", dest="paths", type=pathlib.Path, nargs="+", required=True, metavar="PATH", help="files, directories")
+    add("--from", dest="paths", type=pathlib.Path, nargs="+", action="extend", required=True, metavar="PATH",
+        help="files, directories")  # fmt: skip
     add("--out", type=pathlib.Path, required=True, metavar="DIR", help="directory of the dataset")
     add("--cameras", default="", help="names, in the order of the policy's image slots (all)")
     add("--image-size", type=int, default=default.image_size, help="pixels of the stored frames (as the source's)")
@@ -125,14 +130,14 @@ def parse_import(arguments: Sequence[str]) -> tuple[ImportConfig, pathlib.Path]:
     add("--split", default="", help="a filter key of the HDF5 files' masks, or a split of LeRobot's info.json")
     add("--skip-bad", action="store_true", help="leave out what is broken, and say what")
     given = parser.parse_args(list(arguments))
-    for option in ("stride", "chunk"):
-        if getattr(given, option) < 1:
-            parser.error(f"argument --{option}: got {getattr(given, option)}, expected 1 or more")
+    for option, lowest, highest in (("stride", 1, 1000), ("chunk", 1, 1000), ("image_size", 0, 1024)):
+        if not lowest <= getattr(given, option) <= highest:
+            name = option.replace("_", "-")
+            parser.error(f"argument --{name}: got {getattr(given, option)}, expected {lowest} to {highest}")
     if given.jpeg not in range(101):
         parser.error(f"argument --jpeg: got {given.jpeg}, expected 1 to 100, or 0 for PNG")
-    for option in ("image_size", "episodes"):
-        if getattr(given, option) < 0:
-            parser.error(f"argument --{option.replace('_', '-')}: got {getattr(given, option)}, expected 0 or more")
+    if given.episodes < 0:
+        parser.error(f"argument --episodes: got {given.episodes}, expected 0 or more")
     config = ImportConfig(
         paths=tuple(absolute(path) for path in given.paths),
         cameras=tuple(filter(None, given.cameras.split(","))),

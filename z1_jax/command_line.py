@@ -103,9 +103,8 @@ def _parse_value(key: str, text: str, current: Any) -> Any:
     if isinstance(current, str):
         return text
     if isinstance(current, list):
-        return tuple(
-            part for part in text.strip("()[]").replace("'", "").replace('"', "").replace(" ", "").split(",") if part
-        )
+        parts = text.strip("()[]").replace("'", "").replace('"', "").split(",")
+        return tuple(part.strip() for part in parts if part.strip())
     if isinstance(current, bool):
         if text.lower() in ("true", "false"):
             return text.lower() == "true"

@@ -56,6 +56,12 @@ def import_demonstrations(config: ImportConfig, directory: pathlib.Path) -> tupl
         check_source(dataset.path, dataset.source, origin)
         return dataset, True
     with EpisodeJournal(directory.with_name(directory.name + ".episodes"), origin) as journal:
+        before = journal.left_out()
+        if before and not config.skip_bad:
+            raise ConfigError(
+                f"{journal.path} was begun with --skip-bad and left out {len(before)}, the first: {before[0]}; give "
+                "--skip-bad again, or delete that file to import all of them anew"
+            )
         source = {**origin, "left_out": left_out + unlike}  # the episodes' own are added as they are met
         episodes = _episodes(chosen, shapes, journal, config.skip_bad, source)
         dataset = write_dataset(directory, episodes, source, jpeg=config.jpeg)

@@ -26,6 +26,7 @@ from z1_jax.errors import UserError, first_line
 
 FORMAT = 2
 _MANIFEST, _EPISODES, _STATS = "manifest.json", "episodes.jsonl", "norm_stats.json"
+_RECORDS, _DOWNLOADS = "demonstrations", "downloads"  # folders that TFDS makes
 _HASHED_BYTES = 1 << 20  # files up to this size are hashed when opened; array_record checks the records when read
 _PNG_LEVEL = 1  # half the time of the default for a tenth more bytes
 
@@ -164,11 +165,11 @@ def write_dataset(
     if first is None:
         raise UserError(f"cannot write dataset {path}: no episodes; expected at least one")
     partial = _partial_path(path)
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
+    _clear(partial)
     partial.mkdir(parents=True)
     writer = _EpisodeWriter(first, jpeg)
     _write_records(partial, writer, itertools.chain([first], stream))
-    shutil.rmtree(partial / "downloads", ignore_errors=True)  # TFDS makes it, empty
+    shutil.rmtree(partial / _DOWNLOADS, ignore_errors=True)  # TFDS makes it, empty
     save_norm_stats(partial / _STATS, {key: value.result() for key, value in writer.stats.items()})
     lines = [json.dumps(dataclasses.asdict(row)) + "\n" for row in writer.rows]
     (partial / _EPISODES).write_text("".join(lines))
@@ -187,6 +188,23 @@ def write_dataset(
     (partial / _MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
     os.rename(partial, path)
     return open_dataset(path)
+
+
+def _clear(partial: pathlib.Path) -> None:
+    """Removes what a killed run left, and nothing else that may stand under that name.
+
+    Raises:
+        UserError: something else does.
+    """
+    if not partial.exists():
+        return
+    ours = {_RECORDS, _DOWNLOADS, _STATS, _EPISODES, _MANIFEST}
+    strange = (
+        [entry.name for entry in partial.iterdir() if entry.name not in ours] if partial.is_dir() else ["no folder"]
+    )
+    if strange:
+        raise UserError(f"{partial} is needed while the dataset is written and holds {strange[0]}: move it away")
+    shutil.rmtree(partial)
 
 
 def open_dataset(path: str | pathlib.Path) -> Dataset:
@@ -307,9 +325,13 @@ def _write_records(directory: pathlib.Path, writer: _EpisodeWriter, episodes: It
     tfds.disable_progress_bar()
     try:
         builder.download_and_prepare()
-    except Exception:
+    except Exception as error:
         if failures:
             raise failures[0] from None
+        if "write() failed" in str(error):  # array_record's words for a full disk
+            raise UserError(
+                f"{directory} cannot be written ({first_line(error)}); free space, and the same command goes on"
+            ) from error
         raise
     finally:
         tfds.enable_progress_bar()

@@ -5,6 +5,7 @@ Each entry carries its length and checksum; what a kill left half written at the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -78,9 +79,11 @@ class EpisodeJournal:
                 self.kept += _facts(payload)["success"]
             elif payload != head:
                 raise UserError(
-                    f"{self.path} holds episodes of {payload[:300].decode(errors='replace')}, expected "
-                    f"{head.decode()}; delete it, or collect elsewhere"
+                    f"{self.path} holds episodes of an earlier command with {_difference(payload, head)}; give that "
+                    "command again, delete the file, or collect elsewhere"
                 )
+        if end == 0 and not _entry(head).startswith(self.path.read_bytes()[:1000]):
+            raise UserError(f"{self.path} is no journal of episodes; move it away, or collect elsewhere")
         self._file.truncate(end)
         self._file.seek(end)
         if end == 0:
@@ -109,7 +112,8 @@ class EpisodeJournal:
         return [entry["left_out"] for entry in facts if "left_out" in entry]
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # every write was flushed, or its failure told
+            self._file.close()
 
     def remove(self) -> None:
         """Deletes the file: the dataset that it was for is written."""
@@ -123,18 +127,38 @@ class EpisodeJournal:
         self.close()
 
     def _write(self, payload: bytes) -> None:
-        self._file.write(_HEADER.pack(len(payload), zlib.crc32(payload)) + payload)
-        self._file.flush()
+        try:
+            self._file.write(_entry(payload))
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror}); what it holds stays, and the same command goes on"
+            ) from error
 
     def _entries(self) -> Iterator[tuple[int, bytes]]:
         """(end, payload) of each whole entry; stops at the first that is not."""
+        whole = self.path.stat().st_size
         with self.path.open("rb") as file:
             while len(header := file.read(_HEADER.size)) == _HEADER.size:
                 size, checksum = _HEADER.unpack(header)
-                payload = file.read(size)
+                payload = file.read(min(size, whole))  # of what is no entry the size may be anything
                 if len(payload) != size or zlib.crc32(payload) != checksum:
                     return
                 yield file.tell(), payload
+
+
+def _entry(payload: bytes) -> bytes:
+    return _HEADER.pack(len(payload), zlib.crc32(payload)) + payload
+
+
+def _difference(theirs: bytes, mine: bytes) -> str:
+    """The first key that differs between two sources."""
+    try:
+        got, wanted = json.loads(theirs), json.loads(mine)
+        key = next(k for k in {**wanted, **got} if got.get(k) != wanted.get(k))
+        return f"{key} {str(got.get(key))[:200]!r}, asked for {str(wanted.get(key))[:200]!r}"
+    except (ValueError, AttributeError, StopIteration):
+        return "another source"
 
 
 def _pack(episode: Episode) -> bytes:

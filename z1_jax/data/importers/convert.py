@@ -60,7 +60,8 @@ def _check(raw: RawEpisode, where: str, shapes: Shapes) -> None:
             raise BadData(f"{where}: {name} have {len(values)} steps, its actions {len(raw.actions)}")
         if values.dtype.kind not in "fiu":
             raise BadData(f"{where}: {name} are {values.dtype}, expected numbers")
-        bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+            bad = np.flatnonzero(~np.isfinite(values.astype(np.float32)).all(axis=1))
         if len(bad):
             raise BadData(f"{where}: {name} not finite at step {bad[0]} ({len(bad)} of {len(values)} steps are bad)")
     if not raw.instruction.strip():

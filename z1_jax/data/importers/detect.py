@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from z1_jax.data.importers.base import BadData, Source, reading
 from z1_jax.data.importers.lerobot import LeRobotDirectory
@@ -26,7 +26,11 @@ def open_sources(paths: Sequence[pathlib.Path], split: str, skip_bad: bool) -> t
     """
     sources: list[Source] = []
     flaws: list[str] = []
-    for place in (found for path in paths for found in _places(path)):
+    places: dict[pathlib.Path, pathlib.Path] = {}  # by where they really are: paths may overlap
+    for path in paths:
+        for found in _places(path):
+            places.setdefault(found.resolve(), found)
+    for place in places.values():
         try:
             with reading(str(place)):
                 source = LeRobotDirectory(place, split) if place.is_dir() else RobomimicFile(place, split)
@@ -53,10 +57,23 @@ def _places(path: pathlib.Path) -> list[pathlib.Path]:
         raise UserError(f"option --from: {path} is a dataset already; train on it with --config.demos.dataset={path}")
     if (path / "meta" / "info.json").is_file():
         return [path]
-    found = [file for file in path.rglob("*") if file.suffix.lower() in _HDF5 and file.is_file()]
-    found += [file.parent.parent for file in path.rglob("meta/info.json")]
+    found = sorted(_below(path, set()))
     if not found:
         half = any((path / part).is_dir() for part in ("meta", "data", "videos", "images"))
         why = "was only half written: it has no meta/info.json" if half else "holds nothing to import"
         raise UserError(f"option --from: {path} {why}; expected .hdf5 files or a LeRobot dataset (meta/info.json)")
-    return sorted(found)
+    return found
+
+
+def _below(folder: pathlib.Path, seen: set[pathlib.Path]) -> Iterator[pathlib.Path]:
+    """HDF5 files and LeRobot directories below a folder; links are followed, each folder is entered once."""
+    if folder.resolve() in seen:
+        return
+    seen.add(folder.resolve())
+    if (folder / "meta" / "info.json").is_file():
+        yield folder
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _below(entry, seen)
+        elif entry.suffix.lower() in _HDF5 and entry.is_file():
+            yield entry

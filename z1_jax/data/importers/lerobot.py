@@ -21,6 +21,7 @@ from z1_jax.errors import UserError, first_line
 
 STATE, ACTION = "observation.state", "action"
 _TASK, _DESCRIPTION = "task_index", "annotation.human.task_description"  # columns: indices into the table of tasks
+_COLOURS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # Pillow's modes of 8 bits a colour or less
 _STAMP_TOLERANCE = 0.1  # of a frame: time stamps are float32
 
 
@@ -52,10 +53,12 @@ class LeRobotDirectory:
         self.action_dim, self.state_dim = self._width(ACTION), self._width(STATE)
         self._action_columns = self._columns("action", orders.ACTION_PARTS, ACTION, self.action_dim)
         self._state_columns = self._columns("state", orders.STATE_PARTS, STATE, self.state_dim)
+        depth = self._meta.depth_keys()
         self.order = ", ".join(
             f"{name} {'in raw order by meta/modality.json' if found is not None else 'in the order that is stored'}"
             for name, found in (("actions", self._action_columns), ("state", self._state_columns))
         )
+        self.order += f"; depth is left out: {', '.join(depth)}" * bool(depth)
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -75,16 +78,25 @@ class LeRobotDirectory:
         rows = self._rows(path, where, entry)
         actions, state = self._array(rows, ACTION, where), self._array(rows, STATE, where)
         if not len(actions):
-            raise BadData(f"{where} is empty; expected {entry.length} steps, as the table of episodes says")
+            raise BadData(
+                f"{where} is empty: no row has its episode_index, the table of episodes tells of {entry.length} steps"
+            )
         check_length(where, "the table of episodes", entry.length, len(actions))
-        self._check_stamps(rows, where)
+        first_s = self._first_stamp(rows, where)
         images = {}
         for camera in cameras:
             key = self._camera_keys[camera]
             if self._meta.features[key]["dtype"] == "video":
                 video, start_s = self._meta.video_file(entry, key)
+                if not video:
+                    raise BadData(f"{self.path}/meta/info.json has no video_path, yet {key} is a video")
                 images[camera] = read_frames(
-                    self.path / video, f"{self.path}, {episode.name}", self._meta.fps, len(actions), stride, start_s
+                    self.path / video,
+                    f"{self.path}, {episode.name}",
+                    self._meta.fps,
+                    len(actions),
+                    stride,
+                    start_s + first_s,
                 )
             else:
                 images[camera] = self._stored_images(rows, key, where)[::stride]
@@ -112,6 +124,8 @@ class LeRobotDirectory:
             raise BadData(f"{where} has no column {key}; expected it, as meta/info.json says")
         values = rows.column(key).to_pylist()
         expected = self._width(key)
+        if any(value is None for value in values):
+            raise BadData(f"{where}: {key} holds values that are no numbers")
         vectors = [value if isinstance(value, list) else [value] for value in values]
         wrong = {len(vector) for vector in vectors} - {expected}
         if wrong:
@@ -121,16 +135,23 @@ class LeRobotDirectory:
         except (TypeError, ValueError):
             raise BadData(f"{where}: {key} holds values that are no numbers") from None
 
-    def _check_stamps(self, rows: Any, where: str) -> None:
-        if "timestamp" not in rows.column_names or rows.num_rows < 2:
-            return
-        steps = np.diff(np.array(rows.column("timestamp").to_pylist(), np.float64).ravel())
+    def _first_stamp(self, rows: Any, where: str) -> float:
+        """Seconds from where the episode's video begins to its first frame; LeRobot finds frames by time stamps."""
+        if "timestamp" not in rows.column_names:
+            return 0.0
+        stamps = np.array(rows.column("timestamp").to_pylist(), np.float64).ravel()
+        if not np.isfinite(stamps).all() or stamps[0] < -_STAMP_TOLERANCE / self._meta.fps:
+            raise BadData(f"{where}: the first time stamp is {stamps[0]:g} s, or one is none; expected 0 s or later")
+        if len(stamps) < 2:
+            return float(stamps[0])
+        steps = np.diff(stamps)
         if np.abs(steps - 1 / self._meta.fps).max() > _STAMP_TOLERANCE / self._meta.fps:
             worst = steps[np.argmax(np.abs(steps - 1 / self._meta.fps))]
             raise BadData(
                 f"{where}: time stamps {worst:.4g} s apart, expected {1 / self._meta.fps:.4g} s at the "
                 f"{self._meta.fps:g} frames a second of meta/info.json"
             )
+        return float(stamps[0])
 
     def _stored_images(self, rows: Any, key: str, where: str) -> np.ndarray:
         if key not in rows.column_names:
@@ -139,7 +160,10 @@ class LeRobotDirectory:
             frames = []
             for value in rows.column(key).to_pylist():
                 data = value["bytes"] if value["bytes"] else (self.path / value["path"]).read_bytes()
-                frames.append(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+                image = Image.open(io.BytesIO(data))
+                if image.mode not in _COLOURS:
+                    raise ValueError(f"mode {image.mode} is no picture of 8 bits a colour; depth cannot be imported")
+                frames.append(np.asarray(image.convert("RGB")))
             return np.stack(frames)
         except (OSError, TypeError, KeyError, ValueError) as error:
             raise BadData(f"{where}: an image of {key} cannot be read ({first_line(error)}); get it anew") from None
@@ -155,7 +179,10 @@ class LeRobotDirectory:
                 f"{where}: {column} is {sorted(found, key=str)[:5]}, expected one of the {len(self._meta.tasks)} tasks "
                 "for the whole episode"
             )
-        return self._meta.tasks[found.pop()]
+        text = self._meta.tasks[found.pop()]
+        if not isinstance(text, str):
+            raise BadData(f"{where} has no instruction; the table of tasks has {text!r} for it, expected a text")
+        return text
 
     def _columns(self, section: str, parts: orders.Parts, key: str, width: int) -> np.ndarray | None:
         named = self._meta.modality.get(section)

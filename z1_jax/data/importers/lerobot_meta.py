@@ -36,7 +36,7 @@ class Meta:
     video_path: str
     chunk_size: int  # v2: episodes in a chunk directory
     splits: Mapping[str, str]  # name -> "first:end"
-    tasks: Mapping[int, str]
+    tasks: Mapping[int, Any]  # texts, where the table is intact
     entries: tuple[Entry, ...]
     modality: Mapping[str, Any]  # meta/modality.json; empty without
     task: str  # RoboCasa's name of the task; empty where the directory does not tell
@@ -45,11 +45,19 @@ class Meta:
 
     def camera_keys(self) -> dict[str, str]:
         """Camera -> the feature that holds its frames."""
-        keys = [key for key, feature in self.features.items() if feature["dtype"] in ("video", "image")]
+        depth = self.depth_keys()
+        keys = [
+            key for key, feature in self.features.items() if feature["dtype"] in ("video", "image") and key not in depth
+        ]
         names = {key: key.removeprefix(_IMAGES) for key in keys}
         for name, entry in self.modality.get("video", {}).items():
             names |= {key: name for key in keys if key == entry.get("original_key", name)}
         return {name: key for key, name in names.items()}
+
+    def depth_keys(self) -> list[str]:
+        """Features whose frames are distances and no pictures."""
+        told = {key: feature.get("info") or feature.get("video_info") or {} for key, feature in self.features.items()}
+        return [k for k, info in told.items() if info.get("video.is_depth_map") or info.get("is_depth_map")]
 
     def data_file(self, entry: Entry) -> str:
         """The parquet file of an episode, relative to the directory."""
@@ -88,11 +96,14 @@ def read_meta(path: pathlib.Path) -> Meta:
         else:
             tasks, entries, read = _tables_v2(folder, flaws)
         tables += read
-        if len(entries) != info["total_episodes"]:
+        listed = {entry.index for entry in entries}
+        if len(listed) != info["total_episodes"]:
             flaws.append(
                 f"{path} was only half written or half copied: meta/info.json counts {info['total_episodes']} "
-                f"episodes, its table lists {len(entries)}"
+                f"episodes, its table lists {len(listed)}"
             )
+        if len(listed) < len(entries):
+            flaws.append(f"{path}: its table lists {len(entries) - len(listed)} episodes twice; the last line counts")
         fps = float(info["fps"])
         if not fps > 0:
             raise BadData(f"{folder / 'info.json'}: fps is {info['fps']!r}, expected frames a second above 0")
@@ -115,7 +126,7 @@ def read_meta(path: pathlib.Path) -> Meta:
 
 def _tables_v2(folder: pathlib.Path, flaws: list[str]) -> tuple[dict[int, str], list[Entry], list[pathlib.Path]]:
     files = [folder / "tasks.jsonl", folder / "episodes.jsonl"]
-    tasks = {int(line["task_index"]): str(line["task"]) for line in _lines(files[0], flaws)}
+    tasks = {int(line["task_index"]): line["task"] for line in _lines(files[0], flaws)}
     entries = [
         Entry(int(line["episode_index"]), int(line["length"]), tuple(line["tasks"]), {})
         for line in _lines(files[1], flaws)
@@ -147,7 +158,7 @@ def _tables_v3(
 
 def _lines(path: pathlib.Path, flaws: list[str]) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; what a killed writer left of its last line is a flaw."""
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     found = []
     for number, line in enumerate(lines):
         try:

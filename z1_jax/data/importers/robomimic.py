@@ -109,16 +109,20 @@ class RobomimicFile:
 
     def _instruction(self, demo: Any, where: str) -> str:
         try:
-            return str(json.loads(demo.attrs["ep_meta"])["lang"])
+            text = json.loads(demo.attrs["ep_meta"])["lang"]
         except (KeyError, ValueError, TypeError):
-            raise BadData(f"{where} has no instruction; expected JSON with the key lang in its ep_meta") from None
+            text = None
+        if not isinstance(text, str):
+            raise BadData(f"{where} has no instruction; expected JSON with a text under the key lang in its ep_meta")
+        return text
 
     def _split(self, split: str) -> list[str]:
         masks = self._file["mask"] if "mask" in self._file else {}
         if split not in masks:
             known = ", ".join(masks) or "none"
             raise UserError(f"option --split: {self.path} has no mask {split!r}; it has {known}")
-        return [name.decode() if isinstance(name, bytes) else str(name) for name in masks[split][()]]
+        names = [name.decode() if isinstance(name, bytes) else str(name) for name in masks[split][()]]
+        return list(dict.fromkeys(names))
 
     def _env_args(self) -> dict[str, Any]:
         try:
