@@ -75,12 +75,12 @@ def test_the_methods_formulas_are_pure():
 
 def test_data_knows_neither_models_nor_environments():
     data = [name for name in MODULES if under(name, "z1_jax.data")]
-    allowed = ("z1_jax.errors", "z1_jax.types", "z1_jax.data")
+    allowed = ("z1_jax.errors", "z1_jax.files", "z1_jax.types", "z1_jax.data")
     assert offenders(data, lambda o: under(o, "z1_jax", "envs") and not under(o, *allowed)) == []
 
 
-def test_errors_types_and_sharding_stand_at_the_bottom():
-    bottom = ["z1_jax.errors", "z1_jax.types", "z1_jax.sharding"]
+def test_errors_files_types_and_sharding_stand_at_the_bottom():
+    bottom = ["z1_jax.errors", "z1_jax.files", "z1_jax.types", "z1_jax.sharding"]
     allowed = ("z1_jax.errors", "z1_jax.types")
     assert offenders(bottom, lambda o: under(o, "z1_jax", "envs") and o not in allowed) == []
 

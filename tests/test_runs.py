@@ -10,10 +10,10 @@ import pytest
 
 from z1_jax import runs
 from z1_jax.command_line import parse_command_line
-from z1_jax.config import Config, ConfigError, claim_directory, flat
+from z1_jax.config import Config, claim_directory, flat
 from z1_jax.data.journal import EpisodeJournal
 from z1_jax.errors import UserError
-from z1_jax.locks import hold
+from z1_jax.files import hold
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -43,7 +43,7 @@ def run(code: str, **options: object) -> subprocess.CompletedProcess[str]:
 def test_one_process_at_a_time_on_a_run_directory(tmp_path):
     hold(tmp_path)
     hold(tmp_path)  # this one has it
-    code = "import pathlib; from z1_jax import locks, runs; runs.run_main(lambda argv: locks.hold(pathlib.Path({!r})))"
+    code = "import pathlib; from z1_jax import files, runs; runs.run_main(lambda argv: files.hold(pathlib.Path({!r})))"
     code = code.format(str(tmp_path))
     other = run(code)
     assert other.returncode == 2
@@ -95,7 +95,7 @@ def test_output_that_cannot_show_everything_or_is_closed(shell):
 )
 def test_paths_that_cannot_be_are_one_line(path, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(UserError) as told:
         claim_directory(Config(run_dir=path))
     assert message in str(told.value) and "\n" not in str(told.value) and not list(tmp_path.iterdir())
 

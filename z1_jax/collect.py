@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 from z1_jax.checks import check
 from z1_jax.command_line import Parser
-from z1_jax.config import Config, DemosConfig, EnvConfig, absolute
+from z1_jax.config import Config, DemosConfig, EnvConfig
 from z1_jax.data.dataset import open_dataset
+from z1_jax.files import absolute
 from z1_jax.importing import ImportConfig, check_source, import_demonstrations
 from z1_jax.runs import run_main
 from z1_jax.stages import check_inputs, demonstrations, demonstrations_source

@@ -18,6 +18,7 @@ from typing import Any
 import ml_collections
 
 from z1_jax.errors import UserError
+from z1_jax.files import absolute
 
 
 class ConfigError(UserError):
@@ -275,18 +276,6 @@ class Config:
         suite = f"{self.env.suite}-" * (self.env.suite != "kitchen") + "standins-" * self.env.standins
         name = self.run_dir or f"runs/{self.algorithm}-{suite}{self.task}-{which}"
         return absolute(name)
-
-
-def absolute(path: str | pathlib.Path) -> pathlib.Path:
-    """The absolute path, ~ expanded.
-
-    Raises:
-        ConfigError: there is no such home directory.
-    """
-    try:
-        return pathlib.Path(path).expanduser().absolute()
-    except RuntimeError:
-        raise ConfigError(f"{path} is below a home directory that does not exist; write the path out") from None
 
 
 RANDOM = "random"  # config.init: an untrained policy

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from z1_jax.command_line import Parser
-from z1_jax.config import absolute
 from z1_jax.data.normalize import NormStats, stats_arrays
 from z1_jax.data.tokenizer import PALIGEMMA, PALIGEMMA_VOCAB_SIZE, load_tokenizer
+from z1_jax.files import absolute
 from z1_jax.formats import companions, targets
 from z1_jax.formats.architecture import check_tensors, read_architecture
 from z1_jax.formats.companions import Stats

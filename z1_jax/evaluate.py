@@ -16,7 +16,7 @@ from z1_jax import config as z1_config
 from z1_jax.command_line import parse_command_line
 from z1_jax.config import Config, ConfigError
 from z1_jax.evaluation import Evaluation, compare, evaluate, rate_sentence, versus_sentence
-from z1_jax.locks import hold
+from z1_jax.files import hold
 from z1_jax.policies import given_policy, newest_policy
 from z1_jax.policy import Policy, find_policy
 from z1_jax.runs import (

@@ -13,10 +13,11 @@ import jax
 import numpy as np
 
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config import RANDOM, Config, ConfigError, InputsConfig, ModelConfig, absolute
+from z1_jax.config import RANDOM, Config, ConfigError, InputsConfig, ModelConfig
 from z1_jax.data import tokenizer
 from z1_jax.data.dataset import Dataset
 from z1_jax.data.normalize import NormStats
+from z1_jax.files import absolute
 from z1_jax.models.pi05 import Pi05Config
 from z1_jax.models.presets import PRESETS, get_preset
 from z1_jax.policy import Policy, find_policy, fresh_policy, load_policy, make_processor

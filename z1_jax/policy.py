@@ -16,10 +16,11 @@ import numpy as np
 from flax import nnx
 
 from z1_jax.checkpoint import CheckpointError, Checkpoints
-from z1_jax.config import LoraConfig, absolute
+from z1_jax.config import LoraConfig
 from z1_jax.data.normalize import NormMode, NormStats
 from z1_jax.data.tokenizer import PromptTokenizer, load_tokenizer
 from z1_jax.data.transforms import InputProcessor
+from z1_jax.files import absolute
 from z1_jax.models import lora, pi05
 from z1_jax.models.gemma import GemmaConfig
 from z1_jax.models.params import initialise

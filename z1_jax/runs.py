@@ -25,8 +25,9 @@ from envs.pool import PoolError
 from z1_jax import __version__, accelerators, suites
 from z1_jax import config as z1_config
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config import Config, ConfigError, absolute
+from z1_jax.config import Config, ConfigError
 from z1_jax.errors import UserError
+from z1_jax.files import absolute
 from z1_jax.interrupt import INTERRUPTED, imported
 from z1_jax.policy import Policy, find_policy
 from z1_jax.report import REPORT, write_report
@@ -111,7 +112,7 @@ def start_jax() -> None:
     if jax.config.jax_default_matmul_precision is None:
         jax.config.update("jax_default_matmul_precision", "float32")
     cache = os.environ.get("Z1_JAX_CACHE", "~/.cache/z1_jax/xla")
-    with contextlib.suppress(ConfigError):  # who has no home has no cache
+    with contextlib.suppress(UserError):  # who has no home has no cache
         jax.config.update("jax_compilation_cache_dir", str(absolute(cache)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -18,7 +18,7 @@ from z1_jax.command_line import parse_command_line
 from z1_jax.config import Config
 from z1_jax.errors import UserError
 from z1_jax.evaluation import Evaluation, compare, evaluate, film, rate_sentence, sentence
-from z1_jax.locks import hold
+from z1_jax.files import hold
 from z1_jax.metrics import MetricsWriter, read_records
 from z1_jax.policies import given_policy, untrained_policy
 from z1_jax.policy import Policy

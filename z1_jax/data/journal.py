@@ -19,7 +19,7 @@ import numpy as np
 
 from z1_jax.data.dataset import Episode
 from z1_jax.errors import UserError
-from z1_jax.locks import lock
+from z1_jax.files import lock
 
 _HEADER = struct.Struct("<QI")  # bytes of the payload, its CRC-32
 _FACTS = ("task", "seed", "instruction", "success", "control_steps")

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import sentencepiece
 
-from z1_jax.config import absolute
 from z1_jax.errors import UserError, first_line
+from z1_jax.files import absolute
 
 PALIGEMMA = "google/paligemma-3b-pt-224"
 PALIGEMMA_VOCAB_SIZE = 257_152

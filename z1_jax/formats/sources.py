@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from z1_jax.checkpoint import CheckpointError, Checkpoints
-from z1_jax.config import absolute
+from z1_jax.files import absolute
 from z1_jax.formats import companions
 from z1_jax.formats.architecture import refuse_other_models, style_of
 from z1_jax.formats.orbax import TREE, OrbaxReader

@@ -1,4 +1,4 @@
-"""One process at a time on a directory or file: a lock that the system frees when the process ends, however it ends."""
+"""Paths as users write them, and locks: one process at a time on a directory or file, freed however that ends."""
 
 from __future__ import annotations
 
@@ -10,6 +10,18 @@ from typing import IO, Any
 from z1_jax.errors import UserError
 
 _held: dict[pathlib.Path, IO[str]] = {}
+
+
+def absolute(path: str | pathlib.Path) -> pathlib.Path:
+    """The absolute path, ~ expanded.
+
+    Raises:
+        UserError: there is no such home directory.
+    """
+    try:
+        return pathlib.Path(path).expanduser().absolute()
+    except RuntimeError:
+        raise UserError(f"{path} is below a home directory that does not exist; write the path out") from None
 
 
 def lock(file: IO[Any], what: pathlib.Path, owner: str = "") -> None:
