@@ -13,7 +13,7 @@ import pytest
 import tiny_policy
 from flax import nnx
 
-from z1_jax import accelerators, costs, optim, plan, programs, sharding, traced
+from z1_jax import accelerators, costs, optim, plan, policies, programs, sharding, traced
 from z1_jax import config as z1_config
 from z1_jax.command_line import parse_command_line
 from z1_jax.config import ConfigError
@@ -295,7 +295,7 @@ def test_compiled_bytes_and_estimate_agree_in_float32():
 @pytest.mark.parametrize(("source", "devices", "memory"), [("grpo", 1, 16e9), ("sft", 2, 48e9)])
 def test_full_size_fits_where_it_should(source, devices, memory):
     config = parse_command_line(["", f"--config=configs/{source}.py:full"])
-    model = plan.architecture(config)
+    model = policies.configured_model(config)
     result = plan.make_plan(config, model, H200, memory, devices)
     assert result.fits, plan.lines(result)
     floor = 4 * pi05.count_parameters(nnx.state(pi05.abstract_model(model))) * 3 / devices
