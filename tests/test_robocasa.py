@@ -171,6 +171,28 @@ def test_an_episode_depends_on_its_seed_and_on_nothing_before(rng, envs):
     assert_same_look(twin.observe(), first)
 
 
+def test_a_reset_that_fails_midway_leaves_nothing_that_restore_trusts(rng, envs, monkeypatch):
+    """The failed reset has built another seed's scene; the snapshot's own has to be built again."""
+    env, seed = envs(PLACE), fresh_seed(rng)
+    env.reset(seed)
+    env.step_chunk(random_actions(rng, 5, "arm"))
+    snapshot, look, qpos = env.snapshot(), env.observe(), env.raw.sim.data.qpos.copy()
+    actions = random_actions(rng, 5, "arm")
+    expected = trace(env, actions)
+
+    def failing(raw):
+        raise RuntimeError("the simulator broke")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "baseline", failing)  # the first thing after the scene was built
+        with pytest.raises(RuntimeError, match="broke"):
+            env.reset(seed + 1)
+    env.restore(snapshot)
+    assert env.raw.sim.data.qpos.tobytes() == qpos.tobytes()
+    assert_same_look(env.observe(), look)
+    assert trace(env, actions) == expected
+
+
 def test_a_snapshot_of_something_else_is_refused(rng, envs):
     env = envs(FAUCET)
     env.reset(fresh_seed(rng))
