@@ -477,6 +477,28 @@ def test_gymnasium_shows_the_kitchens_own_episode(seed):
         assert reward == float(kitchen.success) and info["success"] is kitchen.success and terminated is kitchen.success
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_gymnasium_side_by_side_tells_each_instruction(shared, seed):
+    """In info always, also where the observations are in shared memory; in the observations where they are not."""
+    gymnasium = pytest.importorskip("gymnasium")
+    envs = gymnasium.make_vec(
+        "envs.kitchen.gym:z1/TurnOnStove-v0",
+        2,
+        vectorization_mode="async",
+        vector_kwargs={"context": "spawn", "shared_memory": shared},
+        image_size=8,
+    )
+    kitchen, wanted = make("TurnOnStove", image_size=8), []
+    for i in range(2):
+        kitchen.reset(seed + i)
+        wanted.append(kitchen.observe().instruction)
+    seen, info = envs.reset(seed=seed)  # the second environment's is seed + 1
+    assert list(info["instruction"]) == wanted and (shared or list(seen["instruction"]) == wanted)
+    seen, *_, info = envs.step(np.zeros((2, 12), np.float32))
+    assert list(info["instruction"]) == wanted and (shared or list(seen["instruction"]) == wanted)
+    envs.close()
+
+
 def test_gymnasium_that_is_absent_names_the_extra():
     code = "import sys; sys.modules['gymnasium'] = None; import envs.kitchen.gym"
     root = pathlib.Path(__file__).parent.parent
