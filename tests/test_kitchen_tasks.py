@@ -14,6 +14,7 @@ from PIL import Image
 
 from envs.kitchen import LAYOUT_SPLITS, LAYOUTS, OBJECT_SPLITS, STYLE_SPLITS, STYLES, TASKS, make
 from envs.kitchen import render as renderer
+from envs.kitchen.__main__ import main as kitchen_command
 from envs.kitchen.experts import make_expert
 from envs.kitchen.fixtures import BURNERS, DRAWER_TRAVEL, PAN_RADIUS, PAN_TOP, PLATE_RADIUS, PLATE_TOP
 from envs.kitchen.objects import CATALOGUE
@@ -433,11 +434,29 @@ def test_command_writes_a_video(tmp_path):
         assert video.size == (24, 24) and 1 < video.n_frames <= steps + 1  # equal frames are one
 
 
+@pytest.mark.parametrize(
+    ("name", "form", "mode"), [("a.jpg", "JPEG", "RGB"), ("A.PNG", "PNG", "P"), ("A.GIF", "GIF", "P")]
+)
+def test_the_ending_decides_the_format_whatever_its_case(name, form, mode, tmp_path, monkeypatch):
+    out = tmp_path / "new" / name
+    monkeypatch.setattr(sys, "argv", ["kitchen", "TurnOffStove", "--out", str(out), "--size", "8"])
+    kitchen_command()
+    with Image.open(out) as picture:
+        assert (picture.format, picture.mode) == (form, mode)
+        assert (getattr(picture, "n_frames", 1) > 1) == (form == "GIF")
+
+
 def test_mistakes_with_pictures_are_one_line(tmp_path):
     (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
     for arguments, message in (
         (["--out", "a.mp4"], "--out a.mp4: expected a picture such as OpenDrawer.png, or a video, .webp or .gif"),
+        (["--out", "a.eps"], "--out a.eps: expected a picture"),
+        (["--out", "a.fits"], "--out a.fits: expected a picture"),
+        (["--out", f"{tmp_path}/new.png/"], "new.png/: got a folder, expected a file such as .*new.png/OpenDrawer.png"),
+        (["--out", f"{tmp_path}/folder.png"], "folder.png: got a folder, expected a file"),
         (["--size", "0"], "--size 0: expected at least 1 pixel"),
+        (["--seed", "-1"], "--seed -1: expected 0 or more"),
         (["--out", f"{tmp_path}/file/a.png", "--size", "8"], "Not a directory|File exists"),
     ):
         command = [sys.executable, "-m", "envs.kitchen", "OpenDrawer", *arguments]
