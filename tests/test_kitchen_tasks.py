@@ -1,5 +1,6 @@
 """The 24 tasks: thresholds by hand-placed joints and things, instructions, splits, experts, pictures, gymnasium."""
 
+import importlib
 import json
 import pathlib
 import pickle
@@ -25,6 +26,10 @@ PnPMicrowaveToCounter PnPCounterToStove PnPStoveToCounter OpenSingleDoor CloseSi
 CloseDoubleDoor OpenDrawer CloseDrawer
 TurnOnStove TurnOffStove TurnOnSinkFaucet TurnOffSinkFaucet TurnSinkSpout CoffeePressButton TurnOnMicrowave
 TurnOffMicrowave CoffeeServeMug CoffeeSetupMug""".split()
+
+
+WORDED = ["CloseDrawer", "TurnOnStove", "TurnOffStove", "TurnSinkSpout"]  # and all PnP: several instructions each
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -370,6 +375,36 @@ def test_experts_work_in_every_kitchen(task, split, seed):
     assert any(solves(seed + i) for i in range(3)), seed
 
 
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", [name for name in ROBOCASA if "PnP" in name] + WORDED)
+def test_words_are_needed_where_the_page_says_so(task, seed, monkeypatch):
+    """The instruction's own words, not the memory that the benchmark reads, say what is meant."""
+    page = (ROOT / "docs" / "kitchen-tasks.md").read_text()
+    needed, percent = re.search(rf"\| {task} \| (yes|no) \| .* \| (\d+) % \|", page).groups()
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    kitchen_words = importlib.import_module("kitchen_words")
+    env, right, count = make(task, image_size=4), 0.0, 200
+    for i in range(count):
+        env.reset(seed + i)
+        left = [str(name) for name in kitchen_words.RULES[task][2](env.world)]
+        right += sum(spoken(env.observe().instruction) == name for name in left) / len(left)
+    assert (needed == "no") == (right == count)
+    assert abs(right / count - int(percent) / 100) < 0.14  # four standard errors of 200 episodes
+
+
+def spoken(instruction: str) -> str:
+    """What an instruction means, as the benchmark names it."""
+    if "drawer" in instruction:
+        return instruction.split()[2] + "_drawer"
+    if "burner" in instruction:
+        return str(BURNERS.index(" ".join(instruction.split()[3:5])))
+    if "spout" in instruction:
+        return str(["left", "center", "right"].index(instruction.split()[-1]) - 1)
+    return instruction.split()[2]
+
+
 # --- pictures, videos, gymnasium -------------------------------------------------------------------------------------
 
 
@@ -426,9 +461,8 @@ def test_gl_that_is_absent_is_told_in_one_line(kitchens, monkeypatch):
 
 def test_command_writes_a_video(tmp_path):
     out = tmp_path / "stove.webp"
-    root = pathlib.Path(__file__).parent.parent
     command = [sys.executable, "-m", "envs.kitchen", "TurnOffStove", "--out", out, "--size", "24", "--style", "heldout"]
-    result = subprocess.run(command, check=True, timeout=120, cwd=root, capture_output=True, text=True)
+    result = subprocess.run(command, check=True, timeout=120, cwd=ROOT, capture_output=True, text=True)
     steps = int(result.stdout.split("after ")[1].split()[0])
     with Image.open(out) as video:
         assert video.size == (24, 24) and 1 < video.n_frames <= steps + 1  # equal frames are one
@@ -460,7 +494,7 @@ def test_mistakes_with_pictures_are_one_line(tmp_path):
         (["--out", f"{tmp_path}/file/a.png", "--size", "8"], "Not a directory|File exists"),
     ):
         command = [sys.executable, "-m", "envs.kitchen", "OpenDrawer", *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent.parent)
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert result.returncode == 2 and re.fullmatch(rf"error: [^\n]*({message})[^\n]*\n", result.stderr)
 
 
@@ -520,6 +554,5 @@ def test_gymnasium_side_by_side_tells_each_instruction(shared, seed):
 
 def test_gymnasium_that_is_absent_names_the_extra():
     code = "import sys; sys.modules['gymnasium'] = None; import envs.kitchen.gym"
-    root = pathlib.Path(__file__).parent.parent
-    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "pip install 'z1-jax[gym]'" in result.stderr.splitlines()[-1]
