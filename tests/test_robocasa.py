@@ -8,6 +8,9 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
+import subprocess
+import sys
 
 os.environ.setdefault("MUJOCO_GL", "egl")
 
@@ -27,6 +30,7 @@ except ValueError as error:
 pytestmark = pytest.mark.skipif(FOUND is None, reason=WHY)
 API = FOUND.api if FOUND else "v1"
 
+ROOT = pathlib.Path(__file__).parent.parent
 FAUCET, PLACE = "TurnOnSinkFaucet", tables.task_name("PnPCounterToMicrowave", API)
 OPTIONS = {"standins": STANDINS, "image_size": 48, "scenes": ("1/1",)}
 ARM = np.r_[np.ones(7), np.zeros(4), -1.0]  # what an action may move in arm mode
@@ -427,6 +431,22 @@ def test_mistakes_are_one_line(envs):
             make(FAUCET, standins=False)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "-1"], "--seed -1: expected 0 or more"),
+        (["--steps", "-1"], "--steps -1: expected 0 or more"),
+        ([], "stand-ins cannot be written to /proc/x: .*"),
+    ],
+)
+def test_mistakes_with_the_walk_are_one_line(arguments, message):
+    command = [sys.executable, "-m", "envs.robocasa.walk", FAUCET, "--standins", *arguments]
+    told = subprocess.run(
+        command, env={**os.environ, "Z1_STANDINS": "/proc/x"}, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert told.returncode == 1 and re.fullmatch(f"error: {message}\n", told.stderr), told.stderr
+
+
 def test_the_spec_says_version_and_label():
     env = make(PLACE)
     assert env.spec.version == f"robocasa {FOUND.version}" and env.spec.task == PLACE
@@ -459,7 +479,7 @@ def test_a_whole_grpo_iteration_on_stand_ins(tmp_path):
     from z1_jax import train
     from z1_jax.metrics import read_records
 
-    preset = pathlib.Path(__file__).parent.parent / "configs" / "grpo.py"
+    preset = ROOT / "configs" / "grpo.py"
     train.main(
         ["train", f"--config={preset}:robocasa_standin", f"--config.run_dir={tmp_path}", "--config.env.workers=1"]
     )
