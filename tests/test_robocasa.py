@@ -486,3 +486,6 @@ def test_a_whole_grpo_iteration_on_stand_ins(tmp_path):
     records = [record for record in read_records(tmp_path / "metrics.jsonl") if record["stage"] == "grpo"]
     assert len(records) == 1 and records[0]["ratio/first_update_max_error"] < 1e-3
     assert standin.LABEL in (tmp_path / "summary.json").read_text()
+    for path in ("metrics.jsonl", "episodes.jsonl", "evaluation/before.jsonl", "evaluation/after.jsonl"):
+        rows = read_records(tmp_path / path)
+        assert rows and {row["assets"] for row in rows} == {standin.LABEL}, path
