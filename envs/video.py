@@ -23,7 +23,8 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float) -> Path
       ValueError: for another suffix, shape or type, or fps <= 0.
     """
     path, frames = Path(path), np.asarray(frames)
-    if path.suffix not in (".webp", ".gif"):
+    suffix = path.suffix.lower()
+    if suffix not in (".webp", ".gif"):
         raise ValueError(f"{path}: cannot write {path.suffix or 'a file without suffix'}: expected .webp or .gif")
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise ValueError(f"frames are {frames.dtype} {frames.shape}: expected uint8 [N, height, width, 3] with N >= 1")
@@ -32,7 +33,7 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float) -> Path
     path.parent.mkdir(parents=True, exist_ok=True)
     images = [Image.fromarray(frame) for frame in frames]
     durations = [round(1000 / fps)] * (len(images) - 1) + [HOLD_MS]
-    options = {"quality": 80, "method": 4} if path.suffix == ".webp" else {"optimize": True}
+    options = {"quality": 80, "method": 4} if suffix == ".webp" else {"optimize": True}
     aside = path.with_name(f"{path.stem}.partial{path.suffix}")  # a kill must leave no half video under the name
     images[0].save(aside, save_all=True, append_images=images[1:], duration=durations, loop=0, **options)
     os.replace(aside, path)

@@ -1,5 +1,6 @@
 """The paired evaluation: the same policy gives the same outcome, interrupted or not; comparisons by hand."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -74,6 +75,19 @@ def test_it_resumes_wherever_it_was_killed(directory, kept):
     path.write_text("".join(lines[:kept]) + lines[kept][: len(lines[kept]) // 2])
     assert equal(run(path), expected)
     assert path.read_text() == "".join(lines)
+
+
+def test_what_must_stand_beside_a_figure_stands_in_each_row(directory, monkeypatch):
+    """Also in those after a resume; the outcome is that of environments without a label."""
+    pool = tiny.pool(16)
+    monkeypatch.setattr(pool, "spec", dataclasses.replace(pool.spec, label="stand-ins"))
+    path = directory / "labelled.jsonl"
+    assert equal(run(path), whole(directory))
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:5]))
+    assert equal(run(path), whole(directory)) and path.read_text() == "".join(lines)
+    assert [json.loads(line).pop("assets") for line in lines] == ["stand-ins"] * 24
+    assert "assets" not in (directory / "whole.jsonl").read_text()
 
 
 def test_finished_results_are_read_and_nothing_runs(directory):

@@ -1,5 +1,6 @@
 """The 24 tasks: thresholds by hand-placed joints and things, instructions, splits, experts, pictures, gymnasium."""
 
+import importlib
 import json
 import pathlib
 import pickle
@@ -14,6 +15,7 @@ from PIL import Image
 
 from envs.kitchen import LAYOUT_SPLITS, LAYOUTS, OBJECT_SPLITS, STYLE_SPLITS, STYLES, TASKS, make
 from envs.kitchen import render as renderer
+from envs.kitchen.__main__ import main as kitchen_command
 from envs.kitchen.experts import make_expert
 from envs.kitchen.fixtures import BURNERS, DRAWER_TRAVEL, PAN_RADIUS, PAN_TOP, PLATE_RADIUS, PLATE_TOP
 from envs.kitchen.objects import CATALOGUE
@@ -24,6 +26,10 @@ PnPMicrowaveToCounter PnPCounterToStove PnPStoveToCounter OpenSingleDoor CloseSi
 CloseDoubleDoor OpenDrawer CloseDrawer
 TurnOnStove TurnOffStove TurnOnSinkFaucet TurnOffSinkFaucet TurnSinkSpout CoffeePressButton TurnOnMicrowave
 TurnOffMicrowave CoffeeServeMug CoffeeSetupMug""".split()
+
+
+WORDED = ["CloseDrawer", "TurnOnStove", "TurnOffStove", "TurnSinkSpout"]  # and all PnP: several instructions each
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -369,6 +375,36 @@ def test_experts_work_in_every_kitchen(task, split, seed):
     assert any(solves(seed + i) for i in range(3)), seed
 
 
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", [name for name in ROBOCASA if "PnP" in name] + WORDED)
+def test_words_are_needed_where_the_page_says_so(task, seed, monkeypatch):
+    """The instruction's own words, not the memory that the benchmark reads, say what is meant."""
+    page = (ROOT / "docs" / "kitchen-tasks.md").read_text()
+    needed, percent = re.search(rf"\| {task} \| (yes|no) \| .* \| (\d+) % \|", page).groups()
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    kitchen_words = importlib.import_module("kitchen_words")
+    env, right, count = make(task, image_size=4), 0.0, 200
+    for i in range(count):
+        env.reset(seed + i)
+        left = [str(name) for name in kitchen_words.RULES[task][2](env.world)]
+        right += sum(spoken(env.observe().instruction) == name for name in left) / len(left)
+    assert (needed == "no") == (right == count)
+    assert abs(right / count - int(percent) / 100) < 0.14  # four standard errors of 200 episodes
+
+
+def spoken(instruction: str) -> str:
+    """What an instruction means, as the benchmark names it."""
+    if "drawer" in instruction:
+        return instruction.split()[2] + "_drawer"
+    if "burner" in instruction:
+        return str(BURNERS.index(" ".join(instruction.split()[3:5])))
+    if "spout" in instruction:
+        return str(["left", "center", "right"].index(instruction.split()[-1]) - 1)
+    return instruction.split()[2]
+
+
 # --- pictures, videos, gymnasium -------------------------------------------------------------------------------------
 
 
@@ -425,23 +461,40 @@ def test_gl_that_is_absent_is_told_in_one_line(kitchens, monkeypatch):
 
 def test_command_writes_a_video(tmp_path):
     out = tmp_path / "stove.webp"
-    root = pathlib.Path(__file__).parent.parent
     command = [sys.executable, "-m", "envs.kitchen", "TurnOffStove", "--out", out, "--size", "24", "--style", "heldout"]
-    result = subprocess.run(command, check=True, timeout=120, cwd=root, capture_output=True, text=True)
+    result = subprocess.run(command, check=True, timeout=120, cwd=ROOT, capture_output=True, text=True)
     steps = int(result.stdout.split("after ")[1].split()[0])
     with Image.open(out) as video:
         assert video.size == (24, 24) and 1 < video.n_frames <= steps + 1  # equal frames are one
 
 
+@pytest.mark.parametrize(
+    ("name", "form", "mode"), [("a.jpg", "JPEG", "RGB"), ("A.PNG", "PNG", "P"), ("A.GIF", "GIF", "P")]
+)
+def test_the_ending_decides_the_format_whatever_its_case(name, form, mode, tmp_path, monkeypatch):
+    out = tmp_path / "new" / name
+    monkeypatch.setattr(sys, "argv", ["kitchen", "TurnOffStove", "--out", str(out), "--size", "8"])
+    kitchen_command()
+    with Image.open(out) as picture:
+        assert (picture.format, picture.mode) == (form, mode)
+        assert (getattr(picture, "n_frames", 1) > 1) == (form == "GIF")
+
+
 def test_mistakes_with_pictures_are_one_line(tmp_path):
     (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
     for arguments, message in (
         (["--out", "a.mp4"], "--out a.mp4: expected a picture such as OpenDrawer.png, or a video, .webp or .gif"),
+        (["--out", "a.eps"], "--out a.eps: expected a picture"),
+        (["--out", "a.fits"], "--out a.fits: expected a picture"),
+        (["--out", f"{tmp_path}/new.png/"], "new.png/: got a folder, expected a file such as .*new.png/OpenDrawer.png"),
+        (["--out", f"{tmp_path}/folder.png"], "folder.png: got a folder, expected a file"),
         (["--size", "0"], "--size 0: expected at least 1 pixel"),
+        (["--seed", "-1"], "--seed -1: expected 0 or more"),
         (["--out", f"{tmp_path}/file/a.png", "--size", "8"], "Not a directory|File exists"),
     ):
         command = [sys.executable, "-m", "envs.kitchen", "OpenDrawer", *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent.parent)
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert result.returncode == 2 and re.fullmatch(rf"error: [^\n]*({message})[^\n]*\n", result.stderr)
 
 
@@ -477,8 +530,29 @@ def test_gymnasium_shows_the_kitchens_own_episode(seed):
         assert reward == float(kitchen.success) and info["success"] is kitchen.success and terminated is kitchen.success
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_gymnasium_side_by_side_tells_each_instruction(shared, seed):
+    """In info always, also where the observations are in shared memory; in the observations where they are not."""
+    gymnasium = pytest.importorskip("gymnasium")
+    envs = gymnasium.make_vec(
+        "envs.kitchen.gym:z1/TurnOnStove-v0",
+        2,
+        vectorization_mode="async",
+        vector_kwargs={"context": "spawn", "shared_memory": shared},
+        image_size=8,
+    )
+    kitchen, wanted = make("TurnOnStove", image_size=8), []
+    for i in range(2):
+        kitchen.reset(seed + i)
+        wanted.append(kitchen.observe().instruction)
+    seen, info = envs.reset(seed=seed)  # the second environment's is seed + 1
+    assert list(info["instruction"]) == wanted and (shared or list(seen["instruction"]) == wanted)
+    seen, *_, info = envs.step(np.zeros((2, 12), np.float32))
+    assert list(info["instruction"]) == wanted and (shared or list(seen["instruction"]) == wanted)
+    envs.close()
+
+
 def test_gymnasium_that_is_absent_names_the_extra():
     code = "import sys; sys.modules['gymnasium'] = None; import envs.kitchen.gym"
-    root = pathlib.Path(__file__).parent.parent
-    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "pip install 'z1-jax[gym]'" in result.stderr.splitlines()[-1]

@@ -80,6 +80,22 @@ def test_half_a_line_is_dropped_and_a_damaged_one_named(tmp_path):
     assert read_records(tmp_path / "missing.jsonl") == []
 
 
+def test_constant_fields_stand_in_every_record_also_after_a_resume(tmp_path, monkeypatch):
+    recorder = Recorder()
+    module = type("tensorboardX", (), {"SummaryWriter": lambda directory: recorder})
+    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", module)
+    for first in (0, 1):
+        with MetricsWriter(tmp_path, tensorboard=True, constant={"assets": "stand-ins"}) as writer:
+            writer.resume("grpo", first)
+            for step in range(first, 3):
+                writer.write("grpo", step, {"success": 0.5})
+                writer.episode("grpo", step, {"seed": step})
+    wanted = [{"stage": "grpo", "step": step, "assets": "stand-ins"} for step in range(3)]
+    assert read_records(tmp_path / metrics.METRICS) == [{**record, "success": 0.5} for record in wanted]
+    assert read_records(tmp_path / metrics.EPISODES) == [{**record, "seed": record["step"]} for record in wanted]
+    assert {call[0] for call in recorder.calls if call != "closed"} == {"grpo/success"}  # words are no curve
+
+
 @pytest.mark.parametrize(
     ("option", "package"), [({"tensorboard": True}, "tensorboardX"), ({"wandb_project": "p"}, "wandb")]
 )

@@ -8,6 +8,9 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
+import subprocess
+import sys
 
 os.environ.setdefault("MUJOCO_GL", "egl")
 
@@ -27,6 +30,7 @@ except ValueError as error:
 pytestmark = pytest.mark.skipif(FOUND is None, reason=WHY)
 API = FOUND.api if FOUND else "v1"
 
+ROOT = pathlib.Path(__file__).parent.parent
 FAUCET, PLACE = "TurnOnSinkFaucet", tables.task_name("PnPCounterToMicrowave", API)
 OPTIONS = {"standins": STANDINS, "image_size": 48, "scenes": ("1/1",)}
 ARM = np.r_[np.ones(7), np.zeros(4), -1.0]  # what an action may move in arm mode
@@ -169,6 +173,28 @@ def test_an_episode_depends_on_its_seed_and_on_nothing_before(rng, envs):
     np.testing.assert_array_equal(np.random.get_state()[1], outside)  # and ours do not disturb them
     assert scene_of(twin) == scene and twin.snapshot().physics.tobytes() == physics.tobytes()
     assert_same_look(twin.observe(), first)
+
+
+def test_a_reset_that_fails_midway_leaves_nothing_that_restore_trusts(rng, envs, monkeypatch):
+    """The failed reset has built another seed's scene; the snapshot's own has to be built again."""
+    env, seed = envs(PLACE), fresh_seed(rng)
+    env.reset(seed)
+    env.step_chunk(random_actions(rng, 5, "arm"))
+    snapshot, look, qpos = env.snapshot(), env.observe(), env.raw.sim.data.qpos.copy()
+    actions = random_actions(rng, 5, "arm")
+    expected = trace(env, actions)
+
+    def failing(raw):
+        raise RuntimeError("the simulator broke")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "baseline", failing)  # the first thing after the scene was built
+        with pytest.raises(RuntimeError, match="broke"):
+            env.reset(seed + 1)
+    env.restore(snapshot)
+    assert env.raw.sim.data.qpos.tobytes() == qpos.tobytes()
+    assert_same_look(env.observe(), look)
+    assert trace(env, actions) == expected
 
 
 def test_a_snapshot_of_something_else_is_refused(rng, envs):
@@ -405,6 +431,22 @@ def test_mistakes_are_one_line(envs):
             make(FAUCET, standins=False)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "-1"], "--seed -1: expected 0 or more"),
+        (["--steps", "-1"], "--steps -1: expected 0 or more"),
+        ([], "stand-ins cannot be written to /proc/x: .*"),
+    ],
+)
+def test_mistakes_with_the_walk_are_one_line(arguments, message):
+    command = [sys.executable, "-m", "envs.robocasa.walk", FAUCET, "--standins", *arguments]
+    told = subprocess.run(
+        command, env={**os.environ, "Z1_STANDINS": "/proc/x"}, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert told.returncode == 1 and re.fullmatch(f"error: {message}\n", told.stderr), told.stderr
+
+
 def test_the_spec_says_version_and_label():
     env = make(PLACE)
     assert env.spec.version == f"robocasa {FOUND.version}" and env.spec.task == PLACE
@@ -437,10 +479,13 @@ def test_a_whole_grpo_iteration_on_stand_ins(tmp_path):
     from z1_jax import train
     from z1_jax.metrics import read_records
 
-    preset = pathlib.Path(__file__).parent.parent / "configs" / "grpo.py"
+    preset = ROOT / "configs" / "grpo.py"
     train.main(
         ["train", f"--config={preset}:robocasa_standin", f"--config.run_dir={tmp_path}", "--config.env.workers=1"]
     )
     records = [record for record in read_records(tmp_path / "metrics.jsonl") if record["stage"] == "grpo"]
     assert len(records) == 1 and records[0]["ratio/first_update_max_error"] < 1e-3
     assert standin.LABEL in (tmp_path / "summary.json").read_text()
+    for path in ("metrics.jsonl", "episodes.jsonl", "evaluation/before.jsonl", "evaluation/after.jsonl"):
+        rows = read_records(tmp_path / path)
+        assert rows and {row["assets"] for row in rows} == {standin.LABEL}, path

@@ -83,8 +83,9 @@ def evaluate(
                     executed=policy.executed,
                     stochastic=False,
                 )
+                note = {"assets": pool.spec.label} if pool.spec.label else {}
                 rows = [
-                    {"seed": int(seed), "success": bool(success), "steps": int(steps)}
+                    {"seed": int(seed), "success": bool(success), "steps": int(steps), **note}
                     for seed, success, steps in zip(wave, out.success[:, 0], out.steps[:, 0], strict=True)
                 ]
                 with results.open("a") as file:

@@ -33,6 +33,7 @@ class MetricsWriter:
       tensorboard: also write `run_dir`/tensorboard (needs tensorboardX).
       wandb_project: also log to this Weights & Biases project (needs wandb).
       config: what W&B shows as the run's config.
+      constant: fields that every record gets, e.g. what must stand beside a run's figures.
 
     Raises:
       ValueError: a package of the extra [log] is asked for and not installed.
@@ -44,7 +45,9 @@ class MetricsWriter:
         tensorboard: bool = False,
         wandb_project: str | None = None,
         config: Mapping[str, Any] | None = None,
+        constant: Mapping[str, str] | None = None,
     ) -> None:
+        self._constant = dict(constant or {})
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._tensorboard = _open_tensorboard(self.run_dir / "tensorboard") if tensorboard else None
@@ -75,7 +78,7 @@ class MetricsWriter:
         Raises:
           ValueError: a value is none of these.
         """
-        record = _record(stage, step, values)
+        record = _record(stage, step, {**self._constant, **values})
         self._append(METRICS, record)
         numbers = {
             f"{stage}/{name}": float(value)
@@ -91,7 +94,7 @@ class MetricsWriter:
 
     def episode(self, stage: str, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Appends one record to episodes.jsonl (seed, success, chunks, ...) and returns it as written."""
-        record = _record(stage, step, values)
+        record = _record(stage, step, {**self._constant, **values})
         self._append(EPISODES, record)
         return record
 

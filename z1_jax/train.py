@@ -40,7 +40,7 @@ from z1_jax.stages import (
     make_pool,
     supervised_policy,
 )
-from z1_jax.suites import pin_version
+from z1_jax.suites import label, pin_version
 
 HARDLY = 0.05  # success after SFT, below which RL seldom starts
 
@@ -67,6 +67,7 @@ def main(argv: Sequence[str]) -> int | None:
         tensorboard=config.log.tensorboard,
         wandb_project="z1-jax" if config.log.wandb else None,
         config=dataclasses.asdict(config),
+        constant={"assets": note} if (note := label(config)) else None,
     )
     with writer, jax.set_mesh(mesh):
         # No name for the policy here: what RL keeps in bfloat16 must not stay in memory in float32 too.

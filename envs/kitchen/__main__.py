@@ -27,6 +27,7 @@ from envs.kitchen import (
 from envs.kitchen.experts import make_expert
 from envs.video import write_video
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 VIDEO_SUFFIXES = (".webp", ".gif")
 LABEL = 14  # pixels of the line with a task's name
 COLUMNS = 3  # tasks side by side in the picture of all
@@ -85,10 +86,26 @@ def overview(seed: int, size: int, options: Mapping[str, str], backend: str = "r
     return np.concatenate([np.concatenate(row, axis=1) for row in rows])
 
 
-def save(path: str, picture: np.ndarray) -> None:
-    """Writes a picture; 256 colours keep a page's worth of them small."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+def save(path: Path, picture: np.ndarray) -> None:
+    """Writes a picture; 256 colours keep a page's worth of them small, where the format has a palette."""
+    image = Image.fromarray(picture)
+    if path.suffix.lower() == ".png":
+        image = image.quantize(256, dither=Image.Dither.NONE)
+    image.save(path, optimize=True)
+
+
+def checked_out(parser: argparse.ArgumentParser, out: str, task: str) -> Path:
+    """Where to write, its folder made; what cannot be written is told before an episode is run."""
+    path = Path(out)
+    if path.suffix.lower() not in PICTURE_SUFFIXES + VIDEO_SUFFIXES:
+        parser.error(f"--out {out}: expected a picture such as {task}.png, or a video, .webp or .gif")
+    if out.endswith("/") or path.is_dir():
+        parser.error(f"--out {out}: got a folder, expected a file such as {path / task}.png")
+    if task == "all" and path.suffix.lower() in VIDEO_SUFFIXES:
+        parser.error(f"--out {out}: a video shows one task; expected a picture such as all.png")
+    with _one_line(parser):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 @contextlib.contextmanager
@@ -109,7 +126,9 @@ def main() -> None:
     """Writes the picture or video and says how the episode went."""
     parser = _Parser(prog="python -m envs.kitchen", description=__doc__)
     parser.add_argument("task", choices=[*sorted(TASKS), "all"])
-    parser.add_argument("--out", default=None, help="a picture, or a video (.webp, .gif); default TASK.png")
+    parser.add_argument(
+        "--out", default=None, help="a picture (.png, .jpg), or a video (.webp, .gif); default TASK.png"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=160, help="pixels of one picture")
     parser.add_argument("--camera", choices=CAMERAS, default=CAMERAS[0], help="of a video")
@@ -119,27 +138,20 @@ def main() -> None:
     parser.add_argument("--backend", choices=("rays", "gl"), default="rays", help="gl has shadows and needs OpenGL")
     arguments = parser.parse_args()
     options = {"layout": arguments.layout, "style": arguments.style, "objects": arguments.objects}
-    out, seed, size, backend = (
-        arguments.out or f"{arguments.task}.png",
-        arguments.seed,
-        arguments.size,
-        arguments.backend,
-    )
-    is_video = Path(out).suffix in VIDEO_SUFFIXES
-    if not is_video and Path(out).suffix not in Image.registered_extensions():
-        parser.error(f"--out {out}: expected a picture such as {arguments.task}.png, or a video, .webp or .gif")
+    seed, size, backend = arguments.seed, arguments.size, arguments.backend
+    if seed < 0:
+        parser.error(f"--seed {seed}: expected 0 or more")
     if size < 1:
         parser.error(f"--size {size}: expected at least 1 pixel")
+    out = checked_out(parser, arguments.out or f"{arguments.task}.png", arguments.task)
     if arguments.task == "all":
-        if is_video:
-            parser.error(f"--out {out}: a video shows one task; expected a picture such as all.png")
         with _one_line(parser):
             save(out, overview(seed, size, options, backend))
         print(f"{out}: {', '.join(TASKS)}; seeds from {seed} on, start, middle and end of the expert's episode")
         return
     env = make(arguments.task, **options)
     with _one_line(parser):
-        if is_video:
+        if out.suffix.lower() in VIDEO_SUFFIXES:
             write_video(out, film(env, seed, size, arguments.camera, backend), env.spec.control_hz)
         else:
             save(out, picture_grid(env, seed, size, backend=backend))

@@ -28,7 +28,8 @@ class GymKitchen(gymnasium.Env):
     """One task. An observation holds the cameras' pictures, the robot's state and the instruction.
 
     An action is float32 [12] in [-1, 1]; a control step's reward is 1 when the task is solved, which ends the episode,
-    else 0; the horizon truncates it. `info["success"]` says which.
+    else 0; the horizon truncates it. `info["success"]` says which;
+    `info["instruction"]` repeats the instruction.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
@@ -58,13 +59,13 @@ class GymKitchen(gymnasium.Env):
         """Starts the kitchen's episode of `seed`; without one, of a seed drawn from the last given one's stream."""
         super().reset(seed=seed)
         self.kitchen.reset(int(self.np_random.integers(SEEDS)) if seed is None else seed)
-        return self._observe(), {"success": False}
+        return self._observe()
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
         """One control step (1/20 s)."""
         result = self.kitchen.step_chunk(np.asarray(action)[None])
-        truncated = result.done and not result.success
-        return self._observe(), float(result.success), result.success, truncated, {"success": result.success}
+        seen, info = self._observe()
+        return seen, float(result.success), result.success, result.done and not result.success, info
 
     def render(self) -> np.ndarray | None:
         """The picture of the right camera, uint8 [size, size, 3], in mode rgb_array."""
@@ -74,9 +75,11 @@ class GymKitchen(gymnasium.Env):
         """Drops the scene."""
         self.kitchen.close()
 
-    def _observe(self) -> dict[str, Any]:
+    def _observe(self) -> tuple[dict, dict]:
         seen = self.kitchen.observe()
-        return {**seen.images, "state": seen.state, "instruction": seen.instruction}
+        # The instruction twice: of observations in shared memory, AsyncVectorEnv decodes Text once, before any reset.
+        info = {"success": self.kitchen.success, "instruction": seen.instruction}
+        return {**seen.images, "state": seen.state, "instruction": seen.instruction}, info
 
 
 def register() -> None:

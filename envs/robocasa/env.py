@@ -210,6 +210,7 @@ class RoboCasaEnv:
 
     def _begin(self, episode: Mapping[str, Any]) -> None:
         """Builds the scene of an episode and resets into it."""
+        self._episode = {}  # until all went well: after a failure `restore` must build anew
         scene, split = tuple(episode["scene"]), tables.OBJECTS[self._api][episode["objects"]]
         self._global_rng = np.random.RandomState(episode["seed"] % 2**32).get_state()
         with self._own_randomness():

@@ -86,8 +86,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20, help="random control steps (%(default)s)")
     parser.add_argument("--standins", action="store_true", help="without the downloaded assets")
     given = parser.parse_args(arguments)
+    for name in ("seed", "steps"):
+        if getattr(given, name) < 0:
+            sys.exit(f"error: --{name} {getattr(given, name)}: expected 0 or more")
     try:
         env = make(given.task, standins=given.standins)
+        env.episode_of(given.seed)  # imports RoboCasa, for which stand-ins may have to be written
     except ValueError as error:
         sys.exit(f"error: {error}")
     env.reset(given.seed)
