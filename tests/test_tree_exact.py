@@ -147,11 +147,14 @@ def naive_loss(case: dict[str, Any], logp: np.ndarray, advantages: np.ndarray, l
     """Value and slope in each node's log π, member by member and chunk by chunk, by hand in float64.
 
     A member's term is min(ρA, clip(ρ)A): where it is ρA, its slope in log π is ρA; where it is the clipped one, 0.
+
+    Returns:
+        Value, slopes, count of terms, and Σ|terms| of the value and of each slope: what their rounding is relative to.
     """
     nodes = case["out"].nodes
     row_of = {(g, c, first): row for row, (g, c, first) in enumerate(zip(nodes.group, nodes.chunk, nodes.leader, strict=True))}  # noqa: E501  # fmt: skip
     total, count, slope = 0.0, 0, np.zeros(len(logp))
-    size_of_terms = 0.0
+    size_of_terms, size_of_slopes = 0.0, np.zeros(len(logp))
     for group, members in enumerate(case["alone"]):
         for member, played in enumerate(members):
             for chunk, node in enumerate(played["path"]):
@@ -164,11 +167,12 @@ def naive_loss(case: dict[str, Any], logp: np.ndarray, advantages: np.ndarray, l
                 total, count = total + min(free, clipped), count + 1
                 size_of_terms += abs(min(free, clipped))
                 slope[row] += free if free <= clipped else 0.0
-    return -total / count, -slope / count, count, size_of_terms / count
+                size_of_slopes[row] += abs(free) if free <= clipped else 0.0
+    return -total / count, -slope / count, count, size_of_terms / count, size_of_slopes / count
 
 
 def test_deduplicated_loss_is_the_naive_one_on_collected_trees(rng, monkeypatch):
-    """Value and gradient to 1e-6 in float32, in Σ|terms| and L2; both signs, ratios inside and outside the clip."""
+    """Value and gradient to 1e-6 of their Σ|terms|, in float32; both signs, ratios inside and outside the clip."""
     low, high = 0.2, 0.3
     compiled = jax.jit(jax.value_and_grad(grpo_loss, has_aux=True))
     rows = 512  # one shape for every tree
@@ -184,7 +188,7 @@ def test_deduplicated_loss_is_the_naive_one_on_collected_trees(rng, monkeypatch)
         away = rng.choice([-0.6, -0.1, 0.0, 0.1, 0.6], n) + rng.uniform(-0.04, 0.04, n)  # not at the kinks
         logp = (old + away).astype("f")
         advantages = rng.normal(size=case["out"].success.shape)
-        value, slope, count, magnitude = naive_loss(case, logp, advantages, low, high)
+        value, slope, count, magnitude, steepness = naive_loss(case, logp, advantages, low, high)
         positive, negative = signed_advantage_sums(advantages, nodes.group, nodes.leader, nodes.size)
         assert count == nodes.size[nodes.trainable].sum()  # the normaliser counts members: Σ_i |B_i|
 
@@ -195,7 +199,7 @@ def test_deduplicated_loss_is_the_naive_one_on_collected_trees(rng, monkeypatch)
         (got, _), gradient = compiled(*inputs, np.float32(count), low, high)
         assert abs(float(got) - value) < 1e-6 * magnitude
         difference = np.linalg.norm(np.asarray(gradient, float)[:n] - slope)
-        assert difference <= 1e-6 * np.linalg.norm(slope)
+        assert difference <= 1e-6 * np.linalg.norm(steepness)
         sloping += np.linalg.norm(slope) > 0  # a small tree may have all of its terms clipped
         np.testing.assert_array_equal(gradient[n:], 0.0)
     assert sloping >= 6
