@@ -171,8 +171,10 @@ def naive_loss(case: dict[str, Any], logp: np.ndarray, advantages: np.ndarray, l
     return -total / count, -slope / count, count, size_of_terms / count, size_of_slopes / count
 
 
-def test_deduplicated_loss_is_the_naive_one_on_collected_trees(rng, monkeypatch):
+@pytest.mark.parametrize("seed", [None, 698964184])  # a fresh one, and one whose slopes nearly cancel
+def test_deduplicated_loss_is_the_naive_one_on_collected_trees(seed, rng, monkeypatch):
     """Value and gradient to 1e-6 of their Σ|terms|, in float32; both signs, ratios inside and outside the clip."""
+    rng = rng if seed is None else np.random.default_rng(seed)
     low, high = 0.2, 0.3
     compiled = jax.jit(jax.value_and_grad(grpo_loss, has_aux=True))
     rows = 512  # one shape for every tree
