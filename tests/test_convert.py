@@ -499,8 +499,16 @@ def test_signals_end_it_in_one_line(case, tmp_path, number):
 
 
 def test_two_conversions_do_not_write_one_place(case, tmp_path):
-    with targets.written_aside(tmp_path / "out"), pytest.raises(UserError, match="another conversion is writing"):
+    with targets.written_aside(tmp_path / "out"), pytest.raises(UserError, match="out is in use by another process: wait"):
         run(case.folder / "pytorch", tmp_path / "out", *made.FLAGS)
+
+
+def test_a_folder_of_the_users_in_its_way_is_left_alone(case, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="out.partial is needed during the conversion and holds something else"):
+        run(case.folder / "pytorch", tmp_path / "out", *made.FLAGS)
+    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "mine"
 
 
 def test_checkpoints_stay_loadable_onto_a_mesh(kitchen, tmp_path):

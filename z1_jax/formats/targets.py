@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import pathlib
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from z1_jax.checkpoint import Checkpoints
+from z1_jax.files import lock
 from z1_jax.formats import companions
 from z1_jax.formats.orbax import OrbaxWriter, save_frame
 from z1_jax.formats.safetensors import SafetensorsWriter
@@ -42,21 +42,20 @@ def written_aside(place: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder to write into; it takes its place when all went well and is removed when anything did not.
 
     Raises:
-        FormatError: the place is taken, cannot be written, or another process is writing it.
+        UserError: the place is taken, cannot be written, or another process is writing it.
     """
     if place.exists() or place.is_symlink():
         raise FormatError(f"{place} exists already; choose another DST or move it away")
     partial = place.with_name(place.name + ".partial")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(place.with_name(f".{place.name}.lock"), "w")
+        guard = open(place.with_name(f".{place.name}.lock"), "w")
     except OSError as error:
         raise FormatError(f"{place} cannot be written: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FormatError(f"another conversion is writing {place}; wait for it or choose another DST") from None
+    with guard:
+        lock(guard, place)
+        if partial.exists() and not (partial.is_dir() and {p.name for p in partial.iterdir()} <= {"new"}):
+            raise FormatError(f"{partial} is needed during the conversion and holds something else; move it away")
         try:
             shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
             (partial / "new").mkdir(parents=True)
@@ -70,7 +69,7 @@ def written_aside(place: pathlib.Path) -> Iterator[pathlib.Path]:
             raise FormatError(f"{place} cannot be written: no space left on the disk") from None
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            pathlib.Path(lock.name).unlink(missing_ok=True)
+            pathlib.Path(guard.name).unlink(missing_ok=True)
 
 
 def require_space(place: pathlib.Path, infos: Mapping[str, TensorInfo]) -> None:
