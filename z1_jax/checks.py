@@ -304,6 +304,7 @@ def _check_switches(config: Config) -> None:
         )
 
 
+# Sections of the RL; of flow only the number of steps matters without it.
 _RL = ("group.", "reward.", "update.", "train.", "selective.", "flow.")
 
 
