@@ -499,7 +499,10 @@ def test_signals_end_it_in_one_line(case, tmp_path, number):
 
 
 def test_two_conversions_do_not_write_one_place(case, tmp_path):
-    with targets.written_aside(tmp_path / "out"), pytest.raises(UserError, match="out is in use by another process: wait"):
+    with (
+        targets.written_aside(tmp_path / "out"),
+        pytest.raises(UserError, match="out is in use by another process: wait"),
+    ):
         run(case.folder / "pytorch", tmp_path / "out", *made.FLAGS)
 
 
