@@ -92,7 +92,9 @@ USERS = {
         (USERS, "None", "default", f"{SAME_ORDER}=false"),
     ],
 )
-def test_settings_of_the_process_give_way_to_the_users(given, memory, precision, flags):
+def test_settings_of_the_process_give_way_to_the_users(given, memory, precision, flags, tmp_path):
+    (tmp_path / "jax_cuda13_plugin").mkdir()  # as if JAX were installed for a GPU
+    given = given | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     code = "import os, jax; from z1_jax import runs; runs.start_jax(); jax.devices()"
     code += "; print(os.environ.get('XLA_CLIENT_MEM_FRACTION'), jax.config.jax_default_matmul_precision)"
     code += "; print(os.environ['XLA_FLAGS'])"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import io
 import json
 import os
@@ -36,6 +37,7 @@ SUMMARY = "summary.json"
 TRACEBACK = "Z1_JAX_TRACEBACK"  # set: a user's mistake shows its traceback too
 _CLOCK_S = 5.0  # how often a running stage's time is noted
 _SAME_ORDER = "--xla_gpu_exclude_nondeterministic_ops"
+_GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # without one, XLA may not know the flag
 # A disk that is full, read-only or not ours, a path that cannot be one: the user's to mend, wherever it shows.
 _DISK = {
     errno.EACCES,
@@ -105,7 +107,7 @@ def start_jax() -> None:
     what they were.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if _SAME_ORDER not in flags:
+    if _SAME_ORDER not in flags and any(map(importlib.util.find_spec, _GPU_PLUGINS)):
         os.environ["XLA_FLAGS"] = f"{flags} {_SAME_ORDER}=true".strip()
     if not any(name in os.environ for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(accelerators.USABLE)
