@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from z1_jax.command_line import Parser
-from z1_jax.data.normalize import NormStats, stats_arrays
+from z1_jax.data.normalize import stats_from_json, stats_to_json
 from z1_jax.data.tokenizer import PALIGEMMA, PALIGEMMA_VOCAB_SIZE, load_tokenizer
 from z1_jax.files import absolute
 from z1_jax.formats import companions, targets
@@ -144,9 +144,7 @@ def read_statistics(
     if given.norm_stats is not None:
         return companions.read_norm_stats(absolute(given.norm_stats)), asset_id
     if source.document is not None:
-        stored = source.document["norm_stats"]
-        stats = {key: NormStats(**{k: np.asarray(v) for k, v in value.items()}) for key, value in stored.items()}
-        return stats or None, asset_id
+        return stats_from_json(source.document["norm_stats"]) or None, asset_id
     stats, asset_id = companions.read_stats(source.folder, given.asset_id, settings["norm_mode"])
     if stats is None:
         raise FormatError(
@@ -210,7 +208,7 @@ def make_document(
     published = PALIGEMMA if config.vocab_size == PALIGEMMA_VOCAB_SIZE else None
     return {
         "architecture": dataclasses.asdict(config),
-        "norm_stats": {k: {n: v.tolist() for n, v in stats_arrays(s).items()} for k, s in (stats or {}).items()},
+        "norm_stats": stats_to_json(stats or {}),
         "norm_mode": settings["norm_mode"],
         "cameras": list(cameras),
         "state_in_prompt": settings["state_in_prompt"],

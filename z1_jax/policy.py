@@ -17,7 +17,7 @@ from flax import nnx
 
 from z1_jax.checkpoint import CheckpointError, Checkpoints
 from z1_jax.config import LoraConfig
-from z1_jax.data.normalize import NormMode, NormStats
+from z1_jax.data.normalize import NormMode, NormStats, stats_from_json, stats_to_json
 from z1_jax.data.tokenizer import PromptTokenizer, load_tokenizer
 from z1_jax.data.transforms import InputProcessor
 from z1_jax.files import absolute
@@ -90,13 +90,9 @@ class Policy:
     def document(self) -> dict[str, Any]:
         """What `load_policy` needs besides the arrays."""
         processor = self.processor
-        stats = {
-            key: {field.name: getattr(value, field.name).tolist() for field in dataclasses.fields(value)}
-            for key, value in processor.stats.items()
-        }
         return {
             "architecture": dataclasses.asdict(self.config),
-            "norm_stats": stats,
+            "norm_stats": stats_to_json(processor.stats),
             "norm_mode": processor.norm_mode,
             "cameras": list(processor.cameras),
             "state_in_prompt": processor.state_in_prompt,
@@ -198,10 +194,7 @@ def load_policy(checkpoints: Checkpoints, step: int, mesh: jax.sharding.Mesh) ->
     document = checkpoints.document(step)
     try:
         config = architecture(document["architecture"])
-        stats = {
-            key: NormStats(**{k: np.asarray(v) for k, v in value.items()})
-            for key, value in document["norm_stats"].items()
-        }
+        stats = stats_from_json(document["norm_stats"])
         graphdef, abstract = abstract_params(config, mesh)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {checkpoints.directory / str(step)} holds no policy ({error})") from error

@@ -12,7 +12,7 @@ import json
 import logging
 import pathlib
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -204,8 +204,7 @@ def _hashed(numbers: np.ndarray) -> np.ndarray:
 
 def save_norm_stats(path: str | pathlib.Path, stats: Mapping[str, NormStats]) -> None:
     """Writes openpi's `norm_stats.json` to the file `path`."""
-    content = {key: {name: v.tolist() for name, v in stats_arrays(value).items()} for key, value in stats.items()}
-    pathlib.Path(path).write_text(json.dumps({"norm_stats": content}, indent=2) + "\n")
+    pathlib.Path(path).write_text(json.dumps({"norm_stats": stats_to_json(stats)}, indent=2) + "\n")
 
 
 def load_norm_stats(path: str | pathlib.Path) -> dict[str, NormStats]:
@@ -216,8 +215,7 @@ def load_norm_stats(path: str | pathlib.Path) -> dict[str, NormStats]:
     """
     try:
         content = json.loads(pathlib.Path(path).read_text())
-        content = content.get("norm_stats", content)
-        return {key: NormStats(**{f: value[f] for f in _FIELDS}) for key, value in content.items()}
+        return stats_from_json(content.get("norm_stats", content))
     except FileNotFoundError:
         raise ValueError(f"normalisation statistics: no file {path}; expected openpi's norm_stats.json") from None
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
@@ -227,9 +225,14 @@ def load_norm_stats(path: str | pathlib.Path) -> dict[str, NormStats]:
         ) from None
 
 
-def stats_arrays(stats: NormStats) -> dict[str, np.ndarray]:
-    """The four statistics by name: plain arrays, for JSON or a checkpoint."""
-    return {name: getattr(stats, name) for name in _FIELDS}
+def stats_to_json(stats: Mapping[str, NormStats]) -> dict[str, dict[str, list[float]]]:
+    """Statistics as JSON values."""
+    return {key: {name: getattr(value, name).tolist() for name in _FIELDS} for key, value in stats.items()}
+
+
+def stats_from_json(values: Mapping[str, Mapping[str, Any]]) -> dict[str, NormStats]:
+    """What `stats_to_json` made. Raises AttributeError, KeyError, TypeError or ValueError for anything else."""
+    return {key: NormStats(**{name: value[name] for name in _FIELDS}) for key, value in values.items()}
 
 
 def _checked(mode: str) -> str:
