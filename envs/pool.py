@@ -68,7 +68,7 @@ class EnvPool:
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
         self._journals = [Journal() for _ in range(num_envs)]
-        self._workers: dict[int, _Worker] = {}
+        self._workers: dict[int, _ProcessWorker | _LocalWorker] = {}
         self._behind: set[int] = set()  # workers whose environments may differ from the journals
         self._closed = False
         self._times = {"simulate": 0.0, "render": 0.0, "wait": 0.0}
