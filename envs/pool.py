@@ -250,9 +250,10 @@ class EnvPool:
 
     def _start(self, indices: Sequence[int] | set[int]) -> EnvSpec:
         """Starts workers and builds their environments; returns the environments' spec."""
-        kind = _ProcessWorker if self.num_workers else _LocalWorker
         for index in indices:
-            self._workers[index] = kind(self._make_env, self._timeout_s)
+            self._workers[index] = (
+                _ProcessWorker(self._make_env, self._timeout_s) if self.num_workers else _LocalWorker(self._make_env)
+            )
         requests = {index: ("make", [(slot, None) for slot in self._slots_of(index)]) for index in indices}
         return self._must(requests)[min(indices)].results[0]
 
@@ -358,7 +359,7 @@ class _ProcessWorker:
 class _LocalWorker:
     """The same in this process, for debugging: an exception is survived, a death or a hang is not."""
 
-    def __init__(self, make_env: Callable[[], Env], timeout_s: float) -> None:
+    def __init__(self, make_env: Callable[[], Env]) -> None:
         self._server = SlotServer(make_env)
 
     def serve(self, request: Request) -> Reply:

@@ -509,7 +509,7 @@ def test_two_conversions_do_not_write_one_place(case, tmp_path):
 def test_a_folder_of_the_users_in_its_way_is_left_alone(case, tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="out.partial is needed during the conversion and holds something else"):
+    with pytest.raises(UserError, match="out.partial is needed for a while and holds thesis.txt: move it away"):
         run(case.folder / "pytorch", tmp_path / "out", *made.FLAGS)
     assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "mine"
 

@@ -103,6 +103,6 @@ def test_a_journal_of_another_source_is_refused_and_left_alone(rng, tmp_path):
     with EpisodeJournal(path, SOURCE) as journal:
         journal.append(make_episode(rng, 0))
     content = path.read_bytes()
-    with pytest.raises(UserError, match="earlier command with noise '0.2', asked for '0.3'; give that"):
+    with pytest.raises(UserError, match="earlier command with noise 0.2, asked for 0.3; give that"):
         EpisodeJournal(path, {**SOURCE, "noise": 0.3})
     assert path.read_bytes() == content

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from z1_jax.config import ConfigError
+from z1_jax.files import require_plain
 from z1_jax.interrupt import held
 
 Tree = Any
@@ -77,16 +78,6 @@ def _check_files(folder: pathlib.Path) -> None:
 
 def _seal(document: Mapping[str, Any], checksums: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps([document, checksums], sort_keys=True).encode())
-
-
-def _check_folder(path: pathlib.Path) -> None:
-    """Refuses a folder that Orbax would write to and not read again: it takes the path for a pattern.
-
-    Raises:
-        CheckpointError: one line.
-    """
-    if any(character in str(path) for character in "[]"):
-        raise CheckpointError(f"{path}: checkpoints cannot be kept below a folder with [ or ] in its name; rename it")
 
 
 @contextlib.contextmanager
@@ -169,7 +160,7 @@ class Checkpoints:
     def _save(
         self, step: int, parts: Mapping[str, Tree], document: Mapping[str, Any], checksums: Mapping[str, Any]
     ) -> None:
-        _check_folder(self.directory)
+        require_plain(self.directory)
         try:
             metadata = {"document": dict(document), "crc32": checksums, "seal": _seal(document, checksums)}
             with _quiet():

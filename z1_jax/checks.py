@@ -253,11 +253,11 @@ def _check_scopes(config: Config) -> None:
 
 
 # Where a key has no effect it must keep its default: nothing that was asked for is ignored in silence.
+# (key, the key that decides, values of that key under which the first has no effect)
 _INERT_SFT: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("sft.optim.lr_end", "sft.optim.schedule", ("constant",)),
     ("sft.optim.muon_rms", "sft.optim.name", ("adamw",)),
 )
-# (key, the key that decides, values of that key under which the first has no effect)
 _INERT: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("group.prefix_schedule", "group.branching", ("none",)),
     ("group.prefix_chunks_end", "group.prefix_schedule", ("constant",)),

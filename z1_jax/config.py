@@ -18,7 +18,7 @@ from typing import Any
 import ml_collections
 
 from z1_jax.errors import UserError
-from z1_jax.files import absolute
+from z1_jax.files import absolute, require_plain
 
 
 class ConfigError(UserError):
@@ -367,13 +367,12 @@ def claim_directory(config: Config) -> pathlib.Path:
     """Creates the run directory with its config.json, or checks that it belongs to this config.
 
     Raises:
-        ConfigError: the directory belongs to another config, or is something else.
+        UserError: the directory belongs to another config, or is something else.
     """
     directory = config.directory
     path = directory / "config.json"
     mine = identity(config)
-    if any(character in "[]" for character in str(directory)):  # Orbax would write there and not read again
-        raise ConfigError(f"config key run_dir: {directory} has [ or ] in a name, where no checkpoint can be kept")
+    require_plain(directory)
     if os.path.exists(path):  # false too where the path cannot be one
         try:
             theirs = identity(build(Config, json.loads(path.read_text())))

@@ -1,10 +1,12 @@
-"""Paths as users write them, and locks: one process at a time on a directory or file, freed however that ends."""
+"""Paths as users write them, folders that are made aside, and locks: one process at a time, freed however it ends."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import pathlib
+import shutil
+from collections.abc import Set
 from typing import IO, Any
 
 from z1_jax.errors import UserError
@@ -22,6 +24,33 @@ def absolute(path: str | pathlib.Path) -> pathlib.Path:
         return pathlib.Path(path).expanduser().absolute()
     except RuntimeError:
         raise UserError(f"{path} is below a home directory that does not exist; write the path out") from None
+
+
+def require_plain(path: pathlib.Path) -> None:
+    """Refuses a path below which Orbax would write and not read again: it takes the path for a pattern.
+
+    Raises:
+        UserError: one line.
+    """
+    if any(character in "[]" for character in str(path)):
+        raise UserError(f"{path} has [ or ] in a name, where no checkpoint can be kept; choose another place")
+
+
+def clear(folder: pathlib.Path, ours: Set[str]) -> None:
+    """Removes what a killed process left in a folder, and nothing else that may stand under that name.
+
+    Args:
+        ours: names that such a process leaves.
+
+    Raises:
+        UserError: something else does.
+    """
+    if not folder.exists():
+        return
+    strange = sorted({entry.name for entry in folder.iterdir()} - ours) if folder.is_dir() else ["no folder"]
+    if strange:
+        raise UserError(f"{folder} is needed for a while and holds {strange[0]}: move it away")
+    shutil.rmtree(folder)
 
 
 def lock(file: IO[Any], what: pathlib.Path, owner: str = "") -> None:

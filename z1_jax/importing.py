@@ -16,7 +16,7 @@ from z1_jax.data.dataset import Dataset, open_dataset, write_dataset
 from z1_jax.data.importers.base import BadData, EpisodeRef, Source
 from z1_jax.data.importers.convert import Shapes, read_episode
 from z1_jax.data.importers.detect import open_sources
-from z1_jax.data.journal import EpisodeJournal, JournaledEpisode
+from z1_jax.data.journal import EpisodeJournal, JournaledEpisode, difference
 from z1_jax.metrics import Progress
 
 Chosen = tuple[Source, EpisodeRef]
@@ -196,6 +196,5 @@ def check_source(path: pathlib.Path, got: Mapping[str, Any], wanted: Mapping[str
     Raises:
         ConfigError: names the first difference.
     """
-    for key, value in wanted.items():
-        if got.get(key) != value:
-            raise ConfigError(f"{path} exists with {key} {got.get(key)!r}, asked for {value!r}; choose another --out")
+    if differs := difference(got, wanted):
+        raise ConfigError(f"{path} exists with {differs}; choose another --out")

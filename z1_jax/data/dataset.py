@@ -23,6 +23,7 @@ from PIL import Image
 
 from z1_jax.data.normalize import NormStats, StatsAccumulator, load_norm_stats, save_norm_stats
 from z1_jax.errors import UserError, first_line
+from z1_jax.files import clear
 
 FORMAT = 2
 _MANIFEST, _EPISODES, _STATS = "manifest.json", "episodes.jsonl", "norm_stats.json"
@@ -165,7 +166,7 @@ def write_dataset(
     if first is None:
         raise UserError(f"cannot write dataset {path}: no episodes; expected at least one")
     partial = _partial_path(path)
-    _clear(partial)
+    clear(partial, {_RECORDS, _DOWNLOADS, _STATS, _EPISODES, _MANIFEST})
     partial.mkdir(parents=True)
     writer = _EpisodeWriter(first, jpeg)
     _write_records(partial, writer, itertools.chain([first], stream))
@@ -188,23 +189,6 @@ def write_dataset(
     (partial / _MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
     os.rename(partial, path)
     return open_dataset(path)
-
-
-def _clear(partial: pathlib.Path) -> None:
-    """Removes what a killed run left, and nothing else that may stand under that name.
-
-    Raises:
-        UserError: something else does.
-    """
-    if not partial.exists():
-        return
-    ours = {_RECORDS, _DOWNLOADS, _STATS, _EPISODES, _MANIFEST}
-    strange = (
-        [entry.name for entry in partial.iterdir() if entry.name not in ours] if partial.is_dir() else ["no folder"]
-    )
-    if strange:
-        raise UserError(f"{partial} is needed while the dataset is written and holds {strange[0]}: move it away")
-    shutil.rmtree(partial)
 
 
 def open_dataset(path: str | pathlib.Path) -> Dataset:

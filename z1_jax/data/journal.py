@@ -78,9 +78,10 @@ class EpisodeJournal:
                 self.tried += 1
                 self.kept += _facts(payload)["success"]
             elif payload != head:
+                differs = _difference_of_heads(payload, head)
                 raise UserError(
-                    f"{self.path} holds episodes of an earlier command with {_difference(payload, head)}; give that "
-                    "command again, delete the file, or collect elsewhere"
+                    f"{self.path} holds episodes of an earlier command with {differs}; give that command again, delete "
+                    "the file, or collect elsewhere"
                 )
         if end == 0 and not _entry(head).startswith(self.path.read_bytes()[:1000]):
             raise UserError(f"{self.path} is no journal of episodes; move it away, or collect elsewhere")
@@ -151,13 +152,18 @@ def _entry(payload: bytes) -> bytes:
     return _HEADER.pack(len(payload), zlib.crc32(payload)) + payload
 
 
-def _difference(theirs: bytes, mine: bytes) -> str:
-    """The first key that differs between two sources."""
+def difference(got: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first thing that is wanted of a source and is not so, in words; empty where all is."""
+    for key, value in wanted.items():
+        if got.get(key) != value:
+            return f"{key} {got.get(key)!r:.200}, asked for {value!r:.200}"
+    return ""
+
+
+def _difference_of_heads(theirs: bytes, mine: bytes) -> str:
     try:
-        got, wanted = json.loads(theirs), json.loads(mine)
-        key = next(k for k in {**wanted, **got} if got.get(k) != wanted.get(k))
-        return f"{key} {str(got.get(key))[:200]!r}, asked for {str(wanted.get(key))[:200]!r}"
-    except (ValueError, AttributeError, StopIteration):
+        return difference(json.loads(theirs), json.loads(mine)) or "another source"
+    except (ValueError, AttributeError):
         return "another source"
 
 

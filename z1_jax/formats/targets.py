@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.files import lock
+from z1_jax.files import clear, lock
 from z1_jax.formats import companions
 from z1_jax.formats.orbax import OrbaxWriter, save_frame
 from z1_jax.formats.safetensors import SafetensorsWriter
@@ -54,10 +54,8 @@ def written_aside(place: pathlib.Path) -> Iterator[pathlib.Path]:
         raise FormatError(f"{place} cannot be written: {error.strerror}") from None
     with guard:
         lock(guard, place)
-        if partial.exists() and not (partial.is_dir() and {p.name for p in partial.iterdir()} <= {"new"}):
-            raise FormatError(f"{partial} is needed during the conversion and holds something else; move it away")
+        clear(partial, {"new"})
         try:
-            shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
             (partial / "new").mkdir(parents=True)
             yield partial / "new"
             if place.exists():
