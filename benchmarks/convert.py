@@ -24,9 +24,9 @@ from figures import result_line
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from z1_jax.formats.safetensors import SafetensorsWriter  # noqa: E402
-from z1_jax.formats.store import DTYPES, TensorInfo  # noqa: E402
-from z1_jax.models import tensors  # noqa: E402
+from z1_jax.convert import arrays  # noqa: E402
+from z1_jax.convert.safetensors import SafetensorsWriter  # noqa: E402
+from z1_jax.convert.store import DTYPES, TensorInfo  # noqa: E402
 from z1_jax.models.presets import get_preset  # noqa: E402
 
 MEMORY_GOAL = 3.0  # GB
@@ -36,8 +36,8 @@ SPEED_GOAL = 0.5  # of cp
 def write_synthetic(path: pathlib.Path, dtype: str) -> None:
     """A checkpoint as openpi's PyTorch training saves it, of repeated random numbers."""
     config = get_preset("pi05")
-    shapes = tensors.shapes(tensors.pieces(config), "torch")
-    shapes[tensors.UNUSED_HEAD] = (config.vocab_size, config.expert.width)
+    shapes = arrays.shapes(arrays.pieces(config), "torch")
+    shapes[arrays.UNUSED_HEAD] = (config.vocab_size, config.expert.width)
     infos = {name: TensorInfo(shape, DTYPES[dtype]) for name, shape in shapes.items()}
     noise = (0.02 * np.random.default_rng(0).standard_normal(1 << 24, dtype=np.float32)).astype(DTYPES[dtype])
     writer = SafetensorsWriter(path, infos, {"format": "pt"})

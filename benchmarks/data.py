@@ -27,13 +27,13 @@ import numpy as np
 from figures import result_line
 
 from envs.kitchen import demos
-from z1_jax import policies, stages
-from z1_jax.config import Config, SftConfig
+from z1_jax import initial_policy, stages
+from z1_jax.config.schema import Config, SftConfig
 from z1_jax.data.dataset import Dataset, write_dataset
 from z1_jax.data.loader import Loader
 from z1_jax.data.tokenizer import PromptTokenizer, kitchen_instructions, train_small_tokenizer
 from z1_jax.data.transforms import InputProcessor
-from z1_jax.runs import start_jax
+from z1_jax.process import start_jax
 from z1_jax.sft import SftTrainer
 
 FRAMES_GOAL, WAIT_GOAL = 1000.0, 0.01
@@ -82,7 +82,7 @@ def waiting_share(dataset: Dataset, steps: int) -> tuple[list[float], float]:
     mesh = stages.make_mesh(config)
     shares, spent = [], 0.0
     with jax.set_mesh(mesh):
-        policy = policies.new_policy(config, dataset, mesh)
+        policy = initial_policy.new_policy(config, dataset, mesh)
         loader = Loader(dataset, policy.processor, config.sft.batch_size, 0)
         trainer = SftTrainer(policy, dataclasses.replace(SftConfig(), steps=10**6), 0, mesh)
         jax.block_until_ready(trainer.step(next(loader), 0))  # compiles

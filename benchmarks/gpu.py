@@ -5,7 +5,7 @@
     python benchmarks/gpu.py --parts sampler_3_cameras --batches 1 --attention cudnn
 
 Each part runs in a process of its own: one that fails, as when memory runs out, is reported and the others go on.
-Every number stands beside its floor, from the counts of z1_jax/costs.py and the table of z1_jax/accelerators.py.
+Every number stands beside its floor, from the counts of z1_jax/analytic.py and the table of z1_jax/accelerators.py.
 """
 
 from __future__ import annotations
@@ -67,9 +67,10 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace):
         import jax  # after the parent has started its children: it must not hold the device
 
-        from z1_jax import accelerators, sharding
+        from z1_jax import sharding
         from z1_jax.models.presets import get_preset
-        from z1_jax.runs import start_jax
+        from z1_jax.plan import accelerators
+        from z1_jax.process import start_jax
 
         start_jax()
         self.device = jax.devices()[0]
@@ -102,9 +103,9 @@ class Bench:
         """A decision as the rollout makes it: NumPy observations in, NumPy actions out, ODE."""
         import numpy as np
 
-        from z1_jax import costs
-        from z1_jax.config import FlowConfig
+        from z1_jax.config.schema import FlowConfig
         from z1_jax.evaluation import make_actor
+        from z1_jax.plan import analytic
 
         cameras = min(cameras, self.model.cameras)
         policy = self.policy()
@@ -121,16 +122,16 @@ class Bench:
                     cache, _ = encode(params, looks)
                     return actor.sample(params, cache, ids, (0,), False).x
 
-                work = costs.decision_work(self.model, batch, steps, cameras)
+                work = analytic.decision_work(self.model, batch, steps, cameras)
                 name = f"gpu/decision_{cameras}_cameras_batch_{batch}_steps_{steps}"
                 self.measure(name, decide, self.decision_floor(work, batch, cameras))
 
     def decision_floor(self, work: Any, batch: int, cameras: int) -> float | None:
-        from z1_jax import costs
+        from z1_jax.plan import analytic
 
         if self.accelerator is None:
             return None
-        prefix = batch * costs.prefix_flops(self.model, cameras)
+        prefix = batch * analytic.prefix_flops(self.model, cameras)
         denoising = self.accelerator.compute_ms(work.flops - prefix), self.accelerator.memory_ms(work.weight_bytes)
         return self.accelerator.compute_ms(prefix) + max(denoising)
 
@@ -138,9 +139,9 @@ class Bench:
         """The optimiser step, everything trained, at the first of these batches that fits."""
         import jax
 
-        from z1_jax import costs
-        from z1_jax.config import SftConfig
+        from z1_jax.config.schema import SftConfig
         from z1_jax.models.pi05 import count_parameters
+        from z1_jax.plan import analytic
         from z1_jax.sft import SftTrainer
 
         policy = self.policy()
@@ -158,7 +159,7 @@ class Bench:
                     "actions": self.random((batch, self.model.horizon, self.model.action_dim)),
                 }
                 step = lambda trainer=trainer, data=data: jax.block_until_ready(trainer.step(data, 0))  # noqa: E731
-                work = costs.training_work(
+                work = analytic.training_work(
                     self.model,
                     batch,
                     1,
@@ -183,11 +184,11 @@ class Bench:
         import jax
         import numpy as np
 
-        from z1_jax import costs
-        from z1_jax.config import FlowConfig, OptimConfig, UpdateConfig
+        from z1_jax.config.schema import FlowConfig, OptimConfig, UpdateConfig
         from z1_jax.models.pi05 import count_parameters
         from z1_jax.optim import init_optimizer, make_optimizer
-        from z1_jax.programs import abstract_nodes
+        from z1_jax.plan import analytic
+        from z1_jax.plan.programs import abstract_nodes
         from z1_jax.rl.update import Updater
 
         policy, batch, steps = self.policy(), 16, 10
@@ -206,7 +207,7 @@ class Bench:
             def update(updater: Any = updater, nodes: Any = nodes, state: Any = state) -> None:
                 state[0], state[1], _ = updater.step(state[0], state[1], frozen, nodes, 1.0)
 
-            work = costs.training_work(
+            work = analytic.training_work(
                 self.model, batch, steps, trainable=count_parameters(trainable), encoded=not cached, trains_vlm=False
             )
             self.measure(f"gpu/rl_update_batch_16_{'cached' if cached else 'encoded'}", update, self.step_floor(work))
@@ -219,8 +220,8 @@ class Bench:
 
     def policy(self) -> Any:
         """A policy of shapes."""
-        from z1_jax.config import Config
-        from z1_jax.programs import abstract_policy
+        from z1_jax.config.schema import Config
+        from z1_jax.plan.programs import abstract_policy
 
         return abstract_policy(Config(), self.model, self.mesh)
 

@@ -39,7 +39,7 @@ from flax import nnx, traverse_util  # noqa: E402
 from pi05_reference import CAMERAS  # noqa: E402
 
 from z1_jax import sharding  # noqa: E402
-from z1_jax.config import FlowConfig, OptimConfig, SftConfig  # noqa: E402
+from z1_jax.config.schema import FlowConfig, OptimConfig, SftConfig  # noqa: E402
 from z1_jax.data.loader import batch_observation  # noqa: E402
 from z1_jax.data.normalize import NormStats  # noqa: E402
 from z1_jax.data.tokenizer import PromptTokenizer, kitchen_instructions, train_small_tokenizer  # noqa: E402

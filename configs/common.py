@@ -5,7 +5,7 @@ from typing import Any
 
 import ml_collections
 
-from z1_jax import config as z1_config
+from z1_jax.config import schema as z1_config
 
 SMOKE = {
     "demos__episodes": 24,

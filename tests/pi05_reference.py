@@ -16,7 +16,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from z1_jax.models import pi05, weights
+from z1_jax.convert import openpi_names
+from z1_jax.models import pi05
 from z1_jax.models.gemma import prefix_positions
 from z1_jax.models.layers import rope, time_embedding
 from z1_jax.models.presets import get_preset
@@ -78,7 +79,7 @@ def load_case(**overrides: object) -> Case:
     return Case(
         config=config,
         graphdef=nnx.split(pi05.abstract_model(config))[0],
-        state=jax.tree.map(jnp.asarray, weights.from_openpi(section(forward, "params/"), config)),
+        state=jax.tree.map(jnp.asarray, openpi_names.from_openpi(section(forward, "params/"), config)),
         obs=obs,
         inputs=inputs,
         expected=section(forward, "outputs/"),
@@ -162,7 +163,7 @@ def piece_comparisons() -> Iterator[Comparison]:
 def gradient_comparisons(case: Case, grads: nnx.State) -> Iterator[Comparison]:
     """The L2 error of each gradient by the global norm."""
     norm = float(case.expected["grad_global_norm"])
-    ours = weights.to_openpi(grads)
+    ours = openpi_names.to_openpi(grads)
     for name, expected in case.grads.items():
         yield Comparison(f"grads/{name}", float(np.linalg.norm(ours[name] - expected)) / norm, norm)
     total = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in ours.values()))
@@ -184,7 +185,7 @@ def adamw_comparisons(case: Case, grads: nnx.State) -> Iterator[Comparison]:
         updates, _ = optimizer.update(grads, optimizer.init(state), state)
         return optax.apply_updates(state, updates)
 
-    after = weights.to_openpi(step(case.state, grads))
+    after = openpi_names.to_openpi(step(case.state, grads))
     for name, expected in case.after_step.items():
         gradient = np.abs(case.grads[name])
         clear = gradient >= max(1e-7, 1e-5 * gradient.max())

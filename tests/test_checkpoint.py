@@ -13,7 +13,7 @@ import pytest
 from z1_jax import sft
 from z1_jax.checkpoint import CheckpointError, Checkpoints
 from z1_jax.rl import loop
-from z1_jax.training import TrainState
+from z1_jax.train_state import TrainState
 
 
 def parts(seed: int) -> dict:

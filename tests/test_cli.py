@@ -95,7 +95,7 @@ USERS = {
 def test_settings_of_the_process_give_way_to_the_users(given, memory, precision, flags, tmp_path):
     (tmp_path / "jax_cuda13_plugin").mkdir()  # as if JAX were installed for a GPU
     given = given | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    code = "import os, jax; from z1_jax import runs; runs.start_jax(); jax.devices()"
+    code = "import os, jax; from z1_jax import process; process.start_jax(); jax.devices()"
     code += "; print(os.environ.get('XLA_CLIENT_MEM_FRACTION'), jax.config.jax_default_matmul_precision)"
     code += "; print(os.environ['XLA_FLAGS'])"
     out = subprocess.run(
@@ -124,7 +124,7 @@ command.main(["", "--config=configs/{config}.py", "--config.{key}={tmp_path}", "
 
 
 def test_a_bug_keeps_its_traceback(tmp_path):
-    code = "from z1_jax import runs; runs.run_main(lambda argv: [][1])"
+    code = "from z1_jax import process; process.run_main(lambda argv: [][1])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" in done.stderr and "IndexError" in done.stderr
 
@@ -132,7 +132,7 @@ def test_a_bug_keeps_its_traceback(tmp_path):
 def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost():
     code = """
 import gc, signal, time
-from z1_jax import interrupt, runs
+from z1_jax import interrupt, process
 
 def interrupted(*_):
     gc.callbacks.remove(interrupted)
@@ -145,7 +145,7 @@ def main(argv):
     print("lost")
 
 interrupt.install_hooks()
-runs.run_main(main)
+process.run_main(main)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{INTERRUPTED}\n")

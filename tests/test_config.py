@@ -7,10 +7,11 @@ import pathlib
 import ml_collections
 import pytest
 
-from z1_jax import checks
-from z1_jax import config as z1_config
-from z1_jax.command_line import parse_command_line
-from z1_jax.config import Config, ConfigError, claim_directory, flat
+from z1_jax.config import checks
+from z1_jax.config import schema as z1_config
+from z1_jax.config.command_line import parse_command_line
+from z1_jax.config.schema import Config, ConfigError, flat
+from z1_jax.run_dir import claim_directory
 
 ROOT = pathlib.Path(__file__).parent.parent
 GRPO = f"--config={ROOT / 'configs' / 'grpo.py'}"

@@ -17,12 +17,11 @@ import pytest
 import tiny_policy as tiny
 from safetensors.numpy import load_file, save_file
 
-from z1_jax import convert
 from z1_jax.checkpoint import CheckpointError, Checkpoints
-from z1_jax.config import ConfigError
+from z1_jax.config.schema import ConfigError
+from z1_jax.convert import __main__ as convert
+from z1_jax.convert import openpi_names, targets, transfer
 from z1_jax.errors import UserError
-from z1_jax.formats import targets, transfer
-from z1_jax.models import weights
 from z1_jax.policy import find_policy, load_policy, named
 
 EMBEDDING = "paligemma_with_expert.paligemma.lm_head.weight"
@@ -89,7 +88,7 @@ def test_openpi_jax_and_pytorch_become_the_same_checkpoint(case, ours, tmp_path,
     assert_same(from_jax, from_torch)
     # The same by the model's own map, which another test holds against reference numbers.
     config = convert.architecture(Checkpoints(ours).document(0)["architecture"])
-    assert_same(from_torch, {k: np.asarray(v) for k, v in named(weights.from_openpi(case.jax, config)).items()})
+    assert_same(from_torch, {k: np.asarray(v) for k, v in named(openpi_names.from_openpi(case.jax, config)).items()})
     assert (config.language.heads, config.language.kv_heads, config.language.head_dim) == (made.N, made.K, made.H)
     assert (config.vision.heads, config.vision.image_size, config.action_dim) == (made.HEADS, 12, made.ACTIONS)
     count = sum(value.size for value in case.jax.values())
@@ -220,7 +219,7 @@ def test_shards_the_tied_name_and_a_bare_file(case, ours, tmp_path):
     made.save_assets(sharded, case.stats)
     run(sharded, tmp_path / "a", *made.FLAGS)
     assert_same(arrays_of(tmp_path / "a" / "0"), arrays_of(ours / "0"))
-    bare = tmp_path / "weights.safetensors"
+    bare = tmp_path / "openpi_names.safetensors"
     save_file({**case.torch, TIED: case.torch[EMBEDDING]}, bare)
     run(bare, tmp_path / "b", *made.FLAGS, "--norm-stats=none")
     assert_same(arrays_of(tmp_path / "b" / "0"), arrays_of(ours / "0"))
@@ -486,10 +485,10 @@ def test_signals_end_it_in_one_line(case, tmp_path, number):
     code = (
         "import os, signal\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job starts with it ignored
-        "from z1_jax import convert\n"
-        "from z1_jax.formats import targets\n"
+        "from z1_jax.convert import __main__ as convert\n"
+        "from z1_jax.convert import targets\n"
         f"targets.OrbaxWriter.write = lambda *_: os.kill(os.getpid(), {int(number)})\n"
-        "from z1_jax.runs import run_main\n"
+        "from z1_jax.process import run_main\n"
         "run_main(convert.main)\n"
     )
     command = [sys.executable, "-c", code, case.folder / "pytorch", tmp_path / "out", *made.FLAGS]

@@ -15,8 +15,8 @@ import tiny_policy as tiny
 import torch_models as real
 from flax import nnx
 
-from z1_jax import convert
 from z1_jax.checkpoint import Checkpoints
+from z1_jax.convert import __main__ as convert
 from z1_jax.policy import abstract_params, architecture, named, unnamed
 from z1_jax.types import Observation
 

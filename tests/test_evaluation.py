@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_policy as tiny
 
-from z1_jax.config import EvalConfig, FlowConfig
+from z1_jax.config.schema import EvalConfig, FlowConfig
 from z1_jax.errors import UserError
 from z1_jax.evaluation import Evaluation, compare, evaluate, film, sentence
 

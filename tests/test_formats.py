@@ -7,11 +7,11 @@ import pytest
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+from z1_jax.convert.orbax import OrbaxReader, OrbaxWriter, save_frame
+from z1_jax.convert.safetensors import SafetensorsReader, SafetensorsWriter
+from z1_jax.convert.store import DTYPES, TensorInfo
+from z1_jax.convert.transfer import contiguous, require_finite, rows_per_block
 from z1_jax.errors import UserError
-from z1_jax.formats.orbax import OrbaxReader, OrbaxWriter, save_frame
-from z1_jax.formats.safetensors import SafetensorsReader, SafetensorsWriter
-from z1_jax.formats.store import DTYPES, TensorInfo
-from z1_jax.formats.transfer import contiguous, require_finite, rows_per_block
 
 
 def arrays(rng) -> dict[str, np.ndarray]:

@@ -12,10 +12,10 @@ import lerobot_writer as written
 import numpy as np
 import pytest
 
-from z1_jax.data.importers.base import BadData
-from z1_jax.data.importers.lerobot import LeRobotDirectory
-from z1_jax.data.importers.orders import ACTION_PARTS, columns
-from z1_jax.data.importers.robomimic import RobomimicFile
+from z1_jax.collect.importers.base import BadData
+from z1_jax.collect.importers.lerobot import LeRobotDirectory
+from z1_jax.collect.importers.orders import ACTION_PARTS, columns
+from z1_jax.collect.importers.robomimic import RobomimicFile
 
 REFERENCE = pathlib.Path(__file__).parent / "reference" / "lerobot_datasets"
 # Levels of 255 that a colour may be off on a frame's average. LeRobot's frames differ by 6 from their neighbours, the

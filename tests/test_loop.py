@@ -13,7 +13,7 @@ from tiny_grpo import CONFIG, SEED, assert_same_bits, compiled, grpo, records, t
 
 from envs.kitchen import demos
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config import LoraConfig, SelectiveConfig, SftConfig, TrainConfig
+from z1_jax.config.schema import LoraConfig, SelectiveConfig, SftConfig, TrainConfig
 from z1_jax.data.dataset import write_dataset
 from z1_jax.metrics import MetricsWriter, read_records
 from z1_jax.policy import find_policy, load_policy, named

@@ -12,13 +12,14 @@ from flax import nnx
 
 from z1_jax import sharding
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config import LoraConfig, OptimConfig
-from z1_jax.models import lora, pi05, weights
+from z1_jax.config.schema import LoraConfig, OptimConfig
+from z1_jax.convert import openpi_names
+from z1_jax.models import lora, pi05
 from z1_jax.models.layers import Einsum, GatedMlp
 from z1_jax.models.params import Init, initialise
 from z1_jax.optim import init_optimizer, make_optimizer
 from z1_jax.policy import load_policy, named
-from z1_jax.training import TrainState
+from z1_jax.train_state import TrainState
 from z1_jax.types import Observation
 
 SMALL = LoraConfig(vlm_rank=2, vlm_alpha=3.0, expert_rank=4, expert_alpha=2.0)
@@ -78,7 +79,7 @@ def test_folded_adapters_compute_the_same():
     folded = tiny.policy().with_params(adapters, frozen)
     assert jax.tree.structure(folded.params) == jax.tree.structure(tiny.policy().params)
     with pytest.raises(ValueError, match="adapters that are not folded in"):
-        weights.to_openpi(nnx.merge_state(adapters, frozen))
+        openpi_names.to_openpi(nnx.merge_state(adapters, frozen))
     difference = np.abs(velocity(folded.graphdef, folded.params) - unfolded).max()
     assert difference <= 1e-6 * max(1.0, np.abs(unfolded).max())
 

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from z1_jax import policy
-from z1_jax.models import attention, pi05, weights
+from z1_jax.convert import openpi_names
+from z1_jax.models import attention, pi05
 from z1_jax.models.gemma import GemmaConfig
 from z1_jax.models.layers import scan_layers
 from z1_jax.models.presets import PRESETS, get_preset
@@ -232,14 +233,14 @@ def test_cudnn_agrees_with_einsum(rng):
 
 
 def test_full_size_arrays_are_openpis():
-    shapes = weights.openpi_shapes(get_preset("pi05"))
+    shapes = openpi_names.openpi_shapes(get_preset("pi05"))
     assert shapes == {name: tuple(entry["shape"]) for name, entry in SHAPES.items()}
     assert round(pi05.count_parameters(pi05.abstract_model(get_preset("pi05"))) / 1e6, 1) == 3353.4
 
 
 def test_openpi_arrays_survive_the_round_trip(case):
     params = reference.section(reference.load("tiny_pi05.npz"), "params/")
-    back = weights.to_openpi(case.state)
+    back = openpi_names.to_openpi(case.state)
     assert back.keys() == params.keys()
     for name, value in params.items():
         np.testing.assert_array_equal(back[name], value)
@@ -251,7 +252,7 @@ def test_from_openpi_lists_every_problem():
     params["surplus"] = np.zeros(3)
     del params["PaliGemma/img/head/kernel"]
     with pytest.raises(ValueError, match="3 problems") as error:
-        weights.from_openpi(params, get_preset("tiny"))
+        openpi_names.from_openpi(params, get_preset("tiny"))
     for part in ("missing PaliGemma/img/head/kernel (32, 64)", "unexpected surplus (3,)", "is (31,), expected (32,)"):
         assert part in str(error.value)
 
@@ -259,7 +260,7 @@ def test_from_openpi_lists_every_problem():
 def test_to_openpi_refuses_a_partial_state(case):
     _, trainable, _ = pi05.split_model(nnx.merge(case.graphdef, case.state), "expert")
     with pytest.raises(ValueError, match="merge trainable and frozen"):
-        weights.to_openpi(trainable)
+        openpi_names.to_openpi(trainable)
 
 
 def test_split_model_by_scope(case):

@@ -7,7 +7,7 @@ import pytest
 import tiny_policy as tiny
 from flax import nnx
 
-from z1_jax.config import LoraConfig, SftOptimConfig
+from z1_jax.config.schema import LoraConfig, SftOptimConfig
 from z1_jax.models.params import Pattern
 from z1_jax.optim import init_optimizer, make_muon, make_optimizer
 from z1_jax.policy import named

@@ -6,7 +6,7 @@ import optax
 import pytest
 import tiny_policy as tiny
 
-from z1_jax.config import OptimConfig
+from z1_jax.config.schema import OptimConfig
 from z1_jax.optim import make_optimizer
 from z1_jax.policy import named
 from z1_jax.rl.parts import PartOptimizer, by_part, norms_by_part

@@ -13,15 +13,17 @@ import pytest
 import tiny_policy
 from flax import nnx
 
-from z1_jax import accelerators, costs, optim, plan, policies, programs, sharding, traced
-from z1_jax import config as z1_config
-from z1_jax.command_line import parse_command_line
-from z1_jax.config import ConfigError
+from z1_jax import initial_policy, optim, sharding
+from z1_jax.config import schema as z1_config
+from z1_jax.config.command_line import parse_command_line
+from z1_jax.config.schema import ConfigError
 from z1_jax.errors import UserError
 from z1_jax.models import pi05
 from z1_jax.models.gemma import GemmaConfig
 from z1_jax.models.presets import get_preset
 from z1_jax.models.siglip import SiglipConfig
+from z1_jax.plan import __main__ as plan
+from z1_jax.plan import accelerators, analytic, jaxpr, programs
 from z1_jax.rl import trainer
 
 H200 = accelerators.get_accelerator("H200")
@@ -73,36 +75,38 @@ def test_full_size_counts_are_the_published_ones():
     """Published: 4.64 and 3.34 TFLOP, with the whole last language layer, of which only keys and values are needed."""
     model = get_preset("pi05")
     for cameras, published in ((3, 4.64e12), (2, 3.34e12)):
-        ours, tokens = costs.prefix_flops(model, cameras), cameras * 256 + 200
+        ours, tokens = analytic.prefix_flops(model, cameras), cameras * 256 + 200
         assert ours == pytest.approx(published, rel=0.05)
         # query and output 2048 x 2048, MLP 3 x 2048 x 16384, logits and weighted sum over 8 heads of 256
         rest = 2 * tokens * (2 * 2048 * 2048 + 3 * 2048 * 16384) + 2 * 2 * tokens**2 * 8 * 256
         assert ours + rest == pytest.approx(published, rel=0.003)
-    assert costs.cache_bytes(model) == pytest.approx(17.8e6, rel=0.005)
-    assert costs.cache_bytes(model, 2) == pytest.approx(13.1e6, rel=0.005)
-    assert costs.expert_parameters(model) == pi05.count_parameters(nnx.state(pi05.abstract_model(model).expert))
+    assert analytic.cache_bytes(model) == pytest.approx(17.8e6, rel=0.005)
+    assert analytic.cache_bytes(model, 2) == pytest.approx(13.1e6, rel=0.005)
+    assert analytic.expert_parameters(model) == pi05.count_parameters(nnx.state(pi05.abstract_model(model).expert))
 
 
 @pytest.mark.parametrize(
     ("observations", "encoded", "trains_vlm", "published_ms"), [(32, True, True, 569), (32, True, False, 193)]
 )
 def test_published_steps_are_within_5_percent(observations, encoded, trains_vlm, published_ms):
-    work = costs.training_work(get_preset("pi05"), observations, 1, trainable=0, encoded=encoded, trains_vlm=trains_vlm)
+    work = analytic.training_work(
+        get_preset("pi05"), observations, 1, trainable=0, encoded=encoded, trains_vlm=trains_vlm
+    )
     assert H200.compute_ms(work.flops) == pytest.approx(published_ms, rel=0.05)
 
 
 def test_the_floor_of_a_decision_is_the_published_one():
     """Published: 5.9 ms for the prefix and 0.20 ms a step of denoising."""
-    work = costs.decision_work(get_preset("pi05"), 1, 10)
+    work = analytic.decision_work(get_preset("pi05"), 1, 10)
     assert H200.memory_ms(work.weight_bytes) == pytest.approx(2.0, rel=0.01)
-    assert H200.compute_ms(costs.prefix_flops(get_preset("pi05"))) == pytest.approx(5.9, rel=0.055)
+    assert H200.compute_ms(analytic.prefix_flops(get_preset("pi05"))) == pytest.approx(5.9, rel=0.055)
 
 
 def test_formulas_count_what_the_model_does(rng):
     """Against every matrix product of the traced model, for random shapes."""
     model = random_model(rng)
-    assert traced.count_flops(encode(model).jaxpr.jaxpr).total == costs.prefix_flops(model)
-    assert traced.count_flops(velocity(model).jaxpr.jaxpr).total == costs.velocity_flops(model)
+    assert jaxpr.count_flops(encode(model).jaxpr.jaxpr).total == analytic.prefix_flops(model)
+    assert jaxpr.count_flops(velocity(model).jaxpr.jaxpr).total == analytic.velocity_flops(model)
 
 
 def test_loops_times_their_trips_are_what_xla_counts_unrolled():
@@ -111,9 +115,9 @@ def test_loops_times_their_trips_are_what_xla_counts_unrolled():
     language, expert = (dataclasses.replace(part, depth=4) for part in (tiny.language, tiny.expert))
     model = dataclasses.replace(tiny, language=language, expert=expert)
     looped, unrolled = encode(model), encode(dataclasses.replace(model, unroll=True))
-    counts = traced.count_flops(looped.jaxpr.jaxpr)
+    counts = jaxpr.count_flops(looped.jaxpr.jaxpr)
     once, whole = (program.lower().cost_analysis()["flops"] for program in (looped, unrolled))
-    assert counts.total == traced.count_flops(unrolled.jaxpr.jaxpr).total == costs.prefix_flops(model)
+    assert counts.total == jaxpr.count_flops(unrolled.jaxpr.jaxpr).total == analytic.prefix_flops(model)
     assert counts.total < whole < 1.25 * counts.total  # XLA counts softmax, norms and the like too
     assert once < 0.9 * whole
     assert once + counts.total - counts.bodies_once == pytest.approx(whole, rel=0.1)
@@ -126,7 +130,7 @@ def test_flops_by_hand():
         return jax.lax.scan(lambda c, _: (c, c @ w), x, None, length=4)[1]
 
     shapes = jax.ShapeDtypeStruct((3, 5), jnp.float32), jax.ShapeDtypeStruct((5, 7), jnp.float32)
-    counts = traced.count_flops(jax.jit(looped).trace(*shapes).jaxpr.jaxpr)
+    counts = jaxpr.count_flops(jax.jit(looped).trace(*shapes).jaxpr.jaxpr)
     assert (counts.total, counts.bodies_once) == (4 * 210, 210)
 
 
@@ -135,7 +139,7 @@ def test_flops_by_hand():
 
 def peak(function, *shapes, in_place: int = 0) -> float:
     jaxpr = jax.jit(function).trace(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).jaxpr.jaxpr
-    return traced.peak_bytes(jaxpr, in_place=jaxpr.outvars[:in_place])
+    return jaxpr.peak_bytes(jaxpr, in_place=jaxpr.outvars[:in_place])
 
 
 def test_peak_bytes_by_hand():
@@ -178,7 +182,7 @@ def test_bytes_are_those_of_real_arrays(rng, name):
     assert programs.bytes_per_device(abstract) == held(state)
     assert [x.sharding for x in jax.tree.leaves(abstract)] == [x.sharding for x in jax.tree.leaves(state)]
     cache = encode(model).out_info
-    assert costs.cache_bytes(model) == sum(x.dtype.itemsize * x.size for x in jax.tree.leaves(cache))
+    assert analytic.cache_bytes(model) == sum(x.dtype.itemsize * x.size for x in jax.tree.leaves(cache))
 
 
 def test_frozen_parameters_are_kept_in_bfloat16():
@@ -231,7 +235,7 @@ def test_the_most_looks_are_those_of_the_dearest_iteration(branching, schedule, 
     model = tiny_policy.CONFIG
     env = dataclasses.replace(SMALL.env, horizon=46)
     made = plan.make_plan(dataclasses.replace(config, env=env, init="there"), model, H200, 1e9, 1)
-    assert made.host_cache_bytes == most * costs.cache_bytes(model)
+    assert made.host_cache_bytes == most * analytic.cache_bytes(model)
 
 
 def test_the_sampler_casts_its_weights_once():
@@ -258,15 +262,15 @@ def test_a_plan_adds_up(small_plan):
     sft, update = rows["sft_step"], rows["rl_update"]
     assert sft.parameters == sft.gradients == update.parameters == 4 * count
     assert 8 * count < sft.optimizer < 8 * count + 64  # two moments, and counters
-    expert = costs.expert_parameters(tiny_policy.CONFIG)
+    expert = analytic.expert_parameters(tiny_policy.CONFIG)
     assert update.gradients == 4 * expert and 8 * expert < update.optimizer < 8 * expert + 64
     # Two micro-batches: a sum of gradients, and those of the one at work.
     assert update.temporary_estimate > 2 * update.gradients
-    assert rows["encode"].outputs == 8 * costs.cache_bytes(tiny_policy.CONFIG)
+    assert rows["encode"].outputs == 8 * analytic.cache_bytes(tiny_policy.CONFIG)
     assert rows["denoise"].flops_traced == pytest.approx(
-        8 * SMALL.flow.steps * costs.velocity_flops(tiny_policy.CONFIG)
+        8 * SMALL.flow.steps * analytic.velocity_flops(tiny_policy.CONFIG)
     )
-    assert small_plan.host_cache_bytes % costs.cache_bytes(tiny_policy.CONFIG) == 0 < small_plan.host_cache_bytes
+    assert small_plan.host_cache_bytes % analytic.cache_bytes(tiny_policy.CONFIG) == 0 < small_plan.host_cache_bytes
     assert small_plan.peak == max(r.total for r in small_plan.rows)
 
 
@@ -295,7 +299,7 @@ def test_compiled_bytes_and_estimate_agree_in_float32():
 @pytest.mark.parametrize(("source", "devices", "memory"), [("grpo", 1, 16e9), ("sft", 2, 48e9)])
 def test_full_size_fits_where_it_should(source, devices, memory):
     config = parse_command_line(["", f"--config=configs/{source}.py:full"])
-    model = policies.configured_model(config)
+    model = initial_policy.configured_model(config)
     result = plan.make_plan(config, model, H200, memory, devices)
     assert result.fits, plan.lines(result)
     floor = 4 * pi05.count_parameters(nnx.state(pi05.abstract_model(model))) * 3 / devices

@@ -8,7 +8,7 @@ import pytest
 import tiny_policy as tiny
 
 from z1_jax import sharding
-from z1_jax.config import ConfigError
+from z1_jax.config.schema import ConfigError
 from z1_jax.rl import prefix_cache
 from z1_jax.rl.prefix_cache import DevicePrefixStore, PrefixStore, cache_bytes, choose_placement, put_taken
 from z1_jax.types import Observation, PrefixCache

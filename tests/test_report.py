@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from envs.video import write_video
-from z1_jax import svg
 from z1_jax.metrics import MetricsWriter
-from z1_jax.report import write_report
+from z1_jax.report import charts
+from z1_jax.report.write import write_report
 from z1_jax.statistics import mcnemar_exact, paired_difference_interval, wilson_interval
 
 
@@ -234,14 +234,14 @@ def points_of(chart):
 
 
 def test_a_line_lies_where_its_numbers_are():
-    chart = svg.line_chart([svg.Series("y", [0, 5, 10], [0.0, None, 1.0])], "x", svg.short, y_range=(0, 1))
-    left, right = svg.LEFT, svg.WIDTH - svg.RIGHT
-    assert points_of(chart) == [(left, svg.HEIGHT - svg.BOTTOM), (right, svg.TOP)]
+    chart = charts.line_chart([charts.Series("y", [0, 5, 10], [0.0, None, 1.0])], "x", charts.short, y_range=(0, 1))
+    left, right = charts.LEFT, charts.WIDTH - charts.RIGHT
+    assert points_of(chart) == [(left, charts.HEIGHT - charts.BOTTOM), (right, charts.TOP)]
     assert chart.count("M", chart.index(' d="')) >= 2  # the gap is not bridged
 
 
 def test_a_logarithmic_axis_spaces_decades_equally():
-    chart = svg.line_chart([svg.Series("y", [0, 1, 2, 3], [1e-4, 1e-3, 0.0, 1e-2])], "x", svg.short, log=True)
+    chart = charts.line_chart([charts.Series("y", [0, 1, 2, 3], [1e-4, 1e-3, 0.0, 1e-2])], "x", charts.short, log=True)
     heights = [y for _, y in points_of(chart)]
     assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.11) and len(heights) == 3
 
@@ -249,12 +249,12 @@ def test_a_logarithmic_axis_spaces_decades_equally():
 def test_long_curves_are_averaged_not_thinned():
     rng = np.random.default_rng(secrets.randbelow(2**31))
     values = rng.random(10_000)
-    binned = svg._binned(svg.Series("y", range(10_000), list(values)))
-    assert len(binned.xs) <= svg.MAX_POINTS
+    binned = charts._binned(charts.Series("y", range(10_000), list(values)))
+    assert len(binned.xs) <= charts.MAX_POINTS
     size = np.diff(binned.xs)[0]
     np.testing.assert_allclose(binned.ys[0], values[:size].mean())
 
 
 def test_numbers_are_short():
-    shown = [svg.short(value) for value in (0, 0.25, 64, 1200, 12_000, 3_400_000, 2e-5)]
+    shown = [charts.short(value) for value in (0, 0.25, 64, 1200, 12_000, 3_400_000, 2e-5)]
     assert shown == ["0", "0.25", "64", "1200", "12k", "3.4M", "2e-05"]

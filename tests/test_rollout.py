@@ -8,7 +8,7 @@ import pytest
 import tiny_policy as tiny
 from flax import nnx
 
-from z1_jax.config import FlowConfig
+from z1_jax.config.schema import FlowConfig
 from z1_jax.models import pi05
 from z1_jax.rl import flow, rollout
 from z1_jax.rl.diagnostics import BrokenIteration

@@ -11,11 +11,13 @@ import pytest
 import tiny_policy as tiny
 from flax import nnx
 
-from z1_jax import checks, policies, sharding
-from z1_jax import config as z1_config
+from z1_jax import initial_policy, sharding
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config import Config, ConfigError, LoraConfig, ModelConfig, OptimConfig, SftConfig
-from z1_jax.models import pi05, weights
+from z1_jax.config import checks
+from z1_jax.config import schema as z1_config
+from z1_jax.config.schema import Config, ConfigError, LoraConfig, ModelConfig, OptimConfig, SftConfig
+from z1_jax.convert import openpi_names
+from z1_jax.models import pi05
 from z1_jax.models.params import initialise
 from z1_jax.models.presets import get_preset
 from z1_jax.models.siglip import Siglip, SiglipConfig
@@ -112,7 +114,9 @@ def test_full_size_scopes():
 
 def test_what_joint_leaves_out_gets_no_gradient_from_openpi_either():
     """openpi's own gradients of the reference model, all of it trained."""
-    grads = weights.from_openpi(reference.section(reference.load("tiny_pi05_grads.npz"), "grads/"), get_preset("tiny"))
+    grads = openpi_names.from_openpi(
+        reference.section(reference.load("tiny_pi05_grads.npz"), "grads/"), get_preset("tiny")
+    )
     dead = {name for name, leaf in named(grads).items() if not np.any(leaf)}
     _, _, frozen = pi05.split_model(pi05.abstract_model(get_preset("tiny")), "joint")
     assert dead | {"language.embedding"} == set(named(frozen))
@@ -258,7 +262,7 @@ def test_scopes_that_work_are_taken():
 
 def test_remat_and_attention_reach_the_model():
     config = Config(model=ModelConfig(remat="dots", attention="xla"))
-    shapes = policies.configured_model(config)
+    shapes = initial_policy.configured_model(config)
     assert (shapes.remat, shapes.attention) == ("dots", "xla")
     given = policy().with_compute("full", "xla")  # a checkpoint's policy follows the run
     model = nnx.merge(given.graphdef, given.params)
@@ -266,7 +270,7 @@ def test_remat_and_attention_reach_the_model():
     assert (model.vision.implementation, model.language.implementation) == ("xla", "xla")
     cudnn = Config(model=ModelConfig(dtype="bfloat16", attention="cudnn"))
     with pytest.raises(ConfigError, match="got cudnn on cpu, expected einsum or xla without a GPU"):
-        policies._check_attention(cudnn)
+        initial_policy._check_attention(cudnn)
 
 
 def test_remat_gives_the_same_gradients_from_fewer_bytes(rng):

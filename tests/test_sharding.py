@@ -15,16 +15,17 @@ import tiny_policy as tiny
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
-from z1_jax import programs, sharding
+from z1_jax import sharding
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config import OptimConfig, SftOptimConfig
+from z1_jax.config.schema import OptimConfig, SftOptimConfig
 from z1_jax.errors import UserError
 from z1_jax.models import pi05
 from z1_jax.models.presets import get_preset
 from z1_jax.optim import init_optimizer, make_optimizer
+from z1_jax.plan import programs
 from z1_jax.policy import abstract_params, load_policy, named
 from z1_jax.rl import flow
-from z1_jax.training import TrainState
+from z1_jax.train_state import TrainState
 from z1_jax.types import Observation
 
 MESH_SHAPE = {"data": 2, "fsdp": 2, "tensor": 2}

@@ -6,12 +6,12 @@ import pytest
 import tiny_policy as tiny
 
 from envs.kitchen import LAYOUT_SPLITS, demos
-from z1_jax import policies, stages
+from z1_jax import initial_policy, stages
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.collect import parse_arguments
-from z1_jax.config import Config, ConfigError, DemosConfig, EnvConfig, InputsConfig, SftConfig
+from z1_jax.collect.__main__ import parse_arguments
+from z1_jax.config.schema import Config, ConfigError, DemosConfig, EnvConfig, InputsConfig, SftConfig
 from z1_jax.errors import UserError
-from z1_jax.policies import check_policy
+from z1_jax.initial_policy import check_policy
 from z1_jax.stages import check_inputs, demonstrations, make_env, supervised_policy
 
 CAMERAS = ("robot0_agentview_left", "robot0_eye_in_hand", "robot0_agentview_right")
@@ -69,7 +69,7 @@ def test_sft_goes_on_from_a_policy_that_is_given(tmp_path, monkeypatch):
     checkpoints.close()
     sft = dataclasses.replace(make_config(), algorithm="sft", init=str(tmp_path))
     sft = dataclasses.replace(sft, env=dataclasses.replace(sft.env, cameras=(tiny.CAMERA,)))
-    monkeypatch.setattr(policies, "configured_model", lambda config: tiny.CONFIG)
+    monkeypatch.setattr(initial_policy, "configured_model", lambda config: tiny.CONFIG)
     check_policy(sft, sft.init)
     started = {}
     monkeypatch.setattr(stages, "train_sft", lambda policy, *args, **kwargs: started.update(policy=policy, **kwargs))
@@ -91,7 +91,7 @@ def test_a_damaged_sft_policy_is_moved_aside_and_trained_again(tmp_path, monkeyp
     checkpoints.save(3, tiny.policy().parts(), tiny.policy().document())
     checkpoints.close()
     monkeypatch.setattr(stages, "train_sft", lambda *args, **kwargs: "trained")
-    monkeypatch.setattr(policies, "new_policy", lambda *args: None)
+    monkeypatch.setattr(initial_policy, "new_policy", lambda *args: None)
     assert supervised_policy(config, None, tiny.one_device(), tmp_path, None) != "trained"
     array = next(path for path in sorted((tmp_path / "3" / "params").rglob("*")) if path.stat().st_size > 1000)
     array.write_bytes(array.read_bytes()[:-100])

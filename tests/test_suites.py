@@ -10,10 +10,9 @@ import pytest
 import tiny_policy as tiny
 
 from envs.robocasa import compat, standin, tables
-from z1_jax import config as z1_config
-from z1_jax import policies, runs, stages, suites
-from z1_jax.command_line import parse_command_line
-from z1_jax.config import Config, ConfigError
+from z1_jax import initial_policy, run_dir, stages, suites
+from z1_jax.config.command_line import parse_command_line
+from z1_jax.config.schema import Config, ConfigError
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
@@ -113,11 +112,11 @@ def test_an_environment_gets_what_the_config_says(installed):
 def test_a_run_belongs_to_one_version_of_robocasa(installed, tmp_path):
     config = suites.pin_version(standin_config(f"--config.run_dir={tmp_path / 'run'}"))
     assert config.env.version == installed.version
-    z1_config.claim_directory(config)
-    z1_config.claim_directory(config)
+    run_dir.claim_directory(config)
+    run_dir.claim_directory(config)
     other = dataclasses.replace(config, env=dataclasses.replace(config.env, version="9.9"))
     with pytest.raises(ConfigError, match="belongs to another config .env.version"):
-        z1_config.claim_directory(other)
+        run_dir.claim_directory(other)
 
 
 def test_the_benchmarks_settings_stand_in_the_preset():
@@ -164,7 +163,7 @@ def test_a_plan_takes_the_version_that_is_installed(installed):
 def test_the_protocol_says_what_success_depends_on_and_figures_are_labelled(installed, tmp_path, capsys):
     config = standin_config(f"--config.run_dir={tmp_path}", "--config.eval.episodes=50", "--config.env.horizon=0")
     policy = tiny.policy(3)
-    runs.conclude(config, policy, tmp_path, runs.StageClock(tmp_path / "wall.json"), {}, "It succeeded in 0.0 %")
+    run_dir.conclude(config, policy, tmp_path, run_dir.StageClock(tmp_path / "wall.json"), {}, "It succeeded in 0.0 %")
     summary = json.loads((tmp_path / "summary.json").read_text())
     protocol = summary["protocol"]
     assert protocol["suite"] == "robocasa" and protocol["versions"]["robocasa"] == installed.version
@@ -191,7 +190,7 @@ def test_an_untrained_policy_takes_the_ranges_of_state_and_action(rng):
     config = standin_config("--config.env.executed=3")
     mesh = stages.make_mesh(config)
     with jax.set_mesh(mesh):
-        policy = policies.untrained_policy(config, mesh)
+        policy = initial_policy.untrained_policy(config, mesh)
     assert policy.executed == 3
     low, high = map(np.array, zip(*tables.state_bounds(), strict=True))
     states = rng.uniform(low, high, (50, tables.STATE_DIM))

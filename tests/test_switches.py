@@ -12,8 +12,8 @@ import pytest
 import tiny_policy as tiny
 from tiny_grpo import CONFIG, compiled, trainer
 
-from z1_jax import checks
-from z1_jax.config import Config, flat
+from z1_jax.config import checks
+from z1_jax.config.schema import Config, flat
 from z1_jax.optim import schedule
 from z1_jax.policy import named
 from z1_jax.rl import diagnostics, selective

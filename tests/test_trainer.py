@@ -9,7 +9,7 @@ import pytest
 import tiny_policy as tiny
 from tiny_grpo import CONFIG, compiled, trainer
 
-from z1_jax.config import ConfigError, FlowConfig, RewardConfig, SelectiveConfig, TrainConfig
+from z1_jax.config.schema import ConfigError, FlowConfig, RewardConfig, SelectiveConfig, TrainConfig
 from z1_jax.errors import UserError
 from z1_jax.policy import named
 from z1_jax.rl import trainer as grpo_trainer

@@ -12,7 +12,7 @@ import tiny_policy as tiny
 from flax import nnx
 
 from z1_jax import sharding
-from z1_jax.config import FlowConfig, OptimConfig, UpdateConfig
+from z1_jax.config.schema import FlowConfig, OptimConfig, UpdateConfig
 from z1_jax.optim import make_optimizer, schedule
 from z1_jax.rl import flow
 from z1_jax.rl.actor import counted_coordinates

@@ -14,7 +14,7 @@ from flax import nnx
 
 from envs.pool import EnvPool
 from z1_jax import sharding
-from z1_jax.config import Config, EnvConfig, FlowConfig, GroupConfig, OptimConfig, RewardConfig, UpdateConfig
+from z1_jax.config.schema import Config, EnvConfig, FlowConfig, GroupConfig, OptimConfig, RewardConfig, UpdateConfig
 from z1_jax.data.normalize import NormStats
 from z1_jax.data.tokenizer import PromptTokenizer, train_small_tokenizer
 from z1_jax.errors import UserError

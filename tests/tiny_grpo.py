@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tiny_policy as tiny
 
-from z1_jax.config import Config, EnvConfig, GroupConfig, OptimConfig, RewardConfig, TrainConfig, UpdateConfig
+from z1_jax.config.schema import Config, EnvConfig, GroupConfig, OptimConfig, RewardConfig, TrainConfig, UpdateConfig
 from z1_jax.metrics import MetricsWriter, read_records
 from z1_jax.policy import Policy, named
 from z1_jax.rl.loop import train_grpo

@@ -12,7 +12,7 @@ from envs import kitchen
 from envs.kitchen import KitchenEnv
 from envs.pool import EnvPool
 from z1_jax import sharding
-from z1_jax.config import FlowConfig
+from z1_jax.config.schema import FlowConfig
 from z1_jax.data.normalize import NormStats
 from z1_jax.data.tokenizer import PromptTokenizer, kitchen_instructions, train_small_tokenizer
 from z1_jax.evaluation import make_actor

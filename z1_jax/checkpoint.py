@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from z1_jax.config import ConfigError
+from z1_jax.config.schema import ConfigError
 from z1_jax.files import require_plain
 from z1_jax.interrupt import held
 

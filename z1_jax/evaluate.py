@@ -12,23 +12,14 @@ from typing import Any
 import jax
 
 from envs.pool import EnvPool
-from z1_jax import config as z1_config
-from z1_jax.command_line import parse_command_line
-from z1_jax.config import Config, ConfigError
+from z1_jax.config.command_line import parse_command_line
+from z1_jax.config.schema import Config, ConfigError
 from z1_jax.evaluation import Evaluation, compare, evaluate, rate_sentence, versus_sentence
 from z1_jax.files import hold
-from z1_jax.policies import given_policy, newest_policy
+from z1_jax.initial_policy import given_policy, newest_policy
 from z1_jax.policy import Policy, find_policy
-from z1_jax.runs import (
-    StageClock,
-    claim_policy,
-    conclude,
-    finished_sentence,
-    policy_identity,
-    require_algorithm,
-    run_main,
-    start_jax,
-)
+from z1_jax.process import require_algorithm, run_main, start_jax
+from z1_jax.run_dir import StageClock, claim_directory, claim_policy, conclude, finished_sentence, policy_identity
 from z1_jax.stages import check_inputs, make_mesh, make_pool
 from z1_jax.suites import pin_version
 
@@ -46,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     if len(set(identities.values())) < len(identities):
         raise ConfigError("config key compare: got the same policy as checkpoint, expected another one")
     mesh = make_mesh(config)
-    run_dir = z1_config.claim_directory(config)
+    run_dir = claim_directory(config)
     claim_policy(run_dir, identities)
     print(f"run directory {run_dir}", flush=True)
     if finished := finished_sentence(run_dir):

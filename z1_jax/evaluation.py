@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from envs.pool import EnvPool
-from z1_jax.config import EvalConfig, FlowConfig
+from z1_jax.config.schema import EvalConfig, FlowConfig
 from z1_jax.errors import UserError
 from z1_jax.metrics import Progress, drop_half_line, read_records
 from z1_jax.policy import Policy

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers, muon
 
-from z1_jax.config import OptimConfig, SftOptimConfig
+from z1_jax.config.schema import OptimConfig, SftOptimConfig
 from z1_jax.sharding import replicated
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from z1_jax.checkpoint import CheckpointError, Checkpoints
-from z1_jax.config import LoraConfig
+from z1_jax.config.schema import LoraConfig
 from z1_jax.data.normalize import NormMode, NormStats, stats_from_json, stats_to_json
 from z1_jax.data.tokenizer import PromptTokenizer, load_tokenizer
 from z1_jax.data.transforms import InputProcessor

@@ -14,7 +14,7 @@ from flax import nnx
 
 from z1_jax import distributed
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config import LoraConfig, SftConfig
+from z1_jax.config.schema import LoraConfig, SftConfig
 from z1_jax.data.augment import augment
 from z1_jax.data.dataset import Dataset
 from z1_jax.data.loader import Loader, batch_observation
@@ -23,7 +23,7 @@ from z1_jax.metrics import MetricsWriter, Progress
 from z1_jax.optim import init_optimizer, make_optimizer, schedule
 from z1_jax.policy import Policy
 from z1_jax.rl import flow
-from z1_jax.training import TrainState
+from z1_jax.train_state import TrainState
 from z1_jax.types import Observation
 
 

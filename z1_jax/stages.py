@@ -12,10 +12,10 @@ from typing import Any
 import jax
 
 from envs.pool import EnvPool
-from z1_jax import policies, sharding
+from z1_jax import initial_policy, sharding
 from z1_jax.checkpoint import CheckpointError, Checkpoints
-from z1_jax.checks import check_horizon
-from z1_jax.config import RANDOM, Config, ConfigError
+from z1_jax.config.checks import check_horizon
+from z1_jax.config.schema import RANDOM, Config, ConfigError
 from z1_jax.data.dataset import Dataset, open_dataset, write_dataset
 from z1_jax.data.journal import EpisodeJournal
 from z1_jax.errors import first_line
@@ -38,21 +38,25 @@ def check_inputs(config: Config) -> Config:
     """
     if config.eval.episodes:
         make_env(config, config.task)
-    config = policies.with_pinned_init(config)
+    config = initial_policy.with_pinned_init(config)
     given = config.init if config.init != RANDOM else ""
     for path in filter(None, (given, config.checkpoint, config.compare)):
-        policies.check_policy(config, path)
+        initial_policy.check_policy(config, path)
     if config.algorithm == "grpo":
-        own = policies.policy_document(given).get("executed") if given else policies.configured_model(config).horizon
+        own = (
+            initial_policy.policy_document(given).get("executed")
+            if given
+            else initial_policy.configured_model(config).horizon
+        )
         if own:  # else no policy of ours: loading it says so
             check_horizon(config, episode_steps(config), config.env.executed or own)
     if config.algorithm == "sft" or not (given or config.algorithm == "eval"):
-        shapes = policies.configured_model(config)
+        shapes = initial_policy.configured_model(config)
         if config.inputs.tokenizer:
-            policies.prompt_tokenizer(config, shapes)
+            initial_policy.prompt_tokenizer(config, shapes)
         if config.demos.dataset:
             _fitting(config, open_dataset(config.demos.dataset))
-    return policies.with_own_steps(config)
+    return initial_policy.with_own_steps(config)
 
 
 def make_mesh(config: Config) -> jax.sharding.Mesh:
@@ -126,7 +130,7 @@ def demonstrations_source(config: Config) -> dict[str, Any]:
         "task": config.task,
         "noise": config.demos.noise,
         "stride": config.demos.stride,
-        "chunk": policies.configured_model(config).horizon,
+        "chunk": initial_policy.configured_model(config).horizon,
         "cameras": list(config.env.cameras),
         "image_size": config.env.image_size,
         "horizon": config.env.horizon,
@@ -138,7 +142,7 @@ def demonstrations_source(config: Config) -> dict[str, Any]:
 
 
 def _fitting(config: Config, dataset: Dataset) -> Dataset:
-    shapes = policies.configured_model(config)
+    shapes = initial_policy.configured_model(config)
     horizon = shapes.horizon
     missing = [camera for camera in config.env.cameras if camera not in dataset.cameras]
     if missing:
@@ -165,7 +169,7 @@ def _check_widths(config: Config, dataset: Dataset) -> None:
     if config.eval.episodes:
         wanted, whose = widths(config), f"the environments of env.suite={config.env.suite}"
     elif config.init and config.init != RANDOM:
-        stats = policies.policy_document(config.init)["norm_stats"]
+        stats = initial_policy.policy_document(config.init)["norm_stats"]
         wanted, whose = {key: len(stats[key]["mean"]) for key in got}, f"the policy at {config.init}"
     else:
         return
@@ -192,7 +196,7 @@ def _successful_episodes(config: Config, journal: EpisodeJournal) -> Iterator[An
         noise=config.demos.noise,
         processes=config.env.workers,
         stride=config.demos.stride,
-        chunk=policies.configured_model(config).horizon,
+        chunk=initial_policy.configured_model(config).horizon,
         labels=config.demos.labels,
         options=kitchen_options(config),
     )
@@ -231,7 +235,9 @@ def supervised_policy(
             checkpoints.put_aside(config.sft.steps, error)
     return train_sft(
         # No name for the policy here: what SFT freezes in bfloat16 must not stay in memory in float32 too.
-        policies.given_policy(config, config.init, mesh) if config.init else policies.new_policy(config, dataset, mesh),
+        initial_policy.given_policy(config, config.init, mesh)
+        if config.init
+        else initial_policy.new_policy(config, dataset, mesh),
         dataset,
         config.sft,
         config.seed,

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from envs.base import Env
-from z1_jax.config import Config, ConfigError
+from z1_jax.config.schema import Config, ConfigError
 from z1_jax.data.normalize import NormStats
 
 _T = TypeVar("_T")

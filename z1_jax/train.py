@@ -13,26 +13,18 @@ from typing import Any
 import jax
 
 from envs.video import write_video
-from z1_jax import config as z1_config
-from z1_jax.command_line import parse_command_line
-from z1_jax.config import Config
+from z1_jax.config import schema as z1_config
+from z1_jax.config.command_line import parse_command_line
+from z1_jax.config.schema import Config
 from z1_jax.errors import UserError
 from z1_jax.evaluation import Evaluation, compare, evaluate, film, rate_sentence, sentence
 from z1_jax.files import hold
+from z1_jax.initial_policy import given_policy, untrained_policy
 from z1_jax.metrics import MetricsWriter, read_records
-from z1_jax.policies import given_policy, untrained_policy
 from z1_jax.policy import Policy
+from z1_jax.process import require_algorithm, run_main, start_jax
 from z1_jax.rl.loop import GrpoTrainer, train_grpo
-from z1_jax.runs import (
-    StageClock,
-    claim_policy,
-    conclude,
-    finished_sentence,
-    policy_identity,
-    require_algorithm,
-    run_main,
-    start_jax,
-)
+from z1_jax.run_dir import StageClock, claim_directory, claim_policy, conclude, finished_sentence, policy_identity
 from z1_jax.stages import (
     check_inputs,
     demonstrations,
@@ -53,7 +45,7 @@ def main(argv: Sequence[str]) -> int | None:
     start_jax()  # before a checkpoint is opened: that takes the device
     config = check_inputs(config)  # before anything is written
     mesh = make_mesh(config)
-    run_dir = z1_config.claim_directory(config)
+    run_dir = claim_directory(config)
     print(f"run directory {run_dir}", flush=True)
     if finished := finished_sentence(run_dir):
         print(f"already finished: {finished}")

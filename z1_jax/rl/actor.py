@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from z1_jax import distributed
-from z1_jax.config import FlowConfig
+from z1_jax.config.schema import FlowConfig
 from z1_jax.models.pi05 import cast_state
 from z1_jax.rl import flow
 from z1_jax.types import Observation, PrefixCache

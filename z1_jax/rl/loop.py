@@ -10,13 +10,13 @@ import numpy as np
 
 from envs.pool import EnvPool
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config import Config
+from z1_jax.config.schema import Config
 from z1_jax.interrupt import GracefulStop
 from z1_jax.metrics import MetricsWriter, Progress, read_records
 from z1_jax.policy import Policy
 from z1_jax.rl import diagnostics, rollout, selective
 from z1_jax.rl.trainer import GrpoTrainer
-from z1_jax.training import TrainState, restore
+from z1_jax.train_state import TrainState, restore
 
 _COLUMNS = {"success": ".1%", "groups/kept": ".0f", "ratio/max": ".3f", "clip_fraction": ".3f", "time/total": ".1f"}
 

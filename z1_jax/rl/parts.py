@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from z1_jax.config import OptimConfig
+from z1_jax.config.schema import OptimConfig
 from z1_jax.optim import init_optimizer, make_adamw
 from z1_jax.policy import named, unnamed
 

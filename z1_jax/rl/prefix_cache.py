@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from z1_jax import distributed
-from z1_jax.checks import stale_cache
+from z1_jax.config.checks import stale_cache
 from z1_jax.models.pi05 import Pi05Config
 from z1_jax.types import PrefixCache
 

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from envs.pool import EnvPool
-from z1_jax.checks import check_horizon
-from z1_jax.config import Config, ConfigError, UpdateConfig
+from z1_jax.config.checks import check_horizon
+from z1_jax.config.schema import Config, ConfigError, UpdateConfig
 from z1_jax.errors import UserError
 from z1_jax.evaluation import make_actor
 from z1_jax.models.pi05 import vlm_is_frozen
@@ -31,7 +31,7 @@ from z1_jax.rl.prefix_cache import (
 )
 from z1_jax.rl.schedules import scheduled
 from z1_jax.rl.update import Launched, NodeBatch, Updater, fetch, mini_batches
-from z1_jax.training import TrainState
+from z1_jax.train_state import TrainState
 
 GATES = {"float32": 1e-3, "bfloat16": 0.1}  # largest |ρ − 1| at the first update of an iteration
 

@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 
 from z1_jax import distributed
-from z1_jax.config import FlowConfig, UpdateConfig
+from z1_jax.config.schema import FlowConfig, UpdateConfig
 from z1_jax.rl import flow, loss
 from z1_jax.rl.parts import norms_by_part
 from z1_jax.rl.prefix_cache import AnyStore, put_taken

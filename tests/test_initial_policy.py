@@ -1,0 +1,144 @@
+import dataclasses
+import pathlib
+
+import pytest
+import tiny_policy as tiny
+
+from z1_jax import stages
+from z1_jax.checkpoint import Checkpoints
+from z1_jax.config.command_line import parse_command_line
+from z1_jax.config.schema import (
+    Config,
+    ConfigError,
+    DemosConfig,
+    EnvConfig,
+    EvalConfig,
+    FlowConfig,
+    InputsConfig,
+    ModelConfig,
+)
+from z1_jax.data.tokenizer import train_small_tokenizer
+from z1_jax.initial_policy import check_policy, given_policy, new_policy
+from z1_jax.models.presets import get_preset
+from z1_jax.run_dir import claim_directory
+from z1_jax.stages import demonstrations
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+WRIST = "robot0_eye_in_hand"
+
+
+def make_config(seed: int = 0, **demos: object) -> Config:
+    return Config(task="OpenDrawer", seed=seed, demos=DemosConfig(**{"episodes": 3, **demos}), env=EnvConfig(workers=0))
+
+
+def test_a_preset_of_another_size_than_the_policy_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    config = get_preset("mid", prompt_length=48)
+    document = {**tiny.policy().document(), "architecture": dataclasses.asdict(config)}
+    checkpoints.save(3, tiny.policy().parts(), document)
+    checkpoints.close()
+    given = Config(algorithm="eval", env=EnvConfig(cameras=(tiny.CAMERA,)))
+    for preset in ("kitchen", "mid"):  # the default gives way; the policy's own, with prompts of another length
+        check_policy(dataclasses.replace(given, model=ModelConfig(preset=preset)), str(tmp_path))
+    with pytest.raises(
+        ConfigError, match="model.preset: got pi05, whose vision is .* keeps its own, .*leave model.preset"
+    ):
+        check_policy(dataclasses.replace(given, model=ModelConfig(preset="pi05")), str(tmp_path))
+    with pytest.raises(ConfigError, match="model.dtype: got bfloat16; .* computes in float32 and keeps that: leave"):
+        check_policy(dataclasses.replace(given, model=ModelConfig(dtype="bfloat16")), str(tmp_path))
+
+
+def test_a_fresh_policy_sees_as_the_config_says(tmp_path, capsys):
+    config = make_config(episodes=1)
+    dataset = demonstrations(config, tmp_path / "data")
+    train_small_tokenizer(["open the drawer"], tmp_path / "own.model", vocab_size=480)
+    inputs = InputsConfig(
+        tokenizer=str(tmp_path / "own.model"), state_in_prompt=False, norm="z_score", slots=("none", WRIST)
+    )
+    config = dataclasses.replace(config, inputs=inputs, env=EnvConfig(workers=0, cameras=(WRIST,), image_size=32))
+    policy = new_policy(config, dataset, tiny.one_device())
+    seen = policy.processor
+    assert seen.tokenizer.model_bytes == (tmp_path / "own.model").read_bytes()
+    assert (seen.norm_mode, seen.state_in_prompt, seen.cameras) == ("z_score", False, (None, WRIST))
+    record = dataset.records([0])[0]
+    observation = seen.observation([record])
+    assert observation.images.shape == (1, 1, 64, 64, 3)  # frames of any size, one for each camera
+    assert observation.token_mask.sum() < 30  # no state
+    stats = dataset.stats["actions"]
+    expected = (record.actions - stats.mean) / (stats.std + 1e-6)
+    moving = ~stats.constant
+    got = seen.model_actions(record.actions)[..., : stats.dim]
+    assert abs(got - expected)[..., moving].max() < 1e-4
+
+
+def test_input_settings_that_a_policy_would_ignore_are_refused(tmp_path):
+    policy = tiny.policy()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, policy.parts(), policy.document())
+    checkpoints.close()
+    train_small_tokenizer(["dance"], tmp_path / "other.model")
+    config = Config(env=EnvConfig(cameras=(tiny.CAMERA,), image_size=tiny.PIXELS))
+    check_policy(config, str(tmp_path))
+    for key, value in (
+        ("norm", "z_score"),
+        ("state_in_prompt", False),
+        ("slots", ("none", tiny.CAMERA)),
+        ("tokenizer", str(tmp_path / "other.model")),
+    ):
+        with pytest.raises(ConfigError, match=f"inputs.{key}: got .* keeps it: leave inputs.{key} out"):
+            check_policy(dataclasses.replace(config, inputs=InputsConfig(**{key: value})), str(tmp_path))
+    check_policy(dataclasses.replace(config, inputs=InputsConfig(slots=(tiny.CAMERA,))), str(tmp_path))
+
+
+def stored(directory: pathlib.Path, step: int, **changes: object) -> str:
+    checkpoints = Checkpoints(directory)
+    checkpoints.save(step, tiny.policy().parts(), {**tiny.policy().document(), **changes})
+    checkpoints.close()
+    return str(directory)
+
+
+def test_a_policy_acts_with_as_many_denoising_steps_as_it_was_made_for(tmp_path):
+    ten = stored(tmp_path / "ten", 3, denoising_steps=10)
+    four = stored(tmp_path / "four", 3)
+    config = parse_command_line(
+        ["", f"--config={CONFIGS / 'eval.py'}", f"--config.checkpoint={ten}", f"--config.env.cameras={tiny.CAMERA}"]
+    )
+    assert config.flow.steps == 0 and stages.check_inputs(config).flow.steps == 10
+    assert given_policy(config, ten, tiny.one_device()).denoising_steps == 10
+    asked = dataclasses.replace(config, flow=FlowConfig(steps=6))
+    assert stages.check_inputs(asked) == asked
+    assert given_policy(asked, ten, tiny.one_device()).document()["denoising_steps"] == 6
+    two = dataclasses.replace(config, compare=four)
+    with pytest.raises(ConfigError, match="flow.steps: got 0, but .*/ten acts with 10 and .*/four acts with 4: give"):
+        stages.check_inputs(two)
+
+
+def test_a_policy_of_other_environments_is_refused(tmp_path):
+    narrow = {"mean": [0.0] * 7, "std": [1.0] * 7, "q01": [-1.0] * 7, "q99": [1.0] * 7}
+    path = stored(tmp_path, 3, norm_stats={**tiny.policy().document()["norm_stats"], "actions": narrow})
+    config = Config(algorithm="eval", env=EnvConfig(cameras=(tiny.CAMERA,)))
+    with pytest.raises(ConfigError, match="kitchen has actions of width 12, the policy .* of width 7"):
+        check_policy(config, path)
+    check_policy(dataclasses.replace(config, eval=EvalConfig(episodes=0)), path)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_run_keeps_to_the_checkpoint_that_it_began_with(relative, tmp_path, monkeypatch):
+    """Also where the run that `init` names goes on and adds others."""
+    monkeypatch.chdir(tmp_path)
+    given = "other" if relative else str(tmp_path / "other")
+    sft = tmp_path / "other" / "checkpoints" / "sft"
+    stored(sft, 3)
+    env, model = EnvConfig(cameras=(tiny.CAMERA,)), ModelConfig()
+    config = Config(init=given, env=env, model=model, run_dir=str(tmp_path / "mine"))
+    began = stages.check_inputs(config)
+    assert began.init == f"{given}/checkpoints/sft/3"
+    claim_directory(began)
+    stored(sft, 4)
+    assert stages.check_inputs(config) == began
+    assert stages.check_inputs(dataclasses.replace(config, init=began.init)) == began
+    fresh = dataclasses.replace(config, run_dir=str(tmp_path / "another"))
+    assert stages.check_inputs(fresh).init == f"{given}/checkpoints/sft/4"
+    elsewhere = dataclasses.replace(config, init=f"{given}/checkpoints/sft/4")
+    with pytest.raises(ConfigError, match="belongs to another config .init is"):
+        claim_directory(stages.check_inputs(elsewhere))

@@ -1,0 +1,121 @@
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from z1_jax import run_dir
+from z1_jax.config.command_line import parse_command_line
+from z1_jax.config.schema import Config, flat
+from z1_jax.data.journal import EpisodeJournal
+from z1_jax.errors import UserError
+from z1_jax.files import hold
+from z1_jax.run_dir import claim_directory
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_a_killed_stage_has_noted_its_time_and_a_later_one_adds_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_dir, "_CLOCK_S", 0.05)
+    path = tmp_path / "wall_seconds.json"
+    with run_dir.StageClock(path).stage("sft"):
+        time.sleep(0.5)
+        noted = json.loads(path.read_text())["sft"]  # what a kill at this moment would leave
+        killed = path.read_text()
+    assert 0.2 < noted <= json.loads(path.read_text())["sft"]
+    path.write_text(killed)
+    clock = run_dir.StageClock(path)
+    began = time.perf_counter()
+    with clock.stage("sft"):
+        time.sleep(0.1)
+    took = time.perf_counter() - began
+    assert noted + 0.1 <= clock.seconds["sft"] <= noted + took
+    assert json.loads(path.read_text()) == clock.seconds
+
+
+def run(code: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, **options)
+
+
+def test_one_process_at_a_time_on_a_run_directory(tmp_path):
+    hold(tmp_path)
+    hold(tmp_path)  # this one has it
+    code = (
+        "import pathlib as p; from z1_jax import files, process; process.run_main(lambda _: files.hold(p.Path({!r})))"  # noqa: E501
+    )
+    code = code.format(str(tmp_path))
+    other = run(code)
+    assert other.returncode == 2
+    assert (
+        other.stderr == f"error: {tmp_path} is in use by process {os.getpid()}: wait until it ends, or stop it first\n"
+    )
+    mine = tmp_path / "another"
+    mine.mkdir()
+    code = code.replace(str(tmp_path), str(mine))
+    assert [run(code).returncode for _ in range(2)] == [0, 0]  # free again when its process has ended
+    shutil.rmtree(mine)
+    mine.mkdir()
+    hold(mine)
+
+
+def test_a_collection_is_one_process_too(tmp_path):
+    with EpisodeJournal(tmp_path / "journal", {"task": "x"}) as journal, pytest.raises(UserError, match="is in use by"):
+        EpisodeJournal(journal.path, {"task": "x"})
+    EpisodeJournal(tmp_path / "journal", {"task": "x"}).close()
+
+
+WRITE = (
+    "from z1_jax import process; process.run_main(lambda argv: [print('─' * 9, flush=True) for _ in range(10**6)][:0])"
+)
+
+
+def test_output_that_nobody_reads_ends_in_one_line():
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITE], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read().count("\n") == 1 and process.wait() == 141
+
+
+@pytest.mark.parametrize("shell", ["PYTHONIOENCODING=latin-1 {}", "{} >&-"])
+def test_output_that_cannot_show_everything_or_is_closed(shell):
+    code = "from z1_jax import process; process.run_main(lambda argv: print('─ done'))"
+    command = shell.format(f'"{sys.executable}" -c "{code}"')
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout in ("? done\n", "")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("~nosuchuser/x", "home directory that does not exist"),
+        ("x" * 300, "File name too long"),
+        ("a[1]", "[ or ] in a name, where no checkpoint can be kept"),
+    ],
+)
+def test_paths_that_cannot_be_are_one_line(path, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as told:
+        claim_directory(Config(run_dir=path))
+    assert message in str(told.value) and "\n" not in str(told.value) and not list(tmp_path.iterdir())
+
+
+def test_a_report_that_a_kill_prevented_is_written_later(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps({"sentence": "It did."}))
+    assert run_dir.finished_sentence(tmp_path) == "It did." and (tmp_path / "report.html").exists()
+    assert run_dir.finished_sentence(tmp_path / "elsewhere") is None
+
+
+def test_help_shows_every_key_and_its_value(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_command_line(["", f"--config={ROOT / 'configs' / 'grpo.py'}:carry", "--help"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and "--config.demos.episodes=1500\n" in out
+    assert out.count("--config.") == len(flat(Config())) + 1
+    with pytest.raises(SystemExit):
+        parse_command_line(["", "-h"])

@@ -1,0 +1,1 @@
+"""Demonstrations → a dataset: the expert's, or those of others."""

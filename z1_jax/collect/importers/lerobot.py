@@ -1,0 +1,211 @@
+"""LeRobot directories: v2.0 and v2.1 (a file an episode), v3.0 (many episodes a file), with videos or images.
+
+RoboCasa v1.0 is v2.1 with `meta/modality.json`, whose parts are put into raw order; without it columns stay as stored.
+"""
+
+from __future__ import annotations
+
+import io
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from z1_jax.collect.importers import orders
+from z1_jax.collect.importers.base import BadData, EpisodeRef, RawEpisode, check_length, checksum, need
+from z1_jax.collect.importers.lerobot_meta import Entry, Meta, read_meta
+from z1_jax.collect.importers.video import read_frames
+from z1_jax.errors import UserError, first_line
+
+STATE, ACTION = "observation.state", "action"
+_TASK, _DESCRIPTION = "task_index", "annotation.human.task_description"  # columns: indices into the table of tasks
+_COLOURS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # Pillow's modes of 8 bits a colour or less
+_STAMP_TOLERANCE = 0.1  # of a frame: time stamps are float32
+
+
+class LeRobotDirectory:
+    """One LeRobot dataset (see `Source`).
+
+    Args:
+        split: a name under `splits` of meta/info.json; empty: all episodes.
+
+    Raises:
+        BadData: the tables cannot be read, or the dataset has no episodes.
+        UserError: pyarrow is not installed, or there is no such split.
+    """
+
+    def __init__(self, path: pathlib.Path, split: str = ""):
+        self.path = path
+        self._meta: Meta = read_meta(path)
+        self.flaws = self._meta.flaws
+        self.fps: float | None = self._meta.fps
+        self._entries = {entry.index: entry for entry in self._split(split)}
+        self.episodes = tuple(
+            EpisodeRef(e.index, f"episode {e.index}", self._meta.task or (e.tasks[0] if e.tasks else ""))
+            for e in self._entries.values()
+        )
+        if not self.episodes:
+            raise BadData(next(iter(self.flaws), f"{path} lists no episodes; expected at least one in {path}/meta"))
+        self._camera_keys = self._meta.camera_keys()
+        self.cameras = tuple(self._camera_keys)
+        self.action_dim, self.state_dim = self._width(ACTION), self._width(STATE)
+        self._action_columns = self._columns("action", orders.ACTION_PARTS, ACTION, self.action_dim)
+        self._state_columns = self._columns("state", orders.STATE_PARTS, STATE, self.state_dim)
+        depth = self._meta.depth_keys()
+        self.order = ", ".join(
+            f"{name} {'in raw order by meta/modality.json' if found is not None else 'in the order that is stored'}"
+            for name, found in (("actions", self._action_columns), ("state", self._state_columns))
+        )
+        self.order += f"; depth is left out: {', '.join(depth)}" * bool(depth)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "format": "lerobot",
+            "version": self._meta.version,
+            "sha256_of_tables": checksum(self._meta.tables),
+            "episodes": len(self.episodes),
+            "frames": sum(entry.length for entry in self._entries.values()),
+        }
+
+    def read(self, episode: EpisodeRef, cameras: Sequence[str], stride: int) -> RawEpisode:
+        """See `Source`."""
+        entry = self._entries[episode.number]
+        path = self.path / self._meta.data_file(entry)
+        where = f"{path}, {episode.name}"
+        rows = self._rows(path, where, entry)
+        actions, state = self._array(rows, ACTION, where), self._array(rows, STATE, where)
+        if not len(actions):
+            raise BadData(
+                f"{where} is empty: no row has its episode_index, the table of episodes tells of {entry.length} steps"
+            )
+        check_length(where, "the table of episodes", entry.length, len(actions))
+        first_s = self._first_stamp(rows, where)
+        images = {}
+        for camera in cameras:
+            key = self._camera_keys[camera]
+            if self._meta.features[key]["dtype"] == "video":
+                video, start_s = self._meta.video_file(entry, key)
+                if not video:
+                    raise BadData(f"{self.path}/meta/info.json has no video_path, yet {key} is a video")
+                images[camera] = read_frames(
+                    self.path / video,
+                    f"{self.path}, {episode.name}",
+                    self._meta.fps,
+                    len(actions),
+                    stride,
+                    start_s + first_s,
+                )
+            else:
+                images[camera] = self._stored_images(rows, key, where)[::stride]
+        return RawEpisode(
+            images,
+            state if self._state_columns is None else state[:, self._state_columns],
+            actions if self._action_columns is None else actions[:, self._action_columns],
+            self._instruction(rows, where),
+        )
+
+    def _rows(self, path: pathlib.Path, where: str, entry: Entry) -> Any:
+        parquet = need("pyarrow.parquet", "pyarrow", self.path)
+        if not path.is_file():
+            raise BadData(f"{where}: the file is missing; the dataset is half written or half copied: get it anew")
+        try:
+            present = set(parquet.read_schema(path).names)
+            stored = [key for key, f in self._meta.features.items() if f["dtype"] != "video" and key in present]
+            return parquet.read_table(path, columns=stored, filters=[("episode_index", "==", entry.index)])
+        except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are ValueErrors and OSErrors
+            raise BadData(f"{where} cannot be read ({first_line(error)}); get it anew") from None
+
+    def _array(self, rows: Any, key: str, where: str) -> np.ndarray:
+        """A column of vectors [N, width], float64."""
+        if key not in rows.column_names:
+            raise BadData(f"{where} has no column {key}; expected it, as meta/info.json says")
+        values = rows.column(key).to_pylist()
+        expected = self._width(key)
+        if any(value is None for value in values):
+            raise BadData(f"{where}: {key} holds values that are no numbers")
+        vectors = [value if isinstance(value, list) else [value] for value in values]
+        wrong = {len(vector) for vector in vectors} - {expected}
+        if wrong:
+            raise BadData(f"{where}: {key} has width {sorted(wrong)[0]}, expected {expected} as in meta/info.json")
+        try:
+            return np.array(vectors, np.float64).reshape(len(vectors), expected)
+        except (TypeError, ValueError):
+            raise BadData(f"{where}: {key} holds values that are no numbers") from None
+
+    def _first_stamp(self, rows: Any, where: str) -> float:
+        """Seconds from where the episode's video begins to its first frame; LeRobot finds frames by time stamps."""
+        if "timestamp" not in rows.column_names:
+            return 0.0
+        stamps = np.array(rows.column("timestamp").to_pylist(), np.float64).ravel()
+        if not np.isfinite(stamps).all() or stamps[0] < -_STAMP_TOLERANCE / self._meta.fps:
+            raise BadData(f"{where}: the first time stamp is {stamps[0]:g} s, or one is none; expected 0 s or later")
+        if len(stamps) < 2:
+            return float(stamps[0])
+        steps = np.diff(stamps)
+        if np.abs(steps - 1 / self._meta.fps).max() > _STAMP_TOLERANCE / self._meta.fps:
+            worst = steps[np.argmax(np.abs(steps - 1 / self._meta.fps))]
+            raise BadData(
+                f"{where}: time stamps {worst:.4g} s apart, expected {1 / self._meta.fps:.4g} s at the "
+                f"{self._meta.fps:g} frames a second of meta/info.json"
+            )
+        return float(stamps[0])
+
+    def _stored_images(self, rows: Any, key: str, where: str) -> np.ndarray:
+        if key not in rows.column_names:
+            raise BadData(f"{where} has no images in column {key}; expected them, as meta/info.json says")
+        try:
+            frames = []
+            for value in rows.column(key).to_pylist():
+                data = value["bytes"] if value["bytes"] else (self.path / value["path"]).read_bytes()
+                image = Image.open(io.BytesIO(data))
+                if image.mode not in _COLOURS:
+                    raise ValueError(f"mode {image.mode} is no picture of 8 bits a colour; depth cannot be imported")
+                frames.append(np.asarray(image.convert("RGB")))
+            return np.stack(frames)
+        except (OSError, TypeError, KeyError, ValueError) as error:
+            raise BadData(f"{where}: an image of {key} cannot be read ({first_line(error)}); get it anew") from None
+
+    def _instruction(self, rows: Any, where: str) -> str:
+        """The text of the one task that the rows name."""
+        column = _DESCRIPTION if _DESCRIPTION in rows.column_names else _TASK
+        if column not in rows.column_names:
+            raise BadData(f"{where} has no column {_TASK}; expected the index of its instruction")
+        found = {v[0] if isinstance(v, list) else v for v in rows.column(column).to_pylist()}
+        if len(found) != 1 or not found <= set(self._meta.tasks):
+            raise BadData(
+                f"{where}: {column} is {sorted(found, key=str)[:5]}, expected one of the {len(self._meta.tasks)} tasks "
+                "for the whole episode"
+            )
+        text = self._meta.tasks[found.pop()]
+        if not isinstance(text, str):
+            raise BadData(f"{where} has no instruction; the table of tasks has {text!r} for it, expected a text")
+        return text
+
+    def _columns(self, section: str, parts: orders.Parts, key: str, width: int) -> np.ndarray | None:
+        named = self._meta.modality.get(section)
+        try:
+            return None if named is None else orders.columns(named, parts, width, key)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadData(f"{self.path}/meta/modality.json, {section}: {first_line(error)}") from None
+
+    def _width(self, key: str) -> int:
+        try:
+            return int(np.prod(self._meta.features[key]["shape"]))
+        except (KeyError, TypeError, ValueError):
+            known = ", ".join(self._meta.features)
+            raise BadData(f"{self.path}/meta/info.json has no feature {key}; it has {known}") from None
+
+    def _split(self, split: str) -> Sequence[Entry]:
+        if not split:
+            return self._meta.entries
+        bounds = self._meta.splits.get(split)
+        if bounds is None:
+            known = ", ".join(self._meta.splits) or "none"
+            raise UserError(f"option --split: {self.path} has no split {split!r}; it has {known}")
+        first, _, end = str(bounds).partition(":")
+        if not (first.isdigit() and end.isdigit()):
+            raise BadData(f"{self.path}/meta/info.json: split {split!r} is {bounds!r}, expected numbers first:end")
+        return [entry for entry in self._meta.entries if int(first) <= entry.index < int(end)]

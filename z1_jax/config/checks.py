@@ -1,0 +1,370 @@
+"""Every check that a config must pass: types, choices, ranges, what fits together, and what would have no effect."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from z1_jax.config.schema import RANDOM, Config, ConfigError, LoraConfig, SelectiveConfig, build, flat
+
+_FIXED_SCOPES = ("expert", "joint", "lora", "everything")
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "algorithm": ("grpo", "sft", "eval"),
+    "env.suite": ("kitchen", "robocasa"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+    "model.attention": ("einsum", "xla", "cudnn"),
+    "sft.scope": _FIXED_SCOPES,
+    "inputs.norm": ("quantile", "z_score"),
+    "sft.loss_dims": ("all", "real"),
+    "sft.optim.name": ("adamw", "muon"),
+    "sft.optim.schedule": ("cosine", "constant"),
+    "update.optim.schedule": ("cosine", "constant"),
+    "demos.labels": ("recorded", "undisturbed"),
+    "group.branching": ("none", "prefix", "tree"),
+    "group.prefix_schedule": ("constant", "linear", "cosine"),
+    "flow.noise_schedule": ("constant", "linear", "cosine"),
+    "flow.sde_steps": ("all", "one"),
+    "flow.last_step": ("sde", "ode"),
+    "flow.logprob_reduce": ("sum", "mean"),
+    "flow.logprob_coords": ("executed", "horizon"),
+    "reward.kind": ("decay", "penalty", "sparse"),
+    "reward.std": ("population", "sample", "none"),
+    "reward.filter_on": ("return", "success"),
+    "update.prefix_cache": ("auto", "device", "host", "recompute"),
+    "train.scope": (*_FIXED_SCOPES, "auto"),
+    "selective.then": ("joint", "lora", "everything"),
+}
+
+# key: (lowest, highest) allowed, both included; None: no bound.
+_RANGES: dict[str, tuple[float | None, float | None]] = {
+    "seed": (0, 9_999),
+    "env.image_size": (14, 1024),
+    "env.horizon": (0, None),
+    "env.executed": (0, None),
+    "env.parallel": (1, 4096),
+    "env.workers": (0, 512),
+    "env.timeout_s": (0.1, 86_400.0),
+    "demos.episodes": (1, 50_000),
+    "demos.noise": (0.0, 1.0),
+    "demos.stride": (1, None),
+    "sft.steps": (1, None),
+    "sft.batch_size": (1, None),
+    "sft.flows": (1, None),
+    "sft.checkpoint_every": (1, None),
+    "sft.ema": (0.0, 0.99999),
+    "lora.vlm_rank": (0, 1024),
+    "lora.vlm_alpha": (1e-6, 1e6),
+    "lora.expert_rank": (0, 1024),
+    "lora.expert_alpha": (1e-6, 1e6),
+    "group.count": (1, 9_999),
+    "group.size": (2, 1024),
+    "group.prefix_chunks": (0, None),
+    "group.prefix_chunks_end": (0, None),
+    "flow.steps": (0, 1000),
+    "flow.noise_level": (1e-6, 10.0),
+    "flow.noise_level_end": (1e-6, 10.0),
+    "reward.discount": (1e-3, 1.0),
+    "reward.penalty": (0.0, 1.0),
+    "reward.keep_low": (-10.0, 1.0),  # a penalty's returns may be negative
+    "reward.keep_high": (-10.0, 1.0),
+    "update.epochs": (1, None),
+    "update.batch_size": (1, None),
+    "update.micro_batch": (1, None),
+    "update.clip_low": (0.0, 1.0),
+    "update.clip_high": (0.0, None),
+    "update.ratio_gate": (0.0, None),
+    "update.ratio_max": (0.0, None),
+    "update.kl_coef": (0.0, None),
+    "update.vlm_lr_factor": (1e-6, 1e3),
+    "train.iterations": (1, 9_999),
+    "train.checkpoint_every": (1, None),
+    "train.stop_window": (1, None),
+    "train.stop_success": (0.0, None),
+    "selective.iterations": (3, 9_998),
+    "selective.confidence": (0.5, 0.9999),
+    "selective.enough": (0.0, 1.01),
+    "eval.episodes": (0, 100_000),
+    "eval.first_seed": (900_000_000, 2**31 - 1_000_000),
+    "eval.noise_seed": (0, 2**31 - 1),
+    "eval.confidence": (0.5, 0.9999),
+    "eval.videos": (0, 64),
+    "eval.video_size": (16, 1024),
+    "mesh.data": (-1, None),
+    "mesh.fsdp": (1, None),
+    "mesh.tensor": (1, None),
+    "log.every": (1, None),
+    "sft.optim.muon_rms": (1e-6, 100.0),
+    **{
+        f"{part}.{key}": bounds
+        for part in ("sft.optim", "update.optim")
+        for key, bounds in {
+            "lr": (1e-12, 1.0),
+            "lr_end": (0.0, 1.0),
+            "warmup_steps": (0, None),
+            "b1": (0.0, 0.99999),
+            "b2": (0.0, 0.99999),
+            "eps": (0.0, 1.0),
+            "weight_decay": (0.0, 1.0),
+            "clip_norm": (1e-9, None),
+        }.items()
+    },
+}
+
+
+def checked(values: dict[str, Any]) -> Config:
+    """Checks nested values and freezes them.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type or out of range, or values that do not fit together.
+    """
+    built = build(Config, values)
+    check(built)
+    return built
+
+
+def check(config: Config) -> None:
+    """Refuses values out of range and combinations that cannot work.
+
+    Raises:
+        ConfigError: one line.
+    """
+    values = flat(config)
+    for key, choices in _CHOICES.items():
+        if values[key] not in choices:
+            raise ConfigError(f"config key {key}: got {values[key]!r}, expected one of {', '.join(choices)}")
+    for key, (low, high) in _RANGES.items():
+        value = values[key]
+        if not ((low is None or value >= low) and (high is None or value <= high)):
+            bounds = f"at least {low}" if high is None else f"{low} … {high}"
+            raise ConfigError(f"config key {key}: got {value}, expected {bounds}")
+    _check_combinations(config)
+
+
+def _check_combinations(config: Config) -> None:
+    group, env = config.group, config.env
+    size = group.size
+    if group.branching == "tree" and size & (size - 1):
+        raise ConfigError(f"config key group.size: got {size} with branching=tree, expected a power of two (4, 8, 16…)")
+    if env.parallel % size and config.algorithm == "grpo":
+        raise ConfigError(f"config key env.parallel: got {env.parallel}, expected a multiple of group.size = {size}")
+    if config.update.batch_size % config.update.micro_batch:
+        raise ConfigError(
+            f"config key update.batch_size: got {config.update.batch_size}, "
+            f"expected a multiple of update.micro_batch = {config.update.micro_batch}"
+        )
+    if config.reward.keep_low > config.reward.keep_high:
+        raise ConfigError(
+            f"config key reward.keep_low: got {config.reward.keep_low}, "
+            f"expected at most reward.keep_high = {config.reward.keep_high}"
+        )
+    given = config.algorithm == "eval" or config.init not in ("", RANDOM)
+    if config.flow.steps < 2 and not (given and config.flow.steps == 0):
+        raise ConfigError(
+            f"config key flow.steps: got {config.flow.steps}, expected 2 … 1000"
+            + ", or 0 for those that the given policy acts with" * given
+        )
+    if group.branching == "none" and (group.prefix_chunks or group.prefix_chunks_end):
+        raise ConfigError(
+            "config key group.prefix_chunks: branching=none shares no prefix, "
+            f"got {group.prefix_chunks} → {group.prefix_chunks_end}, expected 0 → 0"
+        )
+    _check_scopes(config)
+    if _trains_sft(config):
+        _check_inert(config, _INERT_SFT)
+    if config.algorithm == "grpo":
+        _check_switches(config)
+    _check_slots(config)
+    _check_suite(config)
+    if config.mesh.data == 0:
+        raise ConfigError("config key mesh.data: got 0, expected a number of devices, or -1 for all that are left")
+    if not config.eval.episodes and not (config.algorithm == "sft" and config.demos.dataset):
+        raise ConfigError(
+            "config key eval.episodes: got 0, expected at least 1; 0 is for algorithm=sft with a demos.dataset, which "
+            "then trains without simulating"
+        )
+    if config.algorithm == "eval" and not config.checkpoint:
+        raise ConfigError("config key checkpoint: got '', expected a run directory or a checkpoint to evaluate")
+
+
+# Keys that only one suite knows.
+_OWN_KEYS: dict[str, tuple[str, ...]] = {
+    "kitchen": ("env.layouts", "env.styles"),
+    "robocasa": ("env.version", "env.standins", "env.scenes", "eval.scenes", "eval.objects"),
+}
+
+
+def _check_suite(config: Config) -> None:
+    """Refuses keys of another suite, and a start that the suite does not offer."""
+    values, default = flat(config), flat(Config())
+    for suite, keys in _OWN_KEYS.items():
+        for key in keys:
+            if suite != config.env.suite and values[key] != default[key]:
+                raise ConfigError(
+                    f"config key {key}: got {values[key]}, which only env.suite={suite} has; leave it out, or change "
+                    f"env.suite={config.env.suite}"
+                )
+    if config.init == RANDOM and config.algorithm != "grpo":
+        raise ConfigError(f"config key init: got random with algorithm={config.algorithm}, expected grpo")
+    if config.env.suite != "robocasa":
+        return
+    for key in ("env.scenes", "eval.scenes", "eval.objects"):
+        if not values[key]:
+            raise ConfigError(f"config key {key}: got nothing, expected e.g. {_EXAMPLES[key]} with env.suite=robocasa")
+    if len(config.env.objects) != 1:
+        raise ConfigError(f"config key env.objects: got {', '.join(config.env.objects)}, expected one split")
+    if config.algorithm != "eval" and not (config.demos.dataset or config.init and config.algorithm == "grpo"):
+        raise ConfigError(
+            "config key demos.dataset: got '', but RoboCasa has no scripted expert; expected a dataset of its public "
+            "demonstrations (python -m z1_jax.collect --from=…), or for grpo a policy in init"
+        )
+
+
+_EXAMPLES = {"env.scenes": "training", "eval.scenes": "evaluation", "eval.objects": "heldout"}
+
+
+def _trains_sft(config: Config) -> bool:
+    return config.algorithm == "sft" or (config.algorithm == "grpo" and not config.init)
+
+
+def _check_scopes(config: Config) -> None:
+    """Scopes that would train nothing sensible, and adapters that nobody uses."""
+    trains_sft = _trains_sft(config)
+    scopes = [config.sft.scope] * trains_sft
+    if config.algorithm == "grpo":
+        scopes.append(config.selective.then if config.train.scope == "auto" else config.train.scope)
+    if trains_sft and not config.init and config.sft.scope in ("expert", "lora"):
+        raise ConfigError(
+            f"config key sft.scope: got {config.sft.scope} for a fresh policy, whose frozen part would stay random; "
+            "expected everything or joint, or sft from a policy that is there (algorithm=sft with init)"
+        )
+    lora = config.lora
+    if "lora" in scopes and not (lora.vlm_rank or lora.expert_rank):
+        raise ConfigError("config key lora.vlm_rank: got 0, and lora.expert_rank is 0 too; expected one above 0")
+    for key, value in flat(lora, "lora.").items():
+        if value != flat(LoraConfig(), "lora.")[key] and "lora" not in scopes and config.algorithm != "eval":
+            raise ConfigError(
+                f"config key {key}: got {value}, but no scope of this run is lora; set train.scope or sft.scope to it"
+            )
+    if config.model.attention == "cudnn" and config.model.dtype != "bfloat16":
+        raise ConfigError("config key model.attention: cudnn computes in bfloat16 only; set model.dtype=bfloat16")
+
+
+# Where a key has no effect it must keep its default: nothing that was asked for is ignored in silence.
+# (key, the key that decides, values of that key under which the first has no effect)
+_INERT_SFT: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
+    ("sft.optim.lr_end", "sft.optim.schedule", ("constant",)),
+    ("sft.optim.muon_rms", "sft.optim.name", ("adamw",)),
+)
+_INERT: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
+    ("group.prefix_schedule", "group.branching", ("none",)),
+    ("group.prefix_chunks_end", "group.prefix_schedule", ("constant",)),
+    ("flow.noise_level_end", "flow.noise_schedule", ("constant",)),
+    ("reward.discount", "reward.kind", ("penalty", "sparse")),
+    ("reward.penalty", "reward.kind", ("decay", "sparse")),
+    ("reward.filter_on", "reward.kind", ("sparse",)),
+    ("update.optim.lr_end", "update.optim.schedule", ("constant",)),
+    ("update.vlm_lr_factor", "train.scope", ("expert",)),
+    *((f"selective.{f.name}", "train.scope", _FIXED_SCOPES) for f in dataclasses.fields(SelectiveConfig)),
+)
+
+
+def _check_inert(config: Config, rows: tuple[tuple[str, str, tuple[Any, ...]], ...]) -> None:
+    values, default = flat(config), flat(Config())
+    for key, by, without in rows:
+        if values[by] in without and values[key] != default[key]:
+            raise ConfigError(
+                f"config key {key}: got {values[key]}, which has no effect with {by}={values[by]}; "
+                f"leave it at {default[key]} or change {by}"
+            )
+
+
+def _check_switches(config: Config) -> None:
+    _check_inert(config, _INERT)
+    update, scope = config.update, config.train.scope
+    if 0.0 < update.ratio_max <= 1.0:
+        raise ConfigError(
+            f"config key update.ratio_max: got {update.ratio_max}, expected 0 for no dual clip, or more than 1"
+        )
+    if scope == "auto" and config.selective.iterations >= config.train.iterations:
+        raise ConfigError(
+            f"config key selective.iterations: got {config.selective.iterations}, expected less than "
+            f"train.iterations = {config.train.iterations}, so that something is left to train after the decision; "
+            "or train.scope=expert"
+        )
+    trains_vlm = scope in ("joint", "everything", "auto") or (scope == "lora" and config.lora.vlm_rank > 0)
+    if update.prefix_cache in ("device", "host") and trains_vlm:
+        raise stale_cache(update.prefix_cache, scope)
+    if scope == "auto" and config.selective.then == "lora" and config.lora.expert_rank:
+        raise ConfigError(
+            f"config key lora.expert_rank: got {config.lora.expert_rank} with selective.then=lora, where the expert "
+            "goes on being trained whole; expected 0"
+        )
+
+
+# Sections of the RL; of flow only the number of steps matters without it.
+_RL = ("group.", "reward.", "update.", "train.", "selective.", "flow.")
+
+
+def check_given(config: Config, keys: Iterable[str]) -> None:
+    """Refuses keys that were given on the command line and have no effect on what the command does.
+
+    A config file's presets hold the keys of all stages; who gives one means it to count.
+
+    Raises:
+        ConfigError: one line.
+    """
+    films = ("eval.video",)  # eval.videos and eval.video_size
+    if config.algorithm == "eval":
+        unused = (*_RL, *films, "sft.", "demos.", "lora.", "log.", "init", "seed")
+        why = "algorithm=eval trains, draws and films nothing"
+    elif config.algorithm == "sft":
+        unused, why = (*_RL, *films, "checkpoint", "compare"), "algorithm=sft neither trains by RL, compares nor films"
+    elif config.init:
+        unused, why = ("sft.", "demos.", "checkpoint", "compare"), "RL starts from init, without demonstrations and SFT"
+    else:
+        unused, why = ("checkpoint", "compare"), "algorithm=grpo makes its own policy, or starts from init"
+    for key in keys:
+        if key.startswith(unused) and key != "flow.steps":
+            raise ConfigError(f"config key {key}: it has no effect, {why}; leave it out")
+
+
+def stale_cache(placement: str, scope: str) -> ConfigError:
+    """The refusal of a prefix cache where updates move what it was computed with."""
+    return ConfigError(
+        f"config key update.prefix_cache: got {placement} with train.scope={scope}, which trains the VLM: its keys and "
+        "values would be stale after the first update; expected auto or recompute"
+    )
+
+
+def check_horizon(config: Config, control_steps: int, executed: int) -> None:
+    """Refuses a prefix that leaves nothing of the episode to compare.
+
+    Args:
+        control_steps: of an episode of the task; executed: E, of a chunk.
+    Raises:
+        ConfigError: one line.
+    """
+    chunks = -(-control_steps // executed)
+    group = config.group
+    ends = {"group.prefix_chunks": group.prefix_chunks}
+    if group.prefix_schedule != "constant":
+        ends["group.prefix_chunks_end"] = group.prefix_chunks_end
+    for key, prefix in ends.items():
+        if prefix >= chunks:
+            raise ConfigError(
+                f"config key {key}: got {prefix}, but an episode of {control_steps} steps has {chunks} chunks of "
+                f"{executed}: expected at most {chunks - 1}, so that the members part before it ends"
+            )
+
+
+def _check_slots(config: Config) -> None:
+    """Every camera that is rendered is seen, in one slot."""
+    named = [camera for camera in config.inputs.slots if camera != "none"]
+    if config.inputs.slots and sorted(named) != sorted(config.env.cameras):
+        raise ConfigError(
+            f"config key inputs.slots: got {', '.join(config.inputs.slots)}, "
+            f"expected each of env.cameras = {', '.join(config.env.cameras)} once, and none for a missing camera"
+        )

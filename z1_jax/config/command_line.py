@@ -1,0 +1,116 @@
+"""Reads the command line: a config file and overrides of its keys, or the options of a command without a config.
+
+A user's mistake raises ConfigError: one line that names the key, what was given and what is allowed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from z1_jax.config.checks import check_given, checked
+from z1_jax.config.schema import Config, ConfigError, flat
+
+
+def parse_command_line(argv: Sequence[str]) -> Config:
+    """Reads `--config=FILE[:PRESET]` and any `--config.key=value`.
+
+    config_flags reports a mistake as a page of traceback; these few lines report it as one.
+
+    Raises:
+        ConfigError: a missing file, an unknown preset, key or flag, or a value of the wrong type: one line.
+    """
+    asked = [argument for argument in argv[1:] if argument not in ("-h", "--help")]
+    if len(asked) < len(argv) - 1:
+        _help(asked)
+    given = [argument.removeprefix("--config=") for argument in argv[1:] if argument.startswith("--config=")]
+    if len(given) != 1:
+        raise ConfigError(f"got {len(given)} configs, expected one --config=configs/FILE.py[:PRESET]")
+    values = _load(given[0])
+    known, keys = flat(Config()), []
+    for argument in argv[1:]:
+        if argument.startswith("--config="):
+            continue
+        key, equals, text = argument.removeprefix("--config.").partition("=")
+        if not argument.startswith("--config.") or not equals:
+            raise ConfigError(f"argument {argument!r} is not understood, expected --config.key=value")
+        if key not in known:
+            raise ConfigError(f"config key {key} does not exist{_suggestion(key, known)}")
+        keys.append(key)
+        *sections, leaf = key.split(".")
+        node = values
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = _parse_value(key, text, known[key])
+    config = checked(values)
+    check_given(config, keys)
+    return config
+
+
+def _help(argv: Sequence[str]) -> NoReturn:
+    """Prints the usage, and of a config file its keys and values; ends the process."""
+    print("usage: python -m z1_jax.COMMAND --config=configs/FILE.py[:PRESET] [--config.KEY=VALUE ...]")
+    file = next((argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")), None)
+    if file is None:
+        print("with --config=… and --help: its keys and their values; what they mean stands in z1_jax/config/schema.py")
+    else:
+        for key, value in flat(checked(_load(file))).items():
+            print(f"  --config.{key}={','.join(value) if isinstance(value, tuple) else value}")
+    raise SystemExit(0)
+
+
+class Parser(argparse.ArgumentParser):
+    """Options of a command that takes no config. A mistake raises ConfigError instead of printing the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} ({self.prog} --help shows what there is)")
+
+
+def _suggestion(key: str, known: dict[str, Any]) -> str:
+    close = difflib.get_close_matches(key, known, n=1) or [k for k in known if k.endswith("." + key)][:1]
+    return (
+        f"; did you mean {close[0]}?"
+        if close
+        else f"; sections: {', '.join(dict.fromkeys(k.split('.')[0] for k in known))}"
+    )
+
+
+def _load(source: str) -> dict[str, Any]:
+    file, _, preset = source.partition(":")
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise ConfigError(f"config file {file} does not exist; expected a path such as configs/grpo.py")
+    spec = importlib.util.spec_from_file_location("z1_config_file", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"config file {file} is no Python file; expected a path such as configs/grpo.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(preset) if preset else module.get_config()
+        return config.copy_and_resolve_references().to_dict()
+    except ConfigError:
+        raise
+    except Exception as error:  # a config file is the user's own code: anything can be wrong in it
+        raise ConfigError(f"config file {file} failed: {type(error).__name__}: {error}") from error
+
+
+def _parse_value(key: str, text: str, current: Any) -> Any:
+    """Reads `text` as the type that `current` has."""
+    if isinstance(current, str):
+        return text
+    if isinstance(current, list):
+        parts = text.strip("()[]").replace("'", "").replace('"', "").split(",")
+        return tuple(part.strip() for part in parts if part.strip())
+    if isinstance(current, bool):
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise ConfigError(f"config key {key}: got {text!r}, expected true or false")
+    try:
+        return type(current)(text)
+    except ValueError:
+        kind = {"int": "a whole number", "float": "a number"}[type(current).__name__]
+        raise ConfigError(f"config key {key}: got {text!r}, expected {kind} (default {current})") from None

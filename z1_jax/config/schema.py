@@ -1,0 +1,362 @@
+"""The settings of a run: frozen dataclasses with their defaults, and the run directory that belongs to one.
+
+Only this module knows ml_collections; `checks` refuses values. A user's mistake raises ConfigError: one line that names
+the key, what was given and what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import pathlib
+import typing
+from typing import Any
+
+import ml_collections
+
+from z1_jax.errors import UserError
+from z1_jax.files import absolute
+
+
+class ConfigError(UserError):
+    """A setting that cannot be used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvConfig:
+    """The environments that rollouts and evaluations run in."""
+
+    suite: str = "kitchen"  # kitchen: built in; robocasa: v0.2 or v1.0.1, as installed (docs/robocasa.md)
+    version: str = ""  # robocasa: its version, e.g. 1.0.1; empty: the one that is installed
+    standins: bool = False  # robocasa: primitive stand-ins for the downloaded assets; a smoke test, and labelled so
+    cameras: tuple[str, ...] = ("robot0_agentview_left", "robot0_eye_in_hand")  # in the order of the image slots
+    image_size: int = 64  # pixels
+    horizon: int = 0  # control steps of an episode; 0: the task's own
+    executed: int = 0  # E, steps of a predicted chunk that run before the policy looks again; 0: the policy's own
+    scenes: tuple[str, ...] = ()  # robocasa: training | evaluation | …, or layout/style; each episode draws one
+    layouts: tuple[str, ...] = ("straight",)  # kitchens; each episode draws one; also: train, heldout (all of a split)
+    styles: tuple[str, ...] = ("oak",)  # colours; the same
+    objects: tuple[str, ...] = ("train",)  # splits of the things that stand about: train, heldout; robocasa also: all
+    parallel: int = 64  # environments alive at once, over all workers
+    workers: int = 2  # worker processes; 0: step inside this process
+    timeout_s: float = 60.0  # longest that one call to a worker may take
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The policy's size and computation. A run that starts from a checkpoint takes preset and dtype from there."""
+
+    preset: str = "kitchen"
+    dtype: str = "float32"  # of the computation; trained parameters are float32, frozen ones as wide as this
+    remat: str = "none"  # activations kept for the backward pass: none (all) | dots | full (recompute all)
+    attention: str = "einsum"  # of vision and prefix: einsum | xla | cudnn (a GPU, bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class InputsConfig:
+    """How a fresh policy sees. What a checkpoint says takes precedence when a run starts from one."""
+
+    tokenizer: str = ""  # a SentencePiece .model, its directory, or a hub name; empty: a small one is made
+    state_in_prompt: bool = True  # false: the instruction alone, as openpi's LIBERO policies
+    norm: str = "quantile"  # of states and actions: quantile | z_score
+    slots: tuple[str, ...] = ()  # camera of each image slot, "none" for a missing one; empty: env.cameras in order
+
+
+@dataclasses.dataclass(frozen=True)
+class DemosConfig:
+    """Expert demonstrations."""
+
+    episodes: int = 250  # successful ones to keep; above 3,333 runs of neighbouring seeds share some
+    noise: float = 0.2  # an episode's action noise is one of 0, noise, 2·noise
+    stride: int = 4  # control steps between recorded observations
+    labels: str = "undisturbed"  # a chunk is what the expert does undisturbed, or (recorded) did amid the noise
+    dataset: str = ""  # a dataset directory (see z1_jax.collect) that replaces the collection
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW after global-norm clipping."""
+
+    lr: float = 1e-3
+    warmup_steps: int = 100
+    schedule: str = "cosine"  # cosine: to lr_end at the last step; constant
+    lr_end: float = 1e-5
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SftOptimConfig(OptimConfig):
+    """The same, or Muon."""
+
+    name: str = "adamw"  # adamw; muon: orthogonalised momentum for kernels, AdamW for the rest
+    muon_rms: float = 0.4  # root mean square of a kernel's step with muon, as a share of the learning rate
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters of scope lora: on every kernel of attention and MLP; what has adapters is itself frozen.
+
+    The vision-language model is frozen with and without. The expert without adapters (rank 0) is trained whole.
+    """
+
+    vlm_rank: int = 16  # of the vision tower and the language model; 0: no adapters
+    vlm_alpha: float = 16.0  # the change is scaled by alpha / rank
+    expert_rank: int = 32
+    expert_alpha: float = 32.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SftConfig:
+    """Supervised flow matching on the demonstrations."""
+
+    steps: int = 300
+    batch_size: int = 64  # observations a step
+    flows: int = 4  # flow times and noises drawn per encoded observation
+    loss_dims: str = "all"  # all: padding included, as openpi; real: the environment's action dimensions
+    scope: str = "everything"  # everything | joint | expert | lora, as train.scope
+    ema: float = 0.0  # decay of a moving average of the parameters, with which the policy then acts; 0: none
+    augment: bool = False  # openpi's crop, rotation (first slot only) and colour jitter of the images
+    optim: SftOptimConfig = dataclasses.field(default_factory=lambda: SftOptimConfig(lr=3e-3, warmup_steps=50))
+    checkpoint_every: int = 250  # steps
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupConfig:
+    """Groups of rollouts that start from one state, and how their members part."""
+
+    count: int = 8  # groups an iteration
+    size: int = 8  # G, members of a group
+    branching: str = "tree"  # none | prefix | tree
+    prefix_chunks: int = 2  # P at the first iteration
+    prefix_chunks_end: int = 1  # P at the last iteration
+    prefix_schedule: str = "linear"  # constant | linear | cosine, from the one to the other
+    shuffle_advantages: bool = False  # control: permutes the advantages within each group, which must gain nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig:
+    """The stochastic sampler (Flow-SDE)."""
+
+    steps: int = 4  # K, denoising steps of a decision; 0: those that the given policy acts with
+    noise_level: float = 0.5  # a, at the first iteration
+    noise_level_end: float = 0.5  # a at the last iteration
+    noise_schedule: str = "constant"  # constant | linear | cosine, from the one to the other
+    sde_steps: str = "all"  # all | one
+    last_step: str = "sde"  # sde | ode
+    logprob_reduce: str = "sum"  # sum | mean
+    logprob_coords: str = "executed"  # executed | horizon
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """Completion-aware returns, advantages and the group filter."""
+
+    kind: str = "decay"  # decay: γ^chunks of a success; penalty: success − penalty·chunks; sparse: success
+    discount: float = 0.998  # γ per chunk
+    penalty: float = 0.002  # per chunk; to first order what γ = 0.998 takes from a success
+    std: str = "population"  # what the centred returns of a group are divided by: population | sample | none
+    filter_on: str = "return"  # what the filter averages: return (after the decay) | success (before it)
+    keep_low: float = 0.1  # a group is kept when its mean is at least this
+    keep_high: float = 0.99  # and at most this
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateConfig:
+    """The policy update."""
+
+    epochs: int = 2
+    batch_size: int = 128  # nodes (deduplicated chunks) an optimiser step
+    micro_batch: int = 32  # nodes that go through the network at once; those that are all padding cost nothing
+    clip_low: float = 0.2  # η below 1
+    clip_high: float = 0.2  # η above 1
+    ratio_max: float = 0.0  # dual clip: bounds ρ for negative advantages; above 1, or 0 for none
+    kl_coef: float = 0.0  # weight of the KL to the policy that RL started from; 0: none
+    vlm_lr_factor: float = 0.5  # learning rate of vision and language, where they are trained, over the expert's
+    prefix_cache: str = "auto"  # device | host | recompute; auto: the first that fits, recompute if the VLM is trained
+    ratio_gate: float = 0.0  # largest |ρ − 1| at the first update; 0: 1e-3 in float32, 0.1 in bfloat16
+    optim: OptimConfig = dataclasses.field(
+        # Steps of this schedule are iterations.
+        default_factory=lambda: OptimConfig(lr=8e-5, warmup_steps=2, lr_end=4e-5, b2=0.999, weight_decay=0.01)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    iterations: int = 150  # GRPO iterations
+    scope: str = "expert"  # expert | joint (all but the token embedding) | lora | everything; auto: SelectiveConfig
+    checkpoint_every: int = 10  # iterations
+    stop_success: float = 1.01  # stop early when the training success over `stop_window` iterations reaches this
+    stop_window: int = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectiveConfig:
+    """`train.scope=auto`: probes with the expert alone; after each, the trend of training success decides."""
+
+    iterations: int = 30  # of a probe
+    confidence: float = 0.9  # one-sided, at which a rising trend keeps the expert alone
+    enough: float = 0.95  # mean success over the probe's later half that keeps it too
+    then: str = "joint"  # scope from there on, where neither holds
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """The protocol of the paired evaluation."""
+
+    episodes: int = 256  # 0: sft on a given dataset trains and simulates nothing
+    first_seed: int = 900_000_000  # held-out seeds are first_seed … first_seed + episodes − 1
+    scenes: tuple[str, ...] = ()  # robocasa: the held-out seeds take these in turn, as many episodes in each
+    objects: str = ""  # robocasa: the split of their objects
+    noise_seed: int = 0  # of the sampler's initial noise
+    confidence: float = 0.95
+    videos: int = 4  # seeds filmed before and after
+    video_size: int = 160  # pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; data = −1 takes the rest."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """Where numbers go besides the console and metrics.jsonl."""
+
+    tensorboard: bool = False
+    wandb: bool = False
+    every: int = 50  # SFT steps between reports
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on."""
+
+    algorithm: str = "grpo"  # grpo: demonstrations → SFT → GRPO → paired evaluation; sft: without GRPO; eval
+    task: str = "TurnOnSinkFaucet"
+    seed: int = 0
+    run_dir: str = ""  # empty: runs/<algorithm>-<task>-seed<seed>, runs/eval-<task>-<fingerprint>
+    # A run directory or checkpoint: grpo starts from its policy, without SFT; sft trains it on. "random", for grpo in a
+    # suite without demonstrations: an untrained policy, which shows that everything works.
+    init: str = ""
+    checkpoint: str = ""  # eval: the policy to evaluate, a run directory or checkpoint
+    compare: str = ""  # eval: another policy, to be compared with it on the same seeds
+    env: EnvConfig = dataclasses.field(default_factory=EnvConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    inputs: InputsConfig = dataclasses.field(default_factory=InputsConfig)
+    demos: DemosConfig = dataclasses.field(default_factory=DemosConfig)
+    sft: SftConfig = dataclasses.field(default_factory=SftConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    group: GroupConfig = dataclasses.field(default_factory=GroupConfig)
+    flow: FlowConfig = dataclasses.field(default_factory=FlowConfig)
+    reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
+    update: UpdateConfig = dataclasses.field(default_factory=UpdateConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    selective: SelectiveConfig = dataclasses.field(default_factory=SelectiveConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+    @property
+    def directory(self) -> pathlib.Path:
+        """The run directory, absolute."""
+        which = fingerprint(self)[:8] if self.algorithm == "eval" else f"seed{self.seed}"  # one of each set of policies
+        suite = f"{self.env.suite}-" * (self.env.suite != "kitchen") + "standins-" * self.env.standins
+        name = self.run_dir or f"runs/{self.algorithm}-{suite}{self.task}-{which}"
+        return absolute(name)
+
+
+RANDOM = "random"  # config.init: an untrained policy
+
+# Keys that may change between two invocations of one run: they move no number.
+FREE_KEYS = (
+    "run_dir",
+    "log",
+    "env.workers",
+    "env.timeout_s",
+    "train.checkpoint_every",
+    "sft.checkpoint_every",
+    "update.prefix_cache",
+)
+
+
+def defaults(**overrides: Any) -> ml_collections.ConfigDict:
+    """The default configuration as a ConfigDict, for configs/*.py; `overrides` are dotted keys (`a__b` for `a.b`)."""
+    config = ml_collections.ConfigDict(dataclasses.asdict(Config()))
+    for key, value in overrides.items():
+        *sections, leaf = key.split("__")
+        node = config
+        for section in sections:
+            node = node[section]
+        node[leaf] = value
+    return config.lock()
+
+
+def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
+    """A config dataclass from nested values, of the right types but otherwise unchecked; `prefix` is its own key.
+
+    Raises:
+        ConfigError: an unknown key or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            hint = f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(hints)}"
+            raise ConfigError(f"config key {prefix}{key} does not exist{hint}")
+    built = {}
+    for key, kind in hints.items():
+        name = prefix + key
+        if key not in values:
+            continue
+        value = values[key]
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise ConfigError(f"config key {name}: got {value!r}, expected a section of keys")
+            built[key] = build(kind, value, name + ".")
+        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+            built[key] = float(value)
+        elif typing.get_origin(kind) is tuple:
+            if not isinstance(value, (tuple, list)) or not all(isinstance(v, str) for v in value):
+                raise ConfigError(f"config key {name}: got {value!r}, expected a tuple of names")
+            built[key] = tuple(value)
+        elif type(value) is not kind:
+            raise ConfigError(f"config key {name}: got {value!r} ({type(value).__name__}), expected {kind.__name__}")
+        else:
+            built[key] = value
+    return cls(**built)
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf of a config dataclass by its dotted key."""
+    leaves: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            leaves |= flat(value, f"{prefix}{field.name}.")
+        else:
+            leaves[prefix + field.name] = list(value) if isinstance(value, tuple) else value
+    return leaves
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The leaves that a run's numbers depend on: what two invocations of one run directory must share."""
+    return {
+        k: v for k, v in flat(config).items() if not any(k == free or k.startswith(free + ".") for free in FREE_KEYS)
+    }
+
+
+def fingerprint(config: Config) -> str:
+    """Short hash of `identity`."""
+    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:12]

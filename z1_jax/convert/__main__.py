@@ -1,0 +1,338 @@
+"""python -m z1_jax.convert SRC DST: π0.5 checkpoints of openpi (Orbax, PyTorch) and LeRobot → ours, and back with --to.
+
+What SRC is, and its sizes, is read from its arrays' names and shapes. Every array of SRC is used once, known to be
+unused, or an error; DST appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from z1_jax.config.command_line import Parser
+from z1_jax.convert import arrays, companions, targets
+from z1_jax.convert.architecture import check_tensors, read_architecture
+from z1_jax.convert.arrays import Piece
+from z1_jax.convert.companions import Stats
+from z1_jax.convert.sources import FORMATS, Format, Source, describe, open_source, source_settings
+from z1_jax.convert.store import DTYPES, FormatError, TensorInfo, Writer
+from z1_jax.convert.transfer import DTYPE_CHOICES, End, PartSummary, chunks, target_tensors, transfer
+from z1_jax.data.normalize import stats_from_json, stats_to_json
+from z1_jax.data.tokenizer import PALIGEMMA, PALIGEMMA_VOCAB_SIZE, load_tokenizer
+from z1_jax.files import absolute
+from z1_jax.models.pi05 import Pi05Config
+from z1_jax.policy import architecture
+from z1_jax.process import run_main
+
+_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")  # openpi's slots
+_DEFAULTS = {"denoising_steps": 10, "state_in_prompt": True, "norm_mode": "quantile", "clip": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Everything of a checkpoint but its arrays."""
+
+    config: Pi05Config
+    pieces: list[Piece]
+    document: dict[str, Any]  # as a policy of ours stores it
+    stats: Stats | None
+    tokenizer: bytes | None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Converts, prints the table, and says what to do next."""
+    given = parse_arguments(argv[1:])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the cleaning up is the same
+    try:
+        return convert(given)
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was written", file=sys.stderr)
+        return 130
+
+
+def convert(given: argparse.Namespace) -> int:
+    """The conversion that the command line asks for."""
+    source_path, place = (absolute(path) for path in (given.src, given.dst))
+    if place.resolve().is_relative_to(source_path.resolve()):
+        raise FormatError(f"DST {place} lies in SRC {source_path}, which stays as it is; choose another DST")
+    source = open_source(source_path)
+    try:
+        format = target_format(given.to, source)
+        model = read_model(source, given)
+        end = targets.end_of(format)
+        infos = target_tensors(model.pieces, end, dtype_rule(given.dtype, source, end.style))
+        print(f"{source_path}: {describe(source)}", flush=True)
+        if given.dry_run:
+            summaries = run_transfer(source, model, None, end, infos)
+            print_table(source, model, summaries, infos)
+            print("dry run: nothing was written")
+            return 0
+        targets.require_space(place, infos)
+        began = time.perf_counter()
+        with targets.written_aside(place) as folder:
+            writer = targets.open_writer(format, folder, infos, chunks(model.pieces, end))
+            try:
+                summaries = run_transfer(source, model, writer, end, infos)
+                targets.finish(
+                    format, folder, writer, model.config, model.document, model.stats, model.tokenizer, summaries
+                )
+            finally:
+                writer.abandon()
+    finally:
+        source.reader.close()
+    print_table(source, model, summaries, infos)
+    print(f"written to {place} in {time.perf_counter() - began:.0f} s{advice(format, place, model)}")
+    return 0
+
+
+def target_format(asked: Format | None, source: Source) -> Format:
+    """What DST becomes. Raises FormatError where nothing says so."""
+    if asked is None and source.format == "ours":
+        raise FormatError(f"{source.path} is ours already; say what DST shall be: --to={' or --to='.join(FORMATS[1:])}")
+    return asked or "ours"
+
+
+def read_model(source: Source, given: argparse.Namespace) -> Model:
+    """Sizes, pieces and companions of a source, with every array accounted for."""
+    settings = {**_DEFAULTS, **source_settings(source), **given_settings(given)}
+    if source.document is not None:
+        try:
+            config = architecture(source.document["architecture"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"{source.path} holds no policy ({error})") from None
+    else:
+        cameras = settings.get("cameras")
+        slots = {"camera_slots": len(cameras)} if cameras else {}
+        config = read_architecture(source.shapes, source.end.style, {**settings, **slots})
+    pieces = arrays.pieces(config)
+    expected = arrays.shapes(pieces, source.end.style)
+    check_tensors(source.shapes, expected, [arrays.UNUSED_HEAD], str(source.path))
+    stats, asset_id = read_statistics(source, given, settings)
+    tokenizer = read_tokenizer(source, given, settings, config)
+    document = make_document(config, settings, stats, asset_id, tokenizer)
+    return Model(config, pieces, document, stats, tokenizer)
+
+
+def given_settings(given: argparse.Namespace) -> dict[str, Any]:
+    """The settings that flags name."""
+    names = ("heads", "vision_heads", "horizon", "prompt_length", "executed", "denoising_steps", "norm_mode")
+    settings = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    if given.cameras is not None:
+        settings["cameras"] = [name if name != "none" else None for name in given.cameras.split(",")]
+    if given.state_in_prompt is not None:
+        settings["state_in_prompt"] = given.state_in_prompt
+    return settings
+
+
+def read_statistics(
+    source: Source, given: argparse.Namespace, settings: Mapping[str, Any]
+) -> tuple[Stats | None, str | None]:
+    """(statistics, asset id): from the flag, our document, or beside the weights; never left behind unasked."""
+    asset_id = given.asset_id or settings.get("asset_id")
+    if given.norm_stats == "none":
+        return None, asset_id
+    if given.norm_stats is not None:
+        return companions.read_norm_stats(absolute(given.norm_stats)), asset_id
+    if source.document is not None:
+        return stats_from_json(source.document["norm_stats"]) or None, asset_id
+    stats, asset_id = companions.read_stats(source.folder, given.asset_id, settings["norm_mode"])
+    if stats is None:
+        raise FormatError(
+            f"{source.folder} holds no normalisation statistics; give openpi's norm_stats.json with --norm-stats=FILE, "
+            "or --norm-stats=none for a checkpoint that will be trained on other data"
+        )
+    return stats, asset_id
+
+
+def read_tokenizer(
+    source: Source, given: argparse.Namespace, settings: Mapping[str, Any], config: Pi05Config
+) -> bytes | None:
+    """The SentencePiece model's bytes: from the flag, our checkpoint, or beside the weights.
+
+    Raises:
+        FormatError: it is not the one that the checkpoint names.
+    """
+    where = given.tokenizer or companions.find_tokenizer(source.folder)
+    if where is not None:
+        try:
+            content = load_tokenizer(where, config.prompt_length, config.vocab_size).model_bytes
+        except ValueError as error:
+            raise FormatError(str(error)) from None
+    elif source.document is not None:
+        content = stored_tokenizer(source)
+    else:
+        return None
+    known = settings.get("tokenizer_sha256")
+    if content is not None and known and hashlib.sha256(content).hexdigest() != known:
+        raise FormatError(f"tokenizer {where or source.path} has another SHA-256 than the checkpoint's, {known[:12]}…")
+    return content
+
+
+def stored_tokenizer(source: Source) -> bytes | None:
+    """The tokenizer in a checkpoint of ours."""
+    from z1_jax.convert.orbax import TREE, OrbaxReader
+
+    if not (source.folder / "assets" / TREE).is_file():
+        return None
+    reader = OrbaxReader(source.folder / "assets")
+    try:
+        return reader.read("tokenizer").tobytes()
+    finally:
+        reader.close()
+
+
+def make_document(
+    config: Pi05Config,
+    settings: Mapping[str, Any],
+    stats: Stats | None,
+    asset_id: str | None,
+    tokenizer: bytes | None,
+) -> dict[str, Any]:
+    """What `policy.load_policy` reads."""
+    cameras = settings.get("cameras") or [*_CAMERAS, *(None for _ in range(config.cameras))][: config.cameras]
+    if len(cameras) != config.cameras:
+        raise FormatError(f"got {len(cameras)} cameras, the model has {config.cameras} slots; give --cameras for each")
+    executed = settings.get("executed", config.horizon)
+    if not 1 <= executed <= config.horizon:
+        raise FormatError(f"executed={executed} does not lie within the horizon of {config.horizon}; give --executed")
+    published = PALIGEMMA if config.vocab_size == PALIGEMMA_VOCAB_SIZE else None
+    return {
+        "architecture": dataclasses.asdict(config),
+        "norm_stats": stats_to_json(stats or {}),
+        "norm_mode": settings["norm_mode"],
+        "cameras": list(cameras),
+        "state_in_prompt": settings["state_in_prompt"],
+        "prompt_state_dim": settings.get("prompt_state_dim"),
+        "clip": settings["clip"],
+        "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest() if tokenizer else settings.get("tokenizer_sha256"),
+        "tokenizer_name": settings.get("tokenizer_name", published),
+        "executed": executed,
+        "denoising_steps": settings["denoising_steps"],
+        "asset_id": asset_id,
+        "heads": config.language.heads,
+        "vision_heads": config.vision.heads,
+        "horizon": config.horizon,
+        "prompt_length": config.prompt_length,
+        "compute": {name: getattr(config, name) for name in ("dtype", "remat", "unroll", "attention")},
+    }
+
+
+def dtype_rule(choice: str, source: Source, style: arrays.Style) -> Callable[[Piece], np.dtype]:
+    """Piece -> the dtype that it is stored in."""
+
+    def rule(piece: Piece) -> np.dtype:
+        if choice == "source":
+            dtype = source.tensors[piece.place(source.end.style)[0]].dtype
+            return dtype if dtype == DTYPES["bfloat16"] else DTYPES["float32"]
+        return DTYPES["float32" if piece.float32_in(style) else choice]
+
+    return rule
+
+
+def run_transfer(
+    source: Source, model: Model, writer: Writer | None, end: End, infos: Mapping[str, TensorInfo]
+) -> dict[str, PartSummary]:
+    """Moves the arrays, with a line of progress on a terminal."""
+    total = sum(source.tensors[name].nbytes for name in source.tensors if name != arrays.UNUSED_HEAD)
+    done = 0
+
+    def progress(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if sys.stdout.isatty():
+            print(f"\r{done / 1e9:6.2f} of {total / 1e9:.2f} GB", end="\r" if done < total else "\n", flush=True)
+
+    return transfer(
+        model.pieces, source.reader, source.end, writer, end, infos, stored_crcs=source.crcs, progress=progress
+    )
+
+
+def print_table(
+    source: Source, model: Model, summaries: Mapping[str, PartSummary], infos: Mapping[str, TensorInfo]
+) -> None:
+    """Counts, dtypes, parameters and checksum of each part; then what was not used and what travels along."""
+    rows = [("part", "tensors", "parameters", "dtype", "stored as", "checksum")]
+    for name, part in summaries.items():
+        dtypes = ("+".join(sorted(part.source_dtypes)), "+".join(sorted(part.dtypes)))
+        rows.append((name, str(part.tensors), f"{part.parameters:,}", *dtypes, part.checksum))
+    count, parameters = (sum(getattr(p, f) for p in summaries.values()) for f in ("tensors", "parameters"))
+    rows.append(("all", str(count), f"{parameters:,}", "", f"{sum(i.nbytes for i in infos.values()) / 1e9:.2f} GB", ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print(
+            "  ".join(
+                cell.rjust(w) if 0 < i < 3 else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+        )
+    if arrays.UNUSED_HEAD in source.tensors:
+        shape = list(source.tensors[arrays.UNUSED_HEAD].shape)
+        print(f"not used: {arrays.UNUSED_HEAD} {shape}: the action expert predicts no tokens")
+    config, document = model.config, model.document
+    print(
+        f"architecture: heads {config.language.heads} of {config.language.head_dim}, {config.cameras} cameras of "
+        f"{config.vision.image_size} pixels ({config.vision.tokens} tokens each), prompt {config.prompt_length}, "
+        f"actions {config.horizon} x {config.action_dim}"
+    )
+    if model.stats:
+        dims = ", ".join(f"{key} {value.dim}" for key, value in model.stats.items())
+        print(f"statistics: {dims}; {document['norm_mode']} normalisation")
+    else:
+        print("statistics: none")
+    identity = document["tokenizer_sha256"]
+    name = document["tokenizer_name"] or f"a SentencePiece model of {config.vocab_size} tokens"
+    print(f"tokenizer: {name}, {f'SHA-256 {identity[:12]}…' if identity else 'its file does not travel with it'}")
+
+
+def advice(format: Format, place: pathlib.Path, model: Model) -> str:
+    """What stands between the result and a policy that acts."""
+    if format == "lerobot" and not companions.is_published_size(model.config):
+        return "; LeRobot has no name for these sizes: its config.json says gemma_2b, z1_jax.json has the real ones"
+    if format != "ours":
+        return ""
+    missing = []
+    if not model.tokenizer:
+        missing.append(f"a tokenizer: put its .model file at {place / str(targets.STEP) / companions.TOKENIZERS[0]}")
+    if not model.stats:
+        missing.append("normalisation statistics: convert again with --norm-stats=FILE")
+    return f"; before it can act it needs {' and '.join(missing)}" if missing else ""
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line. Raises ConfigError for an unknown option or a wrong value."""
+    parser = Parser(prog="python -m z1_jax.convert", description=__doc__.split("\n")[0].split(": ", 1)[1])
+    parser.add_argument("src", type=pathlib.Path, metavar="SRC", help="checkpoint: a folder or a safetensors file")
+    parser.add_argument("dst", type=pathlib.Path, metavar="DST", help="folder that does not exist yet")
+    parser.add_argument("--to", choices=FORMATS, help="what DST becomes (ours, unless SRC is)")
+    parser.add_argument("--dtype", choices=DTYPE_CHOICES, default="float32", help="of the stored arrays (%(default)s); "
+                        "bfloat16 keeps in float32 what computes in it; source keeps each array's own")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the table, write nothing")
+    parser.add_argument("--norm-stats", metavar="FILE", help="openpi's norm_stats.json, or none to leave them out")
+    parser.add_argument("--asset-id", metavar="ID", help="whose statistics: the folder's name in assets/")
+    parser.add_argument("--norm-mode", choices=("quantile", "z_score"), help="how to normalise (quantile)")
+    parser.add_argument("--tokenizer", metavar="FILE", help="SentencePiece model that shall travel with the checkpoint")
+    parser.add_argument("--cameras", metavar="A,B,…", help="camera of each slot; none for an unused one")
+    for name, meaning in (
+        ("heads", "attention heads of language model and expert"),
+        ("vision-heads", "attention heads of the vision tower"),
+        ("horizon", "control steps that a chunk predicts"),
+        ("prompt-length", "tokens of a prompt (200)"),
+        ("executed", "control steps of a chunk that are executed (all)"),
+        ("denoising-steps", "of the sampler (10)"),
+    ):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
+    parser.add_argument("--state-in-prompt", action=argparse.BooleanOptionalAction, default=None, help="(yes)")
+    return parser.parse_args(list(arguments))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,283 @@
+"""The policy that a run starts from: fresh, or given by a path; and what is refused of either."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from z1_jax.checkpoint import Checkpoints
+from z1_jax.config.schema import RANDOM, Config, ConfigError, InputsConfig, ModelConfig
+from z1_jax.data import tokenizer
+from z1_jax.data.dataset import Dataset
+from z1_jax.data.normalize import NormStats
+from z1_jax.files import absolute
+from z1_jax.models.pi05 import Pi05Config
+from z1_jax.models.presets import PRESETS, get_preset
+from z1_jax.policy import Policy, find_policy, fresh_policy, load_policy, make_processor
+from z1_jax.suites import assumed_statistics, check_names, widths
+
+
+def configured_model(config: Config) -> Pi05Config:
+    """The shapes of a fresh policy.
+
+    Raises:
+        ConfigError: an unknown preset, or one whose shapes do not fit the environment.
+    """
+    check_names("model.preset", [config.model.preset], list(PRESETS))
+    model = config.model
+    chosen = get_preset(model.preset, dtype=model.dtype, remat=model.remat, attention=model.attention)
+    if len(_slots(config)) > chosen.cameras:
+        raise ConfigError(
+            f"config key env.cameras: got {', '.join(config.env.cameras)}; model.preset={config.model.preset} sees at "
+            f"most {chosen.cameras}: choose fewer, or another preset"
+        )
+    _check_executed(config, chosen.horizon)
+    return chosen
+
+
+def _check_attention(config: Config) -> None:
+    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ConfigError(
+            f"config key model.attention: got cudnn on {jax.default_backend()}, expected einsum or xla without a GPU"
+        )
+
+
+def _slots(config: Config) -> tuple[str | None, ...]:
+    """The camera of each image slot; those of the model beyond stay empty."""
+    named = config.inputs.slots or config.env.cameras
+    return tuple(None if camera == "none" else camera for camera in named)
+
+
+def new_policy(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) -> Policy:
+    """A policy with random parameters that fits the demonstrations."""
+    instructions = sorted({episode.instruction for episode in dataset.episodes})
+    return _new_policy(config, dataset.stats, instructions, mesh)
+
+
+def untrained_policy(config: Config, mesh: jax.sharding.Mesh) -> Policy:
+    """A policy with random parameters for environments without demonstrations (`init=random`).
+
+    Raises:
+        ConfigError: the suite has demonstrations.
+    """
+    return _new_policy(config, assumed_statistics(config), sorted(set(tokenizer.kitchen_instructions())), mesh)
+
+
+def _new_policy(
+    config: Config, stats: Mapping[str, NormStats], instructions: Sequence[str], mesh: jax.sharding.Mesh
+) -> Policy:
+    _check_attention(config)
+    shapes = configured_model(config)
+    prompts = prompt_tokenizer(config, shapes)
+    length = _prompt_length(config, stats, instructions, prompts)
+    shapes = dataclasses.replace(shapes, prompt_length=length)
+    processor = make_processor(
+        shapes,
+        tokenizer.PromptTokenizer(prompts.model_bytes, length),
+        stats,
+        _slots(config),
+        norm_mode=config.inputs.norm,
+        state_in_prompt=config.inputs.state_in_prompt,
+    )
+    return fresh_policy(
+        shapes,
+        processor,
+        config.seed,
+        mesh,
+        executed=config.env.executed or shapes.horizon,
+        denoising_steps=config.flow.steps,
+    )
+
+
+def prompt_tokenizer(config: Config, shapes: Pi05Config) -> tokenizer.PromptTokenizer:
+    """The tokenizer that the config names, or a small one of the kitchen's words.
+
+    Raises:
+        UserError: it is absent, or has more tokens than the model.
+    """
+    if not config.inputs.tokenizer:
+        model = tokenizer.train_small_tokenizer(tokenizer.kitchen_instructions(), vocab_size=shapes.vocab_size)
+        return tokenizer.PromptTokenizer.from_bytes(model, shapes.prompt_length)
+    # A model of PaliGemma's size takes PaliGemma's tokenizer and no other.
+    exact = shapes.vocab_size if shapes.vocab_size == tokenizer.PALIGEMMA_VOCAB_SIZE else None
+    prompts = tokenizer.load_tokenizer(config.inputs.tokenizer, shapes.prompt_length, exact)
+    if prompts.vocab_size > shapes.vocab_size:
+        raise ConfigError(
+            f"config key inputs.tokenizer: {config.inputs.tokenizer} has {prompts.vocab_size} tokens, "
+            f"model.preset={config.model.preset} has {shapes.vocab_size}; choose a smaller tokenizer or another preset"
+        )
+    return prompts
+
+
+def _prompt_length(
+    config: Config, stats: Mapping[str, NormStats], instructions: Sequence[str], prompts: tokenizer.PromptTokenizer
+) -> int:
+    """Tokens of the longest prompt, two to spare, rounded up to a multiple of 4: unused slots cost too.
+
+    A state bin is one token whatever its value, or one a digit: the middle one, 128, is as long as any.
+    """
+    states = np.zeros((len(instructions), stats["state"].dim)) if config.inputs.state_in_prompt else None
+    longest = max(len(ids) for ids in prompts.prompt_ids(instructions, states))
+    return -(-(longest + 2) // 4) * 4
+
+
+def given_policy(config: Config, path: str, mesh: jax.sharding.Mesh) -> Policy:
+    """The policy at `path`, checked against the environments of this run.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        ConfigError: it wants other cameras than the run's environments have, or cannot compute as `model` says.
+    """
+    check_policy(config, path)
+    _check_attention(config)
+    directory, step = find_policy(path)
+    checkpoints = Checkpoints(directory)
+    policy = load_policy(checkpoints, step, mesh)
+    checkpoints.close()
+    policy = dataclasses.replace(
+        policy,
+        executed=config.env.executed or policy.executed,
+        denoising_steps=config.flow.steps or policy.denoising_steps,
+    )
+    try:
+        return policy.with_compute(config.model.remat, config.model.attention)
+    except ValueError as error:
+        raise ConfigError(f"config key model.attention: {error}, which is that of the policy at {path}") from error
+
+
+def with_pinned_init(config: Config) -> Config:
+    """The config with the one checkpoint that `init` leads to: a run that it names may go on.
+
+    A run directory that began with a checkpoint at `init` keeps to it.
+
+    Raises:
+        CheckpointError: there is no policy.
+    """
+    if config.init in ("", RANDOM):
+        return config
+    given = pathlib.Path(config.init)
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # no run yet, or one that will be refused
+        kept = json.loads((config.directory / "config.json").read_text())["init"]
+        if kept and pathlib.Path(kept).is_relative_to(given):
+            return dataclasses.replace(config, init=kept)
+    return dataclasses.replace(config, init=newest_policy(config.init))
+
+
+def newest_policy(path: str) -> str:
+    """The one checkpoint that a path leads to now, in the words of that path.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    directory, step = find_policy(path)
+    given = pathlib.Path(path)
+    return str(given / (directory / str(step)).relative_to(absolute(given)))
+
+
+def with_own_steps(config: Config) -> Config:
+    """The config with the denoising steps of the given policy where `flow.steps` is 0; for a policy that was checked.
+
+    Raises:
+        ConfigError: two policies act with different numbers.
+    """
+    if config.flow.steps:
+        return config
+    paths = [path for path in (config.checkpoint or config.init, config.compare) if path]
+    steps = {path: policy_document(path)["denoising_steps"] for path in paths}
+    if len(set(steps.values())) > 1:
+        told = " and ".join(f"{path} acts with {count}" for path, count in steps.items())
+        raise ConfigError(f"config key flow.steps: got 0, but {told}: give the number that both are compared with")
+    return dataclasses.replace(config, flow=dataclasses.replace(config.flow, steps=steps[paths[0]]))
+
+
+def check_policy(config: Config, path: str) -> None:
+    """As `given_policy`, without reading the parameters."""
+    document = policy_document(path)
+    horizon = document.get("architecture", {}).get("horizon")
+    _check_executed(config, horizon)
+    if config.algorithm == "sft" and horizon != configured_model(config).horizon:
+        raise ConfigError(
+            f"config key model.preset: {config.model.preset} predicts chunks of {configured_model(config).horizon} "
+            f"steps, the policy at {path} of {horizon}; choose the preset that the policy was made with"
+        )
+    _check_same_model(config, document.get("architecture", {}), path)
+    wanted = tuple(camera for camera in document.get("cameras", ()) if camera)
+    if wanted != config.env.cameras:
+        raise ConfigError(
+            f"config key env.cameras: got {', '.join(config.env.cameras)}; the policy at {path} wants "
+            f"{', '.join(wanted) or 'none'}: set --config.env.cameras={','.join(wanted)}"
+        )
+    _check_same_inputs(config, document, path)
+    if config.eval.episodes:
+        for key, width in widths(config).items():
+            theirs = len(document.get("norm_stats", {}).get(key, {}).get("mean", ())) or width  # none: loading says so
+            if theirs != width:
+                raise ConfigError(
+                    f"config key env.suite: {config.env.suite} has {key} of width {width}, the policy at {path} of "
+                    f"width {theirs}: it was trained for other environments"
+                )
+
+
+def _check_executed(config: Config, horizon: int | None) -> None:
+    if horizon is not None and config.env.executed > horizon:
+        raise ConfigError(
+            f"config key env.executed: got {config.env.executed}, but the policy predicts chunks of {horizon} steps; "
+            f"expected at most {horizon}, or 0 for the policy's own"
+        )
+
+
+def _check_same_model(config: Config, known: dict[str, Any], path: str) -> None:
+    """Refuses a size or dtype that the policy at `path` does not have; defaults give way to what it is."""
+    given, default = config.model, ModelConfig()
+    if given.preset != default.preset:
+        asked = dataclasses.asdict(configured_model(config))
+        for key in ("vision", "language", "expert", "action_dim", "horizon"):
+            if key in known and known[key] != asked[key]:
+                raise ConfigError(
+                    f"config key model.preset: got {given.preset}, whose {key} is {asked[key]}; the policy at {path} "
+                    f"keeps its own, {known[key]}: leave model.preset out"
+                )
+    if given.dtype not in (default.dtype, known.get("dtype", given.dtype)):
+        raise ConfigError(
+            f"config key model.dtype: got {given.dtype}; the policy at {path} computes in {known['dtype']} and keeps "
+            "that: leave model.dtype out"
+        )
+
+
+def _check_same_inputs(config: Config, document: dict[str, Any], path: str) -> None:
+    """Refuses an input setting that the policy at `path`, which brings its own, would ignore."""
+    given, default = config.inputs, InputsConfig()
+    theirs = {"norm": document.get("norm_mode"), "state_in_prompt": document.get("state_in_prompt")}
+    asked = {key: getattr(given, key) for key in theirs if getattr(given, key) != getattr(default, key)}
+    if given.slots:
+        theirs["slots"], asked["slots"] = tuple(document.get("cameras", ())), _slots(config)
+        asked["slots"] += (None,) * (len(theirs["slots"]) - len(asked["slots"]))
+    if given.tokenizer:
+        theirs["tokenizer"] = document.get("tokenizer_sha256")
+        asked["tokenizer"] = tokenizer.load_tokenizer(given.tokenizer, 1).identity
+    for key, value in asked.items():
+        if value != theirs[key]:
+            raise ConfigError(
+                f"config key inputs.{key}: got {getattr(given, key)!r}; the policy at {path} was trained with "
+                f"{theirs[key]!r} and keeps it: leave inputs.{key} out"
+            )
+
+
+def policy_document(path: str) -> dict[str, Any]:
+    """What the policy at `path` says of itself.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    directory, step = find_policy(path)
+    checkpoints = Checkpoints(directory)
+    document = checkpoints.document(step)
+    checkpoints.close()
+    return document

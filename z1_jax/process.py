@@ -1,0 +1,109 @@
+"""The process that a command runs in: how it ends, what it prints where, and JAX's settings.
+
+A user's mistake ends in one line here; a bug keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib.util
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+import jax
+
+from envs.pool import PoolError
+from z1_jax.config.schema import Config, ConfigError
+from z1_jax.errors import UserError
+from z1_jax.files import absolute
+from z1_jax.interrupt import INTERRUPTED, imported
+
+TRACEBACK = "Z1_JAX_TRACEBACK"  # set: a user's mistake shows its traceback too
+# Of a device's memory, what a program can plan with: the driver, the libraries' workspaces and fragmentation take the
+# rest. Commands let JAX take as much of a GPU, unless XLA_CLIENT_MEM_FRACTION says otherwise.
+USABLE_MEMORY = 0.92
+_SAME_ORDER = "--xla_gpu_exclude_nondeterministic_ops"
+_GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # without one, XLA may not know the flag
+# A disk that is full, read-only or not ours, a path that cannot be one: the user's to mend, wherever it shows.
+_DISK = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EIO,
+}
+
+
+def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
+    """Runs a command: a user's mistake prints one line and exits with 2, an interruption with 130."""
+    _open_output()
+    try:
+        imported()
+        code = main(sys.argv)
+    except KeyboardInterrupt:
+        print(INTERRUPTED, file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails once more as it ends
+        print("stopped: nobody reads the output any more; the same command continues where it stopped", file=sys.stderr)
+        code = 128 + signal.SIGPIPE
+    except (UserError, PoolError, FloatingPointError, OSError) as error:
+        if TRACEBACK in os.environ or isinstance(error, OSError) and error.errno not in _DISK:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    sys.exit(code or 0)
+
+
+def _open_output() -> None:
+    """Output that was closed goes nowhere, and what its encoding lacks is shown as a question mark."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def require_algorithm(config: Config, known: Sequence[str], command: str) -> None:
+    """Refuses a config file that was made for another command.
+
+    Raises:
+        ConfigError: one line.
+    """
+    if config.algorithm not in known:
+        other = "evaluate" if config.algorithm == "eval" else "train"
+        raise ConfigError(
+            f"config key algorithm: got {config.algorithm!r}, z1_jax.{command} expects {' or '.join(known)}; "
+            f"this config is for python -m z1_jax.{other}"
+        )
+
+
+def start_jax() -> None:
+    """Settings of the process, before the first device is used: compiled functions are kept from run to run.
+
+    On a GPU JAX may take as much memory as `z1_jax.plan` plans with; by itself it would stop at 75 %. Sums are made in
+    an order that is the same in every run. And float32 means float32: accelerators would round the factors of products
+    to TF32 or bfloat16, and an update would not find the probabilities that a rollout saw. Products of bfloat16 are
+    what they were.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _SAME_ORDER not in flags and any(map(importlib.util.find_spec, _GPU_PLUGINS)):
+        os.environ["XLA_FLAGS"] = f"{flags} {_SAME_ORDER}=true".strip()
+    if not any(name in os.environ for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")):
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(USABLE_MEMORY)
+    if jax.config.jax_default_matmul_precision is None:
+        jax.config.update("jax_default_matmul_precision", "float32")
+    cache = os.environ.get("Z1_JAX_CACHE", "~/.cache/z1_jax/xla")
+    with contextlib.suppress(UserError):  # who has no home has no cache
+        jax.config.update("jax_compilation_cache_dir", str(absolute(cache)))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,318 @@
+"""One self-contained HTML page about a run: headline, intervals, protocol, curves, videos.
+
+    python -m z1_jax.report RUN_DIR
+
+Reads only files of the run directory; what is missing or damaged is left out with a note.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from z1_jax.metrics import METRICS, read_records
+from z1_jax.report import charts, html
+from z1_jax.statistics import wilson_interval
+
+Records = list[dict[str, Any]]
+REPORT = "report.html"
+SUFFIXES = {".webp": "image/webp", ".gif": "image/gif", ".png": "image/png"}
+SMOOTHING = 10  # iterations in the running mean of the training success
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """One chart: which numbers of which stage, and how to show them."""
+
+    title: str
+    stage: str
+    keys: Mapping[str, str]  # key of the record -> name in the legend
+    form: charts.Format = charts.short
+    x_label: str = "iteration"
+    y_range: tuple[float, float] | None = None
+    log: bool = False
+    stacked: bool = False
+    note: str = ""
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.3g}%"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s"
+
+
+TIMES = ("simulate", "render", "sample", "update", "idle")
+CURVES = (
+    Curve("SFT loss", "sft", {"loss": "training"}, x_label="step"),
+    Curve(
+        "Groups", "grpo", {"groups/kept": "kept", "groups/all_success": "all succeed", "groups/all_fail": "all fail"}
+    ),
+    Curve(
+        "Largest |ratio − 1| before the first update",
+        "grpo",
+        {"ratio/first_update_max_error": "error"},
+        log=True,
+        note="How well the trainer recomputes the sampler's log-probabilities: rounding only.",
+    ),
+    Curve("Clip fraction", "grpo", {"clip_fraction": "clipped"}, form=_percent),
+    Curve("Importance ratio", "grpo", {"ratio/mean": "mean", "ratio/max": "largest"}),
+    Curve("Approximate KL", "grpo", {"approx_kl": "KL"}),
+    Curve("Gradient norm", "grpo", {"grad_norm": "norm"}),
+    Curve("Time per iteration", "grpo", {f"time/{name}": name for name in TIMES}, form=_seconds, stacked=True),
+    Curve("Simulated control steps, in all", "grpo", {"steps/total": "steps"}),
+)
+
+
+def write_report(run_dir: str | os.PathLike) -> Path:
+    """Writes `run_dir`/report.html and returns its path.
+
+    Raises:
+      ValueError: `run_dir` is not the directory of a run.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise ValueError(f"{run_dir} is not a directory: expected the directory of a run")
+    if not any((run_dir / name).exists() for name in ("config.json", METRICS, "summary.json")):
+        raise ValueError(f"{run_dir} is not a run directory: expected config.json, {METRICS} or summary.json in it")
+    notes: list[str] = []
+    summary = _read_object(run_dir / "summary.json", notes)
+    config = _read_object(run_dir / "config.json", notes)
+    records = _read_metrics(run_dir / METRICS, notes)
+
+    body = [
+        _attempt("headline", notes, _headline, run_dir, summary),
+        _attempt("results", notes, _results, summary),
+        _attempt("videos", notes, _videos, run_dir, summary, notes),
+        _attempt("curves", notes, _curves, records, notes),
+        _attempt("protocol", notes, _protocol, summary),
+        _attempt("cost", notes, _cost, summary),
+        _attempt("config", notes, _config, config),
+        _notes(notes),
+    ]
+    path = run_dir / REPORT
+    partial = path.with_suffix(".html.partial")
+    partial.write_text(html.page(str(summary.get("task", run_dir.name)), "\n".join(body)), encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+# --- sections ------------------------------------------------------------------------------------------------------
+
+
+def _headline(run_dir: Path, summary: dict) -> str:
+    task = summary.get("task", run_dir.name)
+    tasks = ", ".join(map(str, task)) if isinstance(task, list) else str(task)
+    sentence = summary.get("sentence") or _sentence(summary)
+    return f'<header><p class="task">{html.text(tasks)}</p><h1>{html.text(sentence)}</h1></header>'
+
+
+def _sentence(summary: dict) -> str:
+    if "before" in summary and "after" in summary:
+        before, after = _rate(summary["before"]), _rate(summary["after"])
+        return (
+            f"Success went from {before:.1%} to {after:.1%} on the same {summary['after']['episodes']} held-out seeds."
+        )
+    return "This run has no summary yet: it was not finished, or not evaluated."
+
+
+def _results(summary: dict) -> str:
+    labels = summary.get("labels", ("Before RL", "After RL"))
+    rows = [(label, summary[key]) for label, key in zip(labels, ("before", "after"), strict=True) if key in summary]
+    if not rows:
+        return ""
+    chart = charts.interval_chart([(label, _rate(row), _interval(row)) for label, row in rows])
+    table = [
+        [label, f"{row['successes']} of {row['episodes']}", f"{_rate(row):.1%}", html.range(_interval(row))]
+        for label, row in rows
+    ]
+    facts = []
+    if summary.get("difference") is not None:
+        text = f"{100 * summary['difference']:+.1f} points"
+        if summary.get("difference_interval"):
+            low, high = summary["difference_interval"]
+            text += f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+        facts.append(["Difference, paired by seed", text])
+    if summary.get("mcnemar_p") is not None:
+        facts.append(["Exact McNemar test, two-sided", html.p_value(float(summary["mcnemar_p"]))])
+    confidence = summary.get("protocol", {}).get("confidence", 0.95)
+    columns = ["", "successes", "rate", f"{100 * confidence:g} % (Wilson)"]
+    return html.section(
+        "Result",
+        f'<div class="split"><div class="card">{chart}</div>'
+        f"<div>{html.table(table, columns)}{html.table(facts)}</div></div>",
+    )
+
+
+def _videos(run_dir: Path, summary: dict, notes: list[str]) -> str:
+    cards = []
+    for pair in summary.get("videos") or []:
+        images = []
+        for side in ("before", "after"):
+            source = _embedded(run_dir, pair.get(side), notes)
+            if source:
+                verdict = {True: "✓ success", False: "✗ failure"}.get(pair.get(f"{side}_success"), "")
+                images.append(
+                    f'<figure><img src="{source}" alt="{side} RL, seed {html.text(pair.get("seed"))}">'
+                    f"<figcaption>{side} RL <b>{verdict}</b></figcaption></figure>"
+                )
+        if images:
+            seed = f"<p>Seed {html.text(pair.get('seed'))}</p>"
+            cards.append(f'<div class="card">{seed}<div class="pair">{"".join(images)}</div></div>')
+    grid = f'<div class="grid">{"".join(cards)}</div>'
+    return html.section("Episodes, before and after on the same seeds", grid) if cards else ""
+
+
+def _curves(records: Records, notes: list[str]) -> str:
+    cards = [_attempt("training success", notes, _success_curve, records)]
+    cards += [_attempt(curve.title, notes, _curve, curve, records) for curve in CURVES]
+    cards = [card for card in cards if card]
+    if not cards:
+        notes.append("metrics.jsonl holds no numbers to draw yet.")
+        return ""
+    return html.section("Training", f'<div class="grid">{"".join(cards)}</div>')
+
+
+def _success_curve(records: Records) -> str:
+    raw = _series(records, "grpo", "success", "each iteration", style="faint")
+    series = [one for one in (raw, _running_mean(raw)) if one.xs]
+    if not raw.xs:
+        return ""
+    chart = charts.line_chart(series, "iteration", _percent, y_range=(0.0, 1.0))
+    return html.card("Success of training rollouts", chart, [(one.name, one.colour, one.style) for one in series])
+
+
+def _curve(curve: Curve, records: Records) -> str:
+    series = [
+        _series(records, curve.stage, key, name, colour=index) for index, (key, name) in enumerate(curve.keys.items())
+    ]
+    series = [one for one in series if any(y is not None for y in one.ys)]
+    if not series:
+        return ""
+    if curve.stacked:
+        xs = sorted({x for one in series for x in one.xs})
+        series = [dataclasses.replace(one, xs=xs, ys=_at(one, xs)) for one in series]
+        chart = charts.stacked_chart(series, curve.x_label, curve.form)
+    else:
+        chart = charts.line_chart(series, curve.x_label, curve.form, curve.y_range, curve.log)
+    return html.card(curve.title, chart, [(one.name, one.colour, one.style) for one in series], curve.note)
+
+
+def _protocol(summary: dict) -> str:
+    rows = [[key, html.value(value)] for key, value in _flat(summary.get("protocol") or {})]
+    if "seeds" in summary:
+        rows.append(["seeds", html.value(summary["seeds"])])
+    return html.section("Protocol of the evaluation", html.table(rows)) if rows else ""
+
+
+def _cost(summary: dict) -> str:
+    rows = [
+        [f"{stage}, wall time", html.duration(float(s))] for stage, s in (summary.get("wall_seconds") or {}).items()
+    ]
+    if summary.get("simulated_steps") is not None:
+        rows.append(["simulated control steps", f"{int(summary['simulated_steps']):,}"])
+    return html.section("Cost", html.table(rows)) if rows else ""
+
+
+def _config(config: dict) -> str:
+    rows = [[key, html.value(value)] for key, value in _flat(config)]
+    return (
+        html.section("Config", f"<details><summary>{len(rows)} values</summary>{html.table(rows)}</details>")
+        if rows
+        else ""
+    )
+
+
+def _notes(notes: Sequence[str]) -> str:
+    return (
+        html.section("Left out", "<ul>" + "".join(f"<li>{html.text(note)}</li>" for note in notes) + "</ul>")
+        if notes
+        else ""
+    )
+
+
+def _attempt(what: str, notes: list[str], build: Callable[..., str], *args: Any) -> str:
+    """A section, or a note where its data does not have the expected form: half a run still gets its page."""
+    try:
+        return build(*args)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        notes.append(f"The section “{what}” could not be made: {type(error).__name__}: {error}")
+        return ""
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def _read_object(path: Path, notes: list[str]) -> dict:
+    if not path.exists():
+        notes.append(f"{path.name} is missing: what it holds is not shown.")
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        notes.append(f"{path.name} is damaged and not shown: {error}")
+        return {}
+    if not isinstance(content, dict):
+        notes.append(f"{path.name} does not hold a JSON object and is not shown.")
+        return {}
+    return content
+
+
+def _read_metrics(path: Path, notes: list[str]) -> Records:
+    try:
+        if not path.exists():
+            notes.append(f"{path.name} is missing: no curves.")
+        return read_records(path)
+    except ValueError as error:
+        notes.append(f"No curves: {error}")
+        return []
+
+
+def _embedded(run_dir: Path, name: Any, notes: list[str]) -> str:
+    path = (run_dir / str(name)).resolve()
+    if name is None or path.suffix not in SUFFIXES or not path.is_relative_to(run_dir.resolve()) or not path.is_file():
+        notes.append(f"The video {name} is missing, outside the run directory, or not one of {', '.join(SUFFIXES)}.")
+        return ""
+    return f"data:{SUFFIXES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _series(records: Records, stage: str, key: str, name: str, style: str = "line", colour: int = 0) -> charts.Series:
+    points = [(record["step"], record[key]) for record in records if record.get("stage") == stage and key in record]
+    return charts.Series(
+        name, [x for x, _ in points], [None if y is None else float(y) for _, y in points], style, colour
+    )
+
+
+def _running_mean(series: charts.Series) -> charts.Series:
+    means: list[float | None] = []
+    for end in range(1, len(series.ys) + 1):
+        known = [y for y in series.ys[max(0, end - SMOOTHING) : end] if y is not None]
+        means.append(sum(known) / len(known) if known else None)
+    return charts.Series(f"mean of the last {SMOOTHING}", series.xs, means)
+
+
+def _at(series: charts.Series, xs: list[float]) -> list[float | None]:
+    known = dict(zip(series.xs, series.ys, strict=True))
+    return [known.get(x) for x in xs]
+
+
+def _rate(row: dict) -> float:
+    return float(row["rate"]) if row.get("rate") is not None else row["successes"] / row["episodes"]
+
+
+def _interval(row: dict) -> tuple[float, float]:
+    low, high = row.get("interval") or wilson_interval(row["successes"], row["episodes"])
+    return float(low), float(high)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(f"{prefix}{key}", value)]
+    return rows

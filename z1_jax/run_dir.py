@@ -1,0 +1,226 @@
+"""A run directory: whose it is, its clock, and what it says in the end.
+
+Mains compose this with the stages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from z1_jax import __version__, suites
+from z1_jax.checkpoint import Checkpoints
+from z1_jax.config.schema import Config, ConfigError, build, fingerprint
+from z1_jax.config.schema import identity as config_identity
+from z1_jax.errors import UserError
+from z1_jax.files import require_plain
+from z1_jax.policy import Policy, find_policy
+from z1_jax.report.write import REPORT, write_report
+
+SUMMARY = "summary.json"
+_CLOCK_S = 5.0  # how often a running stage's time is noted
+
+
+def claim_directory(config: Config) -> pathlib.Path:
+    """Creates the run directory with its config.json, or checks that it belongs to this config.
+
+    Raises:
+        UserError: the directory belongs to another config, or is something else.
+    """
+    directory = config.directory
+    path = directory / "config.json"
+    mine = config_identity(config)
+    require_plain(directory)
+    if os.path.exists(path):  # false too where the path cannot be one
+        try:
+            theirs = config_identity(build(Config, json.loads(path.read_text())))
+        except (ValueError, TypeError, AttributeError, OSError) as error:
+            raise ConfigError(
+                f"{path} cannot be read ({error}); restore it or choose another --config.run_dir"
+            ) from error
+        different = [k for k in mine if mine[k] != theirs.get(k)]
+        if different:
+            shown = ", ".join(f"{k} is {theirs.get(k)!r}, asked for {mine[k]!r}" for k in different[:3])
+            more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+            raise ConfigError(f"{directory} belongs to another config ({shown}{more}); choose another --config.run_dir")
+        return directory
+    aside = path.with_suffix(".tmp")
+    if os.path.isdir(directory) and any(entry != aside for entry in directory.iterdir()):
+        raise ConfigError(
+            f"{directory} is not empty and holds no run (no config.json); choose another --config.run_dir"
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(dataclasses.asdict(config), indent=1))
+        aside.rename(path)
+    except OSError as error:
+        raise ConfigError(
+            f"config key run_dir: {directory} cannot be written ({error.strerror}); choose another --config.run_dir"
+        ) from error
+    return directory
+
+
+def finished_sentence(run_dir: pathlib.Path) -> str | None:
+    """The result of a run that is finished; None for one that is not. A report that is missing is written.
+
+    Raises:
+        UserError: its summary is damaged.
+    """
+    path = run_dir / SUMMARY
+    if not path.exists():
+        return None
+    try:
+        sentence = str(json.loads(path.read_text())["sentence"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; delete it, and the same command writes it anew") from None
+    if not (run_dir / REPORT).exists():
+        write_report(run_dir)
+    return sentence
+
+
+def policy_identity(path: str) -> str:
+    """A short hash of the policy's parameters and tokenizer, wherever they lie.
+
+    Raises:
+        CheckpointError: there is no policy at `path`, or it is damaged.
+    """
+    directory, step = find_policy(path)
+    checkpoints = Checkpoints(directory)
+    try:
+        stored = checkpoints.checksums(step, "assets")  # a converted checkpoint may come without its tokenizer
+        return checkpoints.digest(step, ("params", "assets") if stored else ("params",))
+    finally:
+        checkpoints.close()
+
+
+def claim_policy(run_dir: pathlib.Path, identities: Mapping[str, str]) -> None:
+    """Notes which policies a run directory is about, or checks that they are still the same.
+
+    Raises:
+        UserError: a path leads to another policy than before: its run went on, or was made anew.
+    """
+    path = run_dir / "policies.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for name, identity in identities.items():
+        if known.get(name, identity) != identity:
+            raise UserError(
+                f"{run_dir} began with policy {known[name]} as {name}, the path leads to {identity} now; "
+                "choose another --config.run_dir"
+            )
+    write_json(path, dict(identities))
+
+
+class StageClock:
+    """Wall seconds of each stage, kept over interruptions."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self.seconds: dict[str, float] = {}
+        with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged file costs only the times it held
+            self.seconds = dict(json.loads(path.read_text()))
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the time within to the stage, also when it is interrupted; of one that is killed all but the end."""
+        before, began, over = self.seconds.get(name, 0.0), time.perf_counter(), threading.Event()
+
+        def note() -> None:
+            self.seconds[name] = before + time.perf_counter() - began
+            write_json(self._path, self.seconds)
+
+        def note_now_and_then() -> None:
+            while not over.wait(_CLOCK_S):
+                with contextlib.suppress(OSError):  # the stage itself will say what is wrong with the directory
+                    note()
+
+        keeper = threading.Thread(target=note_now_and_then, daemon=True)
+        keeper.start()
+        try:
+            yield
+        finally:
+            over.set()
+            keeper.join()
+            note()
+
+
+def conclude(
+    config: Config,
+    policy: Policy,
+    run_dir: pathlib.Path,
+    clock: StageClock,
+    result: dict[str, Any],
+    line: str,
+) -> None:
+    """Writes summary.json and the report, and prints the result."""
+    note = suites.label(config)
+    line += f" [{note}]" * bool(note)
+    summary = {
+        "task": config.task,
+        "seeds": {"run": config.seed, "evaluation": [config.eval.first_seed, config.eval.episodes]},
+        "protocol": protocol(config, policy),
+        **result,
+        "wall_seconds": clock.seconds,
+        "sentence": line,
+    }
+    path = run_dir / SUMMARY
+    write_json(path, summary)
+    page = write_report(run_dir)
+    total = sum(clock.seconds.values())
+    print(f"\n{line}")
+    print(f"{total / 60:.1f} minutes in all; summary {path}, report {page}", flush=True)
+
+
+def protocol(config: Config, policy: Policy) -> dict[str, Any]:
+    """What the success rates depend on."""
+    return {
+        "version": __version__,
+        "revision": _revision(),
+        "suite": config.env.suite,
+        "task": config.task,
+        "config": fingerprint(config),
+        "evaluation_seeds": f"{config.eval.first_seed} … {config.eval.first_seed + config.eval.episodes - 1}"
+        if config.eval.episodes
+        else "none",
+        "noise_seed": config.eval.noise_seed,
+        "confidence": config.eval.confidence,
+        "predicted_steps_per_chunk": policy.config.horizon,
+        "executed_steps_per_chunk": policy.executed,
+        "denoising_steps": config.flow.steps,
+        "sampler": "ODE",
+        "cameras": list(config.env.cameras),
+        "slots": list(policy.processor.cameras),
+        "image_size": config.env.image_size,
+        "widths": {name: stats.dim for name, stats in policy.processor.stats.items()},
+        **suites.facts(config),
+        "stop_on_success": True,
+        "latched_success": True,
+        "tokenizer": policy.processor.tokenizer.identity[:12],
+        "jax": jax.__version__,
+        "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+    }
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a JSON file whole: a kill leaves the old one or the new one."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=1))
+    aside.replace(path)
+
+
+def _revision() -> str:
+    try:
+        root = pathlib.Path(__file__).parent
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "not a git checkout"
