@@ -23,7 +23,8 @@ from z1_jax.models.gemma import GemmaConfig
 from z1_jax.models.presets import get_preset
 from z1_jax.models.siglip import SiglipConfig
 from z1_jax.plan import __main__ as plan
-from z1_jax.plan import accelerators, analytic, jaxpr, programs
+from z1_jax.plan import accelerators, analytic, programs
+from z1_jax.plan import jaxpr as traced
 from z1_jax.rl import trainer
 
 H200 = accelerators.get_accelerator("H200")
@@ -105,8 +106,8 @@ def test_the_floor_of_a_decision_is_the_published_one():
 def test_formulas_count_what_the_model_does(rng):
     """Against every matrix product of the traced model, for random shapes."""
     model = random_model(rng)
-    assert jaxpr.count_flops(encode(model).jaxpr.jaxpr).total == analytic.prefix_flops(model)
-    assert jaxpr.count_flops(velocity(model).jaxpr.jaxpr).total == analytic.velocity_flops(model)
+    assert traced.count_flops(encode(model).jaxpr.jaxpr).total == analytic.prefix_flops(model)
+    assert traced.count_flops(velocity(model).jaxpr.jaxpr).total == analytic.velocity_flops(model)
 
 
 def test_loops_times_their_trips_are_what_xla_counts_unrolled():
@@ -115,9 +116,9 @@ def test_loops_times_their_trips_are_what_xla_counts_unrolled():
     language, expert = (dataclasses.replace(part, depth=4) for part in (tiny.language, tiny.expert))
     model = dataclasses.replace(tiny, language=language, expert=expert)
     looped, unrolled = encode(model), encode(dataclasses.replace(model, unroll=True))
-    counts = jaxpr.count_flops(looped.jaxpr.jaxpr)
+    counts = traced.count_flops(looped.jaxpr.jaxpr)
     once, whole = (program.lower().cost_analysis()["flops"] for program in (looped, unrolled))
-    assert counts.total == jaxpr.count_flops(unrolled.jaxpr.jaxpr).total == analytic.prefix_flops(model)
+    assert counts.total == traced.count_flops(unrolled.jaxpr.jaxpr).total == analytic.prefix_flops(model)
     assert counts.total < whole < 1.25 * counts.total  # XLA counts softmax, norms and the like too
     assert once < 0.9 * whole
     assert once + counts.total - counts.bodies_once == pytest.approx(whole, rel=0.1)
@@ -130,7 +131,7 @@ def test_flops_by_hand():
         return jax.lax.scan(lambda c, _: (c, c @ w), x, None, length=4)[1]
 
     shapes = jax.ShapeDtypeStruct((3, 5), jnp.float32), jax.ShapeDtypeStruct((5, 7), jnp.float32)
-    counts = jaxpr.count_flops(jax.jit(looped).trace(*shapes).jaxpr.jaxpr)
+    counts = traced.count_flops(jax.jit(looped).trace(*shapes).jaxpr.jaxpr)
     assert (counts.total, counts.bodies_once) == (4 * 210, 210)
 
 
@@ -139,7 +140,7 @@ def test_flops_by_hand():
 
 def peak(function, *shapes, in_place: int = 0) -> float:
     jaxpr = jax.jit(function).trace(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).jaxpr.jaxpr
-    return jaxpr.peak_bytes(jaxpr, in_place=jaxpr.outvars[:in_place])
+    return traced.peak_bytes(jaxpr, in_place=jaxpr.outvars[:in_place])
 
 
 def test_peak_bytes_by_hand():
