@@ -1,5 +1,6 @@
 """Imports as a whole: what is stored, bad input of every kind, and interruptions."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -102,8 +103,8 @@ def test_frames_may_be_stored_as_jpeg(demos, tmp_path, capsys):
 def test_tasks_and_numbers_of_episodes_are_chosen_over_many_files(demos, tmp_path, capsys):
     (tmp_path / "in" / "deep").mkdir(parents=True)
     files.write_hdf5(tmp_path / "in" / "drawer.hdf5", demos)
-    files.write_hdf5(tmp_path / "in" / "deep" / "stove.hdf5", demos, task="TurnOnStove")
-    files.write_hdf5(tmp_path / "in" / "faucet.hdf5", demos, task="TurnOnSinkFaucet")
+    for number, (name, task) in enumerate((("deep/stove", "TurnOnStove"), ("faucet", "TurnOnSinkFaucet"))):
+        files.write_hdf5(tmp_path / "in" / f"{name}.hdf5", files.make_demos(np.random.default_rng(number)), task=task)
     dataset = run([tmp_path / "in"], tmp_path / "data", tasks=("TurnOnStove", "OpenDrawer"), episodes=2)
     assert [row.task for row in dataset.episodes] == ["TurnOnStove"] * 2 + ["OpenDrawer"] * 2
     with pytest.raises(UserError, match="option --tasks: 'Juggle' is not there; known: TurnOnStove, OpenDrawer"):
@@ -183,7 +184,7 @@ def test_nothing_is_imported_twice(demos, tmp_path, capsys):
     folder = tmp_path / "many" / "below"
     folder.mkdir(parents=True)
     path = files.write_hdf5(folder / "drawer.hdf5", demos)
-    files.write_lerobot(tmp_path / "elsewhere", demos[:2])
+    files.write_lerobot(tmp_path / "elsewhere", files.make_demos(np.random.default_rng(0), 2))
     (tmp_path / "many" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "many" / "again").symlink_to(folder)  # the same files by another way
     (folder / "around").symlink_to(tmp_path / "many")
@@ -192,6 +193,32 @@ def test_nothing_is_imported_twice(demos, tmp_path, capsys):
     with h5py.File(path, "r+") as file:
         file.create_dataset("mask/doubled", data=np.array(["demo_2", "demo_2", "demo_1"], dtype="S"))
     assert [row.steps for row in run([path], tmp_path / "masked", split="doubled").episodes] == [9, 14]
+
+
+def test_copies_are_kept_where_that_is_asked_for(demos, tmp_path, monkeypatch, capsys):
+    """Also after an interruption a copy of what was imported before it is found."""
+    for name in ("a", "b"):
+        files.write_hdf5(tmp_path / f"{name}.hdf5", demos)
+    both = [tmp_path / "a.hdf5", tmp_path / "b.hdf5"]
+    with pytest.raises(UserError, match=r"b\.hdf5, demo_1 is a copy of .*a\.hdf5, demo_1 .*; --skip-bad leaves it out"):
+        run(both, tmp_path / "data")
+    assert (tmp_path / "data.episodes").exists()
+    with pytest.raises(UserError, match=r"b\.hdf5, demo_1 is a copy of"):
+        run(both, tmp_path / "data")
+    kept = run(both, tmp_path / "data", keep_duplicates=True)  # goes on where it was
+    assert len(kept.episodes) == 6 and kept.source["keep_duplicates"]
+    with pytest.raises(UserError, match="exists with keep_duplicates True, asked for False"):
+        run(both, tmp_path / "data")
+
+
+def test_episodes_that_share_only_some_are_no_copies(demos, tmp_path, capsys):
+    """The same movements under other pictures, in other words, or longer."""
+    files.write_hdf5(tmp_path / "a.hdf5", demos[:1])
+    brighter = {camera: frames + np.uint8(15) for camera, frames in demos[0].images.items()}
+    described = dataclasses.replace(demos[0], instruction="pull the drawer")
+    nudged = dataclasses.replace(demos[0], actions=demos[0].actions + 1e-3)
+    files.write_hdf5(tmp_path / "b.hdf5", [dataclasses.replace(demos[0], images=brighter), described, nudged])
+    assert len(run([tmp_path], tmp_path / "data").episodes) == 4
 
 
 def test_several_options_from_are_all_taken(tmp_path):

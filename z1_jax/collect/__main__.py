@@ -130,6 +130,7 @@ def parse_import(arguments: Sequence[str]) -> tuple[ImportConfig, pathlib.Path]:
     add("--episodes", type=int, default=default.episodes, help="the first ones of each task (all)")
     add("--split", default="", help="a filter key of the HDF5 files' masks, or a split of LeRobot's info.json")
     add("--skip-bad", action="store_true", help="leave out what is broken, and say what")
+    add("--keep-duplicates", action="store_true", help="import episodes that are there twice twice")
     given = parser.parse_args(list(arguments))
     for option, lowest, highest in (("stride", 1, 1000), ("chunk", 1, 1000), ("image_size", 0, 1024)):
         if not lowest <= getattr(given, option) <= highest:
@@ -150,6 +151,7 @@ def parse_import(arguments: Sequence[str]) -> tuple[ImportConfig, pathlib.Path]:
         episodes=given.episodes,
         split=given.split,
         skip_bad=given.skip_bad,
+        keep_duplicates=given.keep_duplicates,
     )
     return config, absolute(given.out)
 

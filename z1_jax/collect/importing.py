@@ -14,6 +14,7 @@ from typing import Any
 from z1_jax.collect.importers.base import BadData, EpisodeRef, Source
 from z1_jax.collect.importers.convert import Shapes, read_episode
 from z1_jax.collect.importers.detect import open_sources
+from z1_jax.collect.importers.duplicates import Duplicates
 from z1_jax.config.schema import ConfigError
 from z1_jax.data.dataset import Dataset, open_dataset, write_dataset
 from z1_jax.data.journal import EpisodeJournal, JournaledEpisode, difference
@@ -36,6 +37,7 @@ class ImportConfig:
     episodes: int = 0  # the first ones of each task; 0: all
     split: str = ""  # a mask of HDF5 files, a split of LeRobot directories
     skip_bad: bool = False
+    keep_duplicates: bool = False  # episodes that are there twice are imported twice
 
 
 def import_demonstrations(config: ImportConfig, directory: pathlib.Path) -> tuple[Dataset, bool]:
@@ -53,7 +55,7 @@ def import_demonstrations(config: ImportConfig, directory: pathlib.Path) -> tupl
     origin = _origin(config, sources, shapes)
     if directory.exists():
         dataset = open_dataset(directory)
-        check_source(dataset.path, dataset.source, origin)
+        check_source(dataset.path, dataset.source, {**origin, "keep_duplicates": config.keep_duplicates})
         return dataset, True
     with EpisodeJournal(directory.with_name(directory.name + ".episodes"), origin) as journal:
         before = journal.left_out()
@@ -62,21 +64,26 @@ def import_demonstrations(config: ImportConfig, directory: pathlib.Path) -> tupl
                 f"{journal.path} was begun with --skip-bad and left out {len(before)}, the first: {before[0]}; give "
                 "--skip-bad again, or delete that file to import all of them anew"
             )
-        source = {**origin, "left_out": left_out + unlike}  # the episodes' own are added as they are met
-        episodes = _episodes(chosen, shapes, journal, config.skip_bad, source)
+        source = {**origin, "keep_duplicates": config.keep_duplicates}
+        source["left_out"] = left_out + unlike  # the episodes' own are added as they are met
+        episodes = _episodes(config, chosen, shapes, journal, source)
         dataset = write_dataset(directory, episodes, source, jpeg=config.jpeg)
         journal.remove()
     return dataset, False
 
 
 def _episodes(
-    chosen: Sequence[Chosen], shapes: Shapes, journal: EpisodeJournal, skip_bad: bool, source: dict[str, Any]
+    config: ImportConfig, chosen: Sequence[Chosen], shapes: Shapes, journal: EpisodeJournal, source: dict[str, Any]
 ) -> Iterator[JournaledEpisode]:
     """Those in the journal, then new ones that enter it; `source` hears of what is left out."""
     source["left_out"] += journal.left_out()
     sizes: dict[str, tuple[int, ...]] = {}  # of the frames of the first episode
+    duplicates = Duplicates()
     for known in journal.episodes():
         sizes = sizes or _sizes(known)
+        if not config.keep_duplicates:  # nor those that an earlier call kept
+            duplicates.check(known, _where(chosen[known.seed]))
+        duplicates.add(known, _where(chosen[known.seed]))
         yield known
     with Progress("import", len(chosen), "episode", {"left out": "d"}, start=journal.tried, interval_s=5.0) as progress:
         for number, (place, reference) in enumerate(chosen):
@@ -84,9 +91,11 @@ def _episodes(
                 continue
             try:
                 episode = read_episode(place, reference, number, shapes)
-                _check_sizes(_sizes(episode), sizes, f"{place.path}, {reference.name}")
+                _check_sizes(_sizes(episode), sizes, _where((place, reference)))
+                if not config.keep_duplicates:
+                    duplicates.check(episode, _where((place, reference)))
             except BadData as error:
-                if not skip_bad:
+                if not config.skip_bad:
                     raise BadData(f"{error}; --skip-bad leaves it out") from None
                 journal.leave_out(str(error))
                 source["left_out"].append(str(error))
@@ -94,11 +103,17 @@ def _episodes(
             progress.report(number + 1, {"left out": len(source["left_out"])})
             if episode:
                 sizes = sizes or _sizes(episode)
+                duplicates.add(episode, _where((place, reference)))
                 journal.append(episode)
                 yield episode
     if not journal.kept:
         left_out = source["left_out"]
         raise ConfigError(f"nothing is left to import: {len(left_out)} left out, the first: {left_out[0]}")
+
+
+def _where(chosen: Chosen) -> str:
+    source, reference = chosen
+    return f"{source.path}, {reference.name}"
 
 
 def _sizes(episode: JournaledEpisode) -> dict[str, tuple[int, ...]]:

@@ -21,8 +21,10 @@ from z1_jax.errors import UserError, first_line
 
 STATE, ACTION = "observation.state", "action"
 _TASK, _DESCRIPTION = "task_index", "annotation.human.task_description"  # columns: indices into the table of tasks
+_EPISODE = "episode_index"
 _COLOURS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # Pillow's modes of 8 bits a colour or less
 _STAMP_TOLERANCE = 0.1  # of a frame: time stamps are float32
+_RATE_TOLERANCE = 0.01  # relative, over a whole episode
 
 
 class LeRobotDirectory:
@@ -83,21 +85,15 @@ class LeRobotDirectory:
             )
         check_length(where, "the table of episodes", entry.length, len(actions))
         first_s = self._first_stamp(rows, where)
+        self._check_numbers(rows, where, first_s)
         images = {}
         for camera in cameras:
             key = self._camera_keys[camera]
             if self._meta.features[key]["dtype"] == "video":
-                video, start_s = self._meta.video_file(entry, key)
-                if not video:
+                if not self._meta.video_path:
                     raise BadData(f"{self.path}/meta/info.json has no video_path, yet {key} is a video")
-                images[camera] = read_frames(
-                    self.path / video,
-                    f"{self.path}, {episode.name}",
-                    self._meta.fps,
-                    len(actions),
-                    stride,
-                    start_s + first_s,
-                )
+                place = self._meta.video_place(entry, key)
+                images[camera] = read_frames(self.path, place, first_s, self._meta.fps, stride)
             else:
                 images[camera] = self._stored_images(rows, key, where)[::stride]
         return RawEpisode(
@@ -114,9 +110,31 @@ class LeRobotDirectory:
         try:
             present = set(parquet.read_schema(path).names)
             stored = [key for key, f in self._meta.features.items() if f["dtype"] != "video" and key in present]
-            return parquet.read_table(path, columns=stored, filters=[("episode_index", "==", entry.index)])
+            filters = [(_EPISODE, "==", entry.index)]
+            rows = parquet.read_table(path, columns=stored, filters=filters)
+            if not entry.place:  # v2: the file is the episode's own
+                others = set(parquet.read_table(path, columns=[_EPISODE]).column(_EPISODE).to_pylist()) - {entry.index}
         except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are ValueErrors and OSErrors
             raise BadData(f"{where} cannot be read ({first_line(error)}); get it anew") from None
+        if not entry.place and others:
+            raise BadData(f"{where}: it holds rows of {_EPISODE} {sorted(others)[0]}, expected {entry.index} alone")
+        return rows
+
+    def _check_numbers(self, rows: Any, where: str, first_s: float) -> None:
+        """The rows' own numbers rise by one, and those of the frames begin where the time stamps do."""
+        for name in ("frame_index", "index"):
+            if name not in rows.column_names:
+                continue
+            numbers = np.array(rows.column(name).to_pylist(), np.float64).ravel()
+            wrong = np.flatnonzero(np.diff(numbers) != 1)
+            if len(wrong):
+                before, after = numbers[wrong[0] : wrong[0] + 2]
+                raise BadData(f"{where}: {name} goes from {before:g} to {after:g} at row {wrong[0] + 1}, expected +1")
+            if name == "frame_index" and numbers[0] not in (0, round(first_s * self._meta.fps)):
+                raise BadData(
+                    f"{where}: frame_index begins at {numbers[0]:g}, expected 0, or "
+                    f"{round(first_s * self._meta.fps)} as its time stamps ({first_s:g} s)"
+                )
 
     def _array(self, rows: Any, key: str, where: str) -> np.ndarray:
         """A column of vectors [N, width], float64."""
@@ -150,6 +168,12 @@ class LeRobotDirectory:
             raise BadData(
                 f"{where}: time stamps {worst:.4g} s apart, expected {1 / self._meta.fps:.4g} s at the "
                 f"{self._meta.fps:g} frames a second of meta/info.json"
+            )
+        rate = 1 / steps.mean()
+        if abs(rate / self._meta.fps - 1) > _RATE_TOLERANCE + _STAMP_TOLERANCE / len(steps):
+            raise BadData(
+                f"{where}: {rate:.4g} time stamps a second over the episode, expected the {self._meta.fps:g} of "
+                "meta/info.json"
             )
         return float(stamps[0])
 

@@ -77,6 +77,9 @@ class RobomimicFile:
         where = f"{self.path}, {episode.name}"
         demo = self._data[episode.name]
         actions = np.asarray(demo["actions"])
+        told = demo.attrs.get("num_samples")
+        if told is not None and int(told) != len(actions) > 0:
+            raise BadData(f"{where}: it has {len(actions)} actions, expected the {int(told)} of its num_samples")
         observations = demo["obs"] if "obs" in demo else {}
         state = self._state(observations, where, len(actions))
         images = {}
