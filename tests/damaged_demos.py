@@ -115,6 +115,21 @@ def raw_hdf5_without_images(root, demos, whole="a", raw="b"):
     return rf"{raw}\.hdf5 has no camera {CAMERA}; it has none", 3
 
 
+def hdf5_with_images_of_other_names(root, demos):
+    def change(data):
+        for name in data:
+            for key in list(data[name]["obs"]):
+                if key.endswith("_image"):
+                    data[name]["obs"].move(key, key.removesuffix("_image") + "_rgb")
+
+    files.write_hdf5(root / "a.hdf5", demos)
+    edit_hdf5(files.write_hdf5(root / "b.hdf5", others()), change)
+    return (
+        rf"b\.hdf5: images are read from obs/\*_image .*; this file has pictures in {CAMERA}_rgb, {files.CAMERAS[1]}_rgb, ",
+        3,
+    )
+
+
 def hdf5_after_one_without_images(root, demos):
     return raw_hdf5_without_images(root, demos, whole="b", raw="a")
 
@@ -383,6 +398,7 @@ BROKEN = [
     hdf5_with_an_instruction_of_null,
     hdf5_of_another_rate,
     raw_hdf5_without_images,
+    hdf5_with_images_of_other_names,
     hdf5_after_one_without_images,
     hdf5_after_a_wide_one,
     hdf5_of_two_rates_after_one_without,

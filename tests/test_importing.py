@@ -9,7 +9,7 @@ import demo_files as files
 import numpy as np
 import pytest
 import tiny_policy as tiny
-from damaged_demos import BROKEN, damaged_frames, rewrite_table, video_file, with_column
+from damaged_demos import BROKEN, damaged_frames, edit_hdf5, rewrite_table, video_file, with_column
 
 from z1_jax import initial_policy, train
 from z1_jax.collect import importing
@@ -279,6 +279,12 @@ def test_a_v3_directory_that_was_never_finished(tmp_path, demos):
 def test_nothing_to_import_is_told(tmp_path, demos, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("hello")
+    libero = files.write_hdf5(tmp_path / "libero.hdf5", [dataclasses.replace(d, images={}) for d in demos])
+    edit_hdf5(libero, lambda data: data["demo_1/obs"].create_dataset("agentview_rgb", data=demos[0].images[CAMERA]))
+    with pytest.raises(
+        UserError, match=r"images are read from obs/\*_image .*; this file has pictures in agentview_rgb; import"
+    ):
+        run([libero], tmp_path / "data", cameras=())
     for path, message in (("empty", "holds nothing to import"), ("none", "does not exist"), ("notes.txt", "no HDF5")):
         with pytest.raises(UserError, match=message):
             run([tmp_path / path], tmp_path / "data")

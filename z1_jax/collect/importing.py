@@ -135,6 +135,8 @@ def _shapes(config: ImportConfig, sources: Sequence[Source]) -> Shapes:
     """What most of the sources have; the cameras of the first that has any."""
     cameras = config.cameras or next((tuple(source.cameras) for source in sources if source.cameras), ())
     if not cameras:
+        if sources[0].pictures:
+            raise ConfigError(_unread(sources[0]))
         raise ConfigError(
             f"{sources[0].path} has no images; expected at least one camera (for RoboCasa, the *_im128 files)"
         )
@@ -150,7 +152,9 @@ def _alike(sources: Sequence[Source], shapes: Shapes, skip_bad: bool) -> tuple[l
     for source in sources:
         missing = [camera for camera in shapes.cameras if camera not in source.cameras]
         timed = next((other for other in kept if other.fps), source)  # the first that tells its rate
-        if missing:
+        if missing and source.pictures and not source.cameras:
+            line = _unread(source)
+        elif missing:
             line = f"{source.path} has no camera {missing[0]}; it has {', '.join(source.cameras) or 'none'}"
         elif (source.action_dim, source.state_dim) != (shapes.action_dim, shapes.state_dim):
             line = (
@@ -168,6 +172,13 @@ def _alike(sources: Sequence[Source], shapes: Shapes, skip_bad: bool) -> tuple[l
     if not kept:
         raise ConfigError(f"nothing is left to import: {unlike[0]}")
     return kept, unlike
+
+
+def _unread(source: Source) -> str:
+    return (
+        f"{source.path}: images are read from obs/*_image and the state from RoboCasa's robot0_* observations; this "
+        f"file has pictures in {', '.join(source.pictures)}; import a LeRobot version of these demonstrations"
+    )
 
 
 def _chosen(config: ImportConfig, sources: Sequence[Source]) -> list[Chosen]:

@@ -50,6 +50,7 @@ class Source(Protocol):
     state_dim: int
     fps: float | None  # control steps a second; None: the source does not say
     order: str  # what was done to the parts of actions and state, in words
+    pictures: Sequence[str]  # where frames lie under names that are not read
     flaws: Sequence[str]  # one line for each thing that is broken in it and not in a listed episode
 
     def facts(self) -> dict[str, Any]:

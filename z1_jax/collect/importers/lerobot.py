@@ -38,6 +38,8 @@ class LeRobotDirectory:
         UserError: pyarrow is not installed, or there is no such split.
     """
 
+    pictures = ()
+
     def __init__(self, path: pathlib.Path, split: str = ""):
         self.path = path
         self._meta: Meta = read_meta(path)
