@@ -16,6 +16,7 @@ from z1_jax.collect import importing
 from z1_jax.collect.__main__ import main, parse_import
 from z1_jax.collect.importers.base import need
 from z1_jax.collect.importing import ImportConfig, import_demonstrations
+from z1_jax.data.dataset import open_dataset
 from z1_jax.errors import UserError
 
 CAMERA = files.CAMERAS[0]
@@ -140,6 +141,74 @@ def test_frames_are_those_of_the_time_stamps(demos, tmp_path, capsys):
     for step in range(14):
         drift = dataset[row.first_record + step].images[CAMERA].astype(int) - demos[1].images[CAMERA][step]
         assert np.abs(drift).mean() < 4  # of 255: as near as the video's own compression
+
+
+def rename(root: pathlib.Path, features: dict[str, dict[str, list[int]]]) -> None:
+    """Splits columns into parts: column -> {new name: its columns}; LeRobot's own names are gone."""
+    import pyarrow as pa
+
+    info = json.loads((root / "meta" / "info.json").read_text())
+    for old, parts in features.items():
+        info["features"].pop(old)
+        info["features"] |= {name: {"dtype": "float64", "shape": [len(at)]} for name, at in parts.items()}
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+
+    def split(table):
+        for old, parts in features.items():
+            values = np.array(table.column(old).to_pylist())
+            for name, at in parts.items():
+                table = table.append_column(name, pa.array(list(values[:, at])))
+            table = table.drop_columns([old])
+        return table
+
+    for episode in range(info["total_episodes"]):
+        rewrite_table(root, episode, split)
+
+
+def test_columns_of_other_names_and_in_parts(demos, tmp_path, capsys):
+    """As openpi's converters name them, and split; joined in the order that is given, frames by their columns."""
+    root = files.write_lerobot(tmp_path / "lerobot", demos, modality=False)
+    arm, rest = list(range(5)), list(range(5, 12))
+    rename(root, {"action": {"actions.arm": arm, "actions.rest": rest}, "observation.state": {"state": [3, 1, 2]}})
+    with pytest.raises(UserError, match=r"has no feature action; it has .*; --actions=NAME, or NAME,NAME to join"):
+        run([root], tmp_path / "data")
+    named = f"--images=left:observation.images.{CAMERA},wrist:observation.images.{files.CAMERAS[2]}"
+    options = ["--actions=actions.rest,actions.arm", "--state=state", named, "--stride=1", "--chunk=1"]
+    main(["collect", f"--from={root}", f"--out={tmp_path / 'data'}", *options])
+    said = capsys.readouterr().out
+    assert "actions in the order that is stored in actions.rest + actions.arm, state in the order that is" in said
+    assert f"left from observation.images.{CAMERA}, wrist from" in said
+    dataset = open_dataset(tmp_path / "data")
+    assert tuple(dataset.cameras) == ("left", "wrist")
+    for record in (dataset[i] for i in range(len(dataset))):
+        demo = demos[record.episode]
+        # The stored order with its halves exchanged is the simulator's (demo_files.ACTION_TABLE).
+        np.testing.assert_array_equal(record.actions[0], demo.actions[record.step].astype("f"))
+        np.testing.assert_array_equal(record.state, demo.state[record.step][[3, 1, 2]].astype("f"))
+        for camera, written in (("left", CAMERA), ("wrist", files.CAMERAS[2])):
+            assert np.abs(record.images[camera].astype(int) - demo.images[written][record.step]).mean() < 5
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--state=action,where", "has no feature where; it has .*; --state=NAME"),
+        (f"--actions=observation.images.{CAMERA}", "--actions: observation.images.* is of video, expected numbers"),
+        ("--images=front:front_image", "--images: .* has no column front_image of images; it has observation.images"),
+        ("--images=front", "--images: got front, expected CAMERA:COLUMN"),
+        ("--images=a:b,a:c", "--images: got a:b,a:c, expected each camera once"),
+    ],
+)
+def test_columns_that_are_not_there(demos, tmp_path, capsys, option, message):
+    root = files.write_lerobot(tmp_path / "lerobot", demos)
+    with pytest.raises(UserError, match=message):
+        main(["collect", f"--from={root}", f"--out={tmp_path / 'data'}", option])
+    if "--state" in option:
+        path = files.write_hdf5(tmp_path / "drawer.hdf5", demos)
+        with pytest.raises(
+            UserError, match="--state, --actions, --images: .*drawer.hdf5 is HDF5; they are for LeRobot"
+        ):
+            main(["collect", f"--from={path}", f"--out={tmp_path / 'data'}", option])
 
 
 def test_videos_without_a_path_are_told(demos, tmp_path, capsys):

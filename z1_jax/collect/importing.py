@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from z1_jax.collect.importers.base import BadData, EpisodeRef, Source
+from z1_jax.collect.importers.base import LEROBOTS, BadData, Columns, EpisodeRef, Source
 from z1_jax.collect.importers.convert import Shapes, read_episode
 from z1_jax.collect.importers.detect import open_sources
 from z1_jax.collect.importers.duplicates import Duplicates
@@ -37,6 +37,7 @@ class ImportConfig:
     episodes: int = 0  # the first ones of each task; 0: all
     split: str = ""  # a mask of HDF5 files, a split of LeRobot directories
     skip_bad: bool = False
+    columns: Columns = LEROBOTS
     keep_duplicates: bool = False  # episodes that are there twice are imported twice
 
 
@@ -46,7 +47,7 @@ def import_demonstrations(config: ImportConfig, directory: pathlib.Path) -> tupl
     Raises:
         UserError: nothing to import, a broken episode without `skip_bad`, or a directory that holds something else.
     """
-    sources, left_out = open_sources(config.paths, config.split, config.skip_bad)
+    sources, left_out = open_sources(config.paths, config.split, config.skip_bad, config.columns)
     if not sources:
         raise ConfigError(f"nothing is left to import: {left_out[0]}")
     shapes = _shapes(config, sources)

@@ -22,6 +22,18 @@ class BadData(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Columns:
+    """The names under which a LeRobot directory has what is read; empty: LeRobot's own."""
+
+    state: tuple[str, ...] = ()  # joined in this order
+    actions: tuple[str, ...] = ()
+    images: tuple[tuple[str, str], ...] = ()  # (camera, column)
+
+
+LEROBOTS = Columns()
+
+
+@dataclasses.dataclass(frozen=True)
 class EpisodeRef:
     """One episode that a source lists, before its arrays are read."""
 

@@ -14,7 +14,16 @@ import numpy as np
 from PIL import Image
 
 from z1_jax.collect.importers import orders
-from z1_jax.collect.importers.base import BadData, EpisodeRef, RawEpisode, check_length, checksum, need
+from z1_jax.collect.importers.base import (
+    LEROBOTS,
+    BadData,
+    Columns,
+    EpisodeRef,
+    RawEpisode,
+    check_length,
+    checksum,
+    need,
+)
 from z1_jax.collect.importers.lerobot_meta import Entry, Meta, read_meta
 from z1_jax.collect.importers.video import read_frames
 from z1_jax.errors import UserError, first_line
@@ -31,6 +40,7 @@ class LeRobotDirectory:
     """One LeRobot dataset (see `Source`).
 
     Args:
+        columns: the names of its columns.
         split: a name under `splits` of meta/info.json; empty: all episodes.
 
     Raises:
@@ -40,7 +50,7 @@ class LeRobotDirectory:
 
     pictures = ()
 
-    def __init__(self, path: pathlib.Path, split: str = ""):
+    def __init__(self, path: pathlib.Path, split: str = "", columns: Columns = LEROBOTS):
         self.path = path
         self._meta: Meta = read_meta(path)
         self.flaws = self._meta.flaws
@@ -52,16 +62,24 @@ class LeRobotDirectory:
         )
         if not self.episodes:
             raise BadData(next(iter(self.flaws), f"{path} lists no episodes; expected at least one in {path}/meta"))
-        self._camera_keys = self._meta.camera_keys()
+        self._state, self._actions = columns.state or (STATE,), columns.actions or (ACTION,)
+        self._camera_keys = self._named_cameras(columns.images) if columns.images else self._meta.camera_keys()
         self.cameras = tuple(self._camera_keys)
-        self.action_dim, self.state_dim = self._width(ACTION), self._width(STATE)
-        self._action_columns = self._columns("action", orders.ACTION_PARTS, ACTION, self.action_dim)
-        self._state_columns = self._columns("state", orders.STATE_PARTS, STATE, self.state_dim)
+        self.action_dim = sum(self._width(key, "actions") for key in self._actions)
+        self.state_dim = sum(self._width(key, "state") for key in self._state)
+        parts = orders.ACTION_PARTS, orders.STATE_PARTS  # what is named is taken in the order that is told
+        self._action_columns = None if columns.actions else self._columns("action", parts[0], ACTION, self.action_dim)
+        self._state_columns = None if columns.state else self._columns("state", parts[1], STATE, self.state_dim)
         depth = self._meta.depth_keys()
         self.order = ", ".join(
             f"{name} {'in raw order by meta/modality.json' if found is not None else 'in the order that is stored'}"
-            for name, found in (("actions", self._action_columns), ("state", self._state_columns))
+            + f" in {' + '.join(given)}" * bool(given)
+            for name, found, given in (
+                ("actions", self._action_columns, columns.actions),
+                ("state", self._state_columns, columns.state),
+            )
         )
+        self.order += "".join(f", {camera} from {column}" for camera, column in columns.images)
         self.order += f"; depth is left out: {', '.join(depth)}" * bool(depth)
 
     def facts(self) -> dict[str, Any]:
@@ -80,7 +98,7 @@ class LeRobotDirectory:
         path = self.path / self._meta.data_file(entry)
         where = f"{path}, {episode.name}"
         rows = self._rows(path, where, entry)
-        actions, state = self._array(rows, ACTION, where), self._array(rows, STATE, where)
+        actions, state = self._join(rows, self._actions, where), self._join(rows, self._state, where)
         if not len(actions):
             raise BadData(
                 f"{where} is empty: no row has its episode_index, the table of episodes tells of {entry.length} steps"
@@ -138,12 +156,24 @@ class LeRobotDirectory:
                     f"{round(first_s * self._meta.fps)} as its time stamps ({first_s:g} s)"
                 )
 
+    def _join(self, rows: Any, keys: Sequence[str], where: str) -> np.ndarray:
+        """Columns of vectors side by side, [N, sum of widths]."""
+        return np.concatenate([self._array(rows, key, where) for key in keys], axis=1)
+
+    def _named_cameras(self, images: Sequence[tuple[str, str]]) -> dict[str, str]:
+        known = self._meta.camera_keys().values()
+        for _, column in images:
+            if column not in known:
+                shown = ", ".join(known) or "none"
+                raise BadData(f"option --images: {self.path} has no column {column} of images; it has {shown}")
+        return dict(images)
+
     def _array(self, rows: Any, key: str, where: str) -> np.ndarray:
         """A column of vectors [N, width], float64."""
         if key not in rows.column_names:
             raise BadData(f"{where} has no column {key}; expected it, as meta/info.json says")
         values = rows.column(key).to_pylist()
-        expected = self._width(key)
+        expected = int(np.prod(self._meta.features[key]["shape"]))
         if any(value is None for value in values):
             raise BadData(f"{where}: {key} holds values that are no numbers")
         vectors = [value if isinstance(value, list) else [value] for value in values]
@@ -217,12 +247,18 @@ class LeRobotDirectory:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadData(f"{self.path}/meta/modality.json, {section}: {first_line(error)}") from None
 
-    def _width(self, key: str) -> int:
-        try:
-            return int(np.prod(self._meta.features[key]["shape"]))
-        except (KeyError, TypeError, ValueError):
+    def _width(self, key: str, option: str) -> int:
+        """Numbers in a row of a column that `--option` may name."""
+        feature = self._meta.features.get(key)
+        if feature is None:
             known = ", ".join(self._meta.features)
-            raise BadData(f"{self.path}/meta/info.json has no feature {key}; it has {known}") from None
+            raise BadData(
+                f"{self.path}/meta/info.json has no feature {key}; it has {known}; "
+                f"--{option}=NAME, or NAME,NAME to join several, says which to read"
+            )
+        if feature["dtype"] in ("video", "image", "string"):
+            raise BadData(f"option --{option}: {key} of {self.path} is of {feature['dtype']}, expected numbers")
+        return int(np.prod(feature["shape"]))
 
     def _split(self, split: str) -> Sequence[Entry]:
         if not split:
