@@ -77,7 +77,7 @@ def make(rng: np.random.Generator, episodes: int) -> Case:
     lengths = rng.integers(2, 400 // episodes, episodes).tolist()
     total = sum(lengths)
     tick = fractions.Fraction(1, int(rng.choice([1000, 12800, 90000])))
-    container = str(rng.choice(["mp4", "matroska"]))
+    container = str(rng.choice(["mp4", "matroska", "mpegts"]))
     offset = float(rng.choice([0.0, rng.uniform(0, 0.4), rng.uniform(0, 5)])) / fps
     jitter = rng.uniform(-0.1, 0.1, total) / fps * (rng.random() < 0.3)
     times = offset + np.arange(total) / (fps * error) + jitter - jitter[0]
@@ -87,6 +87,31 @@ def make(rng: np.random.Generator, episodes: int) -> Case:
         stretches = [Stretch(0, total, 0.0)]  # v2
     style = {"tick": tick, "container": container, "bf": str(rng.integers(0, 4)), "g": str(rng.integers(1, 40))}
     return Case(fps, lengths, list(range(total)), times, stretches, style)
+
+
+def apart(lengths: list[int], times: np.ndarray, rate: float, **style) -> Case:
+    """Episodes one after another, whose tables are in time of `rate`."""
+    ends = np.cumsum([0, *lengths]) / rate
+    stretches = [Stretch(i, n, a, b) for i, (n, a, b) in enumerate(zip(lengths, ends[:-1], ends[1:], strict=True))]
+    style = {"tick": fractions.Fraction(1, 12800), **style}
+    return Case(20, lengths, list(range(sum(lengths))), times, stretches, style)
+
+
+def test_an_offset_and_a_rate_of_its_own_at_once(tmp_path):
+    """Neither the file's time nor the table's rate gives the last episode's frame; time from the first frame does."""
+    case = apart([120] * 3, 0.15 + np.arange(360) / 20.1, 20.1)
+    assert [case.read(tmp_path, episode, 7) for episode in range(3)] == [case.truth(i, 7) for i in range(3)]
+
+
+def test_a_place_behind_the_next_episode_costs_one_episode(tmp_path):
+    case = apart([40, 3, 5, 40], np.arange(88) / 20, 20)
+    case.stretches[1] = Stretch(1, 3, 49 / 20, 52 / 20)
+    for episode in (0, 2, 3):
+        assert case.read(tmp_path, episode, 1) == case.truth(episode, 1)
+    with pytest.raises(
+        BadData, match=r"episode 1: .* begin at 2\.45 s of .*, expected frame 40, 2 s: .* the 88 frames"
+    ):
+        case.read(tmp_path, 1, 1)
 
 
 @pytest.mark.parametrize("episodes", [1, 4])
