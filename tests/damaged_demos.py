@@ -12,6 +12,11 @@ import numpy as np
 CAMERA = files.CAMERAS[0]
 
 
+def others() -> list[files.Demo]:
+    """Three more that are good."""
+    return files.make_demos(np.random.default_rng(1))
+
+
 def edit_hdf5(path: pathlib.Path, change) -> pathlib.Path:
     import h5py
 
@@ -110,13 +115,25 @@ def raw_hdf5_without_images(root, demos, whole="a", raw="b"):
     return rf"{raw}\.hdf5 has no camera {CAMERA}; it has none", 3
 
 
+def hdf5_with_images_of_other_names(root, demos):
+    def change(data):
+        for name in data:
+            for key in list(data[name]["obs"]):
+                if key.endswith("_image"):
+                    data[name]["obs"].move(key, key.removesuffix("_image") + "_rgb")
+
+    files.write_hdf5(root / "a.hdf5", demos)
+    edit_hdf5(files.write_hdf5(root / "b.hdf5", others()), change)
+    return rf"b\.hdf5: images are read from obs/\*_image .*; this file has pictures in {CAMERA}_rgb, ", 3
+
+
 def hdf5_after_one_without_images(root, demos):
     return raw_hdf5_without_images(root, demos, whole="b", raw="a")
 
 
 def hdf5_after_a_wide_one(root, demos):
-    for name in ("b", "c"):
-        files.write_hdf5(root / f"{name}.hdf5", demos)
+    files.write_hdf5(root / "b.hdf5", others())
+    files.write_hdf5(root / "c.hdf5", demos)
     for demo in demos:
         demo.actions = demo.actions[:, :7]
     files.write_hdf5(root / "a.hdf5", demos)
@@ -126,8 +143,9 @@ def hdf5_after_a_wide_one(root, demos):
 def hdf5_of_two_rates_after_one_without(root, demos):
     import h5py
 
-    for name, fps in (("a", 20), ("b", 20), ("c", 10)):
-        files.write_hdf5(root / f"{name}.hdf5", demos, fps=fps)
+    files.write_hdf5(root / "a.hdf5", others())
+    files.write_hdf5(root / "b.hdf5", demos)
+    files.write_hdf5(root / "c.hdf5", demos, fps=10)
     with h5py.File(root / "a.hdf5", "r+") as file:
         file["data"].attrs["env_args"] = json.dumps({"env_name": "OpenDrawer", "env_kwargs": None})
     return r"c\.hdf5 has 10 steps a second, .*b\.hdf5 20", 6
@@ -150,6 +168,31 @@ def hdf5_of_another_structure(root, demos):
         file.create_group(f"data/demo_2/obs/{CAMERA}_image")
         file["data/demo_3/obs"] = np.zeros(3)
     return r"a\.hdf5, demo_2 cannot be read \(AttributeError: .*\); get it anew", 1
+
+
+def hdf5_of_fewer_steps_than_counted(root, demos):
+    change = lambda data: data["demo_2"].attrs.update({"num_samples": 15})  # noqa: E731
+    edit_hdf5(files.write_hdf5(root / "a.hdf5", demos), change)
+    return r"a\.hdf5, demo_2: it has 14 actions, expected the 15 of its num_samples", 2
+
+
+def hdf5_with_fewer_frames_than_actions(root, demos):
+    demos[1].images[CAMERA] = demos[1].images[CAMERA][:-1]
+    files.write_hdf5(root / "a.hdf5", demos)
+    return rf"a\.hdf5, demo_2: {CAMERA} has 13 steps, expected the 14 of its actions", 2
+
+
+def hdf5_beside_its_copy(root, demos):
+    files.write_hdf5(root / "a.hdf5", demos)
+    files.write_hdf5(root / "b.hdf5", demos, task="Another")
+    return r"b\.hdf5, demo_1 is a copy of .*a\.hdf5, demo_1 \(same.*expected another episode; --keep-duplicates", 3
+
+
+def lerobot_beside_its_hdf5(root, demos):
+    """The same demonstrations in both formats: their frames differ by what h264 loses."""
+    files.write_hdf5(root / "a.hdf5", demos)
+    files.write_lerobot(root / "b", demos)
+    return r"b, episode 0 is a copy of .*a\.hdf5, demo_1 ", 3
 
 
 def video_file(root, episode: int) -> pathlib.Path:
@@ -179,6 +222,70 @@ def video_of_too_few_frames(root, demos):
     files.write_lerobot(root, demos)
     files.write_video(video_file(root, 1), demos[1].images[CAMERA][:-2], 20)
     return r"episode 1: the video .*episode_000001\.mp4 ends after 12 of 14 frames", 2
+
+
+def video_of_too_many_frames(root, demos):
+    files.write_lerobot(root, demos)
+    frames = demos[1].images[CAMERA]
+    files.write_video(video_file(root, 1), np.concatenate([frames[:1]] * 3 + [frames]), 20)
+    return r"episode 1: the video .*episode_000001\.mp4 holds 17 frames for 14 rows, expected 14", 2
+
+
+def video_with_a_hole(root, demos):
+    """As many frames as rows, yet one of them was dropped."""
+    import av
+
+    files.write_lerobot(root, demos)
+    with av.open(str(video_file(root, 1)), "w") as container:
+        stream = container.add_stream("h264", rate=20)
+        stream.height = stream.width = files.PIXELS
+        for number, frame in enumerate(demos[1].images[CAMERA]):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts = number + (number > 6)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return r"episode 1: frame 7 of .* is shown 0\.1 s after the one before, expected 0\.05 s: frames are missing", 2
+
+
+def frame_index_with_a_hole(root, demos):
+    files.write_lerobot(root, demos)
+    numbers = np.arange(14) + (np.arange(14) > 4)
+    rewrite_table(root, 1, lambda table: with_column(table, "frame_index", numbers))
+    return r"episode_000001\.parquet, episode 1: frame_index goes from 4 to 6 at row 5, expected \+1", 2
+
+
+def frame_index_that_disagrees_with_stamps(root, demos):
+    files.write_lerobot(root, demos)
+    rewrite_table(root, 1, lambda table: with_column(table, "frame_index", 3 + np.arange(14)))
+    return r"episode_000001\.parquet, episode 1: frame_index begins at 3, expected 0", 2
+
+
+def rows_out_of_order(root, demos):
+    files.write_lerobot(root, demos)
+    order = np.arange(14)
+    order[[3, 4]] = [4, 3]
+    rewrite_table(root, 1, lambda table: with_column(table, "index", 9 + order))
+    return r"episode_000001\.parquet, episode 1: index goes from 11 to 13 at row 3, expected \+1", 2
+
+
+def table_of_another_episode(root, demos):
+    files.write_lerobot(root, demos)
+    rewrite_table(root, 1, lambda table: with_column(table, "episode_index", np.full(14, 2)))
+    return r"episode_000001\.parquet, episode 1: it holds rows of episode_index 2, expected 1 alone", 2
+
+
+def table_of_another_length(root, demos):
+    files.write_lerobot(root, demos)
+    path = root / "meta" / "episodes.jsonl"
+    path.write_text(path.read_text().replace('"length": 14', '"length": 16'))
+    return r"episode_000001\.parquet, episode 1: the table of episodes has 16 steps, expected the 14 of its actions", 2
+
+
+def stamps_that_drift(root, demos):
+    """Each is near the one before; over the episode they are of 19 steps a second."""
+    files.write_lerobot(root, demos)
+    rewrite_table(root, 1, lambda table: with_column(table, "timestamp", np.arange(14) / 19))
+    return r"episode_000001\.parquet, episode 1: 19 time stamps a second over the episode, expected the 20", 2
 
 
 def missing_video(root, demos):
@@ -288,16 +395,29 @@ BROKEN = [
     hdf5_with_an_instruction_of_null,
     hdf5_of_another_rate,
     raw_hdf5_without_images,
+    hdf5_with_images_of_other_names,
     hdf5_after_one_without_images,
     hdf5_after_a_wide_one,
     hdf5_of_two_rates_after_one_without,
     hdf5_with_frames_of_another_size,
     hdf5_of_another_structure,
+    hdf5_of_fewer_steps_than_counted,
+    hdf5_with_fewer_frames_than_actions,
+    hdf5_beside_its_copy,
+    lerobot_beside_its_hdf5,
     truncated_video,
     video_of_too_few_frames,
+    video_of_too_many_frames,
+    video_with_a_hole,
     missing_video,
     video_of_another_rate,
     stamps_of_another_rate,
+    stamps_that_drift,
+    frame_index_with_a_hole,
+    frame_index_that_disagrees_with_stamps,
+    rows_out_of_order,
+    table_of_another_episode,
+    table_of_another_length,
     lerobot_with_wide_actions,
     lerobot_with_nan,
     lerobot_with_an_empty_episode,

@@ -9,6 +9,7 @@ import dataclasses
 import fractions
 import json
 import pathlib
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -166,6 +167,55 @@ def write_lerobot(
     if modality:
         (root / "meta" / "modality.json").write_text(json.dumps(modality_of()))
     return root
+
+
+def write_lerobot_v3(root: pathlib.Path, demos: Sequence[Demo], fps: int = 20, **changes: Any) -> pathlib.Path:
+    """LeRobot v3.0: all episodes in one table and one video a camera.
+
+    Args:
+        changes: of each episode's row in meta/episodes: column -> function of (episode, value as it should be); the
+            columns of videos are named from_timestamp and to_timestamp.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write_lerobot(root, demos, fps)
+    tables = [pq.read_table(file) for file in sorted((root / "data").rglob("*.parquet"))]
+    shutil.rmtree(root / "data"), shutil.rmtree(root / "videos")
+    (root / "data/chunk-000").mkdir(parents=True)
+    pq.write_table(pa.concat_tables(tables), root / "data/chunk-000/file-000.parquet")
+    rows, first = [], 0
+    for episode, demo in enumerate(demos):
+        row: dict[str, Any] = {"episode_index": episode, "tasks": [demo.instruction], "length": len(demo.actions)}
+        row |= {"data/chunk_index": 0, "data/file_index": 0}
+        end = first + len(demo.actions)
+        for camera in CAMERAS:
+            key = f"videos/observation.images.{camera}"
+            times = {"from_timestamp": first / fps, "to_timestamp": end / fps}
+            times = {name: changes.get(name, lambda _, value: value)(episode, value) for name, value in times.items()}
+            row |= {f"{key}/chunk_index": 0, f"{key}/file_index": 0, **{f"{key}/{k}": v for k, v in times.items()}}
+        rows.append(row)
+        first = end
+    for camera in CAMERAS:
+        path = v3_video(root, camera)
+        path.parent.mkdir(parents=True)
+        write_video(path, np.concatenate([demo.images[camera] for demo in demos]), fps)
+    (root / "meta/episodes").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), root / "meta/episodes/file-000.parquet")
+    tasks = [json.loads(line) for line in (root / "meta/tasks.jsonl").read_text().splitlines()]
+    pq.write_table(pa.Table.from_pylist(tasks), root / "meta/tasks.parquet")
+    info = json.loads((root / "meta/info.json").read_text())
+    info |= {
+        "codebase_version": "v3.0",
+        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+    }
+    (root / "meta/info.json").write_text(json.dumps(info))
+    return root
+
+
+def v3_video(root: pathlib.Path, camera: str) -> pathlib.Path:
+    return root / f"videos/observation.images.{camera}/chunk-000/file-000.mp4"
 
 
 def modality_of() -> dict[str, Any]:

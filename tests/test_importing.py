@@ -1,5 +1,6 @@
 """Imports as a whole: what is stored, bad input of every kind, and interruptions."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -8,13 +9,14 @@ import demo_files as files
 import numpy as np
 import pytest
 import tiny_policy as tiny
-from damaged_demos import BROKEN, damaged_frames, rewrite_table, video_file, with_column
+from damaged_demos import BROKEN, damaged_frames, edit_hdf5, rewrite_table, video_file, with_column
 
 from z1_jax import initial_policy, train
 from z1_jax.collect import importing
 from z1_jax.collect.__main__ import main, parse_import
 from z1_jax.collect.importers.base import need
 from z1_jax.collect.importing import ImportConfig, import_demonstrations
+from z1_jax.data.dataset import open_dataset
 from z1_jax.errors import UserError
 
 CAMERA = files.CAMERAS[0]
@@ -102,8 +104,8 @@ def test_frames_may_be_stored_as_jpeg(demos, tmp_path, capsys):
 def test_tasks_and_numbers_of_episodes_are_chosen_over_many_files(demos, tmp_path, capsys):
     (tmp_path / "in" / "deep").mkdir(parents=True)
     files.write_hdf5(tmp_path / "in" / "drawer.hdf5", demos)
-    files.write_hdf5(tmp_path / "in" / "deep" / "stove.hdf5", demos, task="TurnOnStove")
-    files.write_hdf5(tmp_path / "in" / "faucet.hdf5", demos, task="TurnOnSinkFaucet")
+    for number, (name, task) in enumerate((("deep/stove", "TurnOnStove"), ("faucet", "TurnOnSinkFaucet"))):
+        files.write_hdf5(tmp_path / "in" / f"{name}.hdf5", files.make_demos(np.random.default_rng(number)), task=task)
     dataset = run([tmp_path / "in"], tmp_path / "data", tasks=("TurnOnStove", "OpenDrawer"), episodes=2)
     assert [row.task for row in dataset.episodes] == ["TurnOnStove"] * 2 + ["OpenDrawer"] * 2
     with pytest.raises(UserError, match="option --tasks: 'Juggle' is not there; known: TurnOnStove, OpenDrawer"):
@@ -139,6 +141,74 @@ def test_frames_are_those_of_the_time_stamps(demos, tmp_path, capsys):
     for step in range(14):
         drift = dataset[row.first_record + step].images[CAMERA].astype(int) - demos[1].images[CAMERA][step]
         assert np.abs(drift).mean() < 4  # of 255: as near as the video's own compression
+
+
+def rename(root: pathlib.Path, features: dict[str, dict[str, list[int]]]) -> None:
+    """Splits columns into parts: column -> {new name: its columns}; LeRobot's own names are gone."""
+    import pyarrow as pa
+
+    info = json.loads((root / "meta" / "info.json").read_text())
+    for old, parts in features.items():
+        info["features"].pop(old)
+        info["features"] |= {name: {"dtype": "float64", "shape": [len(at)]} for name, at in parts.items()}
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+
+    def split(table):
+        for old, parts in features.items():
+            values = np.array(table.column(old).to_pylist())
+            for name, at in parts.items():
+                table = table.append_column(name, pa.array(list(values[:, at])))
+            table = table.drop_columns([old])
+        return table
+
+    for episode in range(info["total_episodes"]):
+        rewrite_table(root, episode, split)
+
+
+def test_columns_of_other_names_and_in_parts(demos, tmp_path, capsys):
+    """As openpi's converters name them, and split; joined in the order that is given, frames by their columns."""
+    root = files.write_lerobot(tmp_path / "lerobot", demos, modality=False)
+    arm, rest = list(range(5)), list(range(5, 12))
+    rename(root, {"action": {"actions.arm": arm, "actions.rest": rest}, "observation.state": {"state": [3, 1, 2]}})
+    with pytest.raises(UserError, match=r"has no feature action; it has .*; --actions=NAME, or NAME,NAME to join"):
+        run([root], tmp_path / "data")
+    named = f"--images=left:observation.images.{CAMERA},wrist:observation.images.{files.CAMERAS[2]}"
+    options = ["--actions=actions.rest,actions.arm", "--state=state", named, "--stride=1", "--chunk=1"]
+    main(["collect", f"--from={root}", f"--out={tmp_path / 'data'}", *options])
+    said = capsys.readouterr().out
+    assert "actions in the order that is stored in actions.rest + actions.arm, state in the order that is" in said
+    assert f"left from observation.images.{CAMERA}, wrist from" in said
+    dataset = open_dataset(tmp_path / "data")
+    assert tuple(dataset.cameras) == ("left", "wrist")
+    for record in (dataset[i] for i in range(len(dataset))):
+        demo = demos[record.episode]
+        # The stored order with its halves exchanged is the simulator's (demo_files.ACTION_TABLE).
+        np.testing.assert_array_equal(record.actions[0], demo.actions[record.step].astype("f"))
+        np.testing.assert_array_equal(record.state, demo.state[record.step][[3, 1, 2]].astype("f"))
+        for camera, written in (("left", CAMERA), ("wrist", files.CAMERAS[2])):
+            assert np.abs(record.images[camera].astype(int) - demo.images[written][record.step]).mean() < 5
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--state=action,where", "has no feature where; it has .*; --state=NAME"),
+        (f"--actions=observation.images.{CAMERA}", "--actions: observation.images.* is of video, expected numbers"),
+        ("--images=front:front_image", "--images: .* has no column front_image of images; it has observation.images"),
+        ("--images=front", "--images: got front, expected CAMERA:COLUMN"),
+        ("--images=a:b,a:c", "--images: got a:b,a:c, expected each camera once"),
+    ],
+)
+def test_columns_that_are_not_there(demos, tmp_path, capsys, option, message):
+    root = files.write_lerobot(tmp_path / "lerobot", demos)
+    with pytest.raises(UserError, match=message):
+        main(["collect", f"--from={root}", f"--out={tmp_path / 'data'}", option])
+    if "--state" in option:
+        path = files.write_hdf5(tmp_path / "drawer.hdf5", demos)
+        with pytest.raises(
+            UserError, match="--state, --actions, --images: .*drawer.hdf5 is HDF5; they are for LeRobot"
+        ):
+            main(["collect", f"--from={path}", f"--out={tmp_path / 'data'}", option])
 
 
 def test_videos_without_a_path_are_told(demos, tmp_path, capsys):
@@ -183,7 +253,7 @@ def test_nothing_is_imported_twice(demos, tmp_path, capsys):
     folder = tmp_path / "many" / "below"
     folder.mkdir(parents=True)
     path = files.write_hdf5(folder / "drawer.hdf5", demos)
-    files.write_lerobot(tmp_path / "elsewhere", demos[:2])
+    files.write_lerobot(tmp_path / "elsewhere", files.make_demos(np.random.default_rng(0), 2))
     (tmp_path / "many" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "many" / "again").symlink_to(folder)  # the same files by another way
     (folder / "around").symlink_to(tmp_path / "many")
@@ -192,6 +262,32 @@ def test_nothing_is_imported_twice(demos, tmp_path, capsys):
     with h5py.File(path, "r+") as file:
         file.create_dataset("mask/doubled", data=np.array(["demo_2", "demo_2", "demo_1"], dtype="S"))
     assert [row.steps for row in run([path], tmp_path / "masked", split="doubled").episodes] == [9, 14]
+
+
+def test_copies_are_kept_where_that_is_asked_for(demos, tmp_path, monkeypatch, capsys):
+    """Also after an interruption a copy of what was imported before it is found."""
+    for name in ("a", "b"):
+        files.write_hdf5(tmp_path / f"{name}.hdf5", demos)
+    both = [tmp_path / "a.hdf5", tmp_path / "b.hdf5"]
+    with pytest.raises(UserError, match=r"b\.hdf5, demo_1 is a copy of .*a\.hdf5, demo_1 .*; --skip-bad leaves it out"):
+        run(both, tmp_path / "data")
+    assert (tmp_path / "data.episodes").exists()
+    with pytest.raises(UserError, match=r"b\.hdf5, demo_1 is a copy of"):
+        run(both, tmp_path / "data")
+    kept = run(both, tmp_path / "data", keep_duplicates=True)  # goes on where it was
+    assert len(kept.episodes) == 6 and kept.source["keep_duplicates"]
+    with pytest.raises(UserError, match="exists with keep_duplicates True, asked for False"):
+        run(both, tmp_path / "data")
+
+
+def test_episodes_that_share_only_some_are_no_copies(demos, tmp_path, capsys):
+    """The same movements under other pictures, in other words, or longer."""
+    files.write_hdf5(tmp_path / "a.hdf5", demos[:1])
+    brighter = {camera: frames + np.uint8(15) for camera, frames in demos[0].images.items()}
+    described = dataclasses.replace(demos[0], instruction="pull the drawer")
+    nudged = dataclasses.replace(demos[0], actions=demos[0].actions + 1e-3)
+    files.write_hdf5(tmp_path / "b.hdf5", [dataclasses.replace(demos[0], images=brighter), described, nudged])
+    assert len(run([tmp_path], tmp_path / "data").episodes) == 4
 
 
 def test_several_options_from_are_all_taken(tmp_path):
@@ -252,6 +348,12 @@ def test_a_v3_directory_that_was_never_finished(tmp_path, demos):
 def test_nothing_to_import_is_told(tmp_path, demos, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("hello")
+    libero = files.write_hdf5(tmp_path / "libero.hdf5", [dataclasses.replace(d, images={}) for d in demos])
+    edit_hdf5(libero, lambda data: data["demo_1/obs"].create_dataset("agentview_rgb", data=demos[0].images[CAMERA]))
+    with pytest.raises(
+        UserError, match=r"images are read from obs/\*_image .*; this file has pictures in agentview_rgb; import"
+    ):
+        run([libero], tmp_path / "data", cameras=())
     for path, message in (("empty", "holds nothing to import"), ("none", "does not exist"), ("notes.txt", "no HDF5")):
         with pytest.raises(UserError, match=message):
             run([tmp_path / path], tmp_path / "data")

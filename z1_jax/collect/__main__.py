@@ -12,6 +12,7 @@ import pathlib
 import shlex
 from collections.abc import Sequence
 
+from z1_jax.collect.importers.base import Columns
 from z1_jax.collect.importing import ImportConfig, check_source, import_demonstrations
 from z1_jax.config.checks import check
 from z1_jax.config.command_line import Parser
@@ -122,6 +123,9 @@ def parse_import(arguments: Sequence[str]) -> tuple[ImportConfig, pathlib.Path]:
         help="files, directories")  # fmt: skip
     add("--out", type=pathlib.Path, required=True, metavar="DIR", help="directory of the dataset")
     add("--cameras", default="", help="names, in the order of the policy's image slots (all)")
+    add("--state", default="", metavar="COLUMNS", help="of LeRobot datasets; several are joined (observation.state)")
+    add("--actions", default="", metavar="COLUMNS", help="of LeRobot datasets; several are joined (action)")
+    add("--images", default="", metavar="CAMERA:COLUMN,…", help="of LeRobot datasets (all, by the columns' names)")
     add("--image-size", type=int, default=default.image_size, help="pixels of the stored frames (as the source's)")
     add("--jpeg", type=int, default=default.jpeg, metavar="QUALITY", help="store frames as JPEG (PNG: loses nothing)")
     add("--stride", type=int, default=default.stride, help="control steps between observations (%(default)s)")
@@ -130,6 +134,7 @@ def parse_import(arguments: Sequence[str]) -> tuple[ImportConfig, pathlib.Path]:
     add("--episodes", type=int, default=default.episodes, help="the first ones of each task (all)")
     add("--split", default="", help="a filter key of the HDF5 files' masks, or a split of LeRobot's info.json")
     add("--skip-bad", action="store_true", help="leave out what is broken, and say what")
+    add("--keep-duplicates", action="store_true", help="import episodes that are there twice twice")
     given = parser.parse_args(list(arguments))
     for option, lowest, highest in (("stride", 1, 1000), ("chunk", 1, 1000), ("image_size", 0, 1024)):
         if not lowest <= getattr(given, option) <= highest:
@@ -141,17 +146,35 @@ def parse_import(arguments: Sequence[str]) -> tuple[ImportConfig, pathlib.Path]:
         parser.error(f"argument --episodes: got {given.episodes}, expected 0 or more")
     config = ImportConfig(
         paths=tuple(absolute(path) for path in given.paths),
-        cameras=tuple(filter(None, given.cameras.split(","))),
+        cameras=_names(given.cameras),
+        columns=Columns(_names(given.state), _names(given.actions), _named_images(given.images, parser)),
         image_size=given.image_size,
         jpeg=given.jpeg,
         stride=given.stride,
         chunk=given.chunk,
-        tasks=tuple(filter(None, given.tasks.split(","))),
+        tasks=_names(given.tasks),
         episodes=given.episodes,
         split=given.split,
         skip_bad=given.skip_bad,
+        keep_duplicates=given.keep_duplicates,
     )
     return config, absolute(given.out)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
+
+
+def _named_images(text: str, parser: Parser) -> tuple[tuple[str, str], ...]:
+    """(camera, column) of each "camera:column"."""
+    pairs = [name.partition(":") for name in _names(text)]
+    for camera, _, column in pairs:
+        if not camera or not column:
+            parser.error(f"argument --images: got {camera or text}, expected CAMERA:COLUMN such as front:front_image")
+    found = {camera: column for camera, _, column in pairs}
+    if len(found) != len(pairs):
+        parser.error(f"argument --images: got {text}, expected each camera once")
+    return tuple(found.items())
 
 
 if __name__ == "__main__":

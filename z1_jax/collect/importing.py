@@ -11,9 +11,10 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from z1_jax.collect.importers.base import BadData, EpisodeRef, Source
+from z1_jax.collect.importers.base import LEROBOTS, BadData, Columns, EpisodeRef, Source
 from z1_jax.collect.importers.convert import Shapes, read_episode
 from z1_jax.collect.importers.detect import open_sources
+from z1_jax.collect.importers.duplicates import Duplicates
 from z1_jax.config.schema import ConfigError
 from z1_jax.data.dataset import Dataset, open_dataset, write_dataset
 from z1_jax.data.journal import EpisodeJournal, JournaledEpisode, difference
@@ -36,6 +37,8 @@ class ImportConfig:
     episodes: int = 0  # the first ones of each task; 0: all
     split: str = ""  # a mask of HDF5 files, a split of LeRobot directories
     skip_bad: bool = False
+    columns: Columns = LEROBOTS
+    keep_duplicates: bool = False  # episodes that are there twice are imported twice
 
 
 def import_demonstrations(config: ImportConfig, directory: pathlib.Path) -> tuple[Dataset, bool]:
@@ -44,7 +47,7 @@ def import_demonstrations(config: ImportConfig, directory: pathlib.Path) -> tupl
     Raises:
         UserError: nothing to import, a broken episode without `skip_bad`, or a directory that holds something else.
     """
-    sources, left_out = open_sources(config.paths, config.split, config.skip_bad)
+    sources, left_out = open_sources(config.paths, config.split, config.skip_bad, config.columns)
     if not sources:
         raise ConfigError(f"nothing is left to import: {left_out[0]}")
     shapes = _shapes(config, sources)
@@ -53,7 +56,7 @@ def import_demonstrations(config: ImportConfig, directory: pathlib.Path) -> tupl
     origin = _origin(config, sources, shapes)
     if directory.exists():
         dataset = open_dataset(directory)
-        check_source(dataset.path, dataset.source, origin)
+        check_source(dataset.path, dataset.source, {**origin, "keep_duplicates": config.keep_duplicates})
         return dataset, True
     with EpisodeJournal(directory.with_name(directory.name + ".episodes"), origin) as journal:
         before = journal.left_out()
@@ -62,21 +65,26 @@ def import_demonstrations(config: ImportConfig, directory: pathlib.Path) -> tupl
                 f"{journal.path} was begun with --skip-bad and left out {len(before)}, the first: {before[0]}; give "
                 "--skip-bad again, or delete that file to import all of them anew"
             )
-        source = {**origin, "left_out": left_out + unlike}  # the episodes' own are added as they are met
-        episodes = _episodes(chosen, shapes, journal, config.skip_bad, source)
+        source = {**origin, "keep_duplicates": config.keep_duplicates}
+        source["left_out"] = left_out + unlike  # the episodes' own are added as they are met
+        episodes = _episodes(config, chosen, shapes, journal, source)
         dataset = write_dataset(directory, episodes, source, jpeg=config.jpeg)
         journal.remove()
     return dataset, False
 
 
 def _episodes(
-    chosen: Sequence[Chosen], shapes: Shapes, journal: EpisodeJournal, skip_bad: bool, source: dict[str, Any]
+    config: ImportConfig, chosen: Sequence[Chosen], shapes: Shapes, journal: EpisodeJournal, source: dict[str, Any]
 ) -> Iterator[JournaledEpisode]:
     """Those in the journal, then new ones that enter it; `source` hears of what is left out."""
     source["left_out"] += journal.left_out()
     sizes: dict[str, tuple[int, ...]] = {}  # of the frames of the first episode
+    duplicates = Duplicates()
     for known in journal.episodes():
         sizes = sizes or _sizes(known)
+        if not config.keep_duplicates:  # nor those that an earlier call kept
+            duplicates.check(known, _where(chosen[known.seed]))
+        duplicates.add(known, _where(chosen[known.seed]))
         yield known
     with Progress("import", len(chosen), "episode", {"left out": "d"}, start=journal.tried, interval_s=5.0) as progress:
         for number, (place, reference) in enumerate(chosen):
@@ -84,9 +92,11 @@ def _episodes(
                 continue
             try:
                 episode = read_episode(place, reference, number, shapes)
-                _check_sizes(_sizes(episode), sizes, f"{place.path}, {reference.name}")
+                _check_sizes(_sizes(episode), sizes, _where((place, reference)))
+                if not config.keep_duplicates:
+                    duplicates.check(episode, _where((place, reference)))
             except BadData as error:
-                if not skip_bad:
+                if not config.skip_bad:
                     raise BadData(f"{error}; --skip-bad leaves it out") from None
                 journal.leave_out(str(error))
                 source["left_out"].append(str(error))
@@ -94,11 +104,17 @@ def _episodes(
             progress.report(number + 1, {"left out": len(source["left_out"])})
             if episode:
                 sizes = sizes or _sizes(episode)
+                duplicates.add(episode, _where((place, reference)))
                 journal.append(episode)
                 yield episode
     if not journal.kept:
         left_out = source["left_out"]
         raise ConfigError(f"nothing is left to import: {len(left_out)} left out, the first: {left_out[0]}")
+
+
+def _where(chosen: Chosen) -> str:
+    source, reference = chosen
+    return f"{source.path}, {reference.name}"
 
 
 def _sizes(episode: JournaledEpisode) -> dict[str, tuple[int, ...]]:
@@ -120,6 +136,8 @@ def _shapes(config: ImportConfig, sources: Sequence[Source]) -> Shapes:
     """What most of the sources have; the cameras of the first that has any."""
     cameras = config.cameras or next((tuple(source.cameras) for source in sources if source.cameras), ())
     if not cameras:
+        if sources[0].pictures:
+            raise ConfigError(_unread(sources[0]))
         raise ConfigError(
             f"{sources[0].path} has no images; expected at least one camera (for RoboCasa, the *_im128 files)"
         )
@@ -135,7 +153,9 @@ def _alike(sources: Sequence[Source], shapes: Shapes, skip_bad: bool) -> tuple[l
     for source in sources:
         missing = [camera for camera in shapes.cameras if camera not in source.cameras]
         timed = next((other for other in kept if other.fps), source)  # the first that tells its rate
-        if missing:
+        if missing and source.pictures and not source.cameras:
+            line = _unread(source)
+        elif missing:
             line = f"{source.path} has no camera {missing[0]}; it has {', '.join(source.cameras) or 'none'}"
         elif (source.action_dim, source.state_dim) != (shapes.action_dim, shapes.state_dim):
             line = (
@@ -153,6 +173,13 @@ def _alike(sources: Sequence[Source], shapes: Shapes, skip_bad: bool) -> tuple[l
     if not kept:
         raise ConfigError(f"nothing is left to import: {unlike[0]}")
     return kept, unlike
+
+
+def _unread(source: Source) -> str:
+    return (
+        f"{source.path}: images are read from obs/*_image and the state from RoboCasa's robot0_* observations; this "
+        f"file has pictures in {', '.join(source.pictures)}; import a LeRobot version of these demonstrations"
+    )
 
 
 def _chosen(config: ImportConfig, sources: Sequence[Source]) -> list[Chosen]:

@@ -22,6 +22,18 @@ class BadData(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Columns:
+    """The names under which a LeRobot directory has what is read; empty: LeRobot's own."""
+
+    state: tuple[str, ...] = ()  # joined in this order
+    actions: tuple[str, ...] = ()
+    images: tuple[tuple[str, str], ...] = ()  # (camera, column)
+
+
+LEROBOTS = Columns()
+
+
+@dataclasses.dataclass(frozen=True)
 class EpisodeRef:
     """One episode that a source lists, before its arrays are read."""
 
@@ -50,6 +62,7 @@ class Source(Protocol):
     state_dim: int
     fps: float | None  # control steps a second; None: the source does not say
     order: str  # what was done to the parts of actions and state, in words
+    pictures: Sequence[str]  # where frames lie under names that are not read
     flaws: Sequence[str]  # one line for each thing that is broken in it and not in a listed episode
 
     def facts(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Iterator, Sequence
 
-from z1_jax.collect.importers.base import BadData, Source, reading
+from z1_jax.collect.importers.base import LEROBOTS, BadData, Columns, Source, reading
 from z1_jax.collect.importers.lerobot import LeRobotDirectory
 from z1_jax.collect.importers.robomimic import RobomimicFile
 from z1_jax.errors import UserError
@@ -13,11 +13,14 @@ from z1_jax.errors import UserError
 _HDF5 = (".hdf5", ".h5")
 
 
-def open_sources(paths: Sequence[pathlib.Path], split: str, skip_bad: bool) -> tuple[list[Source], list[str]]:
+def open_sources(
+    paths: Sequence[pathlib.Path], split: str, skip_bad: bool, columns: Columns = LEROBOTS
+) -> tuple[list[Source], list[str]]:
     """(sources found at the paths, in the order of their names; what is broken and left out, a line each).
 
     Args:
         paths: HDF5 files, LeRobot directories, or directories anywhere above such.
+        columns: of LeRobot directories.
         skip_bad: leave out what cannot be opened; otherwise it raises.
 
     Raises:
@@ -33,7 +36,14 @@ def open_sources(paths: Sequence[pathlib.Path], split: str, skip_bad: bool) -> t
     for place in places.values():
         try:
             with reading(str(place)):
-                source = LeRobotDirectory(place, split) if place.is_dir() else RobomimicFile(place, split)
+                if place.is_dir():
+                    source: Source = LeRobotDirectory(place, split, columns)
+                elif columns != LEROBOTS:
+                    raise BadData(
+                        f"options --state, --actions, --images: {place} is HDF5; they are for LeRobot datasets"
+                    )
+                else:
+                    source = RobomimicFile(place, split)
             if source.flaws and not skip_bad:
                 raise BadData(source.flaws[0])
             flaws += source.flaws

@@ -14,21 +14,33 @@ import numpy as np
 from PIL import Image
 
 from z1_jax.collect.importers import orders
-from z1_jax.collect.importers.base import BadData, EpisodeRef, RawEpisode, check_length, checksum, need
+from z1_jax.collect.importers.base import (
+    LEROBOTS,
+    BadData,
+    Columns,
+    EpisodeRef,
+    RawEpisode,
+    check_length,
+    checksum,
+    need,
+)
 from z1_jax.collect.importers.lerobot_meta import Entry, Meta, read_meta
 from z1_jax.collect.importers.video import read_frames
 from z1_jax.errors import UserError, first_line
 
 STATE, ACTION = "observation.state", "action"
 _TASK, _DESCRIPTION = "task_index", "annotation.human.task_description"  # columns: indices into the table of tasks
+_EPISODE = "episode_index"
 _COLOURS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # Pillow's modes of 8 bits a colour or less
 _STAMP_TOLERANCE = 0.1  # of a frame: time stamps are float32
+_RATE_TOLERANCE = 0.01  # relative, over a whole episode
 
 
 class LeRobotDirectory:
     """One LeRobot dataset (see `Source`).
 
     Args:
+        columns: the names of its columns.
         split: a name under `splits` of meta/info.json; empty: all episodes.
 
     Raises:
@@ -36,7 +48,9 @@ class LeRobotDirectory:
         UserError: pyarrow is not installed, or there is no such split.
     """
 
-    def __init__(self, path: pathlib.Path, split: str = ""):
+    pictures = ()
+
+    def __init__(self, path: pathlib.Path, split: str = "", columns: Columns = LEROBOTS):
         self.path = path
         self._meta: Meta = read_meta(path)
         self.flaws = self._meta.flaws
@@ -48,16 +62,24 @@ class LeRobotDirectory:
         )
         if not self.episodes:
             raise BadData(next(iter(self.flaws), f"{path} lists no episodes; expected at least one in {path}/meta"))
-        self._camera_keys = self._meta.camera_keys()
+        self._state, self._actions = columns.state or (STATE,), columns.actions or (ACTION,)
+        self._camera_keys = self._named_cameras(columns.images) if columns.images else self._meta.camera_keys()
         self.cameras = tuple(self._camera_keys)
-        self.action_dim, self.state_dim = self._width(ACTION), self._width(STATE)
-        self._action_columns = self._columns("action", orders.ACTION_PARTS, ACTION, self.action_dim)
-        self._state_columns = self._columns("state", orders.STATE_PARTS, STATE, self.state_dim)
+        self.action_dim = sum(self._width(key, "actions") for key in self._actions)
+        self.state_dim = sum(self._width(key, "state") for key in self._state)
+        parts = orders.ACTION_PARTS, orders.STATE_PARTS  # what is named is taken in the order that is told
+        self._action_columns = None if columns.actions else self._columns("action", parts[0], ACTION, self.action_dim)
+        self._state_columns = None if columns.state else self._columns("state", parts[1], STATE, self.state_dim)
         depth = self._meta.depth_keys()
         self.order = ", ".join(
             f"{name} {'in raw order by meta/modality.json' if found is not None else 'in the order that is stored'}"
-            for name, found in (("actions", self._action_columns), ("state", self._state_columns))
+            + f" in {' + '.join(given)}" * bool(given)
+            for name, found, given in (
+                ("actions", self._action_columns, columns.actions),
+                ("state", self._state_columns, columns.state),
+            )
         )
+        self.order += "".join(f", {camera} from {column}" for camera, column in columns.images)
         self.order += f"; depth is left out: {', '.join(depth)}" * bool(depth)
 
     def facts(self) -> dict[str, Any]:
@@ -76,28 +98,22 @@ class LeRobotDirectory:
         path = self.path / self._meta.data_file(entry)
         where = f"{path}, {episode.name}"
         rows = self._rows(path, where, entry)
-        actions, state = self._array(rows, ACTION, where), self._array(rows, STATE, where)
+        actions, state = self._join(rows, self._actions, where), self._join(rows, self._state, where)
         if not len(actions):
             raise BadData(
                 f"{where} is empty: no row has its episode_index, the table of episodes tells of {entry.length} steps"
             )
         check_length(where, "the table of episodes", entry.length, len(actions))
         first_s = self._first_stamp(rows, where)
+        self._check_numbers(rows, where, first_s)
         images = {}
         for camera in cameras:
             key = self._camera_keys[camera]
             if self._meta.features[key]["dtype"] == "video":
-                video, start_s = self._meta.video_file(entry, key)
-                if not video:
+                if not self._meta.video_path:
                     raise BadData(f"{self.path}/meta/info.json has no video_path, yet {key} is a video")
-                images[camera] = read_frames(
-                    self.path / video,
-                    f"{self.path}, {episode.name}",
-                    self._meta.fps,
-                    len(actions),
-                    stride,
-                    start_s + first_s,
-                )
+                place = self._meta.video_place(entry, key)
+                images[camera] = read_frames(self.path, place, first_s, self._meta.fps, stride)
             else:
                 images[camera] = self._stored_images(rows, key, where)[::stride]
         return RawEpisode(
@@ -114,16 +130,50 @@ class LeRobotDirectory:
         try:
             present = set(parquet.read_schema(path).names)
             stored = [key for key, f in self._meta.features.items() if f["dtype"] != "video" and key in present]
-            return parquet.read_table(path, columns=stored, filters=[("episode_index", "==", entry.index)])
+            filters = [(_EPISODE, "==", entry.index)]
+            rows = parquet.read_table(path, columns=stored, filters=filters)
+            if not entry.place:  # v2: the file is the episode's own
+                others = set(parquet.read_table(path, columns=[_EPISODE]).column(_EPISODE).to_pylist()) - {entry.index}
         except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are ValueErrors and OSErrors
             raise BadData(f"{where} cannot be read ({first_line(error)}); get it anew") from None
+        if not entry.place and others:
+            raise BadData(f"{where}: it holds rows of {_EPISODE} {sorted(others)[0]}, expected {entry.index} alone")
+        return rows
+
+    def _check_numbers(self, rows: Any, where: str, first_s: float) -> None:
+        """The rows' own numbers rise by one, and those of the frames begin where the time stamps do."""
+        for name in ("frame_index", "index"):
+            if name not in rows.column_names:
+                continue
+            numbers = np.array(rows.column(name).to_pylist(), np.float64).ravel()
+            wrong = np.flatnonzero(np.diff(numbers) != 1)
+            if len(wrong):
+                before, after = numbers[wrong[0] : wrong[0] + 2]
+                raise BadData(f"{where}: {name} goes from {before:g} to {after:g} at row {wrong[0] + 1}, expected +1")
+            if name == "frame_index" and numbers[0] not in (0, round(first_s * self._meta.fps)):
+                raise BadData(
+                    f"{where}: frame_index begins at {numbers[0]:g}, expected 0, or "
+                    f"{round(first_s * self._meta.fps)} as its time stamps ({first_s:g} s)"
+                )
+
+    def _join(self, rows: Any, keys: Sequence[str], where: str) -> np.ndarray:
+        """Columns of vectors side by side, [N, sum of widths]."""
+        return np.concatenate([self._array(rows, key, where) for key in keys], axis=1)
+
+    def _named_cameras(self, images: Sequence[tuple[str, str]]) -> dict[str, str]:
+        known = self._meta.camera_keys().values()
+        for _, column in images:
+            if column not in known:
+                shown = ", ".join(known) or "none"
+                raise BadData(f"option --images: {self.path} has no column {column} of images; it has {shown}")
+        return dict(images)
 
     def _array(self, rows: Any, key: str, where: str) -> np.ndarray:
         """A column of vectors [N, width], float64."""
         if key not in rows.column_names:
             raise BadData(f"{where} has no column {key}; expected it, as meta/info.json says")
         values = rows.column(key).to_pylist()
-        expected = self._width(key)
+        expected = int(np.prod(self._meta.features[key]["shape"]))
         if any(value is None for value in values):
             raise BadData(f"{where}: {key} holds values that are no numbers")
         vectors = [value if isinstance(value, list) else [value] for value in values]
@@ -150,6 +200,12 @@ class LeRobotDirectory:
             raise BadData(
                 f"{where}: time stamps {worst:.4g} s apart, expected {1 / self._meta.fps:.4g} s at the "
                 f"{self._meta.fps:g} frames a second of meta/info.json"
+            )
+        rate = 1 / steps.mean()
+        if abs(rate / self._meta.fps - 1) > _RATE_TOLERANCE + _STAMP_TOLERANCE / len(steps):
+            raise BadData(
+                f"{where}: {rate:.4g} time stamps a second over the episode, expected the {self._meta.fps:g} of "
+                "meta/info.json"
             )
         return float(stamps[0])
 
@@ -191,12 +247,18 @@ class LeRobotDirectory:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadData(f"{self.path}/meta/modality.json, {section}: {first_line(error)}") from None
 
-    def _width(self, key: str) -> int:
-        try:
-            return int(np.prod(self._meta.features[key]["shape"]))
-        except (KeyError, TypeError, ValueError):
+    def _width(self, key: str, option: str) -> int:
+        """Numbers in a row of a column that `--option` may name."""
+        feature = self._meta.features.get(key)
+        if feature is None:
             known = ", ".join(self._meta.features)
-            raise BadData(f"{self.path}/meta/info.json has no feature {key}; it has {known}") from None
+            raise BadData(
+                f"{self.path}/meta/info.json has no feature {key}; it has {known}; "
+                f"--{option}=NAME, or NAME,NAME to join several, says which to read"
+            )
+        if feature["dtype"] in ("video", "image", "string"):
+            raise BadData(f"option --{option}: {key} of {self.path} is of {feature['dtype']}, expected numbers")
+        return int(np.prod(feature["shape"]))
 
     def _split(self, split: str) -> Sequence[Entry]:
         if not split:

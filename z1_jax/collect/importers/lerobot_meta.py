@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from z1_jax.collect.importers.base import BadData, need, reading
+from z1_jax.collect.importers.video import Stretch, VideoPlace
 from z1_jax.errors import first_line
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -42,6 +43,7 @@ class Meta:
     task: str  # RoboCasa's name of the task; empty where the directory does not tell
     tables: tuple[pathlib.Path, ...]  # the files that were read
     flaws: tuple[str, ...]
+    _stretches: dict[str, dict[tuple[int, int], tuple[Stretch, ...]]] = dataclasses.field(default_factory=dict)
 
     def camera_keys(self) -> dict[str, str]:
         """Camera -> the feature that holds its frames."""
@@ -66,13 +68,36 @@ class Meta:
             return self.data_path.format(**place)
         return self.data_path.format(episode_chunk=entry.index // self.chunk_size, episode_index=entry.index)
 
-    def video_file(self, entry: Entry, key: str) -> tuple[str, float]:
-        """(video file of an episode's camera, the second at which the episode begins in it)."""
-        if entry.place:
-            place = {f"{k}_index": int(entry.place[f"videos/{key}/{k}_index"]) for k in ("chunk", "file")}
-            return self.video_path.format(video_key=key, **place), float(entry.place[f"videos/{key}/from_timestamp"])
-        chunk = entry.index // self.chunk_size
-        return self.video_path.format(episode_chunk=chunk, video_key=key, episode_index=entry.index), 0.0
+    def video_place(self, entry: Entry, key: str) -> VideoPlace:
+        """The video file of an episode's camera, and what the tables say of the episodes in it."""
+        if not entry.place:
+            chunk = entry.index // self.chunk_size
+            file = self.video_path.format(episode_chunk=chunk, video_key=key, episode_index=entry.index)
+            own = Stretch(entry.index, entry.length, 0.0)
+            return VideoPlace(file, own, (own,), True)
+        fellows = self._by_file(key)[_video_number(entry, key)]
+        place = dict(zip(("chunk_index", "file_index"), _video_number(entry, key), strict=True))
+        own = next(stretch for stretch in fellows if stretch.episode == entry.index)
+        return VideoPlace(self.video_path.format(video_key=key, **place), own, fellows, not self.flaws)
+
+    def _by_file(self, key: str) -> dict[tuple[int, int], tuple[Stretch, ...]]:
+        """(chunk, file) -> the episodes in that video."""
+        if key not in self._stretches:
+            found: dict[tuple[int, int], list[Stretch]] = {}
+            for entry in self.entries:
+                start_s, stop_s = (entry.place.get(f"videos/{key}/{end}_timestamp") for end in ("from", "to"))
+                if start_s is not None:
+                    stretch = Stretch(
+                        entry.index, entry.length, float(start_s), None if stop_s is None else float(stop_s)
+                    )
+                    found.setdefault(_video_number(entry, key), []).append(stretch)
+            self._stretches[key] = {number: tuple(stretches) for number, stretches in found.items()}
+        return self._stretches[key]
+
+
+def _video_number(entry: Entry, key: str) -> tuple[int, int]:
+    """(chunk, file) of the video of a camera, v3."""
+    return int(entry.place[f"videos/{key}/chunk_index"]), int(entry.place[f"videos/{key}/file_index"])
 
 
 def read_meta(path: pathlib.Path) -> Meta:

@@ -60,6 +60,7 @@ class RobomimicFile:
         self._steps = sum(shape[0] for shape in shapes if shape)
         self.state_dim = sum(width for _, width in STATE_OBSERVATIONS)
         self.cameras = tuple(sorted({camera for name in names for camera in self._cameras_of(name)}))
+        self.pictures = tuple(sorted({picture for name in names[:1] for picture in self._pictures_of(name)}))
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -77,6 +78,9 @@ class RobomimicFile:
         where = f"{self.path}, {episode.name}"
         demo = self._data[episode.name]
         actions = np.asarray(demo["actions"])
+        told = demo.attrs.get("num_samples")
+        if told is not None and int(told) != len(actions) > 0:
+            raise BadData(f"{where}: it has {len(actions)} actions, expected the {int(told)} of its num_samples")
         observations = demo["obs"] if "obs" in demo else {}
         state = self._state(observations, where, len(actions))
         images = {}
@@ -132,6 +136,14 @@ class RobomimicFile:
     def _cameras_of(self, name: str) -> list[str]:
         try:
             return sorted(key.removesuffix(_IMAGE) for key in self._data[name]["obs"] if key.endswith(_IMAGE))
+        except _ERRORS:
+            return []
+
+    def _pictures_of(self, name: str) -> list[str]:
+        """Observations that look like frames and do not end in _image: LIBERO's *_rgb."""
+        try:
+            found = self._data[name]["obs"].items()
+            return [key for key, d in found if d.ndim == 4 and d.dtype == np.uint8 and not key.endswith(_IMAGE)]
         except _ERRORS:
             return []
 
