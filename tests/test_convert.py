@@ -82,7 +82,9 @@ def arrays_of(step: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def test_openpi_jax_and_pytorch_become_the_same_checkpoint(case, ours, tmp_path, capsys):
-    assert run(case.folder / "openpi", tmp_path / "other", "--horizon=5", "--prompt-length=48") == 0
+    assert (
+        run(case.folder / "openpi", tmp_path / "other", "--horizon=5", "--prompt-length=48", "--state-in-prompt") == 0
+    )
     table = capsys.readouterr().out
     from_torch, from_jax = arrays_of(ours / "0"), arrays_of(tmp_path / "other" / "0")
     assert_same(from_jax, from_torch)
@@ -117,7 +119,7 @@ def test_every_format_and_back_is_bit_identical(case, ours, tmp_path, capsys):
         got = {**again.document(0), "asset_id": None} if name == "lerobot" else again.document(0)
         assert got == expected
     # Directly from one to the other, without ours between.
-    run(case.folder / "openpi", tmp_path / "direct", "--to=openpi-pytorch", "--horizon=5")
+    run(case.folder / "openpi", tmp_path / "direct", "--to=openpi-pytorch", "--horizon=5", "--state-in-prompt")
     direct = load_file(tmp_path / "direct" / "model.safetensors")
     direct.pop(UNUSED)
     assert_same(direct, used)
@@ -370,7 +372,7 @@ def test_a_damaged_orbax_checkpoint(case, tmp_path):
         for path in source.glob(pattern):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         with pytest.raises(UserError) as error:
-            run(source, tmp_path / "out", "--horizon=5")
+            run(source, tmp_path / "out", "--horizon=5", "--state-in-prompt")
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
         shutil.rmtree(source)
 
