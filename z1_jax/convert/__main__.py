@@ -110,8 +110,9 @@ def read_model(source: Source, given: argparse.Namespace) -> Model:
     ignored, asked = Ignored(given.ignore), given_settings(given)
     found = source_settings(source, ignored)
     settings = {**_DEFAULTS, **found, **asked}
+    refuse_contradictions(source, found, asked, ("norm_mode",))
     if source.document is not None:
-        refuse_idle(source, found, asked)
+        refuse_contradictions(source, found, asked, ("heads", "vision_heads", "horizon", "prompt_length"))
         try:
             config = architecture(source.document["architecture"])
         except (KeyError, TypeError, ValueError) as error:
@@ -131,10 +132,12 @@ def read_model(source: Source, given: argparse.Namespace) -> Model:
     return Model(config, pieces, document, stats, tokenizer)
 
 
-def refuse_idle(source: Source, found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raises FormatError for a flag that contradicts what a checkpoint of ours is and would have no effect."""
-    for name in ("heads", "vision_heads", "horizon", "prompt_length"):
-        if name in asked and asked[name] != found[name]:
+def refuse_contradictions(
+    source: Source, found: Mapping[str, Any], asked: Mapping[str, Any], names: Sequence[str]
+) -> None:
+    """Raises FormatError for a flag against what the source says of itself."""
+    for name in names:
+        if name in asked and asked[name] != found.get(name, asked[name]):
             raise FormatError(
                 f"--{name.replace('_', '-')}={asked[name]} was given, {source.path} has {found[name]}; leave it out"
             )
@@ -165,8 +168,8 @@ def prompt_settings(
     width = asked.get("prompt_state_dim")
     if width is not None and not settings["state_in_prompt"]:
         raise FormatError(f"--pad-state={width} has no effect on a prompt that holds no state; leave it out")
-    if width is not None and state_dim is not None and width < state_dim:
-        raise FormatError(f"--pad-state={width} is less than the state's width, {state_dim}; expected at least that")
+    if width is not None and state_dim is not None and width <= state_dim:
+        raise FormatError(f"--pad-state={width} pads nothing: the state has {state_dim} numbers; leave it out")
     if not settings["state_in_prompt"]:
         return {"state_in_prompt": False, "prompt_state_dim": None}
     return {"state_in_prompt": True, "prompt_state_dim": prompt_state_dim(settings, state_dim, source.path)}
@@ -340,15 +343,11 @@ def print_table(
 
 def advice(format: Format, place: pathlib.Path, model: Model) -> str:
     """What stands between the result and a policy that acts."""
-    if format == "lerobot" and not companions.is_published_size(model.config):
-        return "; LeRobot has no name for these sizes: its config.json says gemma_2b, z1_jax.json has the real ones"
     if format == "lerobot":
-        width = model.document["prompt_state_dim"]
-        return (
-            "; only LeRobot 0.4.4 and older pads the state in its prompts: do not run it with a newer one"
-            if width
-            else ""
-        )
+        sizes = "; LeRobot has no name for these sizes: its config.json says gemma_2b, z1_jax.json has the real ones"
+        padded = "; only LeRobot 0.4.4 and older pads the state in its prompts: do not run it with a newer one"
+        named = companions.is_published_size(model.config)
+        return ("" if named else sizes) + (padded if model.document["prompt_state_dim"] else "")
     if format != "ours":
         return openpi_advice(model.document)
     missing = []

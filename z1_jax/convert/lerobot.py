@@ -259,11 +259,12 @@ def prompt_state_dim(settings: Mapping[str, Any], state_dim: int | None, where: 
     Raises:
         FormatError: nothing tells.
     """
-    if "prompt_state_dim" in settings:
-        return settings["prompt_state_dim"]
-    width = settings.get("max_state_dim")
+    known = "prompt_state_dim" in settings
+    width = settings.get("prompt_state_dim" if known else "max_state_dim")
     if width is None or (state_dim is not None and state_dim >= width):  # openpi never pads; or there is nothing to pad
         return None
+    if known:
+        return width
     if settings["pads_state"] is None:
         raise FormatError(
             f"nothing in {where} tells whether its prompts held the state padded to {width} numbers; give "

@@ -56,7 +56,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def width_or_none(text: str) -> str:
     """A number's text, or "none"."""
-    return text if text == "none" else str(int(text))
+    if text == "none" or text.lstrip("-").isdecimal():
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r}, expected a number or none")
 
 
 def given_settings(given: argparse.Namespace) -> dict[str, Any]:
