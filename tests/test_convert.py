@@ -460,7 +460,7 @@ def test_whether_the_prompt_holds_the_state_is_asked_and_printed(case, tmp_path,
     assert "\n" not in str(error.value) and "trained pi05_libero" not in str(error.value)
     (source / "assets/physical-intelligence").mkdir()
     (source / "assets/tiny_robot").rename(source / "assets/physical-intelligence/libero")
-    with pytest.raises(UserError, match="statistics physical-intelligence/libero: openpi trained pi05_libero without"):
+    with pytest.raises(UserError, match="its statistics are physical-intelligence/libero, and openpi trained pi05_l"):
         run(source, tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
     capsys.readouterr()

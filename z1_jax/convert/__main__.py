@@ -157,7 +157,7 @@ def prompt_settings(
     """
     if "state_in_prompt" not in settings:
         libero = asset_id == "physical-intelligence/libero"
-        hint = f" (statistics {asset_id}: openpi trained pi05_libero without it)" if libero else ""
+        hint = f"; its statistics are {asset_id}, and openpi trained pi05_libero without" if libero else ""
         raise FormatError(
             f"nothing in {source.path} tells whether the state stands in the prompt; give --state-in-prompt (openpi's "
             f"pi05_base, pi05_droid) or --no-state-in-prompt (pi05_libero: discrete_state_input=False){hint}"
