@@ -106,7 +106,7 @@ def read_config(folder: pathlib.Path, config: Mapping[str, Any], ignored: Ignore
         if key in config and config[key] != value:
             raise FormatError(f"{path} has {key}={config[key]!r}, which is not supported ({meaning}); expected {value}")
     before, after = (_read_steps(folder / f"{name}.json", _STEPS[name], ignored) for name in _STEPS)
-    settings = variant_heads(path, config)
+    settings: dict[str, Any] = variant_heads(path, config)
     settings |= {
         "horizon": read_count(path, config, "chunk_size"),
         "executed": read_count(path, config, "n_action_steps"),
