@@ -70,7 +70,7 @@ def copy_seconds(source: pathlib.Path, place: pathlib.Path) -> float:
 def convert_seconds(source: pathlib.Path, place: pathlib.Path, dtype: str) -> tuple[float, float, float]:
     """(seconds, processor seconds, peak resident memory in GB) of the command itself, in a process of its own."""
     forget(source)
-    flags = [f"--dtype={dtype}", "--horizon=50", "--norm-stats=none"]
+    flags = [f"--dtype={dtype}", "--horizon=50", "--norm-stats=none", "--state-in-prompt"]
     began = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "z1_jax.convert", source, place, *flags], cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)

@@ -16,7 +16,7 @@ WIDTH, DEPTH, MLP, HEADS = 12, 3, 20, 3  # vision
 LANGUAGE, EXPERT, LANGUAGE_MLP, EXPERT_MLP = 20, 16, 28, 24
 N, K, H, LAYERS = 4, 2, 6, 3  # heads x head dimension equals no width, and there are two key-value heads
 VOCABULARY, ACTIONS, HORIZON, PATCH, SIDE = 300, 7, 5, 4, 3
-FLAGS = ("--heads=4", "--vision-heads=3", "--horizon=5", "--prompt-length=48")
+FLAGS = ("--heads=4", "--vision-heads=3", "--horizon=5", "--prompt-length=48", "--state-in-prompt")
 
 _VISION = "paligemma_with_expert.paligemma.model.vision_tower.vision_model."
 _LANGUAGE = "paligemma_with_expert.paligemma.model.language_model."

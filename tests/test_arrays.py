@@ -9,6 +9,7 @@ import pytest
 
 from z1_jax.convert import arrays
 from z1_jax.convert.architecture import read_architecture
+from z1_jax.errors import UserError
 from z1_jax.models.presets import PRESETS, get_preset
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
@@ -45,6 +46,9 @@ def test_full_size_jax_names_and_shapes(full):
 def test_the_published_sizes_need_no_heads(full, style):
     config = read_architecture(arrays.shapes(full, style), style, {"horizon": 50})
     assert config == PRESETS["pi05"]
+    for name in ("heads", "vision_heads"):
+        with pytest.raises(UserError, match=f"{name}=4 was given, the shapes say {8 if name == 'heads' else 16}"):
+            read_architecture(arrays.shapes(full, style), style, {"horizon": 50, name: 4})
 
 
 def test_pieces_follow_each_other_in_memory(full):

@@ -82,7 +82,9 @@ def arrays_of(step: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def test_openpi_jax_and_pytorch_become_the_same_checkpoint(case, ours, tmp_path, capsys):
-    assert run(case.folder / "openpi", tmp_path / "other", "--horizon=5", "--prompt-length=48") == 0
+    assert (
+        run(case.folder / "openpi", tmp_path / "other", "--horizon=5", "--prompt-length=48", "--state-in-prompt") == 0
+    )
     table = capsys.readouterr().out
     from_torch, from_jax = arrays_of(ours / "0"), arrays_of(tmp_path / "other" / "0")
     assert_same(from_jax, from_torch)
@@ -117,7 +119,7 @@ def test_every_format_and_back_is_bit_identical(case, ours, tmp_path, capsys):
         got = {**again.document(0), "asset_id": None} if name == "lerobot" else again.document(0)
         assert got == expected
     # Directly from one to the other, without ours between.
-    run(case.folder / "openpi", tmp_path / "direct", "--to=openpi-pytorch", "--horizon=5")
+    run(case.folder / "openpi", tmp_path / "direct", "--to=openpi-pytorch", "--horizon=5", "--state-in-prompt")
     direct = load_file(tmp_path / "direct" / "model.safetensors")
     direct.pop(UNUSED)
     assert_same(direct, used)
@@ -370,7 +372,7 @@ def test_a_damaged_orbax_checkpoint(case, tmp_path):
         for path in source.glob(pattern):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         with pytest.raises(UserError) as error:
-            run(source, tmp_path / "out", "--horizon=5")
+            run(source, tmp_path / "out", "--horizon=5", "--state-in-prompt")
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
         shutil.rmtree(source)
 
@@ -407,6 +409,105 @@ def test_settings_that_do_not_fit(case, tmp_path, flags, message):
     with pytest.raises(UserError, match=message) as error:
         run(case.folder / "pytorch", tmp_path / "out", *flags)
     assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--heads=-3", "--heads=-3: expected at least 1"),
+        ("--vision-heads=0", "--vision-heads=0: expected at least 1"),
+        ("--horizon=0", "--horizon=0: expected 1 to 1000"),
+        ("--horizon=1000000000", "--horizon=1000000000: expected 1 to 1000"),
+        ("--prompt-length=-1", "--prompt-length=-1: expected 1 to 8192"),
+        ("--executed=0", "--executed=0: expected 1 to 1000"),
+        ("--denoising-steps=0", "--denoising-steps=0: expected 1 to 1000"),
+        ("--denoising-steps=99999", "--denoising-steps=99999: expected 1 to 1000"),
+        ("--pad-state=-2", "--pad-state=-2: expected 1 to 8192"),
+        ("--pad-state=all", "'all', expected a number or none"),
+        ("--pad-state=6", "--pad-state=6 pads nothing: the state has 6 numbers"),
+        ("--cameras=", "--cameras=: expected a camera of its own for each slot"),
+        ("--cameras=a,a,b", "--cameras=a,a,b: expected a camera of its own for each slot"),
+        ("--cameras=none,none", "--cameras=none,none: expected a camera"),
+        ("--asset-id=../other", "--asset-id=../other: expected the name of a folder in assets/"),
+        ("--ignore=colour", "--ignore names colour, which is known or not there"),
+    ],
+)
+def test_senseless_values_and_flags_without_effect(case, tmp_path, flag, message):
+    with pytest.raises(UserError, match=message) as error:
+        run(case.folder / "pytorch", tmp_path / "out", *made.FLAGS, flag)
+    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
+def test_flags_against_a_checkpoint_of_ours(ours, tmp_path):
+    """Its sizes are what they are; the flags for them had no effect."""
+    for flag in ("--heads=2", "--vision-heads=2", "--horizon=4", "--prompt-length=30", "--norm-mode=quantile"):
+        with pytest.raises(UserError, match=f"{flag} was given, .* has .*; leave it out"):
+            run(ours, tmp_path / "out", "--to=openpi", flag)
+    with pytest.raises(UserError, match="--pad-state=32 has no effect on a prompt that holds no state"):
+        run(ours, tmp_path / "out", "--to=openpi", "--no-state-in-prompt", "--pad-state=32")
+    run(ours, tmp_path / "same", "--to=openpi", "--heads=4", "--norm-mode=z_score")
+
+
+@pytest.mark.parametrize("format", ["openpi", "pytorch"])
+def test_whether_the_prompt_holds_the_state_is_asked_and_printed(case, tmp_path, capsys, format):
+    """openpi's checkpoints do not tell; pi05_libero, whose statistics have this name, was trained without."""
+    source = tmp_path / "source"
+    shutil.copytree(case.folder / format, source)
+    flags = made.FLAGS[:-1]
+    assert made.FLAGS[-1] == "--state-in-prompt"
+    with pytest.raises(UserError, match="give --state-in-prompt .* or --no-state-in-prompt") as error:
+        run(source, tmp_path / "out", *flags)
+    assert "\n" not in str(error.value) and "trained pi05_libero" not in str(error.value)
+    (source / "assets/physical-intelligence").mkdir()
+    (source / "assets/tiny_robot").rename(source / "assets/physical-intelligence/libero")
+    with pytest.raises(UserError, match="its statistics are physical-intelligence/libero, and openpi trained pi05_l"):
+        run(source, tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+    capsys.readouterr()
+    for flag, line in (("--state-in-prompt", "holds the state"), ("--no-state-in-prompt", "holds no state")):
+        run(source, tmp_path / flag, *flags, flag)
+        assert f"\nprompt: {line}\n" in capsys.readouterr().out
+        assert Checkpoints(tmp_path / flag).document(0)["state_in_prompt"] is (flag == "--state-in-prompt")
+        run(tmp_path / flag, tmp_path / "there" / flag, "--to=openpi")
+        assert (
+            f"pi05=True, action_horizon=5, discrete_state_input={flag == '--state-in-prompt'}"
+            in capsys.readouterr().out
+        )
+        run(tmp_path / "there" / flag, tmp_path / "back" / flag)  # the sidecar tells: nothing is asked
+        assert Checkpoints(tmp_path / "back" / flag).document(0) == Checkpoints(tmp_path / flag).document(0)
+
+
+def test_openpis_config_key_by_key(case, tmp_path):
+    source = with_tensors(tmp_path / "source", case)
+    written = {"action_dim": 7, "action_horizon": 5, "precision": "float32"}  # as openpi's converter, and a Pi0Config
+    whole = {**written, "max_token_len": 48, "pi05": True, "discrete_state_input": False, "pytorch_compile_mode": None}
+    flags = ("--heads=4", "--vision-heads=3")
+    (source / "config.json").write_text(json.dumps(whole))
+    run(source, tmp_path / "ours", *flags)
+    document = Checkpoints(tmp_path / "ours").document(0)
+    assert (document["horizon"], document["prompt_length"], document["state_in_prompt"]) == (5, 48, False)
+    for change, message in (
+        ({"action_dim": 32}, "says action_dim=32, the arrays say 7"),
+        ({"action_horizon": 0}, "action_horizon is 0; expected a whole number"),
+        ({"pi05": False}, "pi05=False; expected a π0.5 checkpoint"),
+        ({"discrete_state_input": 1}, "discrete_state_input=1; expected a boolean"),
+        ({"delta_actions": True}, "has delta_actions, .*--ignore=delta_actions"),
+    ):
+        (source / "config.json").write_text(json.dumps({**whole, **change}))
+        with pytest.raises(UserError, match=message):
+            run(source, tmp_path / "out", *flags)
+    run(source, tmp_path / "out", *flags, "--ignore=delta_actions")
+    assert Checkpoints(tmp_path / "out").document(0)["ignored"] == ["delta_actions"]
+
+
+def test_statistics_of_an_unknown_input_are_refused(case, tmp_path):
+    source = with_tensors(tmp_path / "source", case)
+    file = source / "assets/tiny_robot/norm_stats.json"
+    file.write_text(json.dumps({"norm_stats": {**case.stats, "torque": case.stats["state"]}}))
+    with pytest.raises(UserError, match="has torque, .*--ignore=torque"):
+        run(source, tmp_path / "out", *made.FLAGS)
+    run(source, tmp_path / "out", *made.FLAGS, "--ignore=torque")
+    assert set(Checkpoints(tmp_path / "out").document(0)["norm_stats"]) == {"state", "actions"}
 
 
 def test_paths_that_do_not_fit(case, ours, tmp_path):

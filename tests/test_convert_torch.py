@@ -22,8 +22,8 @@ from z1_jax.types import Observation
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 FLAGS = {
-    "openpi_pytorch": ("--heads=4", "--vision-heads=2", "--horizon=5", "--prompt-length=10"),
-    "lerobot": ("--heads=4", "--vision-heads=2"),
+    "openpi_pytorch": ("--heads=4", "--vision-heads=2", "--horizon=5", "--prompt-length=10", "--state-in-prompt"),
+    "lerobot": ("--heads=4", "--vision-heads=2", "--pad-state=8"),
 }
 TOLERANCE = 1e-5  # of the largest action
 

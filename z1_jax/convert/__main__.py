@@ -18,14 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from z1_jax.config.command_line import Parser
 from z1_jax.convert import arrays, companions, targets
 from z1_jax.convert.architecture import check_tensors, read_architecture
 from z1_jax.convert.arrays import Piece
 from z1_jax.convert.companions import Stats
+from z1_jax.convert.keys import Ignored
+from z1_jax.convert.lerobot import prompt_state_dim
+from z1_jax.convert.options import given_settings, parse_arguments
 from z1_jax.convert.sources import FORMATS, Format, Source, describe, open_source, source_settings
 from z1_jax.convert.store import DTYPES, FormatError, TensorInfo, Writer
-from z1_jax.convert.transfer import DTYPE_CHOICES, End, PartSummary, chunks, target_tensors, transfer
+from z1_jax.convert.transfer import End, PartSummary, chunks, target_tensors, transfer
 from z1_jax.data.normalize import stats_from_json, stats_to_json
 from z1_jax.data.tokenizer import PALIGEMMA, PALIGEMMA_VOCAB_SIZE, load_tokenizer
 from z1_jax.files import absolute
@@ -34,7 +36,7 @@ from z1_jax.policy import architecture
 from z1_jax.process import run_main
 
 _CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")  # openpi's slots
-_DEFAULTS = {"denoising_steps": 10, "state_in_prompt": True, "norm_mode": "quantile", "clip": None}
+_DEFAULTS = {"denoising_steps": 10, "norm_mode": "quantile", "clip": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,8 @@ def convert(given: argparse.Namespace) -> int:
     try:
         format = target_format(given.to, source)
         model = read_model(source, given)
+        if format == "lerobot":
+            companions.require_lerobot(model.document, given.pad_state is not None)
         end = targets.end_of(format)
         infos = target_tensors(model.pieces, end, dtype_rule(given.dtype, source, end.style))
         print(f"{source_path}: {describe(source)}", flush=True)
@@ -103,8 +107,12 @@ def target_format(asked: Format | None, source: Source) -> Format:
 
 def read_model(source: Source, given: argparse.Namespace) -> Model:
     """Sizes, pieces and companions of a source, with every array accounted for."""
-    settings = {**_DEFAULTS, **source_settings(source), **given_settings(given)}
+    ignored, asked = Ignored(given.ignore), given_settings(given)
+    found = source_settings(source, ignored)
+    settings = {**_DEFAULTS, **found, **asked}
+    refuse_contradictions(source, found, asked, ("norm_mode",))
     if source.document is not None:
+        refuse_contradictions(source, found, asked, ("heads", "vision_heads", "horizon", "prompt_length"))
         try:
             config = architecture(source.document["architecture"])
         except (KeyError, TypeError, ValueError) as error:
@@ -116,35 +124,69 @@ def read_model(source: Source, given: argparse.Namespace) -> Model:
     pieces = arrays.pieces(config)
     expected = arrays.shapes(pieces, source.end.style)
     check_tensors(source.shapes, expected, [arrays.UNUSED_HEAD], str(source.path))
-    stats, asset_id = read_statistics(source, given, settings)
+    stats, asset_id = read_statistics(source, given, settings, ignored)
+    settings |= prompt_settings(source, settings, asked, stats, asset_id)
+    settings["ignored"] = sorted({*settings.get("ignored", ()), *ignored.finish()})
     tokenizer = read_tokenizer(source, given, settings, config)
     document = make_document(config, settings, stats, asset_id, tokenizer)
     return Model(config, pieces, document, stats, tokenizer)
 
 
-def given_settings(given: argparse.Namespace) -> dict[str, Any]:
-    """The settings that flags name."""
-    names = ("heads", "vision_heads", "horizon", "prompt_length", "executed", "denoising_steps", "norm_mode")
-    settings = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
-    if given.cameras is not None:
-        settings["cameras"] = [name if name != "none" else None for name in given.cameras.split(",")]
-    if given.state_in_prompt is not None:
-        settings["state_in_prompt"] = given.state_in_prompt
-    return settings
+def refuse_contradictions(
+    source: Source, found: Mapping[str, Any], asked: Mapping[str, Any], names: Sequence[str]
+) -> None:
+    """Raises FormatError for a flag against what the source says of itself."""
+    for name in names:
+        if name in asked and asked[name] != found.get(name, asked[name]):
+            raise FormatError(
+                f"--{name.replace('_', '-')}={asked[name]} was given, {source.path} has {found[name]}; leave it out"
+            )
+
+
+def prompt_settings(
+    source: Source,
+    settings: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    stats: Stats | None,
+    asset_id: str | None,
+) -> dict[str, Any]:
+    """Whether the state goes into the prompt, and the width that it is padded to there.
+
+    Raises:
+        FormatError: nothing tells, or a flag contradicts what the source says or would have no effect.
+    """
+    if "state_in_prompt" not in settings:
+        libero = asset_id == "physical-intelligence/libero"
+        hint = f"; its statistics are {asset_id}, and openpi trained pi05_libero without" if libero else ""
+        raise FormatError(
+            f"nothing in {source.path} tells whether the state stands in the prompt; give --state-in-prompt (openpi's "
+            f"pi05_base, pi05_droid) or --no-state-in-prompt (pi05_libero: discrete_state_input=False){hint}"
+        )
+    if "pads_state" in settings and not settings["state_in_prompt"]:
+        raise FormatError(f"--no-state-in-prompt was given, {source.path} is LeRobot's, whose prompts hold the state")
+    state_dim = stats["state"].dim if stats else None
+    width = asked.get("prompt_state_dim")
+    if width is not None and not settings["state_in_prompt"]:
+        raise FormatError(f"--pad-state={width} has no effect on a prompt that holds no state; leave it out")
+    if width is not None and state_dim is not None and width <= state_dim:
+        raise FormatError(f"--pad-state={width} pads nothing: the state has {state_dim} numbers; leave it out")
+    if not settings["state_in_prompt"]:
+        return {"state_in_prompt": False, "prompt_state_dim": None}
+    return {"state_in_prompt": True, "prompt_state_dim": prompt_state_dim(settings, state_dim, source.path)}
 
 
 def read_statistics(
-    source: Source, given: argparse.Namespace, settings: Mapping[str, Any]
+    source: Source, given: argparse.Namespace, settings: Mapping[str, Any], ignored: Ignored
 ) -> tuple[Stats | None, str | None]:
     """(statistics, asset id): from the flag, our document, or beside the weights; never left behind unasked."""
     asset_id = given.asset_id or settings.get("asset_id")
     if given.norm_stats == "none":
         return None, asset_id
     if given.norm_stats is not None:
-        return companions.read_norm_stats(absolute(given.norm_stats)), asset_id
+        return companions.read_norm_stats(absolute(given.norm_stats), ignored), asset_id
     if source.document is not None:
         return stats_from_json(source.document["norm_stats"]) or None, asset_id
-    stats, asset_id = companions.read_stats(source.folder, given.asset_id, settings["norm_mode"])
+    stats, asset_id = companions.read_stats(source.folder, given.asset_id, settings["norm_mode"], ignored)
     if stats is None:
         raise FormatError(
             f"{source.folder} holds no normalisation statistics; give openpi's norm_stats.json with --norm-stats=FILE, "
@@ -211,13 +253,14 @@ def make_document(
         "norm_mode": settings["norm_mode"],
         "cameras": list(cameras),
         "state_in_prompt": settings["state_in_prompt"],
-        "prompt_state_dim": settings.get("prompt_state_dim"),
+        "prompt_state_dim": settings["prompt_state_dim"],
         "clip": settings["clip"],
         "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest() if tokenizer else settings.get("tokenizer_sha256"),
         "tokenizer_name": settings.get("tokenizer_name", published),
         "executed": executed,
         "denoising_steps": settings["denoising_steps"],
         "asset_id": asset_id,
+        "ignored": settings["ignored"],  # what the user said was without effect
         "heads": config.language.heads,
         "vision_heads": config.vision.heads,
         "horizon": config.horizon,
@@ -283,6 +326,11 @@ def print_table(
         f"{config.vision.image_size} pixels ({config.vision.tokens} tokens each), prompt {config.prompt_length}, "
         f"actions {config.horizon} x {config.action_dim}"
     )
+    width = document["prompt_state_dim"]
+    padded = f", padded to {width} numbers" if width else ""
+    print(f"prompt: {f'holds the state{padded}' if document['state_in_prompt'] else 'holds no state'}")
+    if document["ignored"]:
+        print(f"ignored as without effect: {', '.join(document['ignored'])}")
     if model.stats:
         dims = ", ".join(f"{key} {value.dim}" for key, value in model.stats.items())
         print(f"statistics: {dims}; {document['norm_mode']} normalisation")
@@ -295,10 +343,13 @@ def print_table(
 
 def advice(format: Format, place: pathlib.Path, model: Model) -> str:
     """What stands between the result and a policy that acts."""
-    if format == "lerobot" and not companions.is_published_size(model.config):
-        return "; LeRobot has no name for these sizes: its config.json says gemma_2b, z1_jax.json has the real ones"
+    if format == "lerobot":
+        sizes = "; LeRobot has no name for these sizes: its config.json says gemma_2b, z1_jax.json has the real ones"
+        padded = "; only LeRobot 0.4.4 and older pads the state in its prompts: do not run it with a newer one"
+        named = companions.is_published_size(model.config)
+        return ("" if named else sizes) + (padded if model.document["prompt_state_dim"] else "")
     if format != "ours":
-        return ""
+        return openpi_advice(model.document)
     missing = []
     if not model.tokenizer:
         missing.append(f"a tokenizer: put its .model file at {place / str(targets.STEP) / companions.TOKENIZERS[0]}")
@@ -307,31 +358,13 @@ def advice(format: Format, place: pathlib.Path, model: Model) -> str:
     return f"; before it can act it needs {' and '.join(missing)}" if missing else ""
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line. Raises ConfigError for an unknown option or a wrong value."""
-    parser = Parser(prog="python -m z1_jax.convert", description=__doc__.split("\n")[0].split(": ", 1)[1])
-    parser.add_argument("src", type=pathlib.Path, metavar="SRC", help="checkpoint: a folder or a safetensors file")
-    parser.add_argument("dst", type=pathlib.Path, metavar="DST", help="folder that does not exist yet")
-    parser.add_argument("--to", choices=FORMATS, help="what DST becomes (ours, unless SRC is)")
-    parser.add_argument("--dtype", choices=DTYPE_CHOICES, default="float32", help="of the stored arrays (%(default)s); "
-                        "bfloat16 keeps in float32 what computes in it; source keeps each array's own")  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the table, write nothing")
-    parser.add_argument("--norm-stats", metavar="FILE", help="openpi's norm_stats.json, or none to leave them out")
-    parser.add_argument("--asset-id", metavar="ID", help="whose statistics: the folder's name in assets/")
-    parser.add_argument("--norm-mode", choices=("quantile", "z_score"), help="how to normalise (quantile)")
-    parser.add_argument("--tokenizer", metavar="FILE", help="SentencePiece model that shall travel with the checkpoint")
-    parser.add_argument("--cameras", metavar="A,B,…", help="camera of each slot; none for an unused one")
-    for name, meaning in (
-        ("heads", "attention heads of language model and expert"),
-        ("vision-heads", "attention heads of the vision tower"),
-        ("horizon", "control steps that a chunk predicts"),
-        ("prompt-length", "tokens of a prompt (200)"),
-        ("executed", "control steps of a chunk that are executed (all)"),
-        ("denoising-steps", "of the sampler (10)"),
-    ):
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
-    parser.add_argument("--state-in-prompt", action=argparse.BooleanOptionalAction, default=None, help="(yes)")
-    return parser.parse_args(list(arguments))
+def openpi_advice(document: Mapping[str, Any]) -> str:
+    """What openpi keeps in its own training config, and not in a checkpoint."""
+    config = f"action_horizon={document['horizon']}, discrete_state_input={document['state_in_prompt']}"
+    quantile = "" if document["norm_mode"] == "quantile" else ", use_quantile_norm=False"
+    width = document["prompt_state_dim"]
+    padded = f"; openpi cannot pad the state in the prompt to {width} numbers, as this policy has it" if width else ""
+    return f"; openpi's config must say pi05=True, {config}{quantile}{padded}"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,6 +24,20 @@ _FLAGS = {
     "vision_heads": "--vision-heads=N: the vision tower's attention heads",
     "horizon": "--horizon=N: the control steps of a chunk (openpi: 50 for pi05_base, 15 for DROID, 10 for LIBERO)",
 }
+
+
+def variant_heads(path: pathlib.Path, config: Mapping[str, Any]) -> dict[str, int]:
+    """Heads by the names of the sizes; both projects' PyTorch models have SigLIP So400m's vision tower.
+
+    Raises:
+        FormatError: a name that neither project has.
+    """
+    variants = {key: config[key] for key in ("paligemma_variant", "action_expert_variant") if key in config}
+    for key, variant in variants.items():
+        if variant not in VARIANT_HEADS:
+            raise FormatError(f"{path} has {key}={variant!r}; expected one of {', '.join(VARIANT_HEADS)}")
+    heads = {VARIANT_HEADS[variant] for variant in variants.values()}
+    return {"heads": heads.pop(), "vision_heads": PRESETS["pi05"].vision.heads} if len(heads) == 1 else {}
 
 
 def refuse_other_models(names: Iterable[str]) -> None:
@@ -63,7 +78,8 @@ def read_architecture(shapes: Shapes, style: Style, settings: Mapping[str, Any])
 
     Args:
         settings: what shapes do not tell: heads, vision_heads, horizon, prompt_length, camera_slots, compute. Heads or
-            a horizon that is absent and follows from nothing else is asked for.
+            a horizon that is absent and follows from nothing else is asked for. An action_dim or image_size must
+            agree with the shapes.
 
     Raises:
         FormatError: an array is missing, a setting does not fit the shapes, or one is needed.
@@ -71,10 +87,10 @@ def read_architecture(shapes: Shapes, style: Style, settings: Mapping[str, Any])
     sizes = (_torch_sizes if style == "torch" else _jax_sizes)(_Shapes(shapes))
     known = PRESETS["pi05"]
     given = dict(settings)
-    if "heads" not in sizes and "heads" not in given and sizes["gemma"] == _gemma_sizes(known):
-        given["heads"] = known.language.heads  # the published sizes, all of them: there is one such model
-    if "vision_heads" not in sizes and "vision_heads" not in given and sizes["vision"] == _vision_sizes(known):
-        given["vision_heads"] = known.vision.heads
+    if sizes["gemma"] == _gemma_sizes(known):  # the published sizes, all of them: there is one such model
+        sizes.setdefault("heads", known.language.heads)
+    if sizes["vision"] == _vision_sizes(known):
+        sizes.setdefault("vision_heads", known.vision.heads)
     vision, gemma = sizes["vision"], sizes["gemma"]
     heads = _heads("heads", gemma["q"], sizes, given)
     vision_heads = _heads("vision_heads", vision["width"], sizes, given)
@@ -87,6 +103,9 @@ def read_architecture(shapes: Shapes, style: Style, settings: Mapping[str, Any])
     side = math.isqrt(vision["tokens"])
     if side * side != vision["tokens"]:
         raise FormatError(f"the position embedding has {vision['tokens']} tokens; expected a square number")
+    for name, size in (("action_dim", gemma["action_dim"]), ("image_size", side * vision["patch"])):
+        if given.get(name, size) != size:
+            raise FormatError(f"the config beside the weights says {name}={given[name]}, the arrays say {size}")
     if "horizon" not in given:
         raise FormatError(f"neither shapes nor a config beside them tell the horizon; give {_FLAGS['horizon']}")
     attention = {"heads": heads, "kv_heads": gemma["kv"] // head_dim, "head_dim": head_dim}

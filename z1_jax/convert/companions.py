@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from z1_jax.convert.architecture import VARIANT_HEADS
+from z1_jax.convert import lerobot
+from z1_jax.convert.architecture import variant_heads
+from z1_jax.convert.keys import Ignored, read_count, read_json
+from z1_jax.convert.lerobot import IMAGES, MODES, POSTPROCESSOR, PREPROCESSOR, STATE
 from z1_jax.convert.safetensors import SafetensorsReader, SafetensorsWriter
 from z1_jax.convert.store import FormatError, TensorInfo
 from z1_jax.data.normalize import NormStats, load_norm_stats, save_norm_stats
@@ -23,85 +26,71 @@ SIDECAR = "z1_jax.json"  # written with every export: what the other project's f
 TOKENIZERS = ("tokenizer.model", "paligemma_tokenizer.model")
 Stats = Mapping[str, NormStats]
 
-_PREPROCESSOR, _POSTPROCESSOR = "policy_preprocessor", "policy_postprocessor"
-_LEROBOT_KEYS = {"state": "observation.state", "actions": "action"}
-_IMAGES = "observation.images."
-_MODES = {"QUANTILES": "quantile", "MEAN_STD": "z_score"}
+_LEROBOT_KEYS = {"state": STATE, "actions": "action"}
+_SIDECAR_KEYS = (
+    "norm_mode", "cameras", "state_in_prompt", "prompt_state_dim", "clip", "tokenizer_sha256", "tokenizer_name",
+    "executed", "denoising_steps", "asset_id", "heads", "vision_heads", "horizon", "prompt_length", "compute",
+    "ignored",
+)  # fmt: skip
+_OPENPI_READ = (
+    "paligemma_variant", "action_expert_variant", "action_dim", "action_horizon", "max_token_len", "pi05",
+    "discrete_state_input",
+)  # fmt: skip
+# Keys of openpi's config.json without effect on what the policy computes -> why.
+_OPENPI_NO_EFFECT = {
+    **dict.fromkeys(("precision", "dtype"), "precision of openpi's computation; --dtype and model.dtype set ours"),
+    "pytorch_compile_mode": "speed of openpi's computation",
+}
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object. Raises FormatError."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{path} cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise FormatError(f"{path} holds a {type(content).__name__}; expected a JSON object")
-    return content
+def read_settings(folder: pathlib.Path, ignored: Ignored) -> dict[str, Any]:
+    """Settings from the config files beside the weights; of several, our own sidecar knows best.
 
-
-def read_settings(folder: pathlib.Path) -> dict[str, Any]:
-    """Settings from the config files beside the weights; of several, our own sidecar knows best."""
+    Raises:
+        FormatError: damaged, or a key or step that is neither known nor ignored, or not supported.
+    """
     settings: dict[str, Any] = {}
-    if (folder / "config.json").is_file():
-        config = read_json(folder / "config.json")
+    path = folder / "config.json"
+    if path.is_file():
+        config = read_json(path)
         try:
-            settings |= _lerobot_settings(folder, config) if "type" in config else _openpi_settings(config)
+            read = lerobot.read_config if "type" in config else _openpi_settings
+            settings |= read(folder, config, ignored)
         except (KeyError, TypeError, AttributeError) as error:
-            raise FormatError(f"{folder / 'config.json'} lacks or distorts {error}; fetch it anew") from None
+            raise FormatError(f"{path} or a processor beside it lacks or distorts {error}; fetch it anew") from None
     if (folder / SIDECAR).is_file():
-        settings |= read_json(folder / SIDECAR)
+        sidecar = read_json(folder / SIDECAR)
+        ignored.check(folder / SIDECAR, sidecar, _SIDECAR_KEYS)
+        settings |= sidecar
     return settings
 
 
-def _variant_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Heads by the names of the sizes; both projects' PyTorch models have SigLIP So400m's vision tower."""
-    variants = {config[k] for k in ("paligemma_variant", "action_expert_variant") if k in config}
-    known = {VARIANT_HEADS[variant] for variant in variants if variant in VARIANT_HEADS}
-    if not variants or len(known) != 1:
-        return {}
-    return {"heads": known.pop(), "vision_heads": PRESETS["pi05"].vision.heads}
-
-
-def _openpi_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    settings = _variant_settings(config)
-    if "action_horizon" in config:
-        settings["horizon"] = int(config["action_horizon"])
+def _openpi_settings(folder: pathlib.Path, config: Mapping[str, Any], ignored: Ignored) -> dict[str, Any]:
+    """From the config.json that openpi's converter writes, or all of a `Pi0Config`."""
+    path = folder / "config.json"
+    ignored.check(path, config, (*_OPENPI_READ, *_OPENPI_NO_EFFECT))
+    if config.get("pi05", True) is not True:
+        raise FormatError(f"{path} has pi05={config['pi05']!r}; expected a π0.5 checkpoint, with true")
+    settings: dict[str, Any] = variant_heads(path, config)
+    for key, name in (("action_dim", "action_dim"), ("action_horizon", "horizon"), ("max_token_len", "prompt_length")):
+        if key in config:
+            settings[name] = read_count(path, config, key)
+    if "discrete_state_input" in config:
+        if not isinstance(config["discrete_state_input"], bool):
+            raise FormatError(f"{path} has discrete_state_input={config['discrete_state_input']!r}; expected a boolean")
+        settings["state_in_prompt"] = config["discrete_state_input"]
     return settings
 
 
-def _lerobot_settings(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    if config["type"] != "pi05":
-        raise FormatError(f"{folder / 'config.json'} is of a {config['type']!r} policy; expected LeRobot's pi05")
-    settings = _variant_settings(config)
-    settings |= {
-        "horizon": int(config["chunk_size"]),
-        "executed": int(config["n_action_steps"]),
-        "prompt_length": int(config["tokenizer_max_length"]),
-        "denoising_steps": int(config["num_inference_steps"]),
-        "prompt_state_dim": int(config["max_state_dim"]),  # LeRobot pads the state before it writes it into the prompt
-        "state_in_prompt": True,
-    }
-    names = [name for name, feature in config["input_features"].items() if feature["type"] == "VISUAL"]
-    short = [name.removeprefix(_IMAGES) for name in names]
-    if short:
-        settings["cameras"] = [None if name.startswith("empty_camera_") else name for name in short]
-    modes = {kind: config["normalization_mapping"].get(kind, "IDENTITY") for kind in ("STATE", "ACTION")}
-    if len(set(modes.values())) > 1 or modes["STATE"] not in _MODES:
-        raise FormatError(
-            f"{folder / 'config.json'} normalises {modes}; expected {' or '.join(_MODES)} for state and action alike"
-        )
-    settings["norm_mode"] = _MODES[modes["STATE"]]
-    return settings
-
-
-def read_stats(folder: pathlib.Path, asset_id: str | None, norm_mode: str) -> tuple[Stats | None, str | None]:
+def read_stats(
+    folder: pathlib.Path, asset_id: str | None, norm_mode: str, ignored: Ignored
+) -> tuple[Stats | None, str | None]:
     """(statistics, asset id) that stand beside the weights; None for what is not there.
 
     Raises:
         FormatError: damaged, or there are several and none was chosen.
     """
-    if (folder / f"{_PREPROCESSOR}.json").is_file():
+    if (folder / f"{PREPROCESSOR}.json").is_file():
         return _lerobot_stats(folder, norm_mode), asset_id
     found = sorted(path.parent for path in (folder / "assets").rglob("norm_stats.json"))
     by_id = {path.relative_to(folder / "assets").as_posix(): path for path in found}
@@ -114,38 +103,62 @@ def read_stats(folder: pathlib.Path, asset_id: str | None, norm_mode: str) -> tu
     if not by_id:
         return None, asset_id
     chosen = asset_id if asset_id is not None else next(iter(by_id))
-    return read_norm_stats(by_id[chosen] / "norm_stats.json"), chosen
+    return read_norm_stats(by_id[chosen] / "norm_stats.json", ignored), chosen
 
 
-def read_norm_stats(path: pathlib.Path) -> Stats:
-    """openpi's norm_stats.json. Raises FormatError."""
+def read_norm_stats(path: pathlib.Path, ignored: Ignored) -> Stats:
+    """openpi's norm_stats.json. Raises FormatError, also for statistics of an input that π0.5 does not have."""
     try:
         stats = load_norm_stats(path)
     except ValueError as error:
         raise FormatError(str(error)) from None
     if not {"state", "actions"} <= stats.keys():
         raise FormatError(f"{path} holds statistics of {sorted(stats)}; expected state and actions")
-    return stats
+    ignored.check(path, stats, ("state", "actions"))
+    return {key: stats[key] for key in ("state", "actions")}
 
 
 def _lerobot_stats(folder: pathlib.Path, norm_mode: str) -> Stats | None:
-    """The statistics that LeRobot's normaliser saved. A model that was never trained on data has none."""
-    config = read_json(folder / f"{_PREPROCESSOR}.json")
-    try:
-        steps = [step for step in config["steps"] if step.get("registry_name") == "normalizer_processor"]
-        files = [step["state_file"] for step in steps if "state_file" in step]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"{folder / _PREPROCESSOR}.json is no processor of LeRobot ({error})") from None
-    if not files:
+    """The statistics that LeRobot's normaliser saved. A model that was never trained on data has none.
+
+    Raises:
+        FormatError: damaged, incomplete, or the postprocessor has others for the actions.
+    """
+    path = _lerobot_stats_file(folder, PREPROCESSOR, "normalizer_processor")
+    if path is None:
         return None
-    if not (folder / files[0]).is_file():
-        raise FormatError(f"{folder} lacks {files[0]}, where {_PREPROCESSOR}.json says the statistics are")
-    reader = SafetensorsReader(folder / files[0])
+    values = _read_tensors(path)
+    stats = {ours: _lerobot_one(path, values, theirs, norm_mode) for ours, theirs in _LEROBOT_KEYS.items()}
+    if (folder / f"{POSTPROCESSOR}.json").is_file():
+        other = _lerobot_stats_file(folder, POSTPROCESSOR, "unnormalizer_processor")
+        found = _read_tensors(other) if other else {}
+        prefix = f"{_LEROBOT_KEYS['actions']}."
+        names = {name for name in (*values, *found) if name.startswith(prefix)}
+        if not all(np.array_equal(values.get(name, ()), found.get(name, ())) for name in names):
+            raise FormatError(f"{other or folder / POSTPROCESSOR} and {path} hold different statistics of the actions")
+    return stats
+
+
+def _lerobot_stats_file(folder: pathlib.Path, name: str, step_name: str) -> pathlib.Path | None:
+    """Where a processor of LeRobot says that its statistics are."""
+    path = folder / f"{name}.json"
+    config = read_json(path)
     try:
-        values = {name: reader.read(name).astype(np.float64) for name in reader.tensors}
+        steps = [step for step in config["steps"] if step.get("registry_name") == step_name]
+        files = [step["state_file"] for step in steps if step.get("state_file")]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path} is no processor of LeRobot ({error})") from None
+    if files and not (folder / files[0]).is_file():
+        raise FormatError(f"{folder} lacks {files[0]}, where {path.name} says the statistics are")
+    return folder / files[0] if files else None
+
+
+def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    reader = SafetensorsReader(path)
+    try:
+        return {name: reader.read(name).astype(np.float64) for name in reader.tensors}
     finally:
         reader.close()
-    return {ours: _lerobot_one(folder / files[0], values, theirs, norm_mode) for ours, theirs in _LEROBOT_KEYS.items()}
 
 
 def _lerobot_one(path: pathlib.Path, values: Mapping[str, np.ndarray], key: str, norm_mode: str) -> NormStats:
@@ -197,16 +210,35 @@ def is_published_size(config: Pi05Config) -> bool:
     return (config.vision, config.language, config.expert) == (known.vision, known.language, known.expert)
 
 
+def require_lerobot(document: Mapping[str, Any], asked_padding: bool) -> None:
+    """Raises FormatError when LeRobot's files have no place for how a policy makes its prompts.
+
+    Args:
+        asked_padding: whether the user said how the state is padded in the prompt.
+    """
+    if not document["state_in_prompt"]:
+        raise FormatError(
+            "this policy's prompt holds no state, and LeRobot always writes it there; export with --to=openpi, whose "
+            "configs have discrete_state_input=False"
+        )
+    if (width := document["prompt_state_dim"]) and not asked_padding:
+        raise FormatError(
+            f"this policy's prompt holds the state padded to {width} numbers, as only LeRobot 0.4.4 and older do; "
+            f"give --pad-state={width} for files that are right for those alone, or --pad-state=none for prompts "
+            "without the padding, which this policy has not seen"
+        )
+
+
 def write_lerobot(
     folder: pathlib.Path, config: Pi05Config, stats: Stats | None, document: Mapping[str, Any], precision: str
 ) -> None:
     """config.json and the two processors, as LeRobot 0.4 saves them."""
-    mode = {theirs: ours for ours, theirs in _MODES.items()}[document["norm_mode"]]
+    mode = {theirs: ours for ours, theirs in MODES.items()}[document["norm_mode"]]
     norm_map = {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode}
     size = config.vision.image_size
     state_dim, action_dim = (stats[k].dim for k in ("state", "actions")) if stats else (config.action_dim,) * 2
     names = _camera_names(document["cameras"])
-    inputs: dict[str, Any] = {_IMAGES + name: {"type": "VISUAL", "shape": [3, size, size]} for name in names}
+    inputs: dict[str, Any] = {IMAGES + name: {"type": "VISUAL", "shape": [3, size, size]} for name in names}
     inputs["observation.state"] = {"type": "STATE", "shape": [state_dim]}
     outputs = {"action": {"type": "ACTION", "shape": [action_dim]}}
     content = {
@@ -259,7 +291,7 @@ def _write_processors(folder: pathlib.Path, config: Pi05Config, content: dict[st
         ("unnormalizer_processor", {**common, "features": content["output_features"]}),
         ("device_processor", {"device": "cpu", "float_dtype": None}),
     ]
-    for name, chosen in ((_PREPROCESSOR, steps), (_POSTPROCESSOR, after)):
+    for name, chosen in ((PREPROCESSOR, steps), (POSTPROCESSOR, after)):
         entries = []
         for number, (registry_name, values) in enumerate(chosen):
             entries.append({"registry_name": registry_name, "config": values})

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from z1_jax.checkpoint import CheckpointError, Checkpoints
 from z1_jax.convert import arrays, companions
 from z1_jax.convert.architecture import refuse_other_models, style_of
+from z1_jax.convert.keys import Ignored
 from z1_jax.convert.orbax import TREE, OrbaxReader
 from z1_jax.convert.safetensors import INDEX, SafetensorsReader, open_sharded
 from z1_jax.convert.store import FormatError, Reader, TensorInfo
@@ -160,10 +161,10 @@ def _plain(name: str) -> str:
     return name.removeprefix("params/").removesuffix("/value")
 
 
-def source_settings(source: Source) -> dict[str, Any]:
+def source_settings(source: Source, ignored: Ignored) -> dict[str, Any]:
     """Settings that the source itself holds: its document, or the configs beside its weights."""
     if source.document is None:
-        return companions.read_settings(source.folder)
+        return companions.read_settings(source.folder, ignored)
     document = dict(source.document)
     architecture = document.pop("architecture")
     return {**document, **flatten(architecture)}
