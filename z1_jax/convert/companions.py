@@ -5,6 +5,7 @@ Settings are plain values by name; what a project's files do not hold is absent,
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
@@ -120,12 +121,26 @@ def read_stats(folder: pathlib.Path, asset_id: str | None, norm_mode: str) -> tu
 def read_norm_stats(path: pathlib.Path) -> Stats:
     """openpi's norm_stats.json. Raises FormatError."""
     try:
-        stats = load_norm_stats(path)
+        stats = load_norm_stats(path, "openpi")
     except ValueError as error:
         raise FormatError(str(error)) from None
     if not {"state", "actions"} <= stats.keys():
         raise FormatError(f"{path} holds statistics of {sorted(stats)}; expected state and actions")
     return stats
+
+
+def with_rules(folder: pathlib.Path, stats: Stats, settings: Mapping[str, Any]) -> Stats:
+    """The statistics under the rules of the policy that they come from: ours, where our sidecar lies beside them.
+
+    Raises:
+        FormatError: the sidecar names a rule that there is not.
+    """
+    before = "millimetre" if (folder / SIDECAR).is_file() else "openpi"  # sidecars did not always name them
+    try:
+        rules = {**dict.fromkeys(stats, before), **settings.get("norm_rules", {})}
+        return {key: dataclasses.replace(value, rule=rules[key]) for key, value in stats.items()}
+    except (ValueError, TypeError) as error:
+        raise FormatError(f"{folder / SIDECAR}: norm_rules: {error}") from None
 
 
 def _lerobot_stats(folder: pathlib.Path, norm_mode: str) -> Stats | None:
@@ -160,7 +175,7 @@ def _lerobot_one(path: pathlib.Path, values: Mapping[str, np.ndarray], key: str,
     if "q01" not in got or "q99" not in got:
         got |= {"q01": got["mean"] - 2.33 * got["std"], "q99": got["mean"] + 2.33 * got["std"]}
     try:
-        return NormStats(**got)
+        return NormStats(**got, rule="openpi")
     except ValueError as error:
         raise FormatError(f"{path}: {key}: {error}") from None
 
