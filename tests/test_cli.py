@@ -167,6 +167,7 @@ def test_interruptions_at_every_stage_change_nothing(tmp_path):
     undisturbed = tmp_path / "undisturbed"
     code, out = run(*SMOKE, f"--config.run_dir={undisturbed}")
     assert code == 0, out
+    assert out.count("held constant at their mean (span): state 0 (") == 2, out  # SFT and RL
     command = (*SMOKE, f"--config.run_dir={tmp_path / 'run'}")
     moments = [
         (signal.SIGKILL, "demonstrations ·", 2.0),

@@ -18,7 +18,7 @@ GRPO = f"--config={ROOT / 'configs' / 'grpo.py'}"
 # Leaves that take any text here: their values are checked where the things they name are known.
 FREE_TEXT = {"task", "run_dir", "init", "checkpoint", "compare", "model.preset", "env.cameras", "demos.dataset"}
 FREE_TEXT |= {"inputs.tokenizer", "inputs.slots", "env.layouts", "env.styles", "env.objects"}
-FREE_TEXT |= {"env.version", "env.scenes", "eval.scenes", "eval.objects"}
+FREE_TEXT |= {"allow", "env.version", "env.scenes", "eval.scenes", "eval.objects"}
 
 
 def parse(*arguments: str) -> Config:

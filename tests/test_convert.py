@@ -130,6 +130,7 @@ def test_statistics_and_settings_travel(case, ours, tmp_path):
     for key, fields in case.stats.items():
         for field, values in fields.items():
             assert document["norm_stats"][key][field] == values
+        assert document["norm_stats"][key]["rule"] == "openpi"  # acts as it acts there
     assert document["asset_id"] == "tiny_robot" and document["norm_mode"] == "z_score"
     run(ours, tmp_path / "pytorch", "--to=openpi-pytorch")
     written = json.loads((tmp_path / "pytorch/assets/tiny_robot/norm_stats.json").read_text())["norm_stats"]

@@ -5,7 +5,15 @@ import pathlib
 import numpy as np
 import pytest
 
-from z1_jax.data.normalize import NormStats, StatsAccumulator, load_norm_stats, save_norm_stats
+from z1_jax.data.normalize import (
+    NormStats,
+    StatsAccumulator,
+    held_line,
+    load_norm_stats,
+    save_norm_stats,
+    stats_from_json,
+    stats_to_json,
+)
 
 REFERENCE = np.load(pathlib.Path(__file__).parent / "reference" / "misc.npz")
 SEED = int(np.random.default_rng().integers(2**31))
@@ -97,23 +105,69 @@ def test_roundtrip(rng, mode):
 
 
 @pytest.mark.parametrize("mode", ["quantile", "z_score"])
-def test_constant_dimension_is_held_for_the_model_and_in_the_world(rng, mode, caplog):
+def test_constant_dimension_is_held_for_the_model_and_in_the_world(rng, mode):
     data = rng.normal(size=(300, 3))
     data[:, 1] = -1.0
     stats = stats_of(data)
-    with caplog.at_level(logging.INFO):
-        seen = stats.normalise(np.array([[0.0, 0.7, 0.0]]), mode)  # 0.7 was never in the data
-        stats.normalise(data, mode)
+    seen = stats.normalise(np.array([[0.0, 0.7, 0.0]]), mode)  # 0.7 was never in the data
     assert stats.constant.tolist() == [False, True, False]
     # openpi's formula at q01 = q99 = x is 0 / 1e-6 * 2 - 1, and at mean = x it is 0
     assert seen[0, 1] == (-1.0 if mode == "quantile" else 0.0)
     np.testing.assert_array_equal(stats.unnormalise(rng.normal(size=(4, 3)) * 100, mode)[:, 1], -1.0)
-    assert caplog.text.count("held constant") == 1
+    assert (
+        held_line({"state": stats, "actions": stats_of(data[:, :1])})
+        == "held constant at their mean (span): state 1 (0)"
+    )
+    assert held_line({"actions": stats_of(data[:, :1])}) == ""
+
+
+@pytest.mark.parametrize("scale", [4e-4, 1e-3, 1.0])
+def test_small_movements_get_the_labels_of_openpis_formula(scale, rng):
+    """Steps of at most 0.4 mm, in metres: the quantiles differ by 784 times the guard."""
+    stats = stats_of(rng.uniform(-scale, scale, (20_000, 3)))
+    assert not stats.constant.any()
+    raw = np.linspace(-scale, scale, 5)[:, None] * np.ones(3)
+    labels = stats.normalise(raw)
+    np.testing.assert_allclose(labels, np.linspace(-1, 1, 5)[:, None] * np.ones(3), atol=0.05)
+    np.testing.assert_array_equal(labels, (raw - stats.q01) / (stats.q99 - stats.q01 + 1e-6) * 2 - 1)
+    np.testing.assert_array_equal(stats.normalise(raw, "z_score"), (raw - stats.mean) / (stats.std + 1e-6))
+    np.testing.assert_allclose(stats.unnormalise(labels), raw, atol=1e-12)
+
+
+def test_what_float32_rounds_does_not_move(rng):
+    """An encoder that stands at 7,000 ticks, computed in float32, differs by more than any fixed span would allow."""
+    data = np.array([7000.1, -0.3, 0.0]) * (1 + rng.uniform(-(2.0**-23), 2.0**-23, (500, 3)))
+    stats = stats_of(data)
+    assert stats.span[0] > 1e-3 and stats.constant.all()
+    data[:, 0] += rng.uniform(0, 0.5, 500)
+    assert stats_of(data).constant.tolist() == [False, True, True]
+
+
+def test_a_policy_keeps_the_rule_that_it_was_trained_under(rng):
+    """Old statistics name none: what moved less than 1e-3 was held. Those of policies from elsewhere hold nothing."""
+    data = rng.uniform(-4e-4, 4e-4, (1000, 3))
+    data[:, 1] = 0.0
+    data[:, 2], data[:5, 2] = -1.0, 1.0
+    new = stats_of(data)
+    assert new.constant.tolist() == [False, True, False]
+    written = stats_to_json({"actions": new})
+    assert stats_from_json(written)["actions"].constant.tolist() == [False, True, False]
+    old = {"actions": {key: value for key, value in written["actions"].items() if key != "rule"}}
+    kept = stats_from_json(old)["actions"]
+    assert kept.constant.tolist() == [True, True, False]
+    np.testing.assert_array_equal(kept.unnormalise(rng.normal(size=(9, 3)))[:, 0], kept.mean[0])
+    assert stats_from_json(stats_to_json({"actions": kept}))["actions"].rule == "millimetre"
+    foreign = stats_from_json(old, "openpi")["actions"]
+    values = rng.normal(size=(9, 3))
+    expected = (values + 1) / 2 * (foreign.q99 - foreign.q01 + 1e-6) + foreign.q01
+    np.testing.assert_allclose(foreign.unnormalise(values), expected, atol=2e-6)
+    with pytest.raises(ValueError, match="rule is 'mine', expected one of guard, millimetre, openpi"):
+        stats_from_json({"actions": {**old["actions"], "rule": "mine"}})
 
 
 def test_a_dimension_that_hardly_moves_is_held_where_openpi_sees_its_mean(rng):
     data = rng.normal(size=(1000, 2))
-    data[:, 1] = 5 + rng.uniform(0, 4e-4, 1000)  # 0.4 mm: sensor noise
+    data[:, 1] = 5 + rng.uniform(0, 9e-5, 1000)  # at most 90 times the guard
     stats = stats_of(data)
     assert stats.constant.tolist() == [False, True]
     openpi = (stats.mean - stats.q01) / (stats.q99 - stats.q01 + 1e-6) * 2 - 1

@@ -13,6 +13,7 @@ from z1_jax.config.schema import Config, ConfigError, DemosConfig, EnvConfig, In
 from z1_jax.errors import UserError
 from z1_jax.initial_policy import check_policy
 from z1_jax.stages import check_inputs, demonstrations, make_env, supervised_policy
+from z1_jax.worlds import World
 
 CAMERAS = ("robot0_agentview_left", "robot0_eye_in_hand", "robot0_agentview_right")
 
@@ -72,11 +73,12 @@ def test_sft_goes_on_from_a_policy_that_is_given(tmp_path, monkeypatch):
     monkeypatch.setattr(initial_policy, "configured_model", lambda config: tiny.CONFIG)
     check_policy(sft, sft.init)
     started = {}
+    monkeypatch.setattr(stages, "dataset_world", lambda dataset: World("", tasks=("Juggle",)))
     monkeypatch.setattr(stages, "train_sft", lambda policy, *args, **kwargs: started.update(policy=policy, **kwargs))
     supervised_policy(sft, None, tiny.one_device(), tmp_path / "new", None)
     for a, b in zip(jax.tree.leaves(started["policy"].params), jax.tree.leaves(tiny.policy().params), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert started["adapters"] == sft.lora
+    assert started["adapters"] == sft.lora and started["policy"].world["tasks"] == ["Juggle"]
     shorter = {**tiny.policy().document(), "architecture": {**tiny.policy().document()["architecture"], "horizon": 7}}
     checkpoints = Checkpoints(directory)
     checkpoints.save(4, tiny.policy().parts(), shorter)
@@ -91,7 +93,8 @@ def test_a_damaged_sft_policy_is_moved_aside_and_trained_again(tmp_path, monkeyp
     checkpoints.save(3, tiny.policy().parts(), tiny.policy().document())
     checkpoints.close()
     monkeypatch.setattr(stages, "train_sft", lambda *args, **kwargs: "trained")
-    monkeypatch.setattr(initial_policy, "new_policy", lambda *args: None)
+    monkeypatch.setattr(initial_policy, "new_policy", lambda *args: tiny.policy())
+    monkeypatch.setattr(stages, "dataset_world", lambda dataset: World(""))
     assert supervised_policy(config, None, tiny.one_device(), tmp_path, None) != "trained"
     array = next(path for path in sorted((tmp_path / "3" / "params").rglob("*")) if path.stat().st_size > 1000)
     array.write_bytes(array.read_bytes()[:-100])
@@ -143,3 +146,20 @@ def test_the_split_of_a_config_reaches_environments_and_demonstrations(tmp_path,
     assert dataset.identity != demonstrations(config, tmp_path / "other").identity
     options = ["--layouts=heldout", "--styles=heldout", "--objects=heldout", "--workers=0"]
     assert parse_arguments(["OpenDrawer", "--out=somewhere", *options])[0].env == heldout
+
+
+def test_a_run_that_began_under_an_older_rule_of_what_is_constant_goes_on_under_it(tmp_path, monkeypatch, capsys):
+    """Checkpoints from before name no rule: what moved less than 1e-3 was held."""
+    config = make_config(episodes=1)
+    dataset = demonstrations(config, tmp_path / "data")
+    document = tiny.policy().document()
+    old = {key: {k: v for k, v in value.items() if k != "rule"} for key, value in document["norm_stats"].items()}
+    checkpoints = Checkpoints(tmp_path / "sft")
+    checkpoints.save(2, tiny.policy().parts(), {**document, "norm_stats": old})
+    checkpoints.close()
+    started = []
+    monkeypatch.setattr(stages, "train_sft", lambda policy, *args, **kwargs: started.append(policy))
+    for directory in ("sft", "fresh"):
+        supervised_policy(config, dataset, tiny.one_device(), tmp_path / directory, None)
+    rules = [{key: value.rule for key, value in policy.processor.stats.items()} for policy in started]
+    assert rules == [{"state": "millimetre", "actions": "millimetre"}, {"state": "millimetre", "actions": "guard"}]

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from envs.pool import EnvPool
+from z1_jax.agreement import check_worlds
 from z1_jax.config.command_line import parse_command_line
 from z1_jax.config.schema import Config, ConfigError
 from z1_jax.evaluation import Evaluation, compare, evaluate, rate_sentence, versus_sentence
@@ -31,6 +32,7 @@ def main(argv: Sequence[str]) -> None:
     config = pin_version(config)
     start_jax()  # before a checkpoint is opened: that takes the device
     config = check_inputs(config)
+    differing = check_worlds(config)
     given = {"checkpoint": config.checkpoint, "compare": config.compare}
     paths = {name: newest_policy(path) for name, path in given.items() if path}  # once: the run behind it may go on
     identities = {name: policy_identity(path) for name, path in paths.items()}
@@ -50,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
         with make_pool(config) as pool, clock.stage("evaluation"):
             outcomes = {name: measure(config, policy, pool, mesh, run_dir, name) for name, policy in policies.items()}
     result, line = judge(config, outcomes)
-    conclude(config, policies["checkpoint"], run_dir, clock, {**result, "policies": identities}, line)
+    conclude(config, policies["checkpoint"], run_dir, clock, {**result, "policies": identities}, line, differing)
 
 
 def measure(

@@ -16,12 +16,12 @@ from z1_jax.checkpoint import Checkpoints
 from z1_jax.config.schema import RANDOM, Config, ConfigError, InputsConfig, ModelConfig
 from z1_jax.data import tokenizer
 from z1_jax.data.dataset import Dataset
-from z1_jax.data.normalize import NormStats
+from z1_jax.data.normalize import NormStats, Rule
 from z1_jax.files import absolute
 from z1_jax.models.pi05 import Pi05Config
 from z1_jax.models.presets import PRESETS, get_preset
 from z1_jax.policy import Policy, find_policy, fresh_policy, load_policy, make_processor
-from z1_jax.suites import assumed_statistics, check_names, widths
+from z1_jax.suites import assumed_statistics, check_names, training_statistics, widths
 
 
 def configured_model(config: Config) -> Pi05Config:
@@ -55,10 +55,18 @@ def _slots(config: Config) -> tuple[str | None, ...]:
     return tuple(None if camera == "none" else camera for camera in named)
 
 
-def new_policy(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) -> Policy:
-    """A policy with random parameters that fits the demonstrations."""
+def new_policy(
+    config: Config, dataset: Dataset, mesh: jax.sharding.Mesh, rules: Mapping[str, Rule] | None = None
+) -> Policy:
+    """A policy with random parameters that fits the demonstrations.
+
+    Args:
+        rules: what counts as constant in "state" and "actions", for a run that began under others than today's.
+    """
     instructions = sorted({episode.instruction for episode in dataset.episodes})
-    return _new_policy(config, dataset.stats, instructions, mesh)
+    stats = training_statistics(dataset.source, dataset.stats)
+    stats |= {key: dataclasses.replace(stats[key], rule=rule) for key, rule in (rules or {}).items()}
+    return _new_policy(config, stats, instructions, mesh)
 
 
 def untrained_policy(config: Config, mesh: jax.sharding.Mesh) -> Policy:

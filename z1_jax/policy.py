@@ -38,6 +38,7 @@ class Policy:
     Attributes:
         executed: E, steps of each predicted chunk of H that the environment runs before the policy looks again.
         denoising_steps: K that the policy acts with.
+        world: what it was trained in, where that is known: "tasks", "instructions" (lists) and "rate" (Hz).
     """
 
     config: pi05.Pi05Config
@@ -46,6 +47,7 @@ class Policy:
     processor: InputProcessor
     executed: int
     denoising_steps: int
+    world: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def with_params(self, *states: nnx.State) -> Policy:
         """The same policy with other parameters, adapters folded into their kernels."""
@@ -101,6 +103,7 @@ class Policy:
             "tokenizer_sha256": processor.tokenizer.identity,
             "executed": self.executed,
             "denoising_steps": self.denoising_steps,
+            "world": dict(self.world),
         }
 
     def parts(self) -> dict[str, Any]:
@@ -221,10 +224,11 @@ def load_policy(checkpoints: Checkpoints, step: int, mesh: jax.sharding.Mesh) ->
             clip=tuple(document["clip"]) if document["clip"] else None,
         )
         executed, denoising_steps = document["executed"], document["denoising_steps"]
+        world = dict(document.get("world") or {})
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {checkpoints.directory / str(step)} holds no policy ({error})") from error
     params = unnamed(abstract, loaded)
-    return Policy(config, graphdef, params, processor, executed, denoising_steps)
+    return Policy(config, graphdef, params, processor, executed, denoising_steps, world)
 
 
 def _tokenizer(

@@ -13,7 +13,7 @@ import pathlib
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -160,14 +160,19 @@ def conclude(
     clock: StageClock,
     result: dict[str, Any],
     line: str,
+    differing: Sequence[str] = (),
 ) -> None:
-    """Writes summary.json and the report, and prints the result."""
+    """Writes summary.json and the report, and prints the result; `differing` is what `check_worlds` found."""
     note = suites.label(config)
     line += f" [{note}]" * bool(note)
     summary = {
         "task": config.task,
         "seeds": {"run": config.seed, "evaluation": [config.eval.first_seed, config.eval.episodes]},
-        "protocol": protocol(config, policy),
+        "protocol": {
+            **protocol(config, policy),
+            **({"allowed_to_differ": list(config.allow)} if config.allow else {}),
+            **({"differences": list(differing)} if differing else {}),
+        },
         **result,
         "wall_seconds": clock.seconds,
         "sentence": line,

@@ -18,6 +18,7 @@ from z1_jax.config.schema import LoraConfig, SftConfig
 from z1_jax.data.augment import augment
 from z1_jax.data.dataset import Dataset
 from z1_jax.data.loader import Loader, batch_observation
+from z1_jax.data.normalize import held_line
 from z1_jax.interrupt import GracefulStop
 from z1_jax.metrics import MetricsWriter, Progress
 from z1_jax.optim import init_optimizer, make_optimizer, schedule
@@ -150,6 +151,8 @@ def train_sft(
         FloatingPointError: the loss is not finite; the last checkpoint stays.
     """
     checkpoints = Checkpoints(directory)
+    if line := held_line(policy.processor.stats):
+        print(line, flush=True)
     loader = Loader(dataset, policy.processor, config.batch_size, seed)
     trainer = SftTrainer(policy, config, seed, mesh, adapters)
     del policy  # frees what is now kept in bfloat16

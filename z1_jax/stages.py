@@ -13,11 +13,13 @@ import jax
 
 from envs.pool import EnvPool
 from z1_jax import initial_policy, sharding
+from z1_jax.agreement import dataset_world, trained_in
 from z1_jax.checkpoint import CheckpointError, Checkpoints
 from z1_jax.config.checks import check_horizon
 from z1_jax.config.schema import RANDOM, Config, ConfigError
 from z1_jax.data.dataset import Dataset, open_dataset, write_dataset
 from z1_jax.data.journal import EpisodeJournal
+from z1_jax.data.normalize import Rule, stats_from_json
 from z1_jax.errors import first_line
 from z1_jax.metrics import MetricsWriter, Progress
 from z1_jax.policy import Policy, load_policy
@@ -227,17 +229,19 @@ def supervised_policy(
     """
     checkpoints = Checkpoints(directory)
     finished = config.sft.steps in checkpoints.steps()
+    rules = _rules(checkpoints)
     checkpoints.close()
     if finished:
         try:
             return load_policy(checkpoints, config.sft.steps, mesh)
         except CheckpointError as error:
             checkpoints.put_aside(config.sft.steps, error)
+    world = dataset_world(dataset)
     return train_sft(
         # No name for the policy here: what SFT freezes in bfloat16 must not stay in memory in float32 too.
-        initial_policy.given_policy(config, config.init, mesh)
+        trained_in(initial_policy.given_policy(config, config.init, mesh), world)
         if config.init
-        else initial_policy.new_policy(config, dataset, mesh),
+        else trained_in(initial_policy.new_policy(config, dataset, mesh, rules), world),
         dataset,
         config.sft,
         config.seed,
@@ -247,3 +251,12 @@ def supervised_policy(
         report_every=config.log.every,
         adapters=config.lora,
     )
+
+
+def _rules(checkpoints: Checkpoints) -> dict[str, Rule]:
+    """What counts as constant in the newest checkpoint of a run that goes on; empty for one that begins."""
+    for step in sorted(checkpoints.steps(), reverse=True):
+        with contextlib.suppress(CheckpointError, KeyError, TypeError, AttributeError, ValueError):
+            stats = stats_from_json(checkpoints.document(step)["norm_stats"])
+            return {key: value.rule for key, value in stats.items()}
+    return {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from z1_jax.config.schema import Config, ConfigError
 from z1_jax.data.normalize import NormStats
 
 _T = TypeVar("_T")
+_KITCHEN_EXPERT = "kitchen expert"  # what made the kitchen's demonstrations, in their source
 
 
 def make_env(config: Config, task: str) -> functools.partial[Env]:
@@ -195,6 +196,33 @@ def facts(config: Config) -> dict[str, Any]:
         "training_objects": list(env.objects),
         "assets": label(config) or "downloaded",
     }
+
+
+def other_names(task: str) -> tuple[str, ...]:
+    """What versions of RoboCasa call the same task."""
+    from envs.robocasa import tables
+
+    return (*tables.TWINS.get(task, ()), *(old for old, new in tables.TWINS.items() if task in new))
+
+
+def rate_of(source: Mapping[str, Any]) -> float | None:
+    """Control steps a second of demonstrations, by what made them; None where that is not known."""
+    if source.get("made_by") == _KITCHEN_EXPERT:
+        from envs.kitchen import robot
+
+        return robot.CONTROL_HZ
+    return source.get("fps")
+
+
+def training_statistics(source: Mapping[str, Any], stats: Mapping[str, NormStats]) -> dict[str, NormStats]:
+    """The statistics for a fresh policy, by what made the demonstrations.
+
+    The kitchen's state is in metres and radians: its base, which the expert never moves, shakes by up to half a
+    millimetre, and is held. Of other data the unit is not known.
+    """
+    if source.get("made_by") != _KITCHEN_EXPERT:
+        return dict(stats)
+    return {**stats, "state": dataclasses.replace(stats["state"], rule="millimetre")}
 
 
 def assumed_statistics(config: Config) -> dict[str, NormStats]:

@@ -13,9 +13,11 @@ from typing import Any
 import jax
 
 from envs.video import write_video
+from z1_jax.agreement import check_worlds, trained_in
 from z1_jax.config import schema as z1_config
 from z1_jax.config.command_line import parse_command_line
 from z1_jax.config.schema import Config
+from z1_jax.data.normalize import held_line
 from z1_jax.errors import UserError
 from z1_jax.evaluation import Evaluation, compare, evaluate, film, rate_sentence, sentence
 from z1_jax.files import hold
@@ -33,6 +35,7 @@ from z1_jax.stages import (
     supervised_policy,
 )
 from z1_jax.suites import label, pin_version
+from z1_jax.worlds import World
 
 HARDLY = 0.05  # success after SFT, below which RL seldom starts
 
@@ -44,6 +47,7 @@ def main(argv: Sequence[str]) -> int | None:
     config = pin_version(config)
     start_jax()  # before a checkpoint is opened: that takes the device
     config = check_inputs(config)  # before anything is written
+    differing = check_worlds(config)
     mesh = make_mesh(config)
     run_dir = claim_directory(config)
     print(f"run directory {run_dir}", flush=True)
@@ -64,9 +68,11 @@ def main(argv: Sequence[str]) -> int | None:
     with writer, jax.set_mesh(mesh):
         # No name for the policy here: what RL keeps in bfloat16 must not stay in memory in float32 too.
         if config.algorithm == "sft":
-            finish_sft(config, start_policy(config, mesh, run_dir, writer, clock), mesh, run_dir, clock)
+            finish_sft(config, start_policy(config, mesh, run_dir, writer, clock), mesh, run_dir, clock, differing)
         else:
-            finish_grpo(config, start_policy(config, mesh, run_dir, writer, clock), mesh, run_dir, writer, clock)
+            finish_grpo(
+                config, start_policy(config, mesh, run_dir, writer, clock), mesh, run_dir, writer, clock, differing
+            )
     return None
 
 
@@ -85,12 +91,17 @@ def start_policy(
 
 
 def finish_sft(
-    config: Config, policy: Policy, mesh: jax.sharding.Mesh, run_dir: pathlib.Path, clock: StageClock
+    config: Config,
+    policy: Policy,
+    mesh: jax.sharding.Mesh,
+    run_dir: pathlib.Path,
+    clock: StageClock,
+    differing: Sequence[str],
 ) -> None:
     """Evaluates an SFT policy, where there is something to evaluate it in, and writes the summary."""
     if not config.eval.episodes:
         line = f"SFT on {config.demos.dataset}: {config.sft.steps} steps, not evaluated (eval.episodes=0)"
-        conclude(config, policy, run_dir, clock, {}, line)
+        conclude(config, policy, run_dir, clock, {}, line, differing)
         return
     with make_pool(config) as pool, clock.stage("evaluation"):
         after = evaluate(
@@ -98,7 +109,7 @@ def finish_sft(
         )
     result = {"after": after.summary(config.eval.confidence)}
     line = rate_sentence("SFT", config.task, result["after"], config.eval.confidence)
-    conclude(config, policy, run_dir, clock, result, line)
+    conclude(config, policy, run_dir, clock, result, line, differing)
 
 
 def finish_grpo(
@@ -108,9 +119,13 @@ def finish_grpo(
     run_dir: pathlib.Path,
     writer: MetricsWriter,
     clock: StageClock,
+    differing: Sequence[str],
 ) -> None:
     """Evaluates, trains by GRPO, evaluates again on the same seeds, films, compares, reports."""
+    if line := held_line(policy.processor.stats):
+        print(line, flush=True)
     with make_pool(config) as pool:
+        policy = trained_in(policy, World(name="", tasks=(config.task,), rate=pool.spec.control_hz))
         trainer = GrpoTrainer(policy, config, mesh, pool.num_envs)
         policy = policy.without_params()  # the trainer has them
 
@@ -160,7 +175,8 @@ def finish_grpo(
     result["simulated_steps"] = rl[-1]["steps/total"]
     result["iterations"] = len(rl)
     result["compilations"] = trainer.traces
-    conclude(config, policy, run_dir, clock, result, sentence(config.task, "GRPO", result, config.eval.confidence))
+    line = sentence(config.task, "GRPO", result, config.eval.confidence)
+    conclude(config, policy, run_dir, clock, result, line, differing)
 
 
 def record_clips(

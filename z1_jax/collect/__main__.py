@@ -17,10 +17,12 @@ from z1_jax.collect.importing import ImportConfig, check_source, import_demonstr
 from z1_jax.config.checks import check
 from z1_jax.config.command_line import Parser
 from z1_jax.config.schema import Config, DemosConfig, EnvConfig
-from z1_jax.data.dataset import open_dataset
+from z1_jax.data.dataset import Dataset, open_dataset
+from z1_jax.data.normalize import held_line
 from z1_jax.files import absolute
 from z1_jax.process import run_main
 from z1_jax.stages import check_inputs, demonstrations, demonstrations_source
+from z1_jax.suites import training_statistics
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,6 +41,7 @@ def main(argv: Sequence[str]) -> None:
         dataset = demonstrations(config, out)
     print(
         f"{len(dataset.episodes)} demonstrations of {config.task}, {len(dataset)} decisions, in {out}\n"
+        f"{_held(dataset)}"
         f"train on them with --config.task={config.task} --config.demos.dataset={out}"
     )
 
@@ -100,11 +103,18 @@ def import_others(config: ImportConfig, out: pathlib.Path) -> None:
     print(
         f"{'already imported: ' * known}{len(dataset.episodes)} demonstrations of {len(tasks)} task"
         f"{'s' * (len(tasks) > 1)}, {len(dataset)} decisions, {len(source['left_out'])} left out, in {out}\n"
+        f"{_held(dataset)}"
         f"train on them with {shlex.quote(f'--config.demos.dataset={out}')} "
         f"{shlex.quote('--config.env.cameras=' + ','.join(dataset.cameras))}"
         + " (of these as many as the model has slots: model.preset)"
         * (len(dataset.cameras) > 2)
     )
+
+
+def _held(dataset: Dataset) -> str:
+    """A line on the dimensions that a fresh policy will hold constant, or nothing."""
+    line = held_line(training_statistics(dataset.source, dataset.stats))
+    return f"{line}\n" * bool(line)
 
 
 def parse_import(arguments: Sequence[str]) -> tuple[ImportConfig, pathlib.Path]:

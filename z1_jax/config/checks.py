@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from z1_jax.config.schema import RANDOM, Config, ConfigError, LoraConfig, SelectiveConfig, build, flat
+from z1_jax.worlds import MUST_AGREE
 
 _FIXED_SCOPES = ("expert", "joint", "lora", "everything")
 
@@ -171,6 +172,9 @@ def _check_combinations(config: Config) -> None:
             "config key group.prefix_chunks: branching=none shares no prefix, "
             f"got {group.prefix_chunks} → {group.prefix_chunks_end}, expected 0 → 0"
         )
+    for kind in config.allow:
+        if kind not in MUST_AGREE:
+            raise ConfigError(f"config key allow: got {kind!r}, expected one or more of {', '.join(MUST_AGREE)}")
     _check_scopes(config)
     if _trains_sft(config):
         _check_inert(config, _INERT_SFT)

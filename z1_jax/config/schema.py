@@ -252,6 +252,7 @@ class Config:
     init: str = ""
     checkpoint: str = ""  # eval: the policy to evaluate, a run directory or checkpoint
     compare: str = ""  # eval: another policy, to be compared with it on the same seeds
+    allow: tuple[str, ...] = ()  # task, rate: may differ between the dataset or policy and the environments
     env: EnvConfig = dataclasses.field(default_factory=EnvConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     inputs: InputsConfig = dataclasses.field(default_factory=InputsConfig)
@@ -282,6 +283,7 @@ RANDOM = "random"  # config.init: an untrained policy
 # Keys that may change between two invocations of one run: they move no number.
 FREE_KEYS = (
     "run_dir",
+    "allow",
     "log",
     "env.workers",
     "env.timeout_s",

@@ -192,7 +192,7 @@ def read_statistics(
             f"{source.folder} holds no normalisation statistics; give openpi's norm_stats.json with --norm-stats=FILE, "
             "or --norm-stats=none for a checkpoint that will be trained on other data"
         )
-    return stats, asset_id
+    return companions.with_rules(source.folder, stats, settings), asset_id
 
 
 def read_tokenizer(
@@ -259,6 +259,7 @@ def make_document(
         "tokenizer_name": settings.get("tokenizer_name", published),
         "executed": executed,
         "denoising_steps": settings["denoising_steps"],
+        "world": settings.get("world", {}),
         "asset_id": asset_id,
         "ignored": settings["ignored"],  # what the user said was without effect
         "heads": config.language.heads,

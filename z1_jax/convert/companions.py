@@ -5,6 +5,7 @@ Settings are plain values by name; what a project's files do not hold is absent,
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ _LEROBOT_KEYS = {"state": STATE, "actions": "action"}
 _SIDECAR_KEYS = (
     "norm_mode", "cameras", "state_in_prompt", "prompt_state_dim", "clip", "tokenizer_sha256", "tokenizer_name",
     "executed", "denoising_steps", "asset_id", "heads", "vision_heads", "horizon", "prompt_length", "compute",
-    "ignored",
+    "ignored", "world", "norm_rules",
 )  # fmt: skip
 _OPENPI_READ = (
     "paligemma_variant", "action_expert_variant", "action_dim", "action_horizon", "max_token_len", "pi05",
@@ -109,13 +110,27 @@ def read_stats(
 def read_norm_stats(path: pathlib.Path, ignored: Ignored) -> Stats:
     """openpi's norm_stats.json. Raises FormatError, also for statistics of an input that π0.5 does not have."""
     try:
-        stats = load_norm_stats(path)
+        stats = load_norm_stats(path, "openpi")
     except ValueError as error:
         raise FormatError(str(error)) from None
     if not {"state", "actions"} <= stats.keys():
         raise FormatError(f"{path} holds statistics of {sorted(stats)}; expected state and actions")
     ignored.check(path, stats, ("state", "actions"))
     return {key: stats[key] for key in ("state", "actions")}
+
+
+def with_rules(folder: pathlib.Path, stats: Stats, settings: Mapping[str, Any]) -> Stats:
+    """The statistics under the rules of the policy that they come from: ours, where our sidecar lies beside them.
+
+    Raises:
+        FormatError: the sidecar names a rule that there is not.
+    """
+    before = "millimetre" if (folder / SIDECAR).is_file() else "openpi"  # sidecars did not always name them
+    try:
+        rules = {**dict.fromkeys(stats, before), **settings.get("norm_rules", {})}
+        return {key: dataclasses.replace(value, rule=rules[key]) for key, value in stats.items()}
+    except (ValueError, TypeError) as error:
+        raise FormatError(f"{folder / SIDECAR}: norm_rules: {error}") from None
 
 
 def _lerobot_stats(folder: pathlib.Path, norm_mode: str) -> Stats | None:
@@ -173,7 +188,7 @@ def _lerobot_one(path: pathlib.Path, values: Mapping[str, np.ndarray], key: str,
     if "q01" not in got or "q99" not in got:
         got |= {"q01": got["mean"] - 2.33 * got["std"], "q99": got["mean"] + 2.33 * got["std"]}
     try:
-        return NormStats(**got)
+        return NormStats(**got, rule="openpi")
     except ValueError as error:
         raise FormatError(f"{path}: {key}: {error}") from None
 

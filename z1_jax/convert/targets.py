@@ -134,6 +134,7 @@ def finish(
     if tokenizer:
         (folder / companions.TOKENIZERS[0]).write_bytes(tokenizer)
     sidecar = {key: value for key, value in document.items() if key not in ("architecture", "norm_stats")}
+    sidecar["norm_rules"] = {key: value["rule"] for key, value in document["norm_stats"].items()}
     (folder / companions.SIDECAR).write_text(json.dumps(sidecar, indent=1))
     for path in folder.rglob("*"):
         if path.is_file() and path.suffix in (".json", ".model"):

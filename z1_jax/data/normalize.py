@@ -11,15 +11,23 @@ import functools
 import json
 import logging
 import pathlib
+import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 NormMode = Literal["quantile", "z_score"]
+# The largest spread that counts as none. guard: NEGLIGIBLE, or ROUNDING of the value, whatever the unit. millimetre: of
+# data whose units are known, and of policies that were made when this was the only rule. openpi: of policies that were
+# trained elsewhere, EPSILON and nothing widened, for that is how they act there. A policy keeps the rule that it was
+# trained under.
+Rule = Literal["guard", "millimetre", "openpi"]
 
 EPSILON = 1e-6  # openpi's guard against division by zero
-CONSTANT_SPAN = 1e-3  # raw units (1 mm, 1 mrad, 0.1 % of an action): less than this carries no information
+NEGLIGIBLE = 100 * EPSILON  # raw units: of a spread up to this the guard is 1 % or more
+ROUNDING = 16 * float(np.finfo(np.float32).eps)  # of a value: what differs by less may be float32's rounding alone
+MILLIMETRE = 1e-3  # raw units of metres, radians, shares of an action: less than this carries no information
 WIDENED_STDS = 3.0  # half-width, in standard deviations, given to a dimension whose quantiles coincide
 MAX_ROWS = 1 << 20  # rows kept for the quantiles; above it a sample of them
 
@@ -30,48 +38,61 @@ _logger = logging.getLogger(__name__)
 class NormStats:
     """Statistics of one quantity with D dimensions, in raw units.
 
-    A dimension is *constant* when both its spread q99 - q01 and its std are at most CONSTANT_SPAN: it is normalised to
-    what openpi's formula gives its mean (-1 where the quantiles are equal) and un-normalised to its mean, whatever the
-    value. A dimension whose quantiles coincide although its std does not vanish (a gripper that closes once in 200
-    steps) is *widened* to mean ± 3 std. Either is logged once.
+    A dimension is *constant* when both its spread q99 - q01 and its std are at most what `rule` says: it is normalised
+    to what openpi's formula gives its mean (-1 where the quantiles are equal) and un-normalised to its mean, whatever
+    the value. A dimension whose quantiles coincide although its std does not vanish (a gripper that closes once in 200
+    steps) is *widened* to mean ± 3 std, which is logged once.
     """
 
     mean: np.ndarray  # float64 [D]
     std: np.ndarray  # float64 [D], population standard deviation
     q01: np.ndarray  # float64 [D], 1 % quantile
     q99: np.ndarray  # float64 [D], 99 % quantile
+    rule: Rule = "guard"
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = np.asarray(getattr(self, field.name), dtype=np.float64)
+        if self.rule not in typing.get_args(Rule):
+            known = ", ".join(typing.get_args(Rule))
+            raise ValueError(f"normalisation statistics: rule is {self.rule!r}, expected one of {known}")
+        for name in _FIELDS:
+            value = np.asarray(getattr(self, name), dtype=np.float64)
             if value.ndim != 1 or value.shape != np.shape(self.mean):
                 raise ValueError(
-                    f"normalisation statistics: {field.name} has shape {value.shape}, expected one value for each of "
+                    f"normalisation statistics: {name} has shape {value.shape}, expected one value for each of "
                     f"the {np.size(self.mean)} dimensions of mean; compute the statistics anew"
                 )
             if not np.isfinite(value).all():
                 raise ValueError(
-                    f"normalisation statistics: {field.name} holds a value that is not finite at dimension "
+                    f"normalisation statistics: {name} holds a value that is not finite at dimension "
                     f"{int(np.argmin(np.isfinite(value)))}; compute the statistics anew from clean data"
                 )
-            object.__setattr__(self, field.name, value)
+            object.__setattr__(self, name, value)
 
     @property
     def dim(self) -> int:
         return self.mean.shape[0]
 
+    @property
+    def span(self) -> np.ndarray:
+        """float64 [D]: q99 - q01."""
+        return self.q99 - self.q01
+
+    @functools.cached_property
+    def negligible(self) -> np.ndarray:
+        """float64 [D]: the largest spread that counts as none."""
+        if self.rule == "guard":
+            return np.maximum(NEGLIGIBLE, ROUNDING * np.maximum(np.abs(self.q01), np.abs(self.q99)))
+        return np.full(self.dim, MILLIMETRE if self.rule == "millimetre" else EPSILON)
+
     @functools.cached_property
     def constant(self) -> np.ndarray:
         """bool [D]: dimensions that never move in the data."""
-        constant = (self.q99 - self.q01 <= CONSTANT_SPAN) & (self.std <= CONSTANT_SPAN)
-        if constant.any():
-            _logger.info("dimensions %s never move: held constant", np.flatnonzero(constant).tolist())
-        return constant
+        return (self.span <= self.negligible) & (self.std <= self.negligible)
 
     @functools.cached_property
     def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """(low, high) of the quantile map, with coinciding dimensions widened."""
-        widened = (self.q99 - self.q01 <= CONSTANT_SPAN) & ~self.constant
+        widened = (self.span <= self.negligible) & ~self.constant & (self.rule != "openpi")
         if widened.any():
             _logger.warning(
                 "dimensions %s have equal 1%% and 99%% quantiles: normalised over mean ± %g std instead",
@@ -122,6 +143,16 @@ class NormStats:
             out = real * (self.std[:width] + EPSILON) + self.mean[:width]
             padding = padding * (1.0 + EPSILON)
         return np.concatenate([np.where(self.constant[:width], self.mean[:width], out), padding], axis=-1)
+
+
+def held_line(stats: Mapping[str, NormStats]) -> str:
+    """Names the dimensions that are held constant, and their spans; empty where all move."""
+    held = [
+        f"{key} " + ", ".join(f"{dim} ({value.span[dim]:.2g})" for dim in np.flatnonzero(value.constant))
+        for key, value in stats.items()
+        if value.constant.any()
+    ]
+    return f"held constant at their mean (span): {'; '.join(held)}" * bool(held)
 
 
 class StatsAccumulator:
@@ -203,19 +234,20 @@ def _hashed(numbers: np.ndarray) -> np.ndarray:
 
 
 def save_norm_stats(path: str | pathlib.Path, stats: Mapping[str, NormStats]) -> None:
-    """Writes openpi's `norm_stats.json` to the file `path`."""
-    pathlib.Path(path).write_text(json.dumps({"norm_stats": stats_to_json(stats)}, indent=2) + "\n")
+    """Writes openpi's `norm_stats.json` to the file `path`; it has no place for the rule."""
+    values = {key: {name: value[name] for name in _FIELDS} for key, value in stats_to_json(stats).items()}
+    pathlib.Path(path).write_text(json.dumps({"norm_stats": values}, indent=2) + "\n")
 
 
-def load_norm_stats(path: str | pathlib.Path) -> dict[str, NormStats]:
-    """Reads openpi's `norm_stats.json`, or its inner mapping.
+def load_norm_stats(path: str | pathlib.Path, rule: Rule = "guard") -> dict[str, NormStats]:
+    """Reads openpi's `norm_stats.json`, or its inner mapping; `rule` says what counts as constant.
 
     Raises:
         ValueError: the file is missing, is not JSON, or lacks one of the four statistics.
     """
     try:
         content = json.loads(pathlib.Path(path).read_text())
-        return stats_from_json(content.get("norm_stats", content))
+        return stats_from_json(content.get("norm_stats", content), rule)
     except FileNotFoundError:
         raise ValueError(f"normalisation statistics: no file {path}; expected openpi's norm_stats.json") from None
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
@@ -225,14 +257,23 @@ def load_norm_stats(path: str | pathlib.Path) -> dict[str, NormStats]:
         ) from None
 
 
-def stats_to_json(stats: Mapping[str, NormStats]) -> dict[str, dict[str, list[float]]]:
-    """Statistics as JSON values."""
-    return {key: {name: getattr(value, name).tolist() for name in _FIELDS} for key, value in stats.items()}
+def stats_to_json(stats: Mapping[str, NormStats]) -> dict[str, dict[str, Any]]:
+    """Statistics as JSON values, with their rules."""
+    return {
+        key: {**{name: getattr(value, name).tolist() for name in _FIELDS}, "rule": value.rule}
+        for key, value in stats.items()
+    }
 
 
-def stats_from_json(values: Mapping[str, Mapping[str, Any]]) -> dict[str, NormStats]:
-    """What `stats_to_json` made. Raises AttributeError, KeyError, TypeError or ValueError for anything else."""
-    return {key: NormStats(**{name: value[name] for name in _FIELDS}) for key, value in values.items()}
+def stats_from_json(values: Mapping[str, Mapping[str, Any]], rule: Rule = "millimetre") -> dict[str, NormStats]:
+    """What `stats_to_json` made; `rule` is that of statistics that name none: a policy of ours that is as old.
+
+    Raises AttributeError, KeyError, TypeError or ValueError for anything else.
+    """
+    return {
+        key: NormStats(**{name: value[name] for name in _FIELDS}, rule=value.get("rule", rule))
+        for key, value in values.items()
+    }
 
 
 def _checked(mode: str) -> str:
@@ -241,4 +282,4 @@ def _checked(mode: str) -> str:
     return mode
 
 
-_FIELDS = tuple(field.name for field in dataclasses.fields(NormStats))
+_FIELDS = ("mean", "std", "q01", "q99")

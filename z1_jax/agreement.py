@@ -1,0 +1,138 @@
+"""Whether the dataset, the environments and the policy of a run are of one world: looked at before it begins.
+
+Gathers the facts for `worlds`, tells each difference in a line and refuses what cannot be right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from envs.pool import EnvPool
+from z1_jax import suites
+from z1_jax.checkpoint import CheckpointError
+from z1_jax.config.schema import RANDOM, Config, ConfigError
+from z1_jax.data.dataset import Dataset, open_dataset
+from z1_jax.data.normalize import stats_from_json
+from z1_jax.files import absolute
+from z1_jax.initial_policy import policy_document
+from z1_jax.policy import Policy
+from z1_jax.run_dir import SUMMARY
+from z1_jax.worlds import World, differences, must_agree
+
+_RESETS = 4  # episodes of the environment that are looked at: held-out seeds, one observation each
+
+
+def check_worlds(config: Config) -> list[str]:
+    """Prints a line for each thing in which the dataset, the environments and the policies of a config differ.
+
+    Returns:
+        The lines, for the summary.
+
+    Raises:
+        ConfigError: task or rate differ from the environments' and `allow` does not name it.
+        UserError: a dataset or policy is absent or damaged; PoolError: no environment starts.
+    """
+    if (config.directory / SUMMARY).exists():  # finished: nothing will be computed
+        return []
+    key, trained_on, policies = _given(config)
+    found = [difference for other in policies for difference in differences(trained_on, other)] if trained_on else []
+    # A policy that is trained on data acts as these do: they are compared with the environments in its stead.
+    acting = [trained_on] if trained_on else policies
+    against = []
+    if acting and config.eval.episodes:
+        environment = environment_world(config)
+        against = [difference for one in acting for difference in differences(one, environment)]
+    goes_on = config.algorithm == "sft" and not trained_on  # on our own demonstrations: it may come from elsewhere
+    refused = [] if goes_on else must_agree(against, config.allow)
+    found += against
+    for difference in found:
+        print(f"differs: {difference.line}", flush=True)
+    if without := [kind for kind in config.allow if kind not in {difference.kind for difference in against}]:
+        print(f"config key allow: {', '.join(without)} does not differ, or is not known: without effect")
+    if refused:
+        kinds = f"{' and '.join(refused)} differ{'s' * (len(refused) == 1)}"
+        flag = f"--config.allow={','.join((*config.allow, *refused))}"
+        raise ConfigError(
+            f"config key {key}: not of the world of the environments: {kinds} (the lines above say how); choose "
+            f"others, or allow it with {flag}"
+        )
+    return [difference.line for difference in found]
+
+
+def _given(config: Config) -> tuple[str, World | None, list[World]]:
+    """The config key in question, the dataset that is trained on and the policies that are there."""
+    if config.algorithm == "eval":
+        paths = [path for path in (config.checkpoint, config.compare) if path]
+        return "checkpoint", None, [policy_world(path, policy_document(path)) for path in paths]
+    policies = [policy_world(config.init, policy_document(config.init))] if config.init not in ("", RANDOM) else []
+    if config.demos.dataset and (config.algorithm == "sft" or not config.init):
+        return "demos.dataset", dataset_world(open_dataset(config.demos.dataset)), policies
+    return "init", None, policies
+
+
+def dataset_world(dataset: Dataset) -> World:
+    """What a dataset says."""
+    return World(
+        name=f"the dataset {dataset.path}",
+        tasks=tuple(dict.fromkeys(row.task for row in dataset.episodes)),
+        instructions=tuple(dict.fromkeys(row.instruction for row in dataset.episodes)),
+        rate=suites.rate_of(dataset.source),
+        images={camera: (shape[0], shape[1]) for camera, shape in dataset.cameras.items()},
+        stats=suites.training_statistics(dataset.source, dataset.stats),
+    )
+
+
+def policy_world(path: str, document: Mapping[str, Any]) -> World:
+    """What the document of a policy says: of one that was made elsewhere, or is older, statistics and cameras alone.
+
+    Raises:
+        CheckpointError: it is no policy of ours.
+    """
+    try:
+        known = document.get("world", {})
+        return World(
+            name=f"the policy at {path}",
+            tasks=tuple(known.get("tasks", ())),
+            instructions=tuple(known.get("instructions", ())),
+            rate=known.get("rate"),
+            images={camera: None for camera in document["cameras"] if camera},
+            stats=stats_from_json(document["norm_stats"]),
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {absolute(path)} holds no policy ({error})") from error
+
+
+def environment_world(config: Config) -> World:
+    """What the environments of a run show at the start of a few held-out episodes."""
+    workers = min(1, config.env.workers)
+    timeout_s = config.env.timeout_s
+    make_env = suites.make_env(config, config.task)
+    with EnvPool(make_env, 1, workers, timeout_s=timeout_s, start_timeout_s=max(120.0, 2 * timeout_s)) as pool:
+        seeds = range(config.eval.first_seed, config.eval.first_seed + min(_RESETS, config.eval.episodes))
+        looks = [pool.reset([0], [seed])[0] for seed in seeds]
+        spec = pool.spec
+    return World(
+        name="the environment",
+        tasks=(config.task,),
+        other_names=suites.other_names(config.task),
+        instructions=tuple(dict.fromkeys(look.instruction for look in looks)),
+        rate=spec.control_hz,
+        images={camera: (spec.image_size, spec.image_size) for camera in spec.cameras},
+        states=np.stack([look.state for look in looks]),
+    )
+
+
+def trained_in(policy: Policy, world: World) -> Policy:
+    """The policy with the tasks and words of a world that it is trained in, besides those that it has, and its rate.
+
+    Where that world does not tell its words, not all that the policy has heard are known: none are named.
+    """
+    known = policy.world
+    words = sorted({*known.get("instructions", ()), *world.instructions}) if world.instructions else []
+    tasks = sorted({*known.get("tasks", ()), *world.tasks})
+    rate = world.rate or known.get("rate")
+    return dataclasses.replace(policy, world={"tasks": tasks, "instructions": words, "rate": rate})
