@@ -24,6 +24,7 @@ import numpy as np
 
 from envs import worker
 from envs.base import ChunkResult, Env, EnvObservation, EnvSpec, Snapshot
+from envs.contract import ContractError, check_same_spec
 from envs.worker import Journal, Reply, Request, SlotServer
 
 _log = logging.getLogger(__name__)
@@ -44,7 +45,8 @@ class EnvPool:
 
     Raises:
       ValueError: a bad argument, here or in any method (slots out of range or repeated, wrong shapes).
-      PoolError: an environment raised, or a worker died or was late twice in a row.
+      PoolError: an environment raised, or a worker died or was late twice in a row; or an environment gave what its
+        spec does not say (see `envs.contract`), or a ValueError: then at once, for trying again would not help.
     """
 
     def __init__(
@@ -105,9 +107,11 @@ class EnvPool:
             raise ValueError(
                 f"actions of slot {slots[int(np.argmin(finite))]} are not finite: check the policy's output"
             )
-        answers = self._call("step", slots, list(actions))
-        for slot, chunk in zip(slots, actions, strict=True):
-            self._journals[slot].chunks.append(chunk)
+        answers = self._call("step", slots, [(a, self._left(slot)) for slot, a in zip(slots, actions, strict=True)])
+        for slot, chunk, (result, _) in zip(slots, actions, answers, strict=True):
+            journal = self._journals[slot]
+            journal.chunks.append(chunk)
+            journal.steps = None if journal.steps is None else journal.steps + int(result.steps)
         return [result for result, _ in answers], [observation for _, observation in answers]
 
     def branch(self, sources: Sequence[int], targets: Sequence[int]) -> None:
@@ -116,7 +120,10 @@ class EnvPool:
         targets, origins = self._check_slots(targets), sorted({int(source) for source in sources})
         snapshots = dict(zip(origins, self.snapshot(origins), strict=True))
         moves = [(s, t) for s, t in zip(sources, targets, strict=True) if s != t]
+        steps = {t: self._journals[s].steps for s, t in moves}
         self.restore([t for _, t in moves], [snapshots[s] for s, _ in moves])
+        for target, count in steps.items():
+            self._journals[target].steps = count
 
     def snapshot(self, slots: Sequence[int]) -> list[Snapshot]:
         """The full state of each slot, restorable into any slot of any pool of the same environment."""
@@ -129,7 +136,7 @@ class EnvPool:
         _require_pairs("snapshots", slots, snapshots)
         self._call("restore", slots, list(snapshots))
         for slot, snapshot in zip(slots, snapshots, strict=True):
-            self._journals[slot] = Journal(snapshot=snapshot)
+            self._journals[slot] = Journal(snapshot=snapshot, steps=None)
 
     def render(self, slots: Sequence[int], camera: str, size: int) -> list[np.ndarray]:
         """One frame of each slot, uint8 [size, size, 3], for environments that have `render(camera, size)`."""
@@ -255,7 +262,15 @@ class EnvPool:
                 _ProcessWorker(self._make_env, self._timeout_s) if self.num_workers else _LocalWorker(self._make_env)
             )
         requests = {index: ("make", [(slot, None) for slot in self._slots_of(index)]) for index in indices}
-        return self._must(requests)[min(indices)].results[0]
+        replies = self._must(requests)
+        first = getattr(self, "spec", None) or replies[min(indices)].results[0]
+        for index, reply in replies.items():
+            for (slot, _), spec in zip(requests[index][1], reply.results, strict=True):
+                try:
+                    check_same_spec(spec, first)
+                except ContractError as error:
+                    raise self._error(index, requests[index], _Fault(str(error), slot)) from None
+        return first
 
     def _revive(self, indices: Any) -> None:
         """Replaces workers and brings their slots to the journals' state."""
@@ -274,6 +289,11 @@ class EnvPool:
         for index, fault in faults.items():
             raise self._error(index, requests[index], fault)
         return replies
+
+    def _left(self, slot: int) -> int | None:
+        """Control steps of a slot's episode up to the horizon, where it is known how many there were."""
+        steps = self._journals[slot].steps
+        return None if steps is None else max(0, self.spec.horizon - steps)
 
     # --- checks ----------------------------------------------------------------------------------------------------
 
@@ -384,7 +404,7 @@ def _bound_waits(connection: Any, timeout_s: float) -> None:
 
 
 def _fault_of(reply: Reply) -> _Fault:
-    return _Fault(reply.error or "", reply.error_slot, retry=not reply.user_error)
+    return _Fault(reply.error or "", reply.error_slot, retry=not reply.lasting)
 
 
 def _require_pairs(name: str, slots: Sequence[Any], values: Sequence[Any]) -> None:

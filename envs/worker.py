@@ -18,7 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from envs.base import ChunkResult, Env, EnvObservation, Snapshot
+from envs.base import ChunkResult, Env, EnvObservation, EnvSpec, Snapshot
+from envs.contract import (
+    ContractError,
+    check_frame,
+    check_observation,
+    check_result,
+    check_snapshot,
+    check_spec,
+)
 
 Request = tuple[str, list[tuple[int, Any]]]  # operation, then (slot, payload) in order of execution
 
@@ -40,6 +48,7 @@ class Journal:
     seed: int | None = None  # seed of the last reset, or None when `snapshot` is the base
     snapshot: Snapshot | None = None  # the last snapshot restored
     chunks: list[np.ndarray] = dataclasses.field(default_factory=list)  # actions [E, A] executed since the base
+    steps: int | None = 0  # control steps since the episode began; None where a snapshot from elsewhere is the base
 
     @property
     def started(self) -> bool:
@@ -55,7 +64,7 @@ class Reply:
     render_s: float = 0.0  # seconds in observe and render
     error: str | None = None  # one line: the exception's type and text
     error_slot: int | None = None  # the slot at which it happened
-    user_error: bool = False  # a ValueError: the request itself is wrong, so that a retry is pointless
+    lasting: bool = False  # the request itself is wrong, or the environment is: a retry is pointless
 
 
 class SlotServer:
@@ -64,6 +73,7 @@ class SlotServer:
     def __init__(self, make_env: Callable[[], Env]) -> None:
         self._make_env = make_env
         self._envs: dict[int, Env] = {}
+        self._specs: dict[int, EnvSpec] = {}
         self._simulate_s = 0.0
         self._render_s = 0.0
 
@@ -76,14 +86,15 @@ class SlotServer:
             try:
                 results.append(getattr(self, f"_{operation}")(slot, payload))
             except Exception as error:  # noqa: BLE001 - whatever an environment raises must reach the parent
-                text = " ".join(f"{type(error).__name__}: {error}".split())
+                broken = isinstance(error, ContractError)
+                text = " ".join((str(error) if broken else f"{type(error).__name__}: {error}").split())
                 return Reply(
                     results,
                     self._simulate_s,
                     self._render_s,
                     text,
                     error_slot=slot,
-                    user_error=type(error) is ValueError,
+                    lasting=broken or type(error) is ValueError,
                 )
         return Reply(results, self._simulate_s, self._render_s)
 
@@ -103,22 +114,24 @@ class SlotServer:
         start = time.perf_counter()
         observation = self._envs[slot].observe()
         self._render_s += time.perf_counter() - start
-        return observation
+        return check_observation(observation, self._specs[slot])
 
     def _make(self, slot: int, payload: None) -> Any:
         self._envs[slot] = self._make_env()
-        return self._envs[slot].spec
+        self._specs[slot] = check_spec(self._envs[slot].spec)
+        return self._specs[slot]
 
     def _reset(self, slot: int, seed: int) -> EnvObservation:
         self._simulate(self._envs[slot].reset, seed)
         return self._observe(slot)
 
-    def _step(self, slot: int, actions: np.ndarray) -> tuple[ChunkResult, EnvObservation | None]:
-        result = self._simulate(self._envs[slot].step_chunk, actions)
+    def _step(self, slot: int, payload: tuple[np.ndarray, int | None]) -> tuple[ChunkResult, EnvObservation | None]:
+        actions, left = payload
+        result = check_result(self._simulate(self._envs[slot].step_chunk, actions), len(actions), left)
         return result, None if result.done else self._observe(slot)
 
     def _snapshot(self, slot: int, payload: None) -> Snapshot:
-        return self._simulate(self._envs[slot].snapshot)
+        return check_snapshot(self._simulate(self._envs[slot].snapshot))
 
     def _restore(self, slot: int, snapshot: Snapshot) -> None:
         self._simulate(self._envs[slot].restore, snapshot)
@@ -127,7 +140,7 @@ class SlotServer:
         start = time.perf_counter()
         frame = self._envs[slot].render(*payload)
         self._render_s += time.perf_counter() - start
-        return frame
+        return check_frame(frame, payload[1])
 
     def _replay(self, slot: int, journal: Journal) -> None:
         env = self._envs[slot]
@@ -148,7 +161,7 @@ def main(fd: int, parent: int) -> None:
         server = SlotServer(connection.recv())
     except Exception as error:  # noqa: BLE001 - an environment that cannot be imported here is the parent's to report
         connection.recv()
-        connection.send(Reply([], error=" ".join(f"{type(error).__name__}: {error}".split()), user_error=True))
+        connection.send(Reply([], error=" ".join(f"{type(error).__name__}: {error}".split()), lasting=True))
         return
     try:
         while True:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -88,3 +90,69 @@ class FleetingEnv(TinyEnv):
             if self._x[1] > 0.85:
                 return ChunkResult(steps, True, True)
         return ChunkResult(steps, False, self._t >= HORIZON)
+
+
+def _seen(**changes: object) -> Callable[[EnvObservation], object]:
+    return lambda seen: dataclasses.replace(seen, **{k: f(seen) for k, f in changes.items()})
+
+
+def _image(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[EnvObservation], object]:
+    return _seen(images=lambda seen: {"eye": change(seen.images["eye"])})
+
+
+def _result(**values: object) -> Callable[[ChunkResult], object]:
+    return lambda result: dataclasses.replace(result, **values)
+
+
+NAN = float("nan")
+# What is wrong -> what becomes of the observation, or of the result of a chunk that is not the episode's last.
+BROKEN: dict[str, Callable] = {
+    "no observation": lambda seen: None,
+    "images are a list": _seen(images=lambda seen: list(seen.images.values())),
+    "missing camera": _seen(images=lambda seen: {}),
+    "extra camera": _seen(images=lambda seen: {**seen.images, "hand": seen.images["eye"]}),
+    "small image": _image(lambda image: image[:3]),
+    "grey image": _image(lambda image: image[..., 0]),
+    "float image": _image(lambda image: image / np.float32(255)),
+    "NaN state": _seen(state=lambda seen: np.array([seen.state[0], NAN], np.float32)),
+    "infinite state": _seen(state=lambda seen: np.array([-np.inf, 0], np.float32)),
+    "wide state": _seen(state=lambda seen: np.append(seen.state, np.float32(0))),
+    "double state": _seen(state=lambda seen: seen.state.astype(np.float64)),
+    "state is a list": _seen(state=lambda seen: seen.state.tolist()),
+    "no instruction": _seen(instruction=lambda seen: None),
+    "no result": lambda result: None,
+    "NaN steps": _result(steps=NAN),
+    "negative steps": _result(steps=-1),
+    "too many steps": lambda result: dataclasses.replace(result, steps=result.steps + 1),
+    "too few steps": lambda result: dataclasses.replace(result, steps=result.steps - 1),
+    "success None": _result(success=None),
+    "success 1": _result(success=1.0),
+    "done None": _result(done=None),
+    "success that goes on": _result(success=True),
+    "NaN seconds": _result(simulate_s=NAN),
+}
+_OF_RESULTS = list(BROKEN)[list(BROKEN).index("no result") :]
+_OF_OBSERVATIONS = BROKEN.keys() - set(_OF_RESULTS)
+
+
+class BrokenEnv(TinyEnv):
+    """Never succeeds, and breaks the interface in one way (a key of BROKEN, "frame" or "snapshot") from a step on."""
+
+    def __init__(self, kind: str, since: int = 1) -> None:
+        super().__init__()
+        self._kind, self._since = kind, since
+
+    def observe(self) -> object:
+        seen = super().observe()
+        broken = self._kind in _OF_OBSERVATIONS and self._t >= self._since
+        return BROKEN[self._kind](seen) if broken else seen
+
+    def step_chunk(self, actions: np.ndarray) -> object:
+        result = dataclasses.replace(super().step_chunk(actions), success=False, done=self._t >= HORIZON)
+        return BROKEN[self._kind](result) if self._kind in _OF_RESULTS else result
+
+    def snapshot(self) -> object:
+        return None if self._kind == "snapshot" else super().snapshot()
+
+    def render(self, camera: str, size: int) -> object:
+        return None if self._kind == "frame" else super().render(camera, size)
