@@ -168,10 +168,10 @@ def test_resuming_falls_back_to_the_one_before(tmp_path, capsys, stage, damage):
     DAMAGES[damage](largest(tmp_path / "4"))
     checkpoints, trainer, positions = Checkpoints(tmp_path), stub(parts(0)), []
     if stage == "sft":
-        start = sft._restore(checkpoints, trainer, types.SimpleNamespace(set_state=positions.append))
+        start, _ = sft._restore(checkpoints, trainer, types.SimpleNamespace(set_state=positions.append))
         assert positions == [{"position": 6}]
     else:
-        start = loop._restore(checkpoints, trainer)
+        start, _ = loop._restore(checkpoints, trainer)
     assert start == 2
     assert same({"params": trainer.state.trainable, "optimizer": trainer.state.opt_state}, parts(2))
     out = capsys.readouterr().out
@@ -218,7 +218,7 @@ def test_with_every_checkpoint_damaged_the_stage_starts_over(tmp_path):
     for step in ("2", "4"):
         truncate(largest(tmp_path / step))
     checkpoints = Checkpoints(tmp_path)
-    assert loop._restore(checkpoints, stub(parts(0))) == 0 and checkpoints.steps() == []
+    assert loop._restore(checkpoints, stub(parts(0)))[0] == 0 and checkpoints.steps() == []
 
 
 def test_the_same_step_may_be_damaged_twice(tmp_path):
@@ -226,4 +226,4 @@ def test_the_same_step_may_be_damaged_twice(tmp_path):
         checkpoints = saved(tmp_path, 2)
         checkpoints.close()
         flip(largest(tmp_path / "2"))
-        assert loop._restore(Checkpoints(tmp_path), stub(parts(0))) == 0
+        assert loop._restore(Checkpoints(tmp_path), stub(parts(0)))[0] == 0

@@ -280,7 +280,7 @@ def test_a_resumed_run_fills_its_prefix_caches_anew(tmp_path, monkeypatch):
         return collected(pool, iteration)
 
     monkeypatch.setattr(resumed, "collect", collect)
-    monkeypatch.setattr(loop, "_settled", lambda *_: len(seen) == 1)  # one iteration is enough
+    monkeypatch.setattr(loop, "settled", lambda *_: len(seen) == 1)  # one iteration is enough
     grpo(tmp_path, resumed)
     rollouts = seen[0]
     assert rollouts.caches.rows == len(rollouts.looks.tokens) > 0

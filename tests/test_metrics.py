@@ -45,27 +45,35 @@ def test_an_array_is_refused_with_its_name(tmp_path):
     assert read_records(tmp_path / "metrics.jsonl") == []
 
 
-def test_resume_leaves_each_record_once(tmp_path):
-    def run(first, last):
+def test_resume_forgets_what_its_own_stage_writes_again_and_nothing_else(tmp_path):
+    names = (metrics.METRICS, metrics.EPISODES)
+
+    def run(stage, first, last):
         for step in range(first, last):
-            writer.write("grpo", step, {"x": step})
-            writer.episode("grpo", step, {"seed": step})
-            if step % 4 == 3:
-                writer.write("eval", step, {"rate": step / 10})
+            writer.write(stage, step, {"x": step})
+            writer.episode(stage, step, {"seed": step})
 
     with MetricsWriter(tmp_path) as writer:
-        for step in range(20):  # another stage's larger steps must stay
-            writer.write("sft", step, {"loss": 1.0})
-        run(0, 9)
-    expected = [(tmp_path / name).read_bytes() for name in (metrics.METRICS, metrics.EPISODES)]
+        run("sft", 0, 20)
+        run("grpo", 0, 9)
+    before = {name: lines(tmp_path / name) for name in names}
     with open(tmp_path / metrics.METRICS, "a") as file:
         file.write('{"stage": "grpo", "step": 9, "x"')  # the kill
     with MetricsWriter(tmp_path) as writer:
         writer.resume("grpo", 6)
-        steps = [record["step"] for record in lines(tmp_path / metrics.METRICS) if record["stage"] == "grpo"]
-        assert steps == list(range(6))
-        run(6, 9)
-    assert [(tmp_path / name).read_bytes() for name in (metrics.METRICS, metrics.EPISODES)] == expected
+        assert [record["step"] for record in lines(tmp_path / metrics.METRICS) if record["stage"] == "grpo"] == [
+            *range(6)
+        ]
+        run("grpo", 6, 9)
+    assert {name: lines(tmp_path / name) for name in names} == before
+    with MetricsWriter(tmp_path) as writer:
+        writer.resume("sft", 5)  # trained again: what the later stage wrote stays
+        run("sft", 5, 20)
+    for name in names:
+        after = lines(tmp_path / name)
+        for stage in ("sft", "grpo"):
+            assert [r for r in after if r["stage"] == stage] == [r for r in before[name] if r["stage"] == stage]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 
 def test_half_a_line_is_dropped_and_a_damaged_one_named(tmp_path):

@@ -163,6 +163,7 @@ class Checkpoints:
         require_plain(self.directory)
         try:
             metadata = {"document": dict(document), "crc32": checksums, "seal": _seal(document, checksums)}
+            metadata["step"] = step
             with _quiet():
                 self._checkpointer.save_checkpointables(step, dict(parts), custom_metadata=metadata)
             if jax.process_index() == 0:
@@ -216,6 +217,13 @@ class Checkpoints:
             raise self._damaged(step, error) from error
         if metadata.get("seal", seal) != seal:
             raise self._damaged(step, ValueError("its document fails its checksum"))
+        # Old checkpoints do not hold their number, but those of RL hold their iteration.
+        held_step = metadata.get("step", metadata["document"].get("iteration", step))
+        if held_step != step:
+            raise CheckpointError(
+                f"checkpoint {self.directory / str(step)} holds step {held_step}: the folder was copied or renamed; "
+                f"remove it, or name it {held_step} again"
+            )
         return metadata
 
     @held()

@@ -58,15 +58,14 @@ class MetricsWriter:
             self._files[name] = open(self.run_dir / name, "a", encoding="utf-8")
 
     def resume(self, stage: str, step: int) -> None:
-        """Forgets what was written after the checkpoint from which a run goes on.
+        """Forgets what a stage wrote after the checkpoint from which it goes on, and will write again.
 
-        Each file is cut at its first record of `stage` with a step >= `step`: that record and all later ones, of any
-        stage, will be written again.
+        The records of `stage` with a step >= `step` go; those of other stages stay.
         """
         for name, file in self._files.items():
             file.close()
             path = self.run_dir / name
-            _cut(path, _offset_of(path, stage, step))
+            _drop(path, stage, step)
             self._files[name] = open(path, "a", encoding="utf-8")
 
     def write(self, stage: str, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,15 +251,14 @@ def drop_half_line(path: Path) -> None:
         _cut(path, content.rfind(b"\n") + 1)
 
 
-def _offset_of(path: Path, stage: str, step: int) -> int:
-    """Bytes before the first record of `stage` at or after `step`; the file's size when there is none."""
-    offset = 0
-    with open(path, "rb") as file:
-        for line, record in zip(file, read_records(path), strict=True):
-            if record.get("stage") == stage and record.get("step", -1) >= step:
-                return offset
-            offset += len(line)
-    return offset
+def _drop(path: Path, stage: str, step: int) -> None:
+    """Removes the records of `stage` at or after `step`: a kill leaves the old file or the new one."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    again = [r.get("stage") == stage and r.get("step", -1) >= step for r in read_records(path)]
+    if any(again):
+        aside = path.with_name(path.name + ".tmp")
+        aside.write_bytes(b"".join(line for line, dropped in zip(lines, again, strict=True) if not dropped))
+        aside.replace(path)
 
 
 def _cut(path: Path, size: int) -> None:

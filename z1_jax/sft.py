@@ -23,6 +23,7 @@ from z1_jax.interrupt import GracefulStop
 from z1_jax.metrics import MetricsWriter, Progress
 from z1_jax.optim import init_optimizer, make_optimizer, schedule
 from z1_jax.policy import Policy
+from z1_jax.resuming import counted_sft
 from z1_jax.rl import flow
 from z1_jax.train_state import TrainState
 from z1_jax.types import Observation
@@ -149,6 +150,7 @@ def train_sft(
     Raises:
         KeyboardInterrupt: after an interruption; the last finished step is saved.
         FloatingPointError: the loss is not finite; the last checkpoint stays.
+        UserError: records that the checkpoint stands on are gone; nothing was touched.
     """
     checkpoints = Checkpoints(directory)
     if line := held_line(policy.processor.stats):
@@ -156,10 +158,11 @@ def train_sft(
     loader = Loader(dataset, policy.processor, config.batch_size, seed)
     trainer = SftTrainer(policy, config, seed, mesh, adapters)
     del policy  # frees what is now kept in bfloat16
-    start = _restore(checkpoints, trainer, loader)
+    start, document = _restore(checkpoints, trainer, loader)
     if start == config.steps:
         checkpoints.close()
         return trainer.policy()
+    written = counted_sft(writer.run_dir, start, document, stage)
     writer.resume(stage, start + 1)  # records count finished steps: that of `start` is covered by its checkpoint
 
     def checked(stats: dict[str, jax.Array], done: int) -> dict[str, float]:
@@ -173,7 +176,9 @@ def train_sft(
 
     def save(step: int) -> None:
         saved = trainer.policy()
-        checkpoints.save(step, trainer.state.parts(saved), {**saved.document(), "loader": loader.get_state()})
+        checkpoints.save(
+            step, trainer.state.parts(saved), {**saved.document(), "loader": loader.get_state(), "records": written}
+        )
 
     columns = {"loss": ".4f", "grad_norm": ".3f"}
     stats: dict[str, jax.Array] = {}
@@ -189,6 +194,7 @@ def train_sft(
             if done % report_every == 0 or done == config.steps:
                 values = checked(stats, done)
                 writer.write(stage, done, values)
+                written += 1
                 progress.report(done, values)
             if done % config.checkpoint_every == 0 or done == config.steps:
                 checked(stats, done)
@@ -197,11 +203,11 @@ def train_sft(
     return trainer.policy()
 
 
-def _restore(checkpoints: Checkpoints, trainer: SftTrainer, loader: Loader) -> int:
-    """Loads the newest intact checkpoint into the trainer and the loader; returns its step, 0 for none."""
+def _restore(checkpoints: Checkpoints, trainer: SftTrainer, loader: Loader) -> tuple[int, dict[str, Any]]:
+    """Loads the newest intact checkpoint into the trainer and the loader; returns its step and document, 0 for none."""
     newest = trainer.state.restored(checkpoints)
     if newest is None:
-        return 0
+        return 0, {}
     step, trainer.state, document = newest
     loader.set_state(document["loader"])
-    return step
+    return step, document

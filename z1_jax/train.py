@@ -18,13 +18,13 @@ from z1_jax.config import schema as z1_config
 from z1_jax.config.command_line import parse_command_line
 from z1_jax.config.schema import Config
 from z1_jax.data.normalize import held_line
-from z1_jax.errors import UserError
 from z1_jax.evaluation import Evaluation, compare, evaluate, film, rate_sentence, sentence
 from z1_jax.files import hold
 from z1_jax.initial_policy import given_policy, untrained_policy
-from z1_jax.metrics import MetricsWriter, read_records
+from z1_jax.metrics import MetricsWriter
 from z1_jax.policy import Policy
 from z1_jax.process import require_algorithm, run_main, start_jax
+from z1_jax.resuming import check_records, concluded, goes_on_alone, own_policy
 from z1_jax.rl.loop import GrpoTrainer, train_grpo
 from z1_jax.run_dir import StageClock, claim_directory, claim_policy, conclude, finished_sentence, policy_identity
 from z1_jax.stages import (
@@ -57,6 +57,8 @@ def main(argv: Sequence[str]) -> int | None:
     hold(run_dir)
     if config.init not in ("", z1_config.RANDOM):
         claim_policy(run_dir, {"init": policy_identity(config.init)})
+    check_records(run_dir)
+    alone = goes_on_alone(config, run_dir)
     clock = StageClock(run_dir / "wall_seconds.json")
     writer = MetricsWriter(
         run_dir,
@@ -69,6 +71,8 @@ def main(argv: Sequence[str]) -> int | None:
         # No name for the policy here: what RL keeps in bfloat16 must not stay in memory in float32 too.
         if config.algorithm == "sft":
             finish_sft(config, start_policy(config, mesh, run_dir, writer, clock), mesh, run_dir, clock, differing)
+        elif alone:
+            finish_grpo(config, own_policy(run_dir, mesh), mesh, run_dir, writer, clock, differing, alone=True)
         else:
             finish_grpo(
                 config, start_policy(config, mesh, run_dir, writer, clock), mesh, run_dir, writer, clock, differing
@@ -99,6 +103,7 @@ def finish_sft(
     differing: Sequence[str],
 ) -> None:
     """Evaluates an SFT policy, where there is something to evaluate it in, and writes the summary."""
+    concluded(config, run_dir)
     if not config.eval.episodes:
         line = f"SFT on {config.demos.dataset}: {config.sft.steps} steps, not evaluated (eval.episodes=0)"
         conclude(config, policy, run_dir, clock, {}, line, differing)
@@ -120,8 +125,13 @@ def finish_grpo(
     writer: MetricsWriter,
     clock: StageClock,
     differing: Sequence[str],
+    alone: bool = False,
 ) -> None:
-    """Evaluates, trains by GRPO, evaluates again on the same seeds, films, compares, reports."""
+    """Evaluates, trains by GRPO, evaluates again on the same seeds, films, compares, reports.
+
+    Args:
+        alone: `policy` is that of a checkpoint of RL, and what comes before RL is there: see `resuming`.
+    """
     if line := held_line(policy.processor.stats):
         print(line, flush=True)
     with make_pool(config) as pool:
@@ -152,7 +162,7 @@ def finish_grpo(
             )
         clips = record_clips(config, policy, pool, trainer, before, run_dir, "before", clock)
         with clock.stage("grpo"):
-            policy = train_grpo(trainer, pool, run_dir / "checkpoints" / "grpo", writer)
+            policy = train_grpo(trainer, pool, run_dir / "checkpoints" / "grpo", writer, alone=alone)
         after = measure("after", "evaluation after RL")
         record_clips(config, policy, pool, trainer, before, run_dir, "after", clock)
     result = compare(before, after, config.eval.confidence)
@@ -166,14 +176,7 @@ def finish_grpo(
         }
         for seed in clips
     ]
-    rl = [record for record in read_records(run_dir / "metrics.jsonl") if record["stage"] == "grpo"]
-    if not rl:
-        raise UserError(
-            f"{run_dir / 'metrics.jsonl'} has no GRPO iteration, yet its checkpoints are there: bring it back, or "
-            f"delete {run_dir / 'checkpoints' / 'grpo'} to train again"
-        )
-    result["simulated_steps"] = rl[-1]["steps/total"]
-    result["iterations"] = len(rl)
+    result |= concluded(config, run_dir)
     result["compilations"] = trainer.traces
     line = sentence(config.task, "GRPO", result, config.eval.confidence)
     conclude(config, policy, run_dir, clock, result, line, differing)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import time
 from typing import Any
 
-import numpy as np
-
 from envs.pool import EnvPool
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config.schema import Config
 from z1_jax.interrupt import GracefulStop
-from z1_jax.metrics import MetricsWriter, Progress, read_records
+from z1_jax.metrics import MetricsWriter, Progress
 from z1_jax.policy import Policy
+from z1_jax.resuming import counted_grpo, nothing_left, settled
 from z1_jax.rl import diagnostics, rollout, selective
 from z1_jax.rl.trainer import GrpoTrainer
 from z1_jax.train_state import TrainState, restore
@@ -21,36 +20,47 @@ from z1_jax.train_state import TrainState, restore
 _COLUMNS = {"success": ".1%", "groups/kept": ".0f", "ratio/max": ".3f", "clip_fraction": ".3f", "time/total": ".1f"}
 
 
-def train_grpo(trainer: GrpoTrainer, pool: EnvPool, directory: pathlib.Path, writer: MetricsWriter) -> Policy:
+def train_grpo(
+    trainer: GrpoTrainer, pool: EnvPool, directory: pathlib.Path, writer: MetricsWriter, *, alone: bool = False
+) -> Policy:
     """Trains to `train.iterations`, from the newest checkpoint in `directory` where there is one.
+
+    Args:
+        alone: the trainer's policy is that of a checkpoint of RL; RL must not begin with it.
 
     Order of an iteration: stop if asked → collect → update → decide on the scope → log → save. A decision is made and
     saved with the iteration that it follows from, so that a resumed run neither repeats nor misses it.
 
     Raises:
         KeyboardInterrupt: after an interruption; the last finished iteration is saved.
+        UserError: records that the checkpoint stands on are gone; nothing was touched.
         BrokenIteration: a broken ratio or number; the last checkpoint stays, and broken/iteration-N.npz shows it.
     """
     config = trainer.config
     checkpoints = Checkpoints(directory)
-    start = _restore(checkpoints, trainer)
+    start, document = _restore(checkpoints, trainer)
+    if alone and not start:
+        raise nothing_left(writer.run_dir)
+    counts = counted_grpo(writer.run_dir, start, document)
     writer.resume("grpo", start)
-    history = [r for r in read_records(writer.run_dir / "metrics.jsonl") if r["stage"] == "grpo"]
-    total_steps = history[-1]["steps/total"] if history else 0
-    recent = [record["success"] for record in history]
 
     def save(step: int) -> None:
         saved = trainer.policy()
         checkpoints.save(
             step,
             trainer.state.parts(saved),
-            {**saved.document(), "iteration": step, "training": trainer.progress()},
+            {
+                **saved.document(),
+                "iteration": step,
+                "training": trainer.progress(),
+                "counts": {**dataclasses.asdict(counts), "recent": list(counts.recent)},
+            },
         )
 
     last = config.train.iterations
     with GracefulStop() as stop, Progress("grpo", last, "iteration", _COLUMNS, start=start) as progress:
         for iteration in range(start, last):
-            if _settled(recent, config):
+            if settled(counts.recent, config.train):
                 last = iteration
                 print(f"training success is at least {config.train.stop_success:.0%}: stopping early", flush=True)
                 break
@@ -68,13 +78,13 @@ def train_grpo(trainer: GrpoTrainer, pool: EnvPool, directory: pathlib.Path, wri
                 checkpoints.close()
                 raise type(error)(f"iteration {iteration}: {error} (kept in {path})", error.evidence) from None
             finished = time.perf_counter()
-            total_steps += rollouts.simulated_steps
-            recent.append(float(rollouts.success.mean()))
+            success = float(rollouts.success.mean())
+            counts = counts.plus(rollouts.simulated_steps, rollouts.success.size, success, config.train.stop_window)
             values = {
-                "success": recent[-1],
+                "success": success,
                 **stats,
-                "steps/total": total_steps,
-                **_decided(trainer.observe(recent[-1])),
+                "steps/total": counts.simulated_steps,
+                **_decided(trainer.observe(success)),
                 **diagnostics.times(rollouts, collected - began, finished - collected),
             }
             writer.write("grpo", iteration, values)
@@ -85,11 +95,6 @@ def train_grpo(trainer: GrpoTrainer, pool: EnvPool, directory: pathlib.Path, wri
         save(last)  # within the context: a stop that was asked for late must find it written
     checkpoints.close()
     return trainer.policy()
-
-
-def _settled(recent: list[float], config: Config) -> bool:
-    window = config.train.stop_window
-    return len(recent) >= window and float(np.mean(recent[-window:])) >= config.train.stop_success
 
 
 def _decided(decision: selective.Decision | None) -> dict[str, Any]:
@@ -123,8 +128,8 @@ def _write_episodes(writer: MetricsWriter, rollouts: rollout.Rollouts, iteration
             )
 
 
-def _restore(checkpoints: Checkpoints, trainer: GrpoTrainer) -> int:
-    """Loads the newest intact checkpoint into the trainer; returns its iteration, 0 for none."""
+def _restore(checkpoints: Checkpoints, trainer: GrpoTrainer) -> tuple[int, dict[str, Any]]:
+    """Loads the newest intact checkpoint into the trainer; returns its iteration and document, 0 for none."""
 
     def state(document: dict[str, Any]) -> TrainState:
         if "training" in document:  # the scope decides which arrays there are
@@ -133,6 +138,6 @@ def _restore(checkpoints: Checkpoints, trainer: GrpoTrainer) -> int:
 
     newest = restore(checkpoints, state)
     if newest is None:
-        return 0
-    step, trainer.state, _ = newest
-    return step
+        return 0, {}
+    step, trainer.state, document = newest
+    return step, document
