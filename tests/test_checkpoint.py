@@ -181,6 +181,36 @@ def test_resuming_falls_back_to_the_one_before(tmp_path, capsys, stage, damage):
     assert same(Checkpoints(tmp_path).load(4, like(parts(4))), parts(4))
 
 
+@pytest.mark.parametrize("age", ["new", "old"])
+def test_a_number_that_is_not_its_content_s_is_refused(tmp_path, capsys, age, monkeypatch):
+    """A folder that was copied under a later number: old checkpoints of RL hold their iteration alone."""
+    checkpoints = Checkpoints(tmp_path)
+    write = checkpoints._checkpointer.save_checkpointables
+
+    def as_before(step, parts, custom_metadata):
+        del custom_metadata["step"]
+        return write(step, parts, custom_metadata=custom_metadata)
+
+    if age == "old":
+        monkeypatch.setattr(checkpoints._checkpointer, "save_checkpointables", as_before)
+    for step in (4, 5):
+        checkpoints.save(step, parts(step), {"step": step} if age == "new" else {"iteration": step})
+    checkpoints.close()
+    shutil.copytree(tmp_path / "5", tmp_path / "6")
+    again = Checkpoints(tmp_path)
+    text = f"checkpoint {tmp_path / '6'} holds step 5: the folder was copied or renamed"
+    for read in (
+        lambda: again.document(6),
+        lambda: again.load(6, like(parts(5))),
+        lambda: again.digest(6, ("params",)),
+    ):
+        assert text in line(read)
+    step, loaded, _ = again.load_newest(like(parts(5)))
+    assert step == 5 and same(loaded, parts(5))
+    assert f"warning: {text}; moved aside" in capsys.readouterr().out
+    assert (tmp_path / "6.damaged").is_dir() and again.steps() == [4, 5]
+
+
 def test_ctrl_c_while_a_checkpoint_is_read_comes_afterwards(tmp_path, monkeypatch, capsys):
     """Orbax's event loops would turn it into an error, and a healthy checkpoint would be called damaged."""
     checkpoints = Checkpoints(tmp_path)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,3 +192,38 @@ def test_interruptions_at_every_stage_change_nothing(tmp_path):
     assert "already finished" in run(*command)[1]
     code, out = run(*command, "--config.seed=3")
     assert code == 2 and "belongs to another config (seed is 0, asked for 3)" in out and out.count("\n") == 1, out
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_something_counts_all_or_refuses(tmp_path):
+    """Stopped in RL, then the policy before RL is damaged or removed, or the records are gone; the same command."""
+    options = (*SMOKE, "--config.train.iterations=3")
+    run_dir = tmp_path / "run"
+    code, out = run_and_signal(signal.SIGINT, "1/3", 0.0, *options, f"--config.run_dir={run_dir}")
+    assert code == 130, out
+    stopped = {path for path in run_dir.rglob("*") if path.is_file()}
+    kept = tmp_path / "kept"
+    shutil.copytree(run_dir, kept)
+
+    def again(lose) -> tuple[int, str]:
+        shutil.rmtree(run_dir)
+        shutil.copytree(kept, run_dir)
+        lose()
+        return run(*options, f"--config.run_dir={run_dir}")
+
+    def damage() -> None:
+        path = max((run_dir / "checkpoints" / "sft" / "30" / "params").rglob("*"), key=lambda p: p.stat().st_size)
+        path.write_bytes(path.read_bytes()[:-100])
+
+    for lose in (damage, lambda: shutil.rmtree(run_dir / "checkpoints" / "sft")):
+        code, out = again(lose)
+        assert code == 0 and "goes on from its own checkpoint" in out and "sft ·" not in out, out
+        summary = json.loads((run_dir / "summary.json").read_text())
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [10, 20, 30, 0, 1, 2]
+        assert summary["iterations"] == 3
+        assert summary["simulated_steps"] == sum(row["steps/simulated"] for row in rows[3:])
+    code, out = again(lambda: (run_dir / "metrics.jsonl").unlink())
+    assert code == 2 and "metrics.jsonl holds 0 of the" in out.splitlines()[-1] and "Traceback" not in out, out
+    now = {path for path in run_dir.rglob("*") if path.is_file()}
+    assert now == stopped - {run_dir / "metrics.jsonl"}

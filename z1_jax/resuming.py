@@ -51,7 +51,7 @@ def check_records(run_dir: pathlib.Path) -> None:
     Raises:
         UserError: records that a checkpoint stands on are gone.
     """
-    for stage, directory in stages(run_dir).items():
+    for stage, directory in reversed(stages(run_dir).items()):  # RL's first: a new run can begin with it
         newest = _newest_document(directory)
         if newest is not None:
             counted_sft(run_dir, *newest) if stage == "sft" else counted_grpo(run_dir, *newest)
