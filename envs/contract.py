@@ -42,12 +42,14 @@ def check_spec(spec: Any) -> EnvSpec:
     return spec
 
 
-def check_same_spec(spec: EnvSpec, first: EnvSpec) -> None:
-    """Refuses an environment that is of another kind than the first one of its pool."""
+def different_spec(spec: EnvSpec, first: EnvSpec) -> str:
+    """How an environment differs from the first one of its pool, in one line; empty where it does not."""
     for field in dataclasses.fields(EnvSpec):
         one, other = getattr(spec, field.name), getattr(first, field.name)
         if one != other:
-            raise _broken(f"spec.{field.name}", _named(one), f"{_named(other)} as in the pool's first environment")
+            expected = f"{_named(other)} as in the pool's first environment"
+            return str(_broken(f"spec.{field.name}", _named(one), expected))
+    return ""
 
 
 def check_observation(observation: Any, spec: EnvSpec) -> EnvObservation:

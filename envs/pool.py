@@ -24,7 +24,7 @@ import numpy as np
 
 from envs import worker
 from envs.base import ChunkResult, Env, EnvObservation, EnvSpec, Snapshot
-from envs.contract import ContractError, check_same_spec
+from envs.contract import different_spec
 from envs.worker import Journal, Reply, Request, SlotServer
 
 _log = logging.getLogger(__name__)
@@ -107,11 +107,11 @@ class EnvPool:
             raise ValueError(
                 f"actions of slot {slots[int(np.argmin(finite))]} are not finite: check the policy's output"
             )
-        answers = self._call("step", slots, [(a, self._left(slot)) for slot, a in zip(slots, actions, strict=True)])
-        for slot, chunk, (result, _) in zip(slots, actions, answers, strict=True):
-            journal = self._journals[slot]
-            journal.chunks.append(chunk)
-            journal.steps = None if journal.steps is None else journal.steps + int(result.steps)
+        journals = [self._journals[slot] for slot in slots]
+        left = [journal.left(self.spec.horizon) for journal in journals]
+        answers = self._call("step", slots, list(zip(actions, left, strict=True)))
+        for journal, chunk, (result, _) in zip(journals, actions, answers, strict=True):
+            journal.add(chunk, result)
         return [result for result, _ in answers], [observation for _, observation in answers]
 
     def branch(self, sources: Sequence[int], targets: Sequence[int]) -> None:
@@ -263,13 +263,16 @@ class EnvPool:
             )
         requests = {index: ("make", [(slot, None) for slot in self._slots_of(index)]) for index in indices}
         replies = self._must(requests)
-        first = getattr(self, "spec", None) or replies[min(indices)].results[0]
-        for index, reply in replies.items():
-            for (slot, _), spec in zip(requests[index][1], reply.results, strict=True):
-                try:
-                    check_same_spec(spec, first)
-                except ContractError as error:
-                    raise self._error(index, requests[index], _Fault(str(error), slot)) from None
+        specs = {
+            slot: spec
+            for i, reply in replies.items()
+            for slot, spec in zip(self._slots_of(i), reply.results, strict=True)
+        }
+        first = getattr(self, "spec", specs[min(specs)])
+        for slot, spec in specs.items():
+            if other := different_spec(spec, first):
+                index = self._worker_of(slot)
+                raise self._error(index, requests[index], _Fault(other, slot))
         return first
 
     def _revive(self, indices: Any) -> None:
@@ -289,11 +292,6 @@ class EnvPool:
         for index, fault in faults.items():
             raise self._error(index, requests[index], fault)
         return replies
-
-    def _left(self, slot: int) -> int | None:
-        """Control steps of a slot's episode up to the horizon, where it is known how many there were."""
-        steps = self._journals[slot].steps
-        return None if steps is None else max(0, self.spec.horizon - steps)
 
     # --- checks ----------------------------------------------------------------------------------------------------
 

@@ -54,6 +54,15 @@ class Journal:
     def started(self) -> bool:
         return self.seed is not None or self.snapshot is not None
 
+    def left(self, horizon: int) -> int | None:
+        """Control steps up to the horizon, where it is known how many there were."""
+        return None if self.steps is None else max(0, horizon - self.steps)
+
+    def add(self, chunk: np.ndarray, result: ChunkResult) -> None:
+        """Notes a chunk that was executed."""
+        self.chunks.append(chunk)
+        self.steps = None if self.steps is None else self.steps + int(result.steps)
+
 
 @dataclasses.dataclass(frozen=True)
 class Reply:

@@ -181,9 +181,12 @@ def test_resuming_falls_back_to_the_one_before(tmp_path, capsys, stage, damage):
     assert same(Checkpoints(tmp_path).load(4, like(parts(4))), parts(4))
 
 
-@pytest.mark.parametrize("age", ["new", "old"])
+OLD = {"rl": {"iteration": 5}, "sft": {"loader": {"position": {"next_index": 5}}}}
+
+
+@pytest.mark.parametrize("age", ["new", *OLD])
 def test_a_number_that_is_not_its_content_s_is_refused(tmp_path, capsys, age, monkeypatch):
-    """A folder that was copied under a later number: old checkpoints of RL hold their iteration alone."""
+    """A folder that was copied under a later number: old checkpoints hold their iteration or position alone."""
     checkpoints = Checkpoints(tmp_path)
     write = checkpoints._checkpointer.save_checkpointables
 
@@ -191,10 +194,10 @@ def test_a_number_that_is_not_its_content_s_is_refused(tmp_path, capsys, age, mo
         del custom_metadata["step"]
         return write(step, parts, custom_metadata=custom_metadata)
 
-    if age == "old":
+    if age != "new":
         monkeypatch.setattr(checkpoints._checkpointer, "save_checkpointables", as_before)
-    for step in (4, 5):
-        checkpoints.save(step, parts(step), {"step": step} if age == "new" else {"iteration": step})
+    checkpoints.save(4, parts(4), {})
+    checkpoints.save(5, parts(5), OLD.get(age, {}))
     checkpoints.close()
     shutil.copytree(tmp_path / "5", tmp_path / "6")
     again = Checkpoints(tmp_path)

@@ -7,14 +7,16 @@ import sys
 import time
 
 import pytest
+import tiny_policy as tiny
 
 from z1_jax import run_dir
+from z1_jax.checkpoint import Checkpoints
 from z1_jax.config.command_line import parse_command_line
 from z1_jax.config.schema import Config, flat
 from z1_jax.data.journal import EpisodeJournal
 from z1_jax.errors import UserError
 from z1_jax.files import hold
-from z1_jax.run_dir import claim_directory
+from z1_jax.run_dir import claim_directory, results_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -119,3 +121,21 @@ def test_help_shows_every_key_and_its_value(capsys):
     assert out.count("--config.") == len(flat(Config())) + 1
     with pytest.raises(SystemExit):
         parse_command_line(["", "-h"])
+
+
+def test_episodes_of_a_policy_that_was_trained_again_are_not_believed(tmp_path):
+    grpo = Checkpoints(tmp_path / "checkpoints" / "grpo")
+    grpo.save(1, tiny.policy().parts(), tiny.policy().document())
+    results = results_of(tmp_path, "after", "grpo")
+    assert results == tmp_path / "evaluation" / "after.jsonl"
+    results.write_text('{"seed": 1, "success": true, "steps": 3}\n')
+    for _ in range(2):
+        assert results_of(tmp_path, "after", "grpo") == results  # the same policy: it goes on
+    grpo.save(2, tiny.policy(1).parts(), tiny.policy(1).document())
+    with pytest.raises(
+        UserError, match="after.jsonl holds episodes of policy .* now is .* trained again since: move it"
+    ):
+        results_of(tmp_path, "after", "grpo")
+    assert results_of(tmp_path, "before", None) == tmp_path / "evaluation" / "before.jsonl"
+    results.unlink()
+    assert results_of(tmp_path, "after", "grpo") == results

@@ -217,8 +217,7 @@ class Checkpoints:
             raise self._damaged(step, error) from error
         if metadata.get("seal", seal) != seal:
             raise self._damaged(step, ValueError("its document fails its checksum"))
-        # Old checkpoints do not hold their number, but those of RL hold their iteration.
-        held_step = metadata.get("step", metadata["document"].get("iteration", step))
+        held_step = metadata.get("step", _counted(metadata["document"], step))
         if held_step != step:
             raise CheckpointError(
                 f"checkpoint {self.directory / str(step)} holds step {held_step}: the folder was copied or renamed; "
@@ -312,6 +311,12 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for whatever is being written."""
         self._checkpointer.close()
+
+
+def _counted(document: Mapping[str, Any], default: int) -> int:
+    """The step of a checkpoint that does not hold its number: RL's iteration, or the batches that SFT has seen."""
+    position = document.get("loader", {}).get("position")
+    return document.get("iteration", position.get("next_index", default) if isinstance(position, dict) else default)
 
 
 def _first(names: list[str]) -> str:

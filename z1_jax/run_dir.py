@@ -120,6 +120,30 @@ def claim_policy(run_dir: pathlib.Path, identities: Mapping[str, str]) -> None:
     write_json(path, dict(identities))
 
 
+def results_of(run_dir: pathlib.Path, name: str, stage: str | None) -> pathlib.Path:
+    """Where the episodes of an evaluation are kept, after a look at whose they are.
+
+    Args:
+        stage: whose newest checkpoint is evaluated; None where the policy is known otherwise.
+
+    Raises:
+        UserError: those that are there are of another policy, which was trained again since.
+    """
+    results, claims = (run_dir / "evaluation" / file for file in (f"{name}.jsonl", "policies.json"))
+    if stage is None:
+        return results
+    identity = policy_identity(str(run_dir / "checkpoints" / stage))
+    known = json.loads(claims.read_text()) if claims.exists() else {}
+    if results.exists() and known.get(name, identity) != identity:
+        raise UserError(
+            f"{results} holds episodes of policy {known[name]}, and what is evaluated now is {identity}, trained again "
+            f"since: move it and {run_dir / 'videos'} away to evaluate anew"
+        )
+    results.parent.mkdir(parents=True, exist_ok=True)
+    write_json(claims, {**known, name: identity})
+    return results
+
+
 class StageClock:
     """Wall seconds of each stage, kept over interruptions."""
 

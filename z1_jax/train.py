@@ -26,7 +26,15 @@ from z1_jax.policy import Policy
 from z1_jax.process import require_algorithm, run_main, start_jax
 from z1_jax.resuming import check_records, concluded, goes_on_alone, own_policy
 from z1_jax.rl.loop import GrpoTrainer, train_grpo
-from z1_jax.run_dir import StageClock, claim_directory, claim_policy, conclude, finished_sentence, policy_identity
+from z1_jax.run_dir import (
+    StageClock,
+    claim_directory,
+    claim_policy,
+    conclude,
+    finished_sentence,
+    policy_identity,
+    results_of,
+)
 from z1_jax.stages import (
     check_inputs,
     demonstrations,
@@ -110,7 +118,7 @@ def finish_sft(
         return
     with make_pool(config) as pool, clock.stage("evaluation"):
         after = evaluate(
-            policy, pool, mesh, config.eval, config.flow, run_dir / "evaluation" / "after.jsonl", title="evaluation"
+            policy, pool, mesh, config.eval, config.flow, results_of(run_dir, "after", "sft"), title="evaluation"
         )
     result = {"after": after.summary(config.eval.confidence)}
     line = rate_sentence("SFT", config.task, result["after"], config.eval.confidence)
@@ -139,22 +147,21 @@ def finish_grpo(
         trainer = GrpoTrainer(policy, config, mesh, pool.num_envs)
         policy = policy.without_params()  # the trainer has them
 
-        def measure(name: str, title: str) -> Evaluation:
+        def measure(name: str, title: str, stage: str | None) -> Evaluation:
             with clock.stage("evaluation"):
-                results = run_dir / "evaluation" / f"{name}.jsonl"
                 return evaluate(
                     policy,
                     pool,
                     mesh,
                     config.eval,
                     config.flow,
-                    results,
+                    results_of(run_dir, name, stage),
                     title=title,
                     actor=trainer.actor,
                     params=trainer.params,
                 )
 
-        before = measure("before", "evaluation before RL")
+        before = measure("before", "evaluation before RL", None if alone or config.init else "sft")
         if before.success.mean() < HARDLY and not config.init:
             print(
                 f"SFT hardly starts on {config.task}: RL has few successes to learn from; more demonstrations, SFT "
@@ -163,7 +170,7 @@ def finish_grpo(
         clips = record_clips(config, policy, pool, trainer, before, run_dir, "before", clock)
         with clock.stage("grpo"):
             policy = train_grpo(trainer, pool, run_dir / "checkpoints" / "grpo", writer, alone=alone)
-        after = measure("after", "evaluation after RL")
+        after = measure("after", "evaluation after RL", "grpo")
         record_clips(config, policy, pool, trainer, before, run_dir, "after", clock)
     result = compare(before, after, config.eval.confidence)
     result["videos"] = [
