@@ -1,18 +1,22 @@
 """Cost of the built-in kitchen on one core: control steps a second without frames, and milliseconds a frame, per task.
 
 `python benchmarks/kitchen.py`; `--tasks A,B` for some. Steps are those of the experts' episodes, stepped again without
-the expert; times are process CPU time, so that other work on the machine hardly counts.
+the expert; times are process CPU time, so that other work on the machine hardly counts. Below stands how often physics
+breaks down, as counted by `benchmarks/kitchen_stability.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
 
 import numpy as np
 from figures import result_line
+from kitchen_stability import RESULTS as STABILITY
+from kitchen_stability import lines as stability_lines
 
 from envs.kitchen import CAMERAS, TASKS, KitchenEnv
 from envs.kitchen.experts import make_expert
@@ -26,7 +30,7 @@ def recorded(env: KitchenEnv, seed: int) -> np.ndarray:
     """The expert's actions [N, 12] in the episode of a seed."""
     env.reset(seed)
     expert, actions = make_expert(env), []
-    while not env.success and env.steps < env.spec.horizon:
+    while not env.done:
         actions.append(expert.act())
         env.step_chunk(actions[-1][None])
     return np.stack(actions)
@@ -91,7 +95,7 @@ def main() -> None:
         )
         lines.append(result(f"kitchen/steps_per_second/{task}", rates, "control steps/s", STEPS_GOAL))
         lines.append(result(f"kitchen/frame/{task}", frames, "ms", None))
-    print("\n".join(lines))
+    print("\n".join([*lines, *stability_lines(json.loads(STABILITY.read_text()))]))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def run_episode(env: KitchenEnv, seed: int, noise: float) -> tuple[bool, int]:
     """Success and control steps of the expert's episode, without frames."""
     env.reset(seed)
     expert, disturbances = make_expert(env), disturb(seed, noise)[1]
-    while not env.success and env.steps < env.spec.horizon:
+    while not env.done:
         env.step_chunk((expert.act() + next(disturbances))[None])
     return env.success, env.steps
 

@@ -39,10 +39,11 @@ class EnvObservation:
 class ChunkResult:
     """What happened while one chunk of actions was executed."""
 
-    steps: int  # control steps executed, 0..E: execution stops at the first success or at the horizon
+    steps: int  # control steps executed, 0..E: execution stops at the end of the episode
     success: bool  # latched: true from the first step at which the task's check held
-    done: bool  # success, or the horizon is reached
+    done: bool  # success, the horizon is reached, or unstable
     simulate_s: float = 0.0  # seconds spent stepping physics
+    unstable: bool = False  # latched: the simulation broke down, which ends the episode as a failure
 
 
 def checked_actions(actions: np.ndarray, width: int) -> np.ndarray:
@@ -83,7 +84,7 @@ class Env(Protocol):
         """Renders the cameras now. Rendering changes no physics."""
 
     def step_chunk(self, actions: np.ndarray) -> ChunkResult:
-        """Executes actions float [E, action_dim], stopping at the first success or at the horizon."""
+        """Executes actions float [E, action_dim], stopping where the episode ends (see ChunkResult)."""
 
     def snapshot(self) -> Snapshot: ...
 

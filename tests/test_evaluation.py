@@ -11,7 +11,7 @@ import tiny_policy as tiny
 
 from z1_jax.config.schema import EvalConfig, FlowConfig
 from z1_jax.errors import UserError
-from z1_jax.evaluation import Evaluation, compare, evaluate, film, sentence
+from z1_jax.evaluation import Evaluation, compare, evaluate, film, rate_sentence, sentence
 
 FIRST = 900_000_000 + int(np.random.SeedSequence().generate_state(1)[0]) % 10**8
 CONFIG = EvalConfig(episodes=24, first_seed=FIRST)
@@ -44,7 +44,7 @@ def directory(tmp_path_factory):
 
 
 def equal(a: Evaluation, b: Evaluation) -> bool:
-    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("seeds", "success", "steps"))
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("seeds", "success", "steps", "unstable"))
 
 
 def test_every_held_out_seed_once(directory):
@@ -135,7 +135,7 @@ def test_films_show_the_evaluations_own_episodes(directory):
 
 def outcome(pattern: str) -> Evaluation:
     success = np.array([c == "x" for c in pattern])
-    return Evaluation(np.arange(len(pattern)), success, np.where(success, 10, 24))
+    return Evaluation(np.arange(len(pattern)), success, np.where(success, 10, 24), np.zeros(len(pattern), bool))
 
 
 def test_compare_by_hand():
@@ -161,6 +161,41 @@ def test_compare_by_hand():
     assert "exact McNemar p = 0.22, 8 held-out seeds" in line and "\n" not in line
 
 
+def test_unstable_episodes_are_counted_and_said(tmp_path, capsys):
+    """Odd seeds break in their second chunk, unless they end in the first; kept over an interruption."""
+    (actor, params), path = tiny.acting(), tmp_path / "broken.jsonl"
+
+    def measured():
+        pool = tiny.breaking_pool(16)
+        known = {"title": "evaluation", "actor": actor, "params": params}
+        return evaluate(tiny.policy(), pool, tiny.one_device(), CONFIG, FlowConfig(), path, **known)
+
+    out = measured()
+    assert out.unstable.any() and not out.success[out.unstable].any() and (out.seeds[out.unstable] % 2 == 1).all()
+    assert (out.steps[out.unstable] == 9).all() and not (~out.unstable & (out.seeds % 2 == 1) & (out.steps > 9)).any()
+    count = int(out.unstable.sum())
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["unstable"] for row in rows] == out.unstable.tolist()
+    assert f"{count} unstable" in capsys.readouterr().out
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:16]))
+    assert equal(measured(), out)
+
+    summary = out.summary(0.95)
+    assert summary["unstable"] == count
+    assert rate_sentence("it", "T", summary, 0.95).endswith(f"; failures by unstable physics: {count}")
+    both = compare(dataclasses.replace(out, unstable=np.zeros(24, bool)), out, 0.95)
+    assert sentence("T", "GRPO", both, 0.95).endswith(f"; failures by unstable physics: 0 and {count}")
+    assert "unstable" not in sentence("T", "GRPO", compare(outcome("x."), outcome("xx"), 0.95), 0.95)
+
+
+def test_results_of_before_there_was_such_a_count_are_read(directory, tmp_path):
+    expected = whole(directory)
+    rows = [json.loads(line) for line in (directory / "whole.jsonl").read_text().splitlines()]
+    path = tmp_path / "old.jsonl"
+    path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "unstable"}) + "\n" for row in rows))
+    assert equal(run(path), expected)
+
+
 def test_equal_policies_differ_by_nothing():
     result = compare(outcome("x.x."), outcome("x.x."), 0.95)
     assert result["difference"] == 0 and result["mcnemar_p"] == 1.0 and result["difference_interval"] == [0.0, 0.0]
@@ -168,6 +203,6 @@ def test_equal_policies_differ_by_nothing():
 
 
 def test_only_the_same_seeds_are_compared():
-    moved = Evaluation(np.arange(1, 5), np.ones(4, bool), np.ones(4, int))
+    moved = Evaluation(np.arange(1, 5), np.ones(4, bool), np.ones(4, int), np.zeros(4, bool))
     with pytest.raises(ValueError, match="different seeds"):
         compare(outcome("x.x."), moved, 0.95)

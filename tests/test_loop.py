@@ -43,6 +43,21 @@ def untouched(tmp_path_factory):
     return run_dir, grpo(run_dir, trainer())
 
 
+def test_unstable_episodes_are_recorded_counted_and_shown(tmp_path, capsys):
+    """Odd seeds break in their second chunk; a run that goes on counts on."""
+    for iterations in (1, 2):
+        made = trainer(dataclasses.replace(CONFIG, train=TrainConfig(iterations=iterations, checkpoint_every=1)))
+        with MetricsWriter(tmp_path) as writer:
+            loop.train_grpo(made, tiny.breaking_pool(16), tmp_path / "checkpoints" / "grpo", writer)
+    rows, episodes = records(tmp_path), records(tmp_path, "episodes.jsonl")
+    for row in rows:
+        broken = [e for e in episodes if e["step"] == row["step"] and e["unstable"]]
+        assert row["unstable"] == len(broken)
+        assert all(e["seed"] % 2 == 1 and not e["success"] and e["control_steps"] == 9 for e in broken)
+    assert len(rows) == 2 and any(row["unstable"] for row in rows)
+    assert f" {sum(row['unstable'] for row in rows)} unstable" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_a_run_trains_only_the_expert_and_writes_everything_down(untouched):
     run_dir, policy = untouched
     before, after = named(tiny.policy().params), named(policy.params)

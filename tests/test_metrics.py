@@ -168,6 +168,15 @@ def test_off_a_terminal_lines_are_rare_and_the_last_is_shown(clock):
     assert rows[1].split() == ["21/40", "2.0/s", "0:10", "0:10", "52.5%", "-"]  # 19 left at 2 a second: 9.5 s
 
 
+def test_alarms_are_shown_when_above_zero(clock):
+    stream = io.StringIO()
+    progress = Progress("evaluation", 3, columns={"success": ".0%"}, interval_s=0, stream=stream, alarms=("unstable",))
+    for done, unstable in ((1, 0), (2, 1200), (3, None)):
+        progress.report(done, {"success": 0.5, "unstable": unstable})
+    first, second, third = stream.getvalue().strip().splitlines()[2:]
+    assert first.endswith("50%") and second.endswith("50%  1,200 unstable") and third.endswith("50%")
+
+
 def test_on_a_terminal_the_line_is_rewritten(clock, monkeypatch):
     monkeypatch.setattr(metrics.shutil, "get_terminal_size", lambda: metrics.os.terminal_size((40, 20)))
     stream = Terminal()

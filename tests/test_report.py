@@ -143,6 +143,21 @@ def test_a_whole_run_is_told(tmp_path):
     assert "Left out" not in page.text
 
 
+def test_unstable_episodes_are_shown_when_there_are_any(tmp_path):
+    summary = write_run(tmp_path, iterations=3, videos=False)
+    with MetricsWriter(tmp_path) as writer:
+        writer.write("grpo", 3, {"success": 0.5, "unstable": 0})
+        summary["before"]["unstable"] = summary["after"]["unstable"] = 0
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
+        assert "nstable" not in page_of(tmp_path).text
+        writer.write("grpo", 4, {"success": 0.5, "unstable": 7})
+    summary["after"]["unstable"] = 1234
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    text = page_of(tmp_path).text
+    assert "Unstable episodes" in text and "After RL: failures by unstable physics 1,234" in text
+    assert "Before RL: failures" not in text
+
+
 def test_intervals_say_at_what_confidence(tmp_path):
     summary = write_run(tmp_path)
     assert "95 % (Wilson)" in page_of(tmp_path).text

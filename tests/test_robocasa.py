@@ -405,6 +405,30 @@ def test_a_chunk_is_clipped_copied_latched_and_ends_at_the_horizon(rng, envs, mo
     short.close()
 
 
+def test_broken_physics_ends_the_episode_as_a_failure(rng, envs, monkeypatch):
+    """MuJoCo puts the scene back and steps on; neither it nor robosuite raises. A snapshot carries the failure."""
+    env, other = envs(FAUCET), envs(FAUCET, 1)
+    env.reset(fresh_seed(rng))
+    env.step_chunk(random_actions(rng, 3, "arm"))
+    sound = env.snapshot()
+    monkeypatch.setattr(env.raw, "_check_success", lambda: True)
+    monkeypatch.setattr(env.raw, "reward", lambda action: 1.0)
+    env.raw.sim.data._data.qvel[rng.integers(env.raw.sim.model._model.nv)] = rng.choice([1e12, np.inf, np.nan])
+    result = env.step_chunk(random_actions(rng, 6, "arm"))
+    assert (result.steps, result.success, result.done, result.unstable) == (1, False, True, True)
+    assert env.broken.startswith("BADQ")
+    other.restore(env.snapshot())
+    for one in (env, other):
+        result = one.step_chunk(random_actions(rng, 6, "arm"))
+        assert (result.steps, result.success, result.done, result.unstable) == (0, False, True, True)
+    monkeypatch.undo()
+    env.restore(sound)  # the warning is not the sound state's
+    result = env.step_chunk(random_actions(rng, 2, "arm"))
+    assert (result.steps, result.done, result.unstable) == (2, False, False)
+    env.reset(fresh_seed(rng))
+    assert not env.done and not env.step_chunk(random_actions(rng, 1, "arm")).unstable
+
+
 def test_mistakes_are_one_line(envs):
     env = envs(FAUCET)
     with pytest.raises(ValueError, match="no episode yet: call reset or restore first"):

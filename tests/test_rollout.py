@@ -286,3 +286,24 @@ def test_numbers_that_are_not_finite_reach_no_environment(monkeypatch):
         collect(PLANS["tree"])
     assert not stepped
     assert np.isnan(error.value.evidence["x"]).sum() == 1 and error.value.evidence["group"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_episodes_with_broken_physics_are_failures_of_their_own_kind(name):
+    """Odd seeds break in their second chunk; every other episode stays as it is without the fault."""
+    actor, params = tiny.acting()
+    for _ in range(50):  # until some of the odd seeds' members come to a second chunk
+        seed = int(np.random.SeedSequence().generate_state(1)[0]) % 10**8
+        seeds = np.arange(seed, seed + 4)
+        whole = run(PLANS[name], seeds, 16, seed)
+        breaks = (seeds % 2 == 1)[:, None] & (whole.chunks > 1)
+        if breaks.any():
+            break
+    print(f"seed {seed}")
+    pool = tiny.breaking_pool(16)
+    out = rollout.collect(pool, actor, params, tiny.processor(), PLANS[name], seeds, (seed,), executed=8)
+    assert breaks.any() and not whole.unstable.any()
+    np.testing.assert_array_equal(out.unstable, breaks)
+    assert not out.success[breaks].any() and (out.steps[breaks] == 9).all() and (out.chunks[breaks] == 2).all()
+    for field in ("success", "steps", "chunks"):
+        np.testing.assert_array_equal(getattr(out, field)[~breaks], getattr(whole, field)[~breaks])

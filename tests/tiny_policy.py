@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from envs import kitchen
+from envs.base import ChunkResult
 from envs.kitchen import KitchenEnv
 from envs.pool import EnvPool
 from z1_jax import sharding
@@ -60,6 +61,32 @@ def make_env() -> KitchenEnv:
     env = kitchen.make(TASK, cameras=(CAMERA,), image_size=PIXELS, horizon=HORIZON)
     env.task = _Reach(env.task)
     return env
+
+
+class BreakingKitchen(KitchenEnv):
+    """Its physics breaks down in the second chunk of odd seeds' episodes."""
+
+    def reset(self, seed: int) -> None:
+        super().reset(seed)
+        self.world.memory["breaks"] = bool(seed % 2)  # travels with snapshots
+
+    def step_chunk(self, actions: np.ndarray) -> ChunkResult:
+        if self.world.memory["breaks"] and self.steps == 8:
+            self.world.data.qvel[:] = 1e12
+        return super().step_chunk(actions)
+
+
+def make_breaking() -> KitchenEnv:
+    """As `make_env`, and breaking."""
+    env = BreakingKitchen(TASK, cameras=(CAMERA,), image_size=PIXELS, horizon=HORIZON)
+    env.task = _Reach(env.task)
+    return env
+
+
+@functools.cache
+def breaking_pool(slots: int) -> EnvPool:
+    """As `pool`, of breaking kitchens."""
+    return EnvPool(make_breaking, slots, 0)
 
 
 @functools.cache

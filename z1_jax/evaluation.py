@@ -14,7 +14,7 @@ import numpy as np
 from envs.pool import EnvPool
 from z1_jax.config.schema import EvalConfig, FlowConfig
 from z1_jax.errors import UserError
-from z1_jax.metrics import Progress, drop_half_line, read_records
+from z1_jax.metrics import ALARMS, Progress, drop_half_line, read_records
 from z1_jax.policy import Policy
 from z1_jax.rl import rollout
 from z1_jax.rl.actor import Actor, counted_coordinates
@@ -31,9 +31,10 @@ class Evaluation:
     seeds: np.ndarray  # int [n]
     success: np.ndarray  # bool [n]
     steps: np.ndarray  # int [n], control steps until success or the end
+    unstable: np.ndarray  # bool [n], the simulation broke down: a failure
 
     def summary(self, confidence: float) -> dict[str, Any]:
-        """Successes, episodes, rate and its Wilson interval."""
+        """Successes, episodes, rate and its Wilson interval; how many failed because the simulation broke down."""
         successes, episodes = int(self.success.sum()), len(self.success)
         return {
             "successes": successes,
@@ -41,6 +42,7 @@ class Evaluation:
             "rate": successes / episodes,
             "interval": list(wilson_interval(successes, episodes, confidence)),
             "control_steps": int(self.steps.sum()),
+            "unstable": int(self.unstable.sum()),
         }
 
 
@@ -69,7 +71,10 @@ def evaluate(
             params = (trainable, frozen)
             actor = make_actor(policy, graphdef, flow, mesh, pool.num_envs)
         results.parent.mkdir(parents=True, exist_ok=True)
-        with Progress(title, len(seeds), "episode", {"success": ".1%"}, start=len(done), interval_s=5.0) as progress:
+        columns = {"success": ".1%"}
+        with Progress(
+            title, len(seeds), "episode", columns, start=len(done), interval_s=5.0, alarms=ALARMS
+        ) as progress:
             for start in range(len(done), len(seeds), pool.num_envs):
                 wave = seeds[start : start + pool.num_envs]
                 out = rollout.collect(
@@ -85,17 +90,22 @@ def evaluate(
                 )
                 note = {"assets": pool.spec.label} if pool.spec.label else {}
                 rows = [
-                    {"seed": int(seed), "success": bool(success), "steps": int(steps), **note}
-                    for seed, success, steps in zip(wave, out.success[:, 0], out.steps[:, 0], strict=True)
+                    {"seed": int(seed), "success": bool(success), "steps": int(steps), "unstable": bool(broken), **note}
+                    for seed, success, steps, broken in zip(
+                        wave, out.success[:, 0], out.steps[:, 0], out.unstable[:, 0], strict=True
+                    )
                 ]
                 with results.open("a") as file:
                     file.writelines(json.dumps(row) + "\n" for row in rows)
                 done.extend(rows)
-                progress.report(len(done), {"success": float(np.mean([row["success"] for row in done]))})
+                success = float(np.mean([row["success"] for row in done]))
+                unstable = sum(row.get("unstable", False) for row in done)
+                progress.report(len(done), {"success": success, "unstable": unstable})
     return Evaluation(
         seeds=seeds,
         success=np.array([row["success"] for row in done]),
         steps=np.array([row["steps"] for row in done]),
+        unstable=np.array([row.get("unstable", False) for row in done]),  # absent: of a version that did not look
     )
 
 
@@ -146,7 +156,7 @@ def sentence(task: str, method: str, result: dict[str, Any], confidence: float) 
     verb = "raised" if gain > 0 else "lowered" if gain < 0 else "left"
     return (
         f"{method} {verb} success on {task} from {_percent(result['before'])} to {_percent(result['after'])} "
-        f"({_paired(result, confidence)})"
+        f"({_paired(result, confidence)}){_broken(result['before'], result['after'])}"
     )
 
 
@@ -154,7 +164,7 @@ def versus_sentence(name: str, other: str, task: str, result: dict[str, Any], co
     """Two policies in one sentence; `other` is the result's `before`."""
     return (
         f"{name} succeeds on {task} in {_percent(result['after'])}, {other} in {_percent(result['before'])} "
-        f"({_paired(result, confidence)})"
+        f"({_paired(result, confidence)}){_broken(result['before'], result['after'])}"
     )
 
 
@@ -163,8 +173,14 @@ def rate_sentence(name: str, task: str, summary: dict[str, Any], confidence: flo
     low, high = (100 * x for x in summary["interval"])
     return (
         f"{name} succeeds on {task} in {_percent(summary)} "
-        f"({100 * confidence:g} % CI {low:.1f} to {high:.1f}, {summary['episodes']} held-out seeds)"
+        f"({100 * confidence:g} % CI {low:.1f} to {high:.1f}, {summary['episodes']} held-out seeds){_broken(summary)}"
     )
+
+
+def _broken(*summaries: dict[str, Any]) -> str:
+    """What must be said where the simulation broke down, which counts as failure."""
+    counts = [summary["unstable"] for summary in summaries]
+    return f"; failures by unstable physics: {' and '.join(map(str, counts))}" if any(counts) else ""
 
 
 def _percent(summary: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +20,7 @@ from z1_jax.errors import UserError
 
 METRICS = "metrics.jsonl"
 EPISODES = "episodes.jsonl"
+ALARMS = ("unstable",)  # episodes that failed because the simulation broke down
 
 
 class MetricsWriter:
@@ -128,6 +129,7 @@ class Progress:
       unit: what a step is, e.g. "iteration".
       columns: name of a metric -> format, e.g. {"loss": ".4f"}; a metric that a report lacks shows as a dash.
       start: first step, where a resumed run goes on.
+      alarms: counts that are shown at the end of a line, with their names, when they are above zero.
     """
 
     def __init__(
@@ -139,9 +141,11 @@ class Progress:
         start: int = 0,
         interval_s: float = 10.0,
         stream: IO[str] | None = None,
+        alarms: Sequence[str] = (),
     ) -> None:
         self._stage, self._total, self._unit = stage, total, unit
         self._columns = dict(columns or {})
+        self._alarms = tuple(alarms)
         self._interval_s = interval_s
         self._stream = stream or sys.stdout
         self._live = self._stream.isatty()
@@ -188,7 +192,8 @@ class Progress:
         left = (self._total - done) / rate if rate > 0 else math.inf
         head = f"{f'{done}/{self._total}':>13} {_rate(rate):>9} {_clock(now - self._begin):>8} {_clock(left):>8}"
         cells = [f"{_cell(values.get(name), spec):>10}" for name, spec in self._columns.items()]
-        return " ".join([head, *cells])
+        alarms = [f" {values[name]:,} {name}" for name in self._alarms if values.get(name)]
+        return " ".join([head, *cells, *alarms])
 
     def _print(self, line: str, keep: bool) -> None:
         if not self._live:

@@ -38,7 +38,7 @@ def moments(env: KitchenEnv, seed: int) -> Iterator[Snapshot]:
     env.reset(seed)
     expert = make_expert(env)
     yield env.snapshot()
-    while not env.success and env.steps < env.spec.horizon:
+    while not env.done:
         env.step_chunk(expert.act()[None])
         yield env.snapshot()
 
@@ -155,10 +155,8 @@ def main() -> None:
             write_video(out, film(env, seed, size, arguments.camera, backend), env.spec.control_hz)
         else:
             save(out, picture_grid(env, seed, size, backend=backend))
-    print(
-        f"{out}: seed {seed}, {env.observe().instruction!r}, "
-        f"{'success' if env.success else 'failure'} after {env.steps} control steps"
-    )
+    verdict = "success" if env.success else f"failure ({env.broken})" if env.broken else "failure"
+    print(f"{out}: seed {seed}, {env.observe().instruction!r}, {verdict} after {env.steps} control steps")
 
 
 if __name__ == "__main__":

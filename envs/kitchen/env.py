@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import mujoco
 import numpy as np
 
+from envs import stability
 from envs.base import ChunkResult, EnvObservation, EnvSpec, Snapshot, checked_actions
 from envs.kitchen import gl
 from envs.kitchen import render as renderer
@@ -98,10 +99,11 @@ class KitchenEnv:
             control_hz=CONTROL_HZ,
             horizon=horizon or self.info.horizon,
         )
+        stability.keep_no_log()
         self._worlds: dict[tuple[str, str], World] = {}
         self._rng = np.random.default_rng(0)
         self._light = renderer.Light()
-        self._steps, self._succeeded, self._instruction = 0, False, ""
+        self._steps, self._succeeded, self._broken, self._instruction = 0, False, "", ""
         self.layout, self.objects = self._layouts[0], self._object_splits[0]
         self.reset(0)
 
@@ -128,6 +130,16 @@ class KitchenEnv:
         """Whether the task's check has held at some step of this episode."""
         return self._succeeded
 
+    @property
+    def broken(self) -> str:
+        """What MuJoCo reported when this episode's simulation broke down; empty where it did not."""
+        return self._broken
+
+    @property
+    def done(self) -> bool:
+        """Whether the episode has ended: in success, at the horizon, or because the simulation broke down."""
+        return self._succeeded or bool(self._broken) or self._steps >= self._spec.horizon
+
     def reset(self, seed: int) -> None:
         """Starts the episode of a seed: fixture, object, start and camera poses, colours, light, instruction."""
         rng = self._rng = np.random.default_rng(seed)
@@ -141,7 +153,7 @@ class KitchenEnv:
         self._instruction = self.task.randomise(world, layout, rng)
         spread = np.array(self.task.start_spread)
         world.controller.start(self.task.home(layout) + rng.uniform(-spread, spread))
-        self._steps, self._succeeded = 0, False
+        self._steps, self._succeeded, self._broken = 0, False, ""
         world.update()
         self.task.update(world)
 
@@ -175,23 +187,27 @@ class KitchenEnv:
     def step_chunk(self, actions: np.ndarray) -> ChunkResult:
         """Executes actions [E, 12] in [-1, 1] (clipped), checking success after every control step.
 
+        A control step in which physics breaks down ends the episode as a failure, `unstable`.
+
         Raises:
           ValueError: a wrong shape or a value that is not finite.
         """
         actions = checked_actions(actions, ACTION_DIM)
         world, executed, started = self.world, 0, time.perf_counter()
         for action in actions:
-            if self._succeeded or self._steps >= self._spec.horizon:
+            if self.done:
                 break
             world.controller.apply(action)
             mujoco.mj_step(world.model, world.data, nstep=SUBSTEPS)
             world.update()
-            self.task.update(world)
             self._steps += 1
             executed += 1
-            self._succeeded = bool(self.task.success(world))
-        done = self._succeeded or self._steps >= self._spec.horizon
-        return ChunkResult(executed, self._succeeded, done, time.perf_counter() - started)
+            self._broken = stability.breakdown(world.model, world.data)
+            if not self._broken:
+                self.task.update(world)
+                self._succeeded = bool(self.task.success(world))
+        spent = time.perf_counter() - started
+        return ChunkResult(executed, self._succeeded, self.done, spent, unstable=bool(self._broken))
 
     def snapshot(self) -> Snapshot:
         """The full state: physics, controller targets, randomised model fields, counters, latches, RNG."""
@@ -208,6 +224,7 @@ class KitchenEnv:
             "instruction": self._instruction,
             "steps": self._steps,
             "succeeded": self._succeeded,
+            "broken": self._broken,
             "rng": self._rng.bit_generator.state,
         }
         return Snapshot(self._identity, physics, extra)
@@ -225,10 +242,12 @@ class KitchenEnv:
         world = self.world
         world.set_fields(extra["fields"])
         mujoco.mj_setState(world.model, world.data, snapshot.physics, _PHYSICS)
+        stability.forgive(world.data)
         world.controller.set_targets(extra["targets"])
         world.memory = dict(extra["memory"])
         self._light = renderer.Light(**extra["light"])
-        self._instruction, self._steps, self._succeeded = extra["instruction"], extra["steps"], extra["succeeded"]
+        self._instruction, self._steps = extra["instruction"], extra["steps"]
+        self._succeeded, self._broken = extra["succeeded"], extra["broken"]
         self._rng.bit_generator.state = extra["rng"]
         world.update()
 

@@ -28,8 +28,8 @@ class GymKitchen(gymnasium.Env):
     """One task. An observation holds the cameras' pictures, the robot's state and the instruction.
 
     An action is float32 [12] in [-1, 1]; a control step's reward is 1 when the task is solved, which ends the episode,
-    else 0; the horizon truncates it. `info["success"]` says which;
-    `info["instruction"]` repeats the instruction.
+    else 0; the horizon truncates it. Where the simulation breaks down the episode ends without a reward.
+    `info["success"]` and `info["unstable"]` say which; `info["instruction"]` repeats the instruction.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
@@ -65,7 +65,8 @@ class GymKitchen(gymnasium.Env):
         """One control step (1/20 s)."""
         result = self.kitchen.step_chunk(np.asarray(action)[None])
         seen, info = self._observe()
-        return seen, float(result.success), result.success, result.done and not result.success, info
+        ended = result.success or result.unstable
+        return seen, float(result.success), ended, result.done and not ended, info
 
     def render(self) -> np.ndarray | None:
         """The picture of the right camera, uint8 [size, size, 3], in mode rgb_array."""
@@ -78,7 +79,8 @@ class GymKitchen(gymnasium.Env):
     def _observe(self) -> tuple[dict, dict]:
         seen = self.kitchen.observe()
         # The instruction twice: of observations in shared memory, AsyncVectorEnv decodes Text once, before any reset.
-        info = {"success": self.kitchen.success, "instruction": seen.instruction}
+        broken = bool(self.kitchen.broken)
+        info = {"success": self.kitchen.success, "unstable": broken, "instruction": seen.instruction}
         return {**seen.images, "state": seen.state, "instruction": seen.instruction}, info
 
 

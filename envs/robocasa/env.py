@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from envs import stability
 from envs.base import ChunkResult, EnvObservation, EnvSpec, Snapshot, checked_actions
 from envs.robocasa import compat, standin, state, tables
 
@@ -75,12 +76,13 @@ class RoboCasaEnv:
             version=f"robocasa {found.version}",
             label=standin.LABEL if standins else "",
         )
+        stability.keep_no_log()
         self._raw: Any = None
         self._observed: Mapping[str, np.ndarray] = {}
         self._start: dict[tuple[str, str], Any] = {}  # plain attributes where the episode began
         self._episode: dict[str, Any] = {}  # seed, scene and split: what `restore` builds the same episode from
         self._global_rng: Any = None  # this environment's own state of np.random's global generator
-        self._steps, self._succeeded, self._instruction = 0, False, ""
+        self._steps, self._succeeded, self._broken, self._instruction = 0, False, "", ""
 
     @property
     def spec(self) -> EnvSpec:
@@ -101,6 +103,16 @@ class RoboCasaEnv:
     def success(self) -> bool:
         """Whether the task's check has held at some step of this episode."""
         return self._succeeded
+
+    @property
+    def broken(self) -> str:
+        """What MuJoCo reported when this episode's simulation broke down; empty where it did not."""
+        return self._broken
+
+    @property
+    def done(self) -> bool:
+        """Whether the episode has ended: in success, at the horizon, or because the simulation broke down."""
+        return self._succeeded or bool(self._broken) or self._steps >= self._spec.horizon
 
     def episode_of(self, seed: int) -> dict[str, Any]:
         """Seed, scene and object split of a seed's episode.
@@ -141,6 +153,9 @@ class RoboCasaEnv:
     def step_chunk(self, actions: np.ndarray) -> ChunkResult:
         """Executes actions [E, 12] in [-1, 1] (clipped), checking success after every control step.
 
+        A control step in which physics breaks down ends the episode as a failure, `unstable`: robosuite itself, at
+        versions 1.5.1 and 1.5.2, looks at no warning and raises nothing.
+
         Raises:
           ValueError: a wrong shape, a value that is not finite, or no episode yet.
         """
@@ -149,14 +164,15 @@ class RoboCasaEnv:
         executed, started = 0, time.perf_counter()
         with self._own_randomness():
             for action in np.clip(actions, -1.0, 1.0):
-                if self._succeeded or self._steps >= self._spec.horizon:
+                if self.done:
                     break
                 self._observed = raw.step(action.copy())[0]  # robosuite writes into the array that it is given
                 self._steps += 1
                 executed += 1
-                self._succeeded = bool(raw._check_success())
-        done = self._succeeded or self._steps >= self._spec.horizon
-        return ChunkResult(executed, self._succeeded, done, time.perf_counter() - started)
+                self._broken = stability.breakdown(raw.sim.model._model, raw.sim.data._data)
+                self._succeeded = not self._broken and bool(raw._check_success())
+        spent = time.perf_counter() - started
+        return ChunkResult(executed, self._succeeded, self.done, spent, unstable=bool(self._broken))
 
     def snapshot(self) -> Snapshot:
         """The full state: physics, controllers, latches, colours, observables, counters and both random generators."""
@@ -167,6 +183,7 @@ class RoboCasaEnv:
             "global_rng": self._global_rng,
             "steps": self._steps,
             "succeeded": self._succeeded,
+            "broken": self._broken,
         }
         return Snapshot(self._identity, physics, extra)
 
@@ -185,8 +202,9 @@ class RoboCasaEnv:
             self._begin(extra["episode"])
         raw = self._raw
         state.apply(raw, self._start, snapshot.physics, extra)
+        stability.forgive(raw.sim.data._data)
         self._global_rng = extra["global_rng"]
-        self._steps, self._succeeded = extra["steps"], extra["succeeded"]
+        self._steps, self._succeeded, self._broken = extra["steps"], extra["succeeded"], extra["broken"]
         self._observed = raw._get_observations()  # the observables' restored values: nothing is measured anew
 
     def close(self) -> None:
@@ -225,7 +243,7 @@ class RoboCasaEnv:
         self._start = state.baseline(raw)
         self._instruction = raw.get_ep_meta()["lang"]
         self._episode = {**episode, "scene": scene}
-        self._steps, self._succeeded = 0, False
+        self._steps, self._succeeded, self._broken = 0, False, ""
 
     def _build(self, scene: tables.Scene) -> Any:
         _prepare(self._standins)

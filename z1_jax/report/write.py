@@ -38,6 +38,7 @@ class Curve:
     log: bool = False
     stacked: bool = False
     note: str = ""
+    when_positive: bool = False  # drawn only where a number is above zero
 
 
 def _percent(value: float) -> str:
@@ -60,6 +61,13 @@ CURVES = (
         {"ratio/first_update_max_error": "error"},
         log=True,
         note="How well the trainer recomputes the sampler's log-probabilities: rounding only.",
+    ),
+    Curve(
+        "Unstable episodes",
+        "grpo",
+        {"unstable": "each iteration"},
+        note="The simulation broke down: counted as failures.",
+        when_positive=True,
     ),
     Curve("Clip fraction", "grpo", {"clip_fraction": "clipped"}, form=_percent),
     Curve("Importance ratio", "grpo", {"ratio/mean": "mean", "ratio/max": "largest"}),
@@ -132,7 +140,9 @@ def _results(summary: dict) -> str:
         [label, f"{row['successes']} of {row['episodes']}", f"{_rate(row):.1%}", html.range(_interval(row))]
         for label, row in rows
     ]
-    facts = []
+    facts = [
+        [f"{label}: failures by unstable physics", f"{row['unstable']:,}"] for label, row in rows if row.get("unstable")
+    ]
     if summary.get("difference") is not None:
         text = f"{100 * summary['difference']:+.1f} points"
         if summary.get("difference_interval"):
@@ -193,7 +203,7 @@ def _curve(curve: Curve, records: Records) -> str:
         _series(records, curve.stage, key, name, colour=index) for index, (key, name) in enumerate(curve.keys.items())
     ]
     series = [one for one in series if any(y is not None for y in one.ys)]
-    if not series:
+    if not series or (curve.when_positive and not any(y and y > 0 for one in series for y in one.ys)):
         return ""
     if curve.stacked:
         xs = sorted({x for one in series for x in one.xs})

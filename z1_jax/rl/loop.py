@@ -10,7 +10,7 @@ from typing import Any
 from envs.pool import EnvPool
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.interrupt import GracefulStop
-from z1_jax.metrics import MetricsWriter, Progress
+from z1_jax.metrics import ALARMS, METRICS, MetricsWriter, Progress, read_records
 from z1_jax.policy import Policy
 from z1_jax.resuming import counted_grpo, nothing_left, settled
 from z1_jax.rl import diagnostics, rollout, selective
@@ -43,6 +43,8 @@ def train_grpo(
         raise nothing_left(writer.run_dir)
     counts = counted_grpo(writer.run_dir, start, document)
     writer.resume("grpo", start)
+    records = [record for record in read_records(writer.run_dir / METRICS) if record["stage"] == "grpo"]
+    unstable = sum(record.get("unstable", 0) for record in records)
 
     def save(step: int) -> None:
         saved = trainer.policy()
@@ -58,7 +60,7 @@ def train_grpo(
         )
 
     last = config.train.iterations
-    with GracefulStop() as stop, Progress("grpo", last, "iteration", _COLUMNS, start=start) as progress:
+    with GracefulStop() as stop, Progress("grpo", last, "iteration", _COLUMNS, start, alarms=ALARMS) as progress:
         for iteration in range(start, last):
             if settled(counts.recent, config.train):
                 last = iteration
@@ -80,6 +82,7 @@ def train_grpo(
             finished = time.perf_counter()
             success = float(rollouts.success.mean())
             counts = counts.plus(rollouts.simulated_steps, rollouts.success.size, success, config.train.stop_window)
+            unstable += stats["unstable"]
             values = {
                 "success": success,
                 **stats,
@@ -89,7 +92,7 @@ def train_grpo(
             }
             writer.write("grpo", iteration, values)
             _write_episodes(writer, rollouts, iteration)
-            progress.report(iteration + 1, values)
+            progress.report(iteration + 1, {**values, "unstable": unstable})
             if (iteration + 1) % config.train.checkpoint_every == 0 or iteration + 1 == last:
                 save(iteration + 1)
         save(last)  # within the context: a stop that was asked for late must find it written
@@ -122,6 +125,7 @@ def _write_episodes(writer: MetricsWriter, rollouts: rollout.Rollouts, iteration
                     "member": member,
                     "seed": int(seed),
                     "success": bool(rollouts.success[group, member]),
+                    "unstable": bool(rollouts.unstable[group, member]),
                     "chunks": int(rollouts.chunks[group, member]),
                     "control_steps": int(rollouts.steps[group, member]),
                 },

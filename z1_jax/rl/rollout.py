@@ -43,6 +43,7 @@ class Rollouts:
 
     seeds: np.ndarray  # int [g], of the environments
     success: np.ndarray  # bool [g, G]
+    unstable: np.ndarray  # bool [g, G], the simulation broke down: a failure
     chunks: np.ndarray  # int [g, G], executed until success or the end
     steps: np.ndarray  # int [g, G], control steps of each member's episode, shared ones included
     nodes: NodeTable
@@ -125,6 +126,7 @@ class _Walk:
         self.plan, self.seeds, self.sampling, self.first_group = plan, np.asarray(seeds), sampling, first_group
         shape = (len(seeds), plan.group_size)
         self.success = np.zeros(shape, bool)
+        self.unstable = np.zeros(shape, bool)
         self.chunks = np.zeros(shape, int)
         self.steps = np.zeros(shape, int)
         self.nodes: list[dict[str, np.ndarray]] = []
@@ -200,6 +202,7 @@ class _Walk:
         for group, leader, result in zip(flat_groups, leaders, results, strict=True):
             members = slice(leader, leader + cluster)
             self.success[group, members] = result.success
+            self.unstable[group, members] = result.unstable
             self.chunks[group, members] = chunk + 1
             self.steps[group, members] += result.steps
 
@@ -216,6 +219,7 @@ def _join(walks: list[_Walk], seeds: np.ndarray, times: dict[str, float], store:
     return Rollouts(
         seeds=np.asarray(seeds),
         success=np.concatenate([walk.success for walk in walks]),
+        unstable=np.concatenate([walk.unstable for walk in walks]),
         chunks=np.concatenate([walk.chunks for walk in walks]),
         steps=np.concatenate([walk.steps for walk in walks]),
         nodes=nodes,

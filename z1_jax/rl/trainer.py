@@ -206,6 +206,7 @@ class GrpoTrainer:
             "groups/kept_share": float(credit.kept.mean()),
             "groups/all_success": int(success.all(axis=1).sum()),
             "groups/all_fail": int((~success).all(axis=1).sum()),
+            "unstable": int(rollouts.unstable.sum()),
             "nodes/used": int(credit.usable.sum()),
             "lr": lr_scale * self.config.update.optim.lr,
             **diagnostics.sharing_metrics(
@@ -339,6 +340,7 @@ def _evidence(
         **{f"credit/{f.name}": getattr(credit, f.name) for f in dataclasses.fields(credit)},
         "seeds": rollouts.seeds,
         "success": rollouts.success,
+        "unstable": rollouts.unstable,
         "chunks": rollouts.chunks,
         "update/step": np.repeat(np.arange(len(done)), [len(rows) for rows in node]),
         "update/node": at,
