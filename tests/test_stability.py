@@ -136,12 +136,20 @@ def test_no_task_succeeds_before_its_first_action_nor_by_broken_physics(task, ki
         assert not env.done and not env.step_chunk(idle).unstable
 
 
-def test_the_case_that_was_a_success():
-    """Random actions that made MuJoCo put the faucet back into its compiled pose, which counts as turned off."""
-    env = make("TurnOffSinkFaucet", image_size=8)
-    env.reset(12)
-    result = env.step_chunk(np.random.default_rng([12, 7]).uniform(-1, 1, (40, 12)))
-    assert (result.success, result.done, result.unstable) == (False, True, True)
+def test_actions_that_broke_the_physics_no_longer_succeed():
+    """All nine were successes: MuJoCo put the faucet back into its compiled pose, which counts as turned off. Another
+    MuJoCo or processor rounds otherwise, so that they need not break there."""
+    env, unstable = make("TurnOffSinkFaucet", image_size=8), 0
+    plans = {12: np.random.default_rng([12, 7]).uniform(-1, 1, (40, 12))}
+    for seed in (40, 74, 121, 259, 361, 638, 660, 932):
+        plans[seed] = np.repeat(np.random.default_rng([seed, 8]).choice([-1.0, 1.0], (5, 12)), 8, axis=0)
+    for seed, actions in plans.items():
+        env.reset(seed)
+        result = env.step_chunk(actions)
+        assert result.done and not result.success
+        unstable += result.unstable
+    if not unstable:
+        pytest.skip(f"none of them breaks under MuJoCo {mujoco.__version__} on this processor")
 
 
 class BreaksAtFour:
