@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 def breakdown(model: mujoco.MjModel, data: mujoco.MjData) -> str:
     """What broke since the data were last reset or forgiven, e.g. "BADQACC at arm_yaw"; empty where nothing did.
 
-    A joint that turns by more than half a revolution in one time step, or moves by as many metres, is broken too.
+    A joint that turns or slides by more than π (radians, metres) in one time step is broken too.
     """
     counts = data.warning.number
     if counts.any() and (found := [name for name, index in _WARNINGS.items() if counts[index]]):
