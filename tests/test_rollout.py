@@ -290,7 +290,8 @@ def test_numbers_that_are_not_finite_reach_no_environment(monkeypatch):
 
 @pytest.mark.parametrize("name", PLANS)
 def test_episodes_with_broken_physics_are_failures_of_their_own_kind(name):
-    """Odd seeds break in their second chunk; every other episode stays as it is without the fault."""
+    """Odd seeds break in their second chunk; every other episode stays as it is without the fault (which may be, once
+    in thousands of such random episodes, that it breaks by itself)."""
     actor, params = tiny.acting()
     for _ in range(50):  # until some of the odd seeds' members come to a second chunk
         seed = int(np.random.SeedSequence().generate_state(1)[0]) % 10**8
@@ -302,8 +303,9 @@ def test_episodes_with_broken_physics_are_failures_of_their_own_kind(name):
     print(f"seed {seed}")
     pool = tiny.breaking_pool(16)
     out = rollout.collect(pool, actor, params, tiny.processor(), PLANS[name], seeds, (seed,), executed=8)
-    assert breaks.any() and not whole.unstable.any()
-    np.testing.assert_array_equal(out.unstable, breaks)
-    assert not out.success[breaks].any() and (out.steps[breaks] == 9).all() and (out.chunks[breaks] == 2).all()
+    assert breaks.any()
+    np.testing.assert_array_equal(out.unstable, breaks | whole.unstable)
+    assert not out.success[out.unstable].any()
+    assert (out.steps[breaks] == 9).all() and (out.chunks[breaks] == 2).all()
     for field in ("success", "steps", "chunks"):
         np.testing.assert_array_equal(getattr(out, field)[~breaks], getattr(whole, field)[~breaks])
