@@ -21,7 +21,7 @@ from typing import Any
 
 from figures import result_line
 
-from z1_jax.models.attention import IMPLEMENTATIONS
+from z1_jax.models.choices import ATTENTION
 
 BATCHES = (1, 8, 32)
 PARTS = ("sampler_3_cameras", "sft_batch_32", "rl_update", "sampler_2_cameras", "sft_largest")  # what has goals first
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together (%(default)s)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES), help="of the samplers (%(default)s)")
-    parser.add_argument("--attention", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS[0], help="(%(default)s)")
+    parser.add_argument("--attention", choices=ATTENTION, default=ATTENTION[0], help="(%(default)s)")
     parser.add_argument("--unroll", action="store_true", help="write the layers out instead of looping over them")
     parser.add_argument("--here", action="store_true", help="run the parts in this process")
     arguments = parser.parse_args()
