@@ -69,8 +69,8 @@ def _help(argv: Sequence[str], default: str) -> NoReturn:
         if "." in key and section != (section := key.partition(".")[0]):
             print(f"\n{section}: {heads[section]}")
         print(f"  --config.{key}={','.join(value) if isinstance(value, list) else value}")
-        choices = f"one of {', '.join(CHOICES[key])}" * (key in CHOICES)
-        if told := ". ".join(filter(None, (known.get(key, ""), choices))):
+        choices = f"one of {', '.join(CHOICES[key])}" if key in CHOICES else ""
+        if told := "; ".join(filter(None, (known.get(key, ""), choices))):
             print(textwrap.fill(told, 118, initial_indent=" " * 8, subsequent_indent=" " * 8))
     raise SystemExit(0)
 

@@ -71,9 +71,9 @@ class DemosConfig:
     episodes: int = 250  # successful ones to keep; above 3,333 runs of neighbouring seeds share some
     noise: float = 0.2  # an episode's action noise is one of 0, noise, 2·noise
     stride: int = 4  # control steps between recorded observations
-    # recorded: a chunk holds what the expert did amid the noise. As in people's demonstrations, these are answers to what
-    # could not be foreseen, and SFT is stuck near one half. undisturbed: what it would have done from there without
-    # noise, which suits SFT alone.
+    # recorded: a chunk holds what the expert did amid the noise. As in people's demonstrations, these are answers to
+    # what could not be foreseen, and SFT is stuck near one half. undisturbed: what it would have done from there
+    # without noise, which suits SFT alone.
     labels: str = "recorded"
     dataset: str = ""  # a dataset directory (see z1_jax.collect) that replaces the collection
 
@@ -110,8 +110,8 @@ class LoraConfig:
 
     vlm_rank: int = 16  # of the vision tower and the language model; 0: no adapters
     vlm_alpha: float = 16.0  # the change is scaled by alpha / rank
-    expert_rank: int = 32
-    expert_alpha: float = 32.0
+    expert_rank: int = 32  # of the action expert; 0: trained whole
+    expert_alpha: float = 32.0  # as vlm_alpha
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ import ml_collections
 
 from z1_jax.config import schema as z1_config
 
-# Noise of one strength in every denoising step, and labels of an undisturbed branch: a choice for full size, and for SFT
-# alone. Presets of SFT and evaluation hold what only RL reads too: a run belongs to its whole config.
+# Noise of one strength in every denoising step, and labels of an undisturbed branch: a choice for full size, and for
+# SFT alone. Presets of SFT and evaluation hold what only RL reads too: a run belongs to its whole config.
 EVERY_STEP = {
     "flow__sde_steps": "all",
     "flow__noise_level": 0.5,
