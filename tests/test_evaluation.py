@@ -11,7 +11,8 @@ import tiny_policy as tiny
 
 from z1_jax.config.schema import EvalConfig, FlowConfig
 from z1_jax.errors import UserError
-from z1_jax.evaluation import Evaluation, compare, evaluate, film, sentence
+from z1_jax.evaluation import Evaluation, compare, evaluate, sentence
+from z1_jax.videos import film
 
 FIRST = 900_000_000 + int(np.random.SeedSequence().generate_state(1)[0]) % 10**8
 CONFIG = EvalConfig(episodes=24, first_seed=FIRST)

@@ -41,9 +41,15 @@ PRESETS = {
         "flow__noise_level_end": 0.3,
         "update__optim__lr": 1e-4,
     },
-    "smoke": {  # the same, a minute or two long: it shows that everything works, and learns nothing
+    # The same, a minute or two long: it shows that everything works, and learns next to nothing. Its task is the easiest,
+    # which so little SFT brings to where some members of a group succeed and some fail.
+    "smoke": {
         **common.SMOKE,
-        "group__count": 2,
+        "task": "CloseDrawer",
+        "demos__episodes": 40,
+        "sft__steps": 60,
+        "env__parallel": 32,
+        "group__count": 4,
         "update__batch_size": 32,
         "update__micro_batch": 32,
         "train__iterations": 2,
@@ -51,6 +57,7 @@ PRESETS = {
     },
     "full": {  # π0.5 at full size from a converted checkpoint: see what it costs with python -m z1_jax.plan
         **common.FULL,
+        "env__executed": 8,  # of 50: an episode of the default task has 40 control steps
         "init": "checkpoints/pi05",
         **FULL_UPDATE,
     },
