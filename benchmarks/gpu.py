@@ -31,6 +31,7 @@ GOALS = {  # on an H200, for full-size π0.5
 }
 MINUTES = 9.0
 REPEATS = 10
+EVERY_STEP = {"sde_steps": "all", "noise_level": 0.5}  # noise in each denoising step
 
 
 def main() -> None:
@@ -102,8 +103,8 @@ class Bench:
     def sampler(self, cameras: int) -> None:
         """A decision as the rollout makes it: NumPy observations in, NumPy actions out, ODE."""
         import numpy as np
-
         from z1_jax.config.schema import FlowConfig
+
         from z1_jax.evaluation import make_actor
         from z1_jax.plan import analytic
 
@@ -113,7 +114,8 @@ class Bench:
         params = self.filled((trainable, frozen))
         for batch in self.batches:
             actors = {
-                steps: make_actor(policy, graphdef, FlowConfig(steps=steps), self.mesh, batch) for steps in (10, 5)
+                steps: make_actor(policy, graphdef, FlowConfig(steps=steps, **EVERY_STEP), self.mesh, batch)
+                for steps in (10, 5)
             }
             looks, ids = self.observation(batch, cameras), np.arange(batch)[:, None, None]
             for steps, actor in actors.items():
@@ -199,7 +201,7 @@ class Bench:
         counted = np.ones((self.model.horizon, self.model.action_dim), bool)
         config = UpdateConfig(batch_size=batch, micro_batch=batch)
         for cached in (True, False):
-            updater = Updater(graphdef, optimizer, FlowConfig(steps=steps), config, counted, self.mesh)
+            updater = Updater(graphdef, optimizer, FlowConfig(steps=steps, **EVERY_STEP), config, counted, self.mesh)
             nodes = abstract_nodes(self.model, batch, steps, self.mesh, cached=cached)
             nodes = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), nodes)
             state = [trainable, opt_state]

@@ -143,7 +143,7 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="python -m z1_jax.plan",
         usage="%(prog)s [--config=FILE.py[:PRESET]] [--config.KEY=VALUE ...] [options]",
         description=__doc__,
-        epilog="--config=configs/grpo.py is taken where no config is given; python -m z1_jax.train --help lists the keys.",
+        epilog="Without a config: --config=configs/grpo.py. python -m z1_jax.train --help lists the keys.",
         allow_abbrev=False,
     )
     parser.add_argument("--devices", type=int, default=1, help="of the whole run (%(default)s)")

@@ -41,8 +41,8 @@ PRESETS = {
         "flow__noise_level_end": 0.3,
         "update__optim__lr": 1e-4,
     },
-    # The same, a minute or two long: it shows that everything works, and learns next to nothing. Its task is the easiest,
-    # which so little SFT brings to where some members of a group succeed and some fail.
+    # The same, a minute or two long: it shows that everything works, and learns next to nothing. Its task is the
+    # easiest: so little SFT brings it to where some members of a group succeed and some fail.
     "smoke": {
         **common.SMOKE,
         "task": "CloseDrawer",
