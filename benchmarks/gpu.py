@@ -103,8 +103,8 @@ class Bench:
     def sampler(self, cameras: int) -> None:
         """A decision as the rollout makes it: NumPy observations in, NumPy actions out, ODE."""
         import numpy as np
-        from z1_jax.config.schema import FlowConfig
 
+        from z1_jax.config.schema import FlowConfig
         from z1_jax.evaluation import make_actor
         from z1_jax.plan import analytic
 

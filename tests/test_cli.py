@@ -173,7 +173,7 @@ def test_interruptions_at_every_stage_change_nothing(tmp_path):
     moments = [
         (signal.SIGKILL, "demonstrations ·", 2.0),
         (signal.SIGINT, "sft ·", 0.5),
-        (signal.SIGINT, "10/30", 0.0),
+        (signal.SIGINT, "10/60", 0.0),
         (signal.SIGKILL, "evaluation before RL ·", 1.0),
         (signal.SIGINT, "evaluation before RL ·", 1.0),
         (signal.SIGINT, "grpo ·", 0.5),
