@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import os
 import pathlib
 import subprocess
@@ -116,3 +117,14 @@ def test_console_scripts_are_the_commands(tmp_path):
     ):
         done = elsewhere(tmp_path, "-c", code.format(arguments, name))
         assert done.returncode in (1, 2) and done.stderr.startswith("error: ") and told in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(("name", "preset"), EVERY)
+def test_a_preset_is_what_it_was(name, preset):
+    """A run directory belongs to its config, and a default that moves must not stop the runs that are there.
+
+    The values of 0.1.0 at d698625, but for smoke, and for full's env.executed.
+    """
+    kept = json.loads((ROOT / "tests" / "reference" / "presets.json").read_text())
+    values = flat(parsed(name, preset)) | ({"checkpoint": ""} if name == "eval" else {})
+    assert {key: values[key] for key in kept["common"]} == kept["common"] | kept["presets"][f"{name}:{preset}"]
