@@ -49,6 +49,7 @@ PRESETS = {
         "demos__episodes": 40,
         "sft__steps": 60,
         "env__parallel": 32,
+        "eval__episodes": 64,
         "group__count": 4,
         "update__batch_size": 32,
         "update__micro_batch": 32,
