@@ -21,7 +21,7 @@ from typing import Any
 
 from figures import result_line
 
-from z1_jax.models.attention import IMPLEMENTATIONS
+from z1_jax.models.choices import ATTENTION
 
 BATCHES = (1, 8, 32)
 PARTS = ("sampler_3_cameras", "sft_batch_32", "rl_update", "sampler_2_cameras", "sft_largest")  # what has goals first
@@ -31,6 +31,7 @@ GOALS = {  # on an H200, for full-size π0.5
 }
 MINUTES = 9.0
 REPEATS = 10
+EVERY_STEP = {"sde_steps": "all", "noise_level": 0.5}  # noise in each denoising step
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together (%(default)s)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES), help="of the samplers (%(default)s)")
-    parser.add_argument("--attention", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS[0], help="(%(default)s)")
+    parser.add_argument("--attention", choices=ATTENTION, default=ATTENTION[0], help="(%(default)s)")
     parser.add_argument("--unroll", action="store_true", help="write the layers out instead of looping over them")
     parser.add_argument("--here", action="store_true", help="run the parts in this process")
     arguments = parser.parse_args()
@@ -113,7 +114,8 @@ class Bench:
         params = self.filled((trainable, frozen))
         for batch in self.batches:
             actors = {
-                steps: make_actor(policy, graphdef, FlowConfig(steps=steps), self.mesh, batch) for steps in (10, 5)
+                steps: make_actor(policy, graphdef, FlowConfig(steps=steps, **EVERY_STEP), self.mesh, batch)
+                for steps in (10, 5)
             }
             looks, ids = self.observation(batch, cameras), np.arange(batch)[:, None, None]
             for steps, actor in actors.items():
@@ -199,7 +201,7 @@ class Bench:
         counted = np.ones((self.model.horizon, self.model.action_dim), bool)
         config = UpdateConfig(batch_size=batch, micro_batch=batch)
         for cached in (True, False):
-            updater = Updater(graphdef, optimizer, FlowConfig(steps=steps), config, counted, self.mesh)
+            updater = Updater(graphdef, optimizer, FlowConfig(steps=steps, **EVERY_STEP), config, counted, self.mesh)
             nodes = abstract_nodes(self.model, batch, steps, self.mesh, cached=cached)
             nodes = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), nodes)
             state = [trainable, opt_state]

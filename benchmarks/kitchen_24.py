@@ -19,9 +19,9 @@ import numpy as np
 from figures import result_line
 from kitchen_gain import Cell, preset_of, run_all
 
-from configs.grpo import get_config
 from envs.kitchen import TASKS
 from z1_jax.config.schema import Config, build, identity
+from z1_jax.presets.grpo import get_config
 from z1_jax.statistics import clustered_interval, clustered_mean
 
 MEAN_GOAL = 0.25

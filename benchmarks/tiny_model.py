@@ -96,7 +96,9 @@ class Ours:
         self._counted = counted = np.ones((config.horizon, config.action_dim), bool)
         self._graphdef = graphdef
         self._sample = jax.jit(self._sample_impl)
-        self._actor = Actor(graphdef, FlowConfig(steps=STEPS), counted, self._mesh, BATCH)
+        self._actor = Actor(
+            graphdef, FlowConfig(steps=STEPS, sde_steps="all", noise_level=0.5), counted, self._mesh, BATCH
+        )
         copied = dataclasses.replace(policy, params=jax.tree.map(jnp.copy, params))  # the trainer consumes its own
         sft = SftConfig(steps=1, batch_size=BATCH, flows=1, loss_dims="all", optim=OPTIM)
         self._trainer = SftTrainer(copied, sft, 0, self._mesh)

@@ -193,7 +193,7 @@ class Bench:
         self.rng = np.random.default_rng(0)
         self.preset, self.mesh, self.config = preset, mesh, get_preset(preset)
         self.params = split_model(perturbed(init_model(self.config, 0, mesh), self.rng), "expert")
-        self.flow = FlowConfig(steps=STEPS)
+        self.flow = FlowConfig(steps=STEPS, sde_steps="all", noise_level=0.5)
         dims = np.arange(self.config.action_dim) < REAL_DIMS
         self.counted = counted_coordinates(self.config.horizon, self.config.horizon, dims, "executed")
         self.count = Count.of(self.config, STEPS)
@@ -343,7 +343,13 @@ def real_rollouts(policy: Policy, config: Config, mesh: jax.sharding.Mesh, group
     """Rolls groups out in the kitchen under each branching, from the same seeds; prints what sharing saves."""
     graphdef, *params = policy.split("expert")
     with make_pool(config) as pool:
-        actor = make_actor(policy, graphdef, FlowConfig(steps=policy.denoising_steps), mesh, pool.num_envs)
+        actor = make_actor(
+            policy,
+            graphdef,
+            FlowConfig(steps=policy.denoising_steps, sde_steps="all", noise_level=0.5),
+            mesh,
+            pool.num_envs,
+        )
         for branching, prefix in (("none", 0), ("prefix", PREFIX_CHUNKS), ("tree", PREFIX_CHUNKS)):
             plan = branch_plan(branching, GROUP, prefix)
             seeds = np.arange(500_000_000, 500_000_000 + groups)

@@ -1,17 +1,5 @@
-"""One policy (config.checkpoint), or two (config.compare), on the held-out seeds."""
+"""The presets of z1_jax/presets/eval.py, which travel with the package. To make your own, copy that file."""
 
-import ml_collections
+from z1_jax.presets.eval import PRESETS, get_config
 
-from configs import common
-
-OWN = {"algorithm": "eval", "flow__steps": 0}  # the policy acts as it was trained to
-
-PRESETS = {
-    "kitchen": OWN,
-    "robocasa": {"algorithm": "eval", **common.ROBOCASA},
-    "smoke": {**OWN, "env__parallel": 16, "eval__episodes": 16},
-}
-
-
-def get_config(preset: str = "kitchen") -> ml_collections.ConfigDict:
-    return common.choose("eval", preset, PRESETS)
+__all__ = ["PRESETS", "get_config"]

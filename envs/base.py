@@ -10,6 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+LABELS = ("recorded", "undisturbed")  # what a demonstration's chunks may hold: see kitchen/demos.py
+
 
 @dataclasses.dataclass(frozen=True)
 class EnvSpec:

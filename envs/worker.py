@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
 import signal
 import sys
 import threading
@@ -29,6 +30,8 @@ from envs.contract import (
 )
 
 Request = tuple[str, list[tuple[int, Any]]]  # operation, then (slot, payload) in order of execution
+
+HOME = str(pathlib.Path(__file__).resolve().parent.parent)  # of the package envs
 
 DOING = {
     "make": "building the environment",
@@ -183,7 +186,8 @@ def command(fd: int, parent: int) -> Sequence[str]:
     """The command line of a worker: a fresh interpreter with this one's import path, which never runs `__main__`."""
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        f"import sys; sys.path[:] = {sys.path!r}\n"
+        f"import sys; sys.path.insert(0, {HOME!r}); import envs\n"  # ours, whatever the working directory holds
+        f"sys.path[:] = {sys.path!r}\n"
         f"from envs.worker import main; main({fd}, {parent})"
     )
     return [sys.executable, "-c", code]

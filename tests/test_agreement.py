@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_policy as tiny
 
-from z1_jax import evaluate, initial_policy, train
+from z1_jax import evaluate, initial_policy, opening, train
 from z1_jax.agreement import check_worlds, dataset_world, trained_in
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.collect import __main__ as collect
@@ -76,9 +76,8 @@ def test_a_dataset_of_another_world_is_refused_with_a_line_for_each_difference(f
 
 def test_what_is_allowed_is_trained_and_recorded(foreign, tmp_path, monkeypatch, capsys):
     """The policy says then what it was trained in, and its evaluation elsewhere is refused in turn."""
-    monkeypatch.setattr(train, "start_jax", lambda: None)  # the tests have a cache of their own
-    monkeypatch.setattr(evaluate, "start_jax", lambda: None)
-    monkeypatch.setattr(train, "make_mesh", lambda config: tiny.one_device())
+    monkeypatch.setattr(opening, "start_jax", lambda: None)  # the tests have a cache of their own
+    monkeypatch.setattr(opening, "make_mesh", lambda config: tiny.one_device())
     monkeypatch.setattr(initial_policy, "configured_model", lambda config: dataclasses.replace(tiny.CONFIG, cameras=2))
     run = tmp_path / "run"
     task = "--config.task=TurnOnSinkFaucet"

@@ -112,12 +112,12 @@ def test_settings_are_made_before_a_checkpoint_takes_the_device(command, config,
     checkpoints.close()
     code = f"""
 from jax._src import xla_bridge
-from z1_jax import {command} as command
+from z1_jax import opening, {command} as command
 
 def started():
     raise SystemExit(f"too late: {{xla_bridge.backends_are_initialized()}}")
 
-command.start_jax = started
+opening.start_jax = started
 command.main(["", "--config=configs/{config}.py", "--config.{key}={tmp_path}", "--config.env.cameras={tiny.CAMERA}"])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -173,7 +173,7 @@ def test_interruptions_at_every_stage_change_nothing(tmp_path):
     moments = [
         (signal.SIGKILL, "demonstrations ·", 2.0),
         (signal.SIGINT, "sft ·", 0.5),
-        (signal.SIGINT, "10/30", 0.0),
+        (signal.SIGINT, "10/60", 0.0),
         (signal.SIGKILL, "evaluation before RL ·", 1.0),
         (signal.SIGINT, "evaluation before RL ·", 1.0),
         (signal.SIGINT, "grpo ·", 0.5),

@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
+from envs.base import LABELS
 from envs.kitchen import make
-from envs.kitchen.demos import LABELS, collect, disturb, run_episode
+from envs.kitchen.demos import collect, disturb, run_episode
 from envs.kitchen.experts import make_expert
 
 

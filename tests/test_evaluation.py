@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import tiny_policy as tiny
 
-from z1_jax.config.schema import EvalConfig, FlowConfig
+from z1_jax.config.schema import EvalConfig
 from z1_jax.errors import UserError
-from z1_jax.evaluation import Evaluation, compare, evaluate, film, rate_sentence, sentence
+from z1_jax.evaluation import Evaluation, compare, evaluate, rate_sentence, sentence
+from z1_jax.videos import film
 
 FIRST = 900_000_000 + int(np.random.SeedSequence().generate_state(1)[0]) % 10**8
 CONFIG = EvalConfig(episodes=24, first_seed=FIRST)
@@ -24,7 +25,7 @@ def run(results, config=CONFIG, flow=None):
         tiny.pool(16),
         tiny.one_device(),
         config,
-        flow or FlowConfig(),
+        flow or tiny.EVERY_STEP,
         results,
         title="evaluation",
         actor=actor,
@@ -62,7 +63,7 @@ def test_the_same_policy_twice_is_the_same(directory):
 
 
 def test_how_rollouts_draw_noise_has_no_part_in_it(directory):
-    flow = FlowConfig(sde_steps="one", last_step="ode", noise_level=1.3)
+    flow = dataclasses.replace(tiny.EVERY_STEP, sde_steps="one", last_step="ode", noise_level=1.3)
     assert equal(run(directory / "other_sampler.jsonl", flow=flow), whole(directory))
 
 
@@ -93,7 +94,7 @@ def test_what_must_stand_beside_a_figure_stands_in_each_row(directory, monkeypat
 def test_finished_results_are_read_and_nothing_runs(directory):
     expected = whole(directory)
     again = evaluate(
-        tiny.policy(), None, tiny.one_device(), CONFIG, FlowConfig(), directory / "whole.jsonl", title="evaluation"
+        tiny.policy(), None, tiny.one_device(), CONFIG, tiny.EVERY_STEP, directory / "whole.jsonl", title="evaluation"
     )
     assert equal(again, expected)
 

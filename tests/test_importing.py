@@ -11,7 +11,7 @@ import pytest
 import tiny_policy as tiny
 from damaged_demos import BROKEN, damaged_frames, edit_hdf5, rewrite_table, video_file, with_column
 
-from z1_jax import initial_policy, train
+from z1_jax import initial_policy, opening, train
 from z1_jax.collect import importing
 from z1_jax.collect.__main__ import main, parse_import
 from z1_jax.collect.importers.base import need
@@ -475,8 +475,8 @@ def sft(dataset: pathlib.Path, run_dir: pathlib.Path, *more: str) -> None:
 def test_sft_trains_on_an_import(demos, tmp_path, monkeypatch, capsys):
     """A few steps on RoboCasa's LeRobot files, without an environment; the policy keeps the data's statistics."""
     monkeypatch.setattr(initial_policy, "configured_model", lambda config: tiny.CONFIG)
-    monkeypatch.setattr(train, "start_jax", lambda: None)  # the tests have a cache of their own
-    monkeypatch.setattr(train, "make_mesh", lambda config: tiny.one_device())
+    monkeypatch.setattr(opening, "start_jax", lambda: None)  # the tests have a cache of their own
+    monkeypatch.setattr(opening, "make_mesh", lambda config: tiny.one_device())
     dataset = run([files.write_lerobot(tmp_path / "lerobot", demos)], tmp_path / "data", cameras=(CAMERA,))
     sft(tmp_path / "data", tmp_path / "run", "--config.eval.episodes=0", "--config.log.every=1")
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from configs.grpo import get_config
 from envs.kitchen import TASKS
+from z1_jax.presets.grpo import get_config
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Rollouts in the real kitchen against a replay of each member's stored actions in a fresh environment."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,6 @@ import pytest
 import tiny_policy as tiny
 from flax import nnx
 
-from z1_jax.config.schema import FlowConfig
 from z1_jax.models import pi05
 from z1_jax.rl import flow, rollout
 from z1_jax.rl.diagnostics import BrokenIteration
@@ -239,7 +239,7 @@ def test_a_pool_smaller_than_a_group_is_refused():
 @pytest.mark.parametrize("mode", [("one", "sde"), ("one", "ode"), ("all", "ode")])
 def test_step_modes_reach_the_stored_chains(mode):
     sde_steps, last_step = mode
-    actor, params = tiny.acting(FlowConfig(sde_steps=sde_steps, last_step=last_step))
+    actor, params = tiny.acting(dataclasses.replace(tiny.EVERY_STEP, sde_steps=sde_steps, last_step=last_step))
     seeds, key = block(1), (base_seed(),)
     out = rollout.collect(tiny.pool(16), actor, params, tiny.processor(), PLANS["none"], seeds, key, executed=8)
     number = out.nodes.stochastic.sum(axis=1)

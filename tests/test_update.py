@@ -12,7 +12,7 @@ import tiny_policy as tiny
 from flax import nnx
 
 from z1_jax import sharding
-from z1_jax.config.schema import FlowConfig, OptimConfig, UpdateConfig
+from z1_jax.config.schema import OptimConfig, UpdateConfig
 from z1_jax.optim import make_optimizer, schedule
 from z1_jax.rl import flow
 from z1_jax.rl.actor import counted_coordinates
@@ -26,7 +26,9 @@ GROUPS, SIZE, LOOKS, BATCH = 3, 4, 5, 16
 LOW, HIGH = 0.2, 0.3
 SEED = int(np.random.SeedSequence().generate_state(1)[0])
 COUNTED = counted_coordinates(8, 8, tiny.processor().counted_dims, "executed")
-FLOW = FlowConfig(logprob_reduce="mean")  # near 1, so that rounding leaves six digits of every ratio
+FLOW = dataclasses.replace(
+    tiny.EVERY_STEP, logprob_reduce="mean"
+)  # near 1, so that rounding leaves six digits of every ratio
 STEP = optax.sgd(1.0)  # the parameters move by the gradient itself
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from envs.pool import EnvPool
 from z1_jax import sharding
-from z1_jax.config.schema import Config, EnvConfig, FlowConfig, GroupConfig, OptimConfig, RewardConfig, UpdateConfig
+from z1_jax.config.schema import Config, EnvConfig, GroupConfig, OptimConfig, RewardConfig, UpdateConfig
 from z1_jax.data.normalize import NormStats
 from z1_jax.data.tokenizer import PromptTokenizer, train_small_tokenizer
 from z1_jax.errors import UserError
@@ -32,7 +32,7 @@ K, H, A = 4, 2, 3
 NODES, BATCH, LOOKS = 13, 16, 5
 GROUPS, SIZE = 3, 4
 LOW, HIGH = 0.2, 0.3
-FLOW = FlowConfig(steps=K, noise_level=0.5, logprob_reduce="mean")  # near 1: rounding leaves six digits of a ratio
+FLOW = dataclasses.replace(tiny.EVERY_STEP, steps=K, logprob_reduce="mean")  # near 1: six digits of a ratio stay
 COUNTED = np.array([[True, True, False], [True, False, True]])
 
 
@@ -169,7 +169,7 @@ def test_a_mean_of_each_parts_mean_would_be_noticed():
 GATES = {"float32": 1e-3, "bfloat16": 0.1}  # the method's numbers
 GATE_CONFIG = Config(
     env=EnvConfig(parallel=16),
-    flow=FlowConfig(steps=4),
+    flow=tiny.EVERY_STEP,
     group=GroupConfig(count=4, size=4, branching="tree", prefix_chunks=1, prefix_chunks_end=1),
     reward=RewardConfig(keep_low=0.0, keep_high=1.0),
     update=UpdateConfig(epochs=2, batch_size=32, micro_batch=32, optim=OptimConfig(lr=1e-2, warmup_steps=0)),

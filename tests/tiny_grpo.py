@@ -19,6 +19,7 @@ SEED = int(np.random.SeedSequence().generate_state(1)[0]) % 10_000
 CONFIG = Config(
     seed=SEED,
     env=EnvConfig(parallel=16),
+    flow=tiny.EVERY_STEP,
     group=GroupConfig(count=4, size=4, branching="tree", prefix_chunks=2, prefix_chunks_end=2),
     reward=RewardConfig(keep_low=0.0, keep_high=1.0),
     update=UpdateConfig(

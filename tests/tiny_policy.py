@@ -124,8 +124,11 @@ def policy(seed: int = 0) -> Policy:
     return fresh.with_params(jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, "f"), fresh.params))
 
 
+EVERY_STEP = FlowConfig(sde_steps="all", noise_level=0.5, noise_schedule="constant")  # noise in each denoising step
+
+
 @functools.cache
 def acting(flow: FlowConfig | None = None) -> tuple[Actor, tuple[Any, Any]]:
     """The compiled actor of `policy()` for 16 environments, and its parameters."""
     graphdef, trainable, frozen = policy().split("expert")
-    return make_actor(policy(), graphdef, flow or FlowConfig(), one_device(), 16), (trainable, frozen)
+    return make_actor(policy(), graphdef, flow or EVERY_STEP, one_device(), 16), (trainable, frozen)

@@ -1,10 +1,35 @@
 """Z-1 JAX: GRPO post-training of the π0.5 vision-language-action model in JAX."""
 
+import importlib
+import pathlib
 import sys
 
 from z1_jax import interrupt
 
 __version__ = "0.1.0"
+
+
+def _own_envs() -> None:
+    """Makes `envs` the package beside this one, also where the working directory has an `envs` of its own.
+
+    Raises:
+        ImportError: another package of that name was imported before.
+    """
+    home = str(pathlib.Path(__file__).resolve().parent.parent)
+    sys.path.insert(0, home)
+    try:
+        envs = importlib.import_module("envs")
+    finally:
+        sys.path.remove(home)
+    found = pathlib.Path(envs.__file__ or next(iter(envs.__path__))).resolve()
+    if not found.is_relative_to(home):
+        raise ImportError(
+            f"z1_jax needs its own package envs, but {found} was imported under that name: rename it, or import z1_jax "
+            "in another process"
+        )
+
+
+_own_envs()
 
 if sys.argv[:1] == ["-m"]:  # `python -m z1_jax.…`: the command's imports take seconds, and Ctrl-C may fall into them
     interrupt.install_hooks()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -195,44 +194,3 @@ def _paired(result: dict[str, Any], confidence: float) -> str:
         f"{100 * result['difference']:+.1f} points, {100 * confidence:g} % CI {low:+.1f} to {high:+.1f}, "
         f"exact McNemar {shown}, {result['before']['episodes']} held-out seeds"
     )
-
-
-def film(
-    policy: Policy,
-    pool: EnvPool,
-    actor: Actor,
-    params: tuple[Any, Any],
-    seeds: Sequence[int],
-    config: EvalConfig,
-    camera: str,
-    size: int,
-) -> list[np.ndarray]:
-    """Films the evaluation's own episodes of `seeds`: uint8 [N, size, size, 3] each, one frame a control step.
-
-    The chunks are those of `evaluate` (same key, same ids); each is stepped one control step at a time.
-    """
-    if len(seeds) > pool.num_envs:  # one wave after the other
-        waves = seeds[: pool.num_envs], seeds[pool.num_envs :]
-        return [c for wave in waves for c in film(policy, pool, actor, params, wave, config, camera, size)]
-    slots = list(range(len(seeds)))
-    observations: list[Any] = pool.reset(slots, list(seeds))
-    frames = [[frame] for frame in pool.render(slots, camera, size)]
-    alive, chunk = slots, 0
-    while alive:
-        cache, _ = actor.encode(params, policy.processor.observation(observations))
-        ids = rollout.stack_ids(np.array([seeds[i] for i in alive])[:, None], chunk, np.zeros((len(alive), 1), int))
-        chain = actor.sample(params, cache, ids, (config.noise_seed,), stochastic=False)
-        actions = policy.processor.env_actions(chain.x[:, 0, -1, : policy.executed])
-        current = list(range(len(alive)))
-        looks: dict[int, Any] = {}
-        for h in range(policy.executed):
-            results, after = pool.step([alive[i] for i in current], actions[current, h : h + 1])
-            for i, frame in zip(current, pool.render([alive[i] for i in current], camera, size), strict=True):
-                frames[alive[i]].append(frame)
-            looks = {i: look for i, result, look in zip(current, results, after, strict=True) if not result.done}
-            current = sorted(looks)
-            if not current:
-                break
-        observations = [looks[i] for i in current]
-        alive, chunk = [alive[i] for i in current], chunk + 1
-    return [np.stack(clip) for clip in frames]

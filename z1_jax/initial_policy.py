@@ -38,7 +38,7 @@ def configured_model(config: Config) -> Pi05Config:
             f"config key env.cameras: got {', '.join(config.env.cameras)}; model.preset={config.model.preset} sees at "
             f"most {chosen.cameras}: choose fewer, or another preset"
         )
-    _check_executed(config, chosen.horizon)
+    check_executed(config, chosen.horizon)
     return chosen
 
 
@@ -209,7 +209,7 @@ def check_policy(config: Config, path: str) -> None:
     """As `given_policy`, without reading the parameters."""
     document = policy_document(path)
     horizon = document.get("architecture", {}).get("horizon")
-    _check_executed(config, horizon)
+    check_executed(config, horizon)
     if config.algorithm == "sft" and horizon != configured_model(config).horizon:
         raise ConfigError(
             f"config key model.preset: {config.model.preset} predicts chunks of {configured_model(config).horizon} "
@@ -233,7 +233,12 @@ def check_policy(config: Config, path: str) -> None:
                 )
 
 
-def _check_executed(config: Config, horizon: int | None) -> None:
+def check_executed(config: Config, horizon: int | None) -> None:
+    """Refuses to execute more steps of a chunk than a policy predicts: `horizon`, None where that is not known.
+
+    Raises:
+        ConfigError: one line.
+    """
     if horizon is not None and config.env.executed > horizon:
         raise ConfigError(
             f"config key env.executed: got {config.env.executed}, but the policy predicts chunks of {horizon} steps; "

@@ -25,13 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from envs.base import EnvObservation
+from envs.base import LABELS, EnvObservation
 from envs.kitchen.env import KitchenEnv
 from envs.kitchen.experts import Expert, make_expert
 from envs.kitchen.robot import ACTION_DIM
-from envs.worker import exit_with_parent
+from envs.worker import HOME, exit_with_parent
 
-LABELS = ("recorded", "undisturbed")
 WHITE, OFFSET = 0.5, 0.35  # standard deviations of white noise and constant offsets, as parts of the noise scale
 OFFSET_STEPS = 6  # control steps that an offset lasts
 # Full noise on the position; less where a unit is half a radian or a finger's grip; none on the base.
@@ -206,8 +205,10 @@ def _starting_workers() -> Iterator[None]:
     main = sys.modules["__main__"]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     sys.modules["__main__"] = types.ModuleType("__main__")
+    sys.path.insert(0, HOME)  # the workers' path is a copy: they find this `envs`, whatever the working directory holds
     try:
         yield
     finally:
+        sys.path.remove(HOME)
         sys.modules["__main__"] = main
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -12,6 +12,7 @@ import pathlib
 import shlex
 from collections.abc import Sequence
 
+from envs.base import LABELS
 from z1_jax.collect.importers.base import Columns
 from z1_jax.collect.importing import ImportConfig, check_source, import_demonstrations
 from z1_jax.config.checks import check
@@ -23,6 +24,9 @@ from z1_jax.files import absolute
 from z1_jax.process import run_main
 from z1_jax.stages import check_inputs, demonstrations, demonstrations_source
 from z1_jax.suites import training_statistics
+
+# Suits SFT alone, which a dataset of its own is mostly for; before RL it takes `recorded`, as the first command does.
+SFT_LABELS = "undisturbed"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -63,7 +67,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, pathlib.Path]:
     parser.add_argument("--episodes", type=int, default=demos.episodes, help="successful ones to keep (%(default)s)")
     parser.add_argument("--noise", type=float, default=demos.noise, help="scale of the action noise (%(default)s)")
     parser.add_argument("--stride", type=int, default=demos.stride, help="control steps between observations")
-    parser.add_argument("--labels", default=demos.labels, help="recorded | undisturbed, see demos.labels (%(default)s)")
+    parser.add_argument("--labels", default=SFT_LABELS, help=f"{' | '.join(LABELS)}, see demos.labels (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the episodes (%(default)s)")
     parser.add_argument("--cameras", default=",".join(env.cameras), help="(%(default)s)")
     parser.add_argument("--image-size", type=int, default=env.image_size, help="pixels (%(default)s)")

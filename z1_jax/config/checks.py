@@ -6,36 +6,42 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from envs.base import LABELS
 from z1_jax.config.schema import RANDOM, Config, ConfigError, LoraConfig, SelectiveConfig, build, flat
+from z1_jax.data.normalize import NORM_MODES
+from z1_jax.models import choices
+from z1_jax.rl.advantage import REWARDS, STDS
+from z1_jax.rl.schedules import SCHEDULES
+from z1_jax.rl.tree import BRANCHING
 from z1_jax.worlds import MUST_AGREE
 
-_FIXED_SCOPES = ("expert", "joint", "lora", "everything")
-
-_CHOICES: dict[str, tuple[str, ...]] = {
+PLACEMENTS = ("device", "host", "recompute")  # of the prefix caches: see rl/prefix_cache
+# Each list of choices stands once: here, or in the module that makes the difference.
+CHOICES: dict[str, tuple[str, ...]] = {
     "algorithm": ("grpo", "sft", "eval"),
     "env.suite": ("kitchen", "robocasa"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "dots", "full"),
-    "model.attention": ("einsum", "xla", "cudnn"),
-    "sft.scope": _FIXED_SCOPES,
-    "inputs.norm": ("quantile", "z_score"),
+    "model.dtype": choices.DTYPES,
+    "model.remat": choices.REMAT,
+    "model.attention": choices.ATTENTION,
+    "sft.scope": choices.SCOPES,
+    "inputs.norm": NORM_MODES,
     "sft.loss_dims": ("all", "real"),
     "sft.optim.name": ("adamw", "muon"),
     "sft.optim.schedule": ("cosine", "constant"),
     "update.optim.schedule": ("cosine", "constant"),
-    "demos.labels": ("recorded", "undisturbed"),
-    "group.branching": ("none", "prefix", "tree"),
-    "group.prefix_schedule": ("constant", "linear", "cosine"),
-    "flow.noise_schedule": ("constant", "linear", "cosine"),
+    "demos.labels": LABELS,
+    "group.branching": BRANCHING,
+    "group.prefix_schedule": SCHEDULES,
+    "flow.noise_schedule": SCHEDULES,
     "flow.sde_steps": ("all", "one"),
     "flow.last_step": ("sde", "ode"),
     "flow.logprob_reduce": ("sum", "mean"),
     "flow.logprob_coords": ("executed", "horizon"),
-    "reward.kind": ("decay", "penalty", "sparse"),
-    "reward.std": ("population", "sample", "none"),
+    "reward.kind": REWARDS,
+    "reward.std": STDS,
     "reward.filter_on": ("return", "success"),
-    "update.prefix_cache": ("auto", "device", "host", "recompute"),
-    "train.scope": (*_FIXED_SCOPES, "auto"),
+    "update.prefix_cache": ("auto", *PLACEMENTS),
+    "train.scope": (*choices.SCOPES, "auto"),
     "selective.then": ("joint", "lora", "everything"),
 }
 
@@ -133,9 +139,9 @@ def check(config: Config) -> None:
         ConfigError: one line.
     """
     values = flat(config)
-    for key, choices in _CHOICES.items():
-        if values[key] not in choices:
-            raise ConfigError(f"config key {key}: got {values[key]!r}, expected one of {', '.join(choices)}")
+    for key, known in CHOICES.items():
+        if values[key] not in known:
+            raise ConfigError(f"config key {key}: got {values[key]!r}, expected one of {', '.join(known)}")
     for key, (low, high) in _RANGES.items():
         value = values[key]
         if not ((low is None or value >= low) and (high is None or value <= high)):
@@ -271,7 +277,7 @@ _INERT: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("reward.filter_on", "reward.kind", ("sparse",)),
     ("update.optim.lr_end", "update.optim.schedule", ("constant",)),
     ("update.vlm_lr_factor", "train.scope", ("expert",)),
-    *((f"selective.{f.name}", "train.scope", _FIXED_SCOPES) for f in dataclasses.fields(SelectiveConfig)),
+    *((f"selective.{f.name}", "train.scope", choices.SCOPES) for f in dataclasses.fields(SelectiveConfig)),
 )
 
 

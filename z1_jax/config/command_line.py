@@ -9,15 +9,20 @@ import argparse
 import difflib
 import importlib.util
 import pathlib
+import textwrap
+import types
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from z1_jax.config.checks import check_given, checked
-from z1_jax.config.schema import Config, ConfigError, flat
+from z1_jax.config.checks import CHOICES, check_given, checked
+from z1_jax.config.meanings import meanings, sections
+from z1_jax.config.schema import Config, ConfigError, build, flat
+
+PRESETS = pathlib.Path(__file__).parent.parent / "presets"  # configs/NAME.py where there is no such file
 
 
-def parse_command_line(argv: Sequence[str]) -> Config:
-    """Reads `--config=FILE[:PRESET]` and any `--config.key=value`.
+def parse_command_line(argv: Sequence[str], default: str = "configs/grpo.py") -> Config:
+    """Reads `--config=FILE[:PRESET]`, which is `default` where it is not given, and any `--config.key=value`.
 
     config_flags reports a mistake as a page of traceback; these few lines report it as one.
 
@@ -26,11 +31,11 @@ def parse_command_line(argv: Sequence[str]) -> Config:
     """
     asked = [argument for argument in argv[1:] if argument not in ("-h", "--help")]
     if len(asked) < len(argv) - 1:
-        _help(asked)
+        _help(asked, default)
     given = [argument.removeprefix("--config=") for argument in argv[1:] if argument.startswith("--config=")]
-    if len(given) != 1:
+    if len(given) > 1:
         raise ConfigError(f"got {len(given)} configs, expected one --config=configs/FILE.py[:PRESET]")
-    values = _load(given[0])
+    values = _load(given[0] if given else default, mine=bool(given))
     known, keys = flat(Config()), []
     for argument in argv[1:]:
         if argument.startswith("--config="):
@@ -51,15 +56,22 @@ def parse_command_line(argv: Sequence[str]) -> Config:
     return config
 
 
-def _help(argv: Sequence[str]) -> NoReturn:
-    """Prints the usage, and of a config file its keys and values; ends the process."""
-    print("usage: python -m z1_jax.COMMAND --config=configs/FILE.py[:PRESET] [--config.KEY=VALUE ...]")
-    file = next((argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")), None)
-    if file is None:
-        print("with --config=… and --help: its keys and their values; what they mean stands in z1_jax/config/schema.py")
-    else:
-        for key, value in flat(checked(_load(file))).items():
-            print(f"  --config.{key}={','.join(value) if isinstance(value, tuple) else value}")
+def _help(argv: Sequence[str], default: str) -> NoReturn:
+    """Prints the usage, and the keys of a config with their values and meanings; ends the process."""
+    given = [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
+    values = flat(build(Config, _load(given[0] if given else default, mine=bool(given))))
+    known, heads, section = meanings(), sections(), ""
+    print(f"usage: python -m z1_jax.COMMAND [--config=FILE.py[:PRESET]] [--config.KEY=VALUE ...]  (default: {default})")
+    print("The config FILE.py is yours or one of these:")
+    for path in sorted(PRESETS / f"{name}.py" for name in ("grpo", "sft", "eval")):
+        print(f"  configs/{path.name}:{{{','.join(_module(path).PRESETS)}}}")
+    for key, value in values.items():
+        if "." in key and section != (section := key.partition(".")[0]):
+            print(f"\n{section}: {heads[section]}")
+        print(f"  --config.{key}={','.join(value) if isinstance(value, list) else value}")
+        choices = f"one of {', '.join(CHOICES[key])}" if key in CHOICES else ""
+        if told := "; ".join(filter(None, (known.get(key, ""), choices))):
+            print(textwrap.fill(told, 118, initial_indent=" " * 8, subsequent_indent=" " * 8))
     raise SystemExit(0)
 
 
@@ -79,23 +91,31 @@ def _suggestion(key: str, known: dict[str, Any]) -> str:
     )
 
 
-def _load(source: str) -> dict[str, Any]:
+def _load(source: str, mine: bool = True) -> dict[str, Any]:
+    """The values of FILE[:PRESET]: of a file that is there if it may be `mine`, or of the package's own presets."""
     file, _, preset = source.partition(":")
     path = pathlib.Path(file)
+    if (not mine or not path.is_file()) and path.parent == pathlib.Path("configs") and (PRESETS / path.name).is_file():
+        path = PRESETS / path.name
     if not path.is_file():
         raise ConfigError(f"config file {file} does not exist; expected a path such as configs/grpo.py")
-    spec = importlib.util.spec_from_file_location("z1_config_file", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"config file {file} is no Python file; expected a path such as configs/grpo.py")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        module = _module(path)
         config = module.get_config(preset) if preset else module.get_config()
         return config.copy_and_resolve_references().to_dict()
     except ConfigError:
         raise
     except Exception as error:  # a config file is the user's own code: anything can be wrong in it
         raise ConfigError(f"config file {file} failed: {type(error).__name__}: {error}") from error
+
+
+def _module(path: pathlib.Path) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location("z1_config_file", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"config file {path} is no Python file; expected a path such as configs/grpo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _parse_value(key: str, text: str, current: Any) -> Any:

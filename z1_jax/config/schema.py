@@ -48,10 +48,10 @@ class EnvConfig:
 class ModelConfig:
     """The policy's size and computation. A run that starts from a checkpoint takes preset and dtype from there."""
 
-    preset: str = "kitchen"
+    preset: str = "kitchen"  # its size: z1_jax/models/presets.py
     dtype: str = "float32"  # of the computation; trained parameters are float32, frozen ones as wide as this
     remat: str = "none"  # activations kept for the backward pass: none (all) | dots | full (recompute all)
-    attention: str = "einsum"  # of vision and prefix: einsum | xla | cudnn (a GPU, bfloat16)
+    attention: str = "einsum"  # of vision and prefix; cudnn: a GPU, bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class InputsConfig:
 
     tokenizer: str = ""  # a SentencePiece .model, its directory, or a hub name; empty: a small one is made
     state_in_prompt: bool = True  # false: the instruction alone, as openpi's LIBERO policies
-    norm: str = "quantile"  # of states and actions: quantile | z_score
+    norm: str = "quantile"  # of states and actions
     slots: tuple[str, ...] = ()  # camera of each image slot, "none" for a missing one; empty: env.cameras in order
 
 
@@ -71,7 +71,10 @@ class DemosConfig:
     episodes: int = 250  # successful ones to keep; above 3,333 runs of neighbouring seeds share some
     noise: float = 0.2  # an episode's action noise is one of 0, noise, 2·noise
     stride: int = 4  # control steps between recorded observations
-    labels: str = "undisturbed"  # a chunk is what the expert does undisturbed, or (recorded) did amid the noise
+    # recorded: a chunk holds what the expert did amid the noise. As in people's demonstrations, these are answers to
+    # what could not be foreseen, and SFT is stuck near one half. undisturbed: what it would have done from there
+    # without noise, which suits SFT alone.
+    labels: str = "recorded"
     dataset: str = ""  # a dataset directory (see z1_jax.collect) that replaces the collection
 
 
@@ -79,15 +82,15 @@ class DemosConfig:
 class OptimConfig:
     """AdamW after global-norm clipping."""
 
-    lr: float = 1e-3
-    warmup_steps: int = 100
+    lr: float = 1e-3  # the peak
+    warmup_steps: int = 100  # from 0 to lr, linearly
     schedule: str = "cosine"  # cosine: to lr_end at the last step; constant
-    lr_end: float = 1e-5
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 1e-4
-    clip_norm: float = 1.0
+    lr_end: float = 1e-5  # after the last step
+    b1: float = 0.9  # decay of the mean of gradients
+    b2: float = 0.95  # decay of the mean of their squares
+    eps: float = 1e-8  # beside the root of the latter
+    weight_decay: float = 1e-4  # decoupled, times the learning rate
+    clip_norm: float = 1.0  # largest global norm of a gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,19 +110,19 @@ class LoraConfig:
 
     vlm_rank: int = 16  # of the vision tower and the language model; 0: no adapters
     vlm_alpha: float = 16.0  # the change is scaled by alpha / rank
-    expert_rank: int = 32
-    expert_alpha: float = 32.0
+    expert_rank: int = 32  # of the action expert; 0: trained whole
+    expert_alpha: float = 32.0  # as vlm_alpha
 
 
 @dataclasses.dataclass(frozen=True)
 class SftConfig:
     """Supervised flow matching on the demonstrations."""
 
-    steps: int = 300
+    steps: int = 300  # of the optimiser
     batch_size: int = 64  # observations a step
     flows: int = 4  # flow times and noises drawn per encoded observation
     loss_dims: str = "all"  # all: padding included, as openpi; real: the environment's action dimensions
-    scope: str = "everything"  # everything | joint | expert | lora, as train.scope
+    scope: str = "everything"  # what is trained, as in train.scope
     ema: float = 0.0  # decay of a moving average of the parameters, with which the policy then acts; 0: none
     augment: bool = False  # openpi's crop, rotation (first slot only) and colour jitter of the images
     optim: SftOptimConfig = dataclasses.field(default_factory=lambda: SftOptimConfig(lr=3e-3, warmup_steps=50))
@@ -132,10 +135,10 @@ class GroupConfig:
 
     count: int = 8  # groups an iteration
     size: int = 8  # G, members of a group
-    branching: str = "tree"  # none | prefix | tree
+    branching: str = "tree"  # none: from the start; prefix: after P chunks; tree: after P chunks, again and again
     prefix_chunks: int = 2  # P at the first iteration
     prefix_chunks_end: int = 1  # P at the last iteration
-    prefix_schedule: str = "linear"  # constant | linear | cosine, from the one to the other
+    prefix_schedule: str = "linear"  # from the one to the other
     shuffle_advantages: bool = False  # control: permutes the advantages within each group, which must gain nothing
 
 
@@ -144,13 +147,15 @@ class FlowConfig:
     """The stochastic sampler (Flow-SDE)."""
 
     steps: int = 4  # K, denoising steps of a decision; 0: those that the given policy acts with
-    noise_level: float = 0.5  # a, at the first iteration
+    noise_level: float = 1.0  # a, at the first iteration
     noise_level_end: float = 0.5  # a at the last iteration
-    noise_schedule: str = "constant"  # constant | linear | cosine, from the one to the other
-    sde_steps: str = "all"  # all | one
-    last_step: str = "sde"  # sde | ode
-    logprob_reduce: str = "sum"  # sum | mean
-    logprob_coords: str = "executed"  # executed | horizon
+    noise_schedule: str = "linear"  # from the one to the other
+    # Denoising steps that draw noise. Of one that does there may be more: success rises faster than with noise in all
+    # four, and an update costs a quarter (docs/switches.md).
+    sde_steps: str = "one"
+    last_step: str = "sde"  # whether the last step may draw noise, or (ode) never does
+    logprob_reduce: str = "sum"  # over the coordinates of a chunk
+    logprob_coords: str = "executed"  # those that count: of the executed steps, or of the whole horizon
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,8 +165,8 @@ class RewardConfig:
     kind: str = "decay"  # decay: γ^chunks of a success; penalty: success − penalty·chunks; sparse: success
     discount: float = 0.998  # γ per chunk
     penalty: float = 0.002  # per chunk; to first order what γ = 0.998 takes from a success
-    std: str = "population"  # what the centred returns of a group are divided by: population | sample | none
-    filter_on: str = "return"  # what the filter averages: return (after the decay) | success (before it)
+    std: str = "population"  # deviation that the centred returns of a group are divided by
+    filter_on: str = "return"  # what the filter averages: the return, after the decay, or success, before it
     keep_low: float = 0.1  # a group is kept when its mean is at least this
     keep_high: float = 0.99  # and at most this
 
@@ -170,7 +175,7 @@ class RewardConfig:
 class UpdateConfig:
     """The policy update."""
 
-    epochs: int = 2
+    epochs: int = 2  # passes over the nodes of an iteration
     batch_size: int = 128  # nodes (deduplicated chunks) an optimiser step
     micro_batch: int = 32  # nodes that go through the network at once; those that are all padding cost nothing
     clip_low: float = 0.2  # η below 1
@@ -178,11 +183,11 @@ class UpdateConfig:
     ratio_max: float = 0.0  # dual clip: bounds ρ for negative advantages; above 1, or 0 for none
     kl_coef: float = 0.0  # weight of the KL to the policy that RL started from; 0: none
     vlm_lr_factor: float = 0.5  # learning rate of vision and language, where they are trained, over the expert's
-    prefix_cache: str = "auto"  # device | host | recompute; auto: the first that fits, recompute if the VLM is trained
+    prefix_cache: str = "auto"  # where it is kept; auto: the first that fits, recompute if the VLM is trained
     ratio_gate: float = 0.0  # largest |ρ − 1| at the first update; 0: 1e-3 in float32, 0.1 in bfloat16
     optim: OptimConfig = dataclasses.field(
         # Steps of this schedule are iterations.
-        default_factory=lambda: OptimConfig(lr=8e-5, warmup_steps=2, lr_end=4e-5, b2=0.999, weight_decay=0.01)
+        default_factory=lambda: OptimConfig(lr=1.5e-4, warmup_steps=2, lr_end=1e-5, b2=0.999, weight_decay=0.01)
     )
 
 
@@ -190,11 +195,11 @@ class UpdateConfig:
 class TrainConfig:
     """The loop."""
 
-    iterations: int = 150  # GRPO iterations
-    scope: str = "expert"  # expert | joint (all but the token embedding) | lora | everything; auto: SelectiveConfig
+    iterations: int = 240  # of GRPO
+    scope: str = "expert"  # what is trained; joint: all but the token embedding; auto: see selective
     checkpoint_every: int = 10  # iterations
     stop_success: float = 1.01  # stop early when the training success over `stop_window` iterations reaches this
-    stop_window: int = 5
+    stop_window: int = 5  # iterations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +221,7 @@ class EvalConfig:
     scenes: tuple[str, ...] = ()  # robocasa: the held-out seeds take these in turn, as many episodes in each
     objects: str = ""  # robocasa: the split of their objects
     noise_seed: int = 0  # of the sampler's initial noise
-    confidence: float = 0.95
+    confidence: float = 0.95  # of all intervals
     videos: int = 4  # seeds filmed before and after
     video_size: int = 160  # pixels
 
@@ -225,17 +230,17 @@ class EvalConfig:
 class MeshConfig:
     """Devices along each axis; data = −1 takes the rest."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # copies of the model, each with its share of the batch
+    fsdp: int = 1  # devices that share parameters and batch
+    tensor: int = 1  # devices that share each matrix product
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     """Where numbers go besides the console and metrics.jsonl."""
 
-    tensorboard: bool = False
-    wandb: bool = False
+    tensorboard: bool = False  # in the run directory; needs the extra log
+    wandb: bool = False  # project z1-jax; needs the extra log
     every: int = 50  # SFT steps between reports
 
 
@@ -244,8 +249,8 @@ class Config:
     """Everything that a run depends on."""
 
     algorithm: str = "grpo"  # grpo: demonstrations → SFT → GRPO → paired evaluation; sft: without GRPO; eval
-    task: str = "TurnOnSinkFaucet"
-    seed: int = 0
+    task: str = "TurnOnSinkFaucet"  # of the suite
+    seed: int = 0  # of demonstrations, parameters, data order and rollouts
     run_dir: str = ""  # empty: runs/<algorithm>-<task>-seed<seed>, runs/eval-<task>-<fingerprint>
     # A run directory or checkpoint: grpo starts from its policy, without SFT; sft trains it on. "random", for grpo in a
     # suite without demonstrations: an untrained policy, which shows that everything works.

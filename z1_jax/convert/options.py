@@ -11,6 +11,7 @@ from z1_jax.config.command_line import Parser
 from z1_jax.convert.sources import FORMATS
 from z1_jax.convert.store import FormatError
 from z1_jax.convert.transfer import DTYPE_CHOICES
+from z1_jax.data.normalize import NORM_MODES
 
 DESCRIPTION = "π0.5 checkpoints of openpi (Orbax, PyTorch) and LeRobot → ours, and back with --to."
 _MOST = {  # of numbers that the command line gives; heads must divide a width
@@ -33,7 +34,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the table, write nothing")
     parser.add_argument("--norm-stats", metavar="FILE", help="openpi's norm_stats.json, or none to leave them out")
     parser.add_argument("--asset-id", metavar="ID", help="whose statistics: the folder's name in assets/")
-    parser.add_argument("--norm-mode", choices=("quantile", "z_score"), help="how to normalise (quantile)")
+    parser.add_argument("--norm-mode", choices=NORM_MODES, help="how to normalise (quantile)")
     parser.add_argument("--tokenizer", metavar="FILE", help="SentencePiece model that shall travel with the checkpoint")
     parser.add_argument("--cameras", metavar="A,B,…", help="camera of each slot; none for an unused one")
     for name, meaning in (

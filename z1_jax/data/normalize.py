@@ -13,11 +13,12 @@ import logging
 import pathlib
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 NormMode = Literal["quantile", "z_score"]
+NORM_MODES: tuple[str, ...] = get_args(NormMode)
 # The largest spread that counts as none. guard: NEGLIGIBLE, or ROUNDING of the value, whatever the unit. millimetre: of
 # data whose units are known, and of policies that were made when this was the only rule. openpi: of policies that were
 # trained elsewhere, EPSILON and nothing widened, for that is how they act there. A policy keeps the rule that it was
@@ -277,8 +278,8 @@ def stats_from_json(values: Mapping[str, Mapping[str, Any]], rule: Rule = "milli
 
 
 def _checked(mode: str) -> str:
-    if mode not in ("quantile", "z_score"):
-        raise ValueError(f"unknown normalisation {mode!r}; expected 'quantile' or 'z_score'")
+    if mode not in NORM_MODES:
+        raise ValueError(f"unknown normalisation {mode!r}; expected {' or '.join(NORM_MODES)}")
     return mode
 
 

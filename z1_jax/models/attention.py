@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-IMPLEMENTATIONS = ("einsum", "xla", "cudnn")
 MASKED_LOGIT = -2.3819763e38  # near the lowest float32; finite, so that a fully masked row stays free of NaN
 
 

@@ -17,17 +17,14 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from z1_jax.models.attention import IMPLEMENTATIONS
+from z1_jax.models.choices import ATTENTION, DTYPES, REMAT, SCOPES
 from z1_jax.models.gemma import ActionExpert, GemmaConfig, LanguageModel
-from z1_jax.models.layers import REMAT_POLICIES
 from z1_jax.models.lora import is_adapter
 from z1_jax.models.params import initialise
 from z1_jax.models.siglip import Siglip, SiglipConfig
 from z1_jax.sharding import constrain
 from z1_jax.types import Observation, PrefixCache
 
-DTYPES = ("float32", "bfloat16")
-SCOPES = ("expert", "joint", "lora", "everything")
 Part = Literal["vision", "language", "expert"]
 
 
@@ -52,7 +49,7 @@ class Pi05Config:
         for name in ("vocab_size", "cameras", "prompt_length", "action_dim", "horizon"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
-        for name, allowed in (("dtype", DTYPES), ("remat", tuple(REMAT_POLICIES)), ("attention", IMPLEMENTATIONS)):
+        for name, allowed in (("dtype", DTYPES), ("remat", REMAT), ("attention", ATTENTION)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
         if self.attention == "cudnn" and self.dtype != "bfloat16":

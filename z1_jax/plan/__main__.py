@@ -1,4 +1,4 @@
-"""python -m z1_jax.plan --config=FILE: what a run costs before it is paid for. Compiles its functions, runs none.
+"""python -m z1_jax.plan [--config=FILE]: what a run costs before it is paid for. Compiles its functions, runs none.
 
 Memory and operations per device, the least time on a named accelerator, whether it fits, and what would make it fit.
 Works for any number of devices on a machine that has none of them.
@@ -16,10 +16,11 @@ from typing import Any
 import jax
 
 from z1_jax import sharding
+from z1_jax.config.checks import check_horizon
 from z1_jax.config.command_line import Parser, parse_command_line
 from z1_jax.config.schema import Config, ConfigError
 from z1_jax.errors import UserError
-from z1_jax.initial_policy import configured_model, with_own_steps
+from z1_jax.initial_policy import check_executed, configured_model, with_own_steps
 from z1_jax.models.pi05 import Pi05Config
 from z1_jax.plan import accelerators, analytic, jaxpr, programs
 from z1_jax.plan.accelerators import Accelerator
@@ -107,7 +108,7 @@ def main(argv: Sequence[str]) -> int | None:
     options, rest = parse_options(argv)
     config = parse_command_line(rest)
     require_algorithm(config, ("grpo", "sft"), "plan")
-    config = with_own_steps(planned(config))
+    config = checked(config)
     accelerator = accelerators.get_accelerator(options.accelerator)
     memory = options.memory * GB if options.memory else USABLE_MEMORY * accelerator.memory * GB
     if options.compile == "cuda":
@@ -118,13 +119,33 @@ def main(argv: Sequence[str]) -> int | None:
     return None if plan.fits else 1
 
 
+def checked(config: Config) -> Config:
+    """The config as it is planned with, after the checks of its own run that need nothing but the config.
+
+    Raises:
+        ConfigError: the run would be refused.
+    """
+    config = planned(config)
+    horizon = configured_model(config).horizon
+    check_executed(config, horizon)
+    if config.algorithm == "grpo":
+        check_horizon(config, episode_steps(config), config.env.executed or horizon)
+    return with_own_steps(config)
+
+
 def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """This command's own options, and the rest of the command line for the config.
 
     Raises:
         ConfigError: an option that is not understood, or out of range.
     """
-    parser = Parser(prog="python -m z1_jax.plan", description=__doc__, allow_abbrev=False)
+    parser = Parser(
+        prog="python -m z1_jax.plan",
+        usage="%(prog)s [--config=FILE.py[:PRESET]] [--config.KEY=VALUE ...] [options]",
+        description=__doc__,
+        epilog="Without a config: --config=configs/grpo.py. python -m z1_jax.train --help lists the keys.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--devices", type=int, default=1, help="of the whole run (%(default)s)")
     parser.add_argument("--accelerator", default="H200", help=f"{', '.join(accelerators.ACCELERATORS)} (%(default)s)")
     parser.add_argument("--memory", type=float, default=0.0, help="GB a device may use (92 %% of the accelerator's)")

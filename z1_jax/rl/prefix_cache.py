@@ -21,7 +21,6 @@ from z1_jax.config.checks import stale_cache
 from z1_jax.models.pi05 import Pi05Config
 from z1_jax.types import PrefixCache
 
-PLACEMENTS = ("device", "host", "recompute")
 _DEVICE_SHARE, _HOST_SHARE = 0.4, 0.5  # of the memory that is free: activations and frames need the rest
 
 
@@ -160,10 +159,10 @@ def cache_bytes(config: Pi05Config, looks: int) -> int:
 
 
 def choose_placement(asked: str, trains_vlm: bool, scope: str, planned: int, device: int | None, host: int) -> str:
-    """One of PLACEMENTS for `planned` bytes of prefix caches.
+    """One of `checks.PLACEMENTS` for `planned` bytes of prefix caches.
 
     Args:
-        asked: `auto`, or one of PLACEMENTS.
+        asked: `auto`, or one of these.
         trains_vlm: then every update makes the caches stale: they are recomputed.
         device: free bytes of the devices that share them; None where device memory is host memory.
         host: free bytes of host memory.

@@ -7,6 +7,18 @@ import ml_collections
 
 from z1_jax.config import schema as z1_config
 
+# Noise of one strength in every denoising step, and labels of an undisturbed branch: a choice for full size, and for
+# SFT alone. Presets of SFT and evaluation hold what only RL reads too: a run belongs to its whole config.
+EVERY_STEP = {
+    "flow__sde_steps": "all",
+    "flow__noise_level": 0.5,
+    "flow__noise_schedule": "constant",
+    "update__optim__lr": 8e-5,
+    "update__optim__lr_end": 4e-5,
+    "demos__labels": "undisturbed",
+    "train__iterations": 150,
+}
+
 SMOKE = {
     "demos__episodes": 24,
     "sft__steps": 30,
@@ -20,6 +32,7 @@ SMOKE = {
 
 # π0.5 at its full size, 3 cameras of 224 pixels. Trained float32 parameters, bfloat16 computation.
 FULL = {
+    **EVERY_STEP,
     "model__preset": "pi05",
     "model__dtype": "bfloat16",
     "model__remat": "full",
@@ -56,6 +69,7 @@ ROBOCASA = {
 
 # The real RoboCasa code without its 10 GB of assets, and a small untrained policy: it shows that everything works.
 ROBOCASA_STANDIN = {
+    **EVERY_STEP,
     "env__suite": "robocasa",
     "env__standins": True,
     "env__scenes": ("1/1",),

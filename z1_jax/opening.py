@@ -1,0 +1,85 @@
+"""How a command that has a run directory begins: everything is looked at before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import jax
+
+from z1_jax.agreement import check_worlds
+from z1_jax.config.command_line import parse_command_line
+from z1_jax.config.schema import RANDOM, Config, ConfigError
+from z1_jax.files import hold
+from z1_jax.initial_policy import newest_policy
+from z1_jax.metrics import MetricsWriter
+from z1_jax.process import require_algorithm, start_jax
+from z1_jax.run_dir import StageClock, claim_directory, claim_policy, finished_sentence, policy_identity
+from z1_jax.stages import check_inputs, make_mesh
+from z1_jax.suites import label, pin_version
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run directory that is this process's own, and what its stages work with."""
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    directory: pathlib.Path
+    clock: StageClock
+    differing: Sequence[str]  # between dataset or policy and the environments, as `allow` permits
+    policies: Mapping[str, str]  # the given policies by config key: one checkpoint each
+    identities: Mapping[str, str]  # the same: what `policy_identity` says of each
+
+    def writer(self) -> MetricsWriter:
+        """Where the numbers of this run go."""
+        log, note = self.config.log, label(self.config)
+        return MetricsWriter(
+            self.directory,
+            tensorboard=log.tensorboard,
+            wandb_project="z1-jax" if log.wandb else None,
+            config=dataclasses.asdict(self.config),
+            constant={"assets": note} if note else None,
+        )
+
+
+def open_run(argv: Sequence[str], command: str, algorithms: Sequence[str], default: str) -> Run | None:
+    """Reads the command line and takes the run directory, or prints what a finished run found.
+
+    Args:
+        command: its name, and the `algorithms` that it knows; default: its config file where none is given.
+
+    Raises:
+        UserError: a setting, or something that it names, cannot be used; nothing was written. Or the directory belongs
+            to another config, to other policies, or to a process that is running.
+    """
+    config = parse_command_line(argv, default)
+    require_algorithm(config, algorithms, command)
+    config = pin_version(config)
+    start_jax()  # before a checkpoint is opened: that takes the device
+    config = check_inputs(config)
+    differing = check_worlds(config)
+    policies = _given_policies(config)
+    identities = {key: policy_identity(path) for key, path in policies.items()}
+    if len(set(identities.values())) < len(identities):
+        raise ConfigError("config key compare: got the same policy as checkpoint, expected another one")
+    mesh = make_mesh(config)
+    directory = claim_directory(config)
+    if identities:
+        claim_policy(directory, identities)
+    print(f"run directory {directory}", flush=True)
+    if finished := finished_sentence(directory):
+        print(f"already finished: {finished}")
+        return None
+    hold(directory)
+    clock = StageClock(directory / "wall_seconds.json")
+    return Run(config, mesh, directory, clock, differing, policies, identities)
+
+
+def _given_policies(config: Config) -> dict[str, str]:
+    """The checkpoints that paths lead to now: looked up once, because a run behind one may go on."""
+    if config.algorithm != "eval":  # check_inputs has looked up that of `init`
+        return {"init": config.init} if config.init not in ("", RANDOM) else {}
+    given = {"checkpoint": config.checkpoint, "compare": config.compare}
+    return {key: newest_policy(path) for key, path in given.items() if path}

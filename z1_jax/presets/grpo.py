@@ -1,0 +1,89 @@
+"""Demonstrations → SFT → GRPO → paired evaluation → report."""
+
+from typing import Any
+
+import ml_collections
+
+from z1_jax.presets import common
+
+FULL_UPDATE = {  # of 3.35 B parameters, with the paper's rate
+    "update__batch_size": 16,
+    "update__micro_batch": 16,
+    "update__optim__lr": 5e-6,
+    "update__optim__lr_end": 5e-6,
+}
+
+# A small policy in the built-in kitchen, on two CPU cores: the defaults themselves (z1_jax/config/schema.py).
+KITCHEN: dict[str, Any] = {}
+# For tasks that take more control steps: more demonstrations, and Muon, which learns where things stand in less than
+# half of AdamW's steps.
+LONG = {
+    "demos__episodes": 500,
+    "sft__optim__name": "muon",
+    "sft__steps": 450,
+}
+
+# Members of a group that share what decides an episode fail or succeed together, and teach nothing.
+APART = {"group__branching": "none", "group__prefix_chunks": 0, "group__prefix_chunks_end": 0}
+
+PRESETS = {
+    "kitchen": KITCHEN,
+    "long": LONG,
+    "brief": {**LONG, **APART},  # for hard tasks that are over within two chunks: the first one decides
+    # For tasks that carry things: they must see better to start at all, the second or third chunk decides a grasp, and
+    # it bears less noise.
+    "carry": {
+        **LONG,
+        **APART,
+        "demos__episodes": 1500,
+        "sft__steps": 1600,
+        "flow__noise_level": 0.7,
+        "flow__noise_level_end": 0.3,
+        "update__optim__lr": 1e-4,
+    },
+    # The same, a minute or two long: it shows that everything works, and learns next to nothing. Its task is the
+    # easiest: so little SFT brings it to where some members of a group succeed and some fail.
+    "smoke": {
+        **common.SMOKE,
+        "task": "CloseDrawer",
+        "demos__episodes": 40,
+        "sft__steps": 60,
+        "env__parallel": 32,
+        "eval__episodes": 64,
+        "group__count": 4,
+        "update__batch_size": 32,
+        "update__micro_batch": 32,
+        "train__iterations": 2,
+        "train__checkpoint_every": 1,
+    },
+    "full": {  # π0.5 at full size from a converted checkpoint: see what it costs with python -m z1_jax.plan
+        **common.FULL,
+        "env__executed": 8,  # of 50: an episode of the default task has 40 control steps
+        "init": "checkpoints/pi05",
+        **FULL_UPDATE,
+    },
+    "robocasa": {  # π0.5 on RoboCasa, from a policy fine-tuned on its demonstrations (configs/sft.py:robocasa)
+        **common.ROBOCASA,
+        "init": "checkpoints/pi05-robocasa",
+        "group__count": 16,
+        "group__size": 4,
+        "group__prefix_chunks": 15,
+        "group__prefix_chunks_end": 0,
+        **FULL_UPDATE,
+    },
+    "robocasa_standin": {
+        **common.ROBOCASA_STANDIN,
+        "group__count": 2,
+        "group__size": 2,
+        "group__prefix_chunks": 1,
+        "reward__keep_low": 0.0,  # an untrained policy fails: keep its groups, so that the update runs
+        "update__batch_size": 32,
+        "update__micro_batch": 32,
+        "train__iterations": 1,
+        "train__checkpoint_every": 1,
+    },
+}
+
+
+def get_config(preset: str = "kitchen") -> ml_collections.ConfigDict:
+    return common.choose("grpo", preset, PRESETS)
