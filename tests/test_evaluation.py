@@ -11,7 +11,7 @@ import tiny_policy as tiny
 
 from z1_jax.config.schema import EvalConfig
 from z1_jax.errors import UserError
-from z1_jax.evaluation import Evaluation, compare, evaluate, sentence
+from z1_jax.evaluation import Evaluation, compare, evaluate, instructions, sentence, versus_sentence
 from z1_jax.videos import film
 
 FIRST = 900_000_000 + int(np.random.SeedSequence().generate_state(1)[0]) % 10**8
@@ -158,7 +158,7 @@ def test_compare_by_hand():
     low, high = result["difference_interval"]
     assert -0.25 <= low <= 0.5 <= high <= 1.0 and low < high
     line = sentence("OpenDrawer", "GRPO", result, 0.95)
-    assert line.startswith("GRPO raised success on OpenDrawer from 25.0 % to 75.0 % (+50.0 points, 95 % CI ")
+    assert line.startswith("GRPO raised success on OpenDrawer from 25.0 % to 75.0 % (after minus before: +50.0 points")
     assert "exact McNemar p = 0.22, 8 held-out seeds" in line and "\n" not in line
 
 
@@ -166,6 +166,19 @@ def test_equal_policies_differ_by_nothing():
     result = compare(outcome("x.x."), outcome("x.x."), 0.95)
     assert result["difference"] == 0 and result["mcnemar_p"] == 1.0 and result["difference_interval"] == [0.0, 0.0]
     assert "left success" in sentence("T", "GRPO", result, 0.95)
+
+
+def test_which_is_subtracted_from_which_is_said_in_words():
+    result = compare(outcome("xxx."), outcome("x..."), 0.95)  # A, then B
+    line = versus_sentence("run/sft/300", "run/grpo/240", "OpenDrawer", result, 0.95)
+    assert line.startswith(
+        "on OpenDrawer A (run/grpo/240) succeeds in 75.0 %, B (run/sft/300) in 25.0 %: B minus A is -50.0 points, 95 %"
+    )
+
+
+def test_the_instructions_are_those_of_the_held_out_episodes():
+    told = instructions(tiny.pool(16), CONFIG)
+    assert told == list(dict.fromkeys(o.instruction for o in tiny.pool(16).reset(range(4), range(FIRST, FIRST + 4))))
 
 
 def test_only_the_same_seeds_are_compared():

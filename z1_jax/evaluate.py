@@ -12,7 +12,7 @@ import jax
 
 from envs.pool import EnvPool
 from z1_jax.config.schema import Config
-from z1_jax.evaluation import Evaluation, compare, evaluate, rate_sentence, versus_sentence
+from z1_jax.evaluation import Evaluation, compare, evaluate, instructions, rate_sentence, versus_sentence
 from z1_jax.initial_policy import given_policy
 from z1_jax.opening import Run, open_run
 from z1_jax.policy import Policy, find_policy
@@ -31,8 +31,9 @@ def main(argv: Sequence[str]) -> None:
         policies = {name: given_policy(config, path, run.mesh) for name, path in run.policies.items()}
         with make_pool(config) as pool, run.clock.stage("evaluation"):
             outcomes = {name: measure(run, policy, pool, name) for name, policy in policies.items()}
+            told = instructions(pool, config.eval)
     result, line = judge(config, outcomes)
-    result["policies"] = dict(run.identities)
+    result |= {"instructions": told, "policies": dict(run.identities)}
     conclude(config, policies["checkpoint"], run.directory, run.clock, result, line, run.differing)
 
 
@@ -44,7 +45,7 @@ def measure(run: Run, policy: Policy, pool: EnvPool, name: str) -> Evaluation:
 
 
 def judge(config: Config, outcomes: dict[str, Evaluation]) -> tuple[dict[str, Any], str]:
-    """What the summary says, and the sentence; `compare` stands before `checkpoint`."""
+    """What the summary says, and the sentence; `compare` is the base A, `checkpoint` is B."""
     confidence = config.eval.confidence
     after = outcomes["checkpoint"]
     name = policy_name(config.checkpoint)
@@ -52,7 +53,7 @@ def judge(config: Config, outcomes: dict[str, Evaluation]) -> tuple[dict[str, An
         result: dict[str, Any] = {"after": after.summary(confidence), "labels": ["", name]}
         return result, rate_sentence(name, config.task, result["after"], confidence)
     other = policy_name(config.compare)
-    result = {**compare(outcomes["compare"], after, confidence), "labels": [other, name]}
+    result = {**compare(outcomes["compare"], after, confidence), "labels": [f"A: {other}", f"B: {name}"]}
     return result, versus_sentence(name, other, config.task, result, confidence)
 
 

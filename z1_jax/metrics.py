@@ -117,7 +117,7 @@ class MetricsWriter:
 
 
 class Progress:
-    """A live table of one stage: a header, then lines of step, total, rate, time left and chosen columns.
+    """A live table of one stage: a title, then lines of step, total, seconds a step, time left and chosen columns.
 
     On a terminal the last line is rewritten at each report and kept every `interval_s`; elsewhere a line is printed at
     most every `interval_s`. The first and the last report are always kept.
@@ -126,8 +126,12 @@ class Progress:
       stage: title, e.g. "sft".
       total: steps of the stage.
       unit: what a step is, e.g. "iteration".
-      columns: name of a metric -> format, e.g. {"loss": ".4f"}; a metric that a report lacks shows as a dash.
+      columns: name of a metric -> format, e.g. {"loss": ".4f"}; its heading is the name in words, and a metric that a
+        report lacks shows as a dash.
       start: first step, where a resumed run goes on.
+
+    The time until the first report compiles and starts what is needed: it is no part of the rate, and there is no
+    estimate of the time left before the second report.
     """
 
     def __init__(
@@ -142,15 +146,18 @@ class Progress:
     ) -> None:
         self._stage, self._total, self._unit = stage, total, unit
         self._columns = dict(columns or {})
+        self._headings = {name: name.replace("/", " ").replace("_", " ") for name in self._columns}
         self._interval_s = interval_s
         self._stream = stream or sys.stdout
         self._live = self._stream.isatty()
-        self._begin = time.monotonic()
-        # The rate over recent reports: the first step compiles and must not count for ever.
-        self._marks: collections.deque[tuple[float, int]] = collections.deque([(self._begin, start)], maxlen=20)
+        self._begin, self._start = time.monotonic(), start
+        self._marks: collections.deque[tuple[float, int]] = collections.deque(maxlen=20)  # the rate is that of these
         self._kept_at = -math.inf
         self._pending = False
-        self._header()
+        self._headed = False
+        title = f"{stage} · {total:,} {unit}{'' if total == 1 else 's'}"
+        self._stream.write(f"\n── {title} {'─' * max(2, 60 - len(title))}\n")
+        self._stream.flush()
 
     def report(self, done: int, values: Mapping[str, Any] | None = None) -> None:
         """Shows that `done` steps of the total are finished, with the latest metrics."""
@@ -161,6 +168,12 @@ class Progress:
             self._print(self._line(done, values or {}), keep)
         if keep:
             self._kept_at = now
+
+    def say(self, text: str) -> None:
+        """Prints a line between those of the table."""
+        self.close()
+        self._stream.write(text + "\n")
+        self._stream.flush()
 
     def close(self) -> None:
         """Ends the table: keeps a line that was still being rewritten."""
@@ -175,22 +188,29 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _header(self) -> None:
-        names = [f"{name.rsplit('/', 1)[-1][:10]:>10}" for name in self._columns]
-        title = f"{self._stage} · {self._total:,} {self._unit}{'' if self._total == 1 else 's'}"
-        head = f"{self._unit[:12]:>13} {'rate':>9} {'elapsed':>8} {'left':>8}"
-        self._stream.write(f"\n── {title} {'─' * max(2, 60 - len(title))}\n{' '.join([head, *names])}\n")
-        self._stream.flush()
-
     def _line(self, done: int, values: Mapping[str, Any]) -> str:
-        (first_time, first_step), (now, _) = self._marks[0], self._marks[-1]
-        rate = (done - first_step) / (now - first_time) if now > first_time else 0.0
-        left = (self._total - done) / rate if rate > 0 else math.inf
-        head = f"{f'{done}/{self._total}':>13} {_rate(rate):>9} {_clock(now - self._begin):>8} {_clock(left):>8}"
-        cells = [f"{_cell(values.get(name), spec):>10}" for name, spec in self._columns.items()]
-        return " ".join([head, *cells])
+        now = self._marks[-1][0]
+        # The first report has no earlier one: only when it is the last too is its own time the rate.
+        first_time, first_step = self._marks[0] if len(self._marks) > 1 else (self._begin, self._start)
+        known = done > first_step and (len(self._marks) > 1 or done >= self._total)
+        each = (now - first_time) / (done - first_step) if known else math.inf
+        left = 0.0 if done >= self._total else (self._total - done) * each
+        head = self._row(f"{done}/{self._total}", _seconds(each), _clock(now - self._begin), _clock(left))
+        return self._cells(head, {name: _cell(values.get(name), spec) for name, spec in self._columns.items()})
+
+    def _heading(self) -> str:
+        return self._cells(self._row(self._unit, f"s/{self._unit}", "elapsed", "left"), self._headings)
+
+    def _row(self, done: str, each: str, elapsed: str, left: str) -> str:
+        return f"{done:>13} {each:>{max(9, len(self._unit) + 2)}} {elapsed:>8} {left:>8}"
+
+    def _cells(self, head: str, cells: Mapping[str, str]) -> str:
+        return " ".join([head, *(f"{cell:>{max(10, len(self._headings[name]))}}" for name, cell in cells.items())])
 
     def _print(self, line: str, keep: bool) -> None:
+        if not self._headed:  # not before the first line: what is printed meanwhile stands above both
+            self._stream.write(self._heading() + "\n")
+            self._headed = True
         if not self._live:
             self._stream.write(line + "\n")
         else:
@@ -282,8 +302,10 @@ def _open_wandb(project: str, directory: Path, config: Mapping[str, Any] | None)
     return wandb.init(project=project, dir=str(directory), config=dict(config or {}))
 
 
-def _rate(per_second: float) -> str:
-    return f"{per_second:.1f}/s" if per_second >= 1 else (f"{1 / per_second:.1f} s" if per_second > 0 else "-")
+def _seconds(each: float) -> str:
+    if not math.isfinite(each):
+        return "-"
+    return f"{each:.3f}" if each < 1 else f"{each:.2f}" if each < 10 else f"{each:,.1f}"
 
 
 def _clock(seconds: float) -> str:

@@ -15,7 +15,14 @@ from z1_jax.files import hold
 from z1_jax.initial_policy import newest_policy
 from z1_jax.metrics import MetricsWriter
 from z1_jax.process import require_algorithm, start_jax
-from z1_jax.run_dir import StageClock, claim_directory, claim_policy, finished_sentence, policy_identity
+from z1_jax.run_dir import (
+    StageClock,
+    claim_directory,
+    claim_policy,
+    finished_sentence,
+    note_command,
+    policy_identity,
+)
 from z1_jax.stages import check_inputs, make_mesh
 from z1_jax.suites import label, pin_version
 
@@ -73,6 +80,7 @@ def open_run(argv: Sequence[str], command: str, algorithms: Sequence[str], defau
         print(f"already finished: {finished}")
         return None
     hold(directory)
+    note_command(directory, argv)
     clock = StageClock(directory / "wall_seconds.json")
     return Run(config, mesh, directory, clock, differing, policies, identities)
 

@@ -12,7 +12,7 @@ import jax
 from z1_jax.agreement import trained_in
 from z1_jax.config.schema import RANDOM
 from z1_jax.data.normalize import held_line
-from z1_jax.evaluation import Evaluation, compare, evaluate, rate_sentence, sentence
+from z1_jax.evaluation import Evaluation, compare, evaluate, instructions, rate_sentence, sentence
 from z1_jax.initial_policy import given_policy, untrained_policy
 from z1_jax.metrics import MetricsWriter
 from z1_jax.opening import Run, open_run
@@ -65,12 +65,14 @@ def finish_sft(run: Run, policy: Policy) -> None:
     concluded(config, run.directory)
     if not config.eval.episodes:
         line = f"SFT on {config.demos.dataset}: {config.sft.steps} steps, not evaluated (eval.episodes=0)"
-        conclude(config, policy, run.directory, run.clock, {}, line, run.differing)
+        told = list(policy.world.get("instructions", ()))
+        conclude(config, policy, run.directory, run.clock, {"instructions": told} if told else {}, line, run.differing)
         return
     with make_pool(config) as pool, run.clock.stage("evaluation"):
         results = results_of(run.directory, "after", "sft")
         after = evaluate(policy, pool, run.mesh, config.eval, config.flow, results, title="evaluation")
-    result = {"after": after.summary(config.eval.confidence)}
+        told = instructions(pool, config.eval)
+    result = {"after": after.summary(config.eval.confidence), "instructions": told}
     line = rate_sentence("SFT", config.task, result["after"], config.eval.confidence)
     conclude(config, policy, run.directory, run.clock, result, line, run.differing)
 
@@ -117,7 +119,8 @@ def finish_grpo(run: Run, policy: Policy, writer: MetricsWriter, alone: bool = F
             policy = train_grpo(trainer, pool, run_dir / "checkpoints" / "grpo", writer, alone=alone)
         after = measure("after", "evaluation after RL", "grpo")
         record("after")
-    result = compare(before, after, config.eval.confidence)
+        told = instructions(pool, config.eval)
+    result = {**compare(before, after, config.eval.confidence), "instructions": told}
     result["videos"] = compared_clips(clips, before, after)
     result |= concluded(config, run_dir)
     result["compilations"] = trainer.traces

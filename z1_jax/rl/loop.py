@@ -17,7 +17,7 @@ from z1_jax.rl import diagnostics, rollout, selective
 from z1_jax.rl.trainer import GrpoTrainer
 from z1_jax.train_state import TrainState, restore
 
-_COLUMNS = {"success": ".1%", "groups/kept": ".0f", "ratio/max": ".3f", "clip_fraction": ".3f", "time/total": ".1f"}
+_COLUMNS = {"success": ".1%", "groups/kept": ".0f", "ratio/max": ".3f", "clip_fraction": ".3f"}
 
 
 def train_grpo(
@@ -62,7 +62,7 @@ def train_grpo(
         for iteration in range(start, last):
             if settled(counts.recent, config.train):
                 last = iteration
-                print(f"training success is at least {config.train.stop_success:.0%}: stopping early", flush=True)
+                progress.say(f"training success is at least {config.train.stop_success:.0%}: stopping early")
                 break
             if stop.requested:
                 save(iteration)
@@ -84,7 +84,7 @@ def train_grpo(
                 "success": success,
                 **stats,
                 "steps/total": counts.simulated_steps,
-                **_decided(trainer.observe(success)),
+                **_decided(trainer.observe(success), progress),
                 **diagnostics.times(rollouts, collected - began, finished - collected),
             }
             writer.write("grpo", iteration, values)
@@ -97,11 +97,11 @@ def train_grpo(
     return trainer.policy()
 
 
-def _decided(decision: selective.Decision | None) -> dict[str, Any]:
+def _decided(decision: selective.Decision | None, progress: Progress) -> dict[str, Any]:
     """Says what `train.scope=auto` decided, and returns its metrics."""
     if decision is None:
         return {}
-    print(f"train.scope=auto: {decision.reason}", flush=True)
+    progress.say(f"train.scope=auto: {decision.reason}")
     return {
         "selective/scope": decision.scope,
         "selective/slope": decision.trend.slope,
