@@ -126,12 +126,14 @@ def test_films_show_the_evaluations_own_episodes(directory):
     order = np.argsort(~expected.success, kind="stable")[:3]  # successes first: these end early
     seeds = expected.seeds[order].tolist()
     clips = film(tiny.policy(), tiny.pool(16), actor, params, seeds, CONFIG, tiny.CAMERA, 32)
-    assert [len(clip) for clip in clips] == [int(expected.steps[i]) + 1 for i in order]
-    assert all(clip.shape[1:] == (32, 32, 3) and clip.dtype == np.uint8 for clip in clips)
-    assert all((clip[0] != clip[-1]).any() for clip in clips)
+    assert [len(clip.frames) for clip in clips] == [int(expected.steps[i]) + 1 for i in order]
+    assert [clip.success for clip in clips] == expected.success[order].tolist()
+    assert all(clip.frames.shape[1:] == (32, 32, 3) and clip.frames.dtype == np.uint8 for clip in clips)
+    assert all((clip.frames[0] != clip.frames[-1]).any() for clip in clips)
     # More episodes than environments: one wave after the other.
     many = film(tiny.policy(), tiny.pool(16), actor, params, expected.seeds[:18].tolist(), CONFIG, tiny.CAMERA, 16)
-    assert [len(clip) for clip in many] == (expected.steps[:18] + 1).tolist()
+    assert [len(clip.frames) for clip in many] == (expected.steps[:18] + 1).tolist()
+    assert [clip.success for clip in many] == expected.success[:18].tolist()
 
 
 def outcome(pattern: str) -> Evaluation:

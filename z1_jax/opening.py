@@ -25,6 +25,7 @@ from z1_jax.run_dir import (
 )
 from z1_jax.stages import check_inputs, make_mesh
 from z1_jax.suites import label, pin_version
+from z1_jax.videos import missing_clips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,8 @@ def open_run(argv: Sequence[str], command: str, algorithms: Sequence[str], defau
     if identities:
         claim_policy(directory, identities)
     print(f"run directory {directory}", flush=True)
-    if finished := finished_sentence(directory):
+    unfilmed = config.algorithm == "eval" and any(missing_clips(config, directory, name) for name in policies)
+    if (finished := finished_sentence(directory)) and not unfilmed:
         print(f"already finished: {finished}")
         return None
     hold(directory)

@@ -139,12 +139,12 @@ def goes_on_alone(config: Config, run_dir: pathlib.Path) -> bool:
     reason = _unreadable(sft, config.sft.steps)
     if not reason:
         return False
-    clips = min(config.eval.videos, config.eval.episodes)
+    unfilmed = [seed for seed in config.eval.filmed if not (run_dir / "videos" / f"before_seed{seed}.webp").exists()]
     needs = {
         f"train.scope={config.train.scope}": config.train.scope in ("auto", "lora"),
         f"update.kl_coef={config.update.kl_coef:g}": config.update.kl_coef > 0,
         "the evaluation before RL, which is not complete,": len(_before(run_dir)) < config.eval.episodes,
-        "the videos before RL": len(list((run_dir / "videos").glob("before_*.webp"))) < clips,
+        "the videos before RL": bool(unfilmed),
     }
     for what in (what for what, needed in needs.items() if needed):
         raise UserError(

@@ -22,7 +22,7 @@ from z1_jax.resuming import check_records, concluded, goes_on_alone, own_policy
 from z1_jax.rl.loop import GrpoTrainer, train_grpo
 from z1_jax.run_dir import conclude, results_of
 from z1_jax.stages import demonstrations, make_pool, supervised_policy
-from z1_jax.videos import compared_clips, record_clips
+from z1_jax.videos import clips_of, record_clips
 from z1_jax.worlds import World
 
 HARDLY = 0.05  # success after SFT, below which RL seldom starts
@@ -105,8 +105,9 @@ def finish_grpo(run: Run, policy: Policy, writer: MetricsWriter, alone: bool = F
                     params=trainer.params,
                 )
 
-        def record(name: str) -> list[int]:
-            return record_clips(config, policy, pool, trainer.actor, trainer.params, before, run_dir, name, clock)
+        def record(name: str) -> dict[int, bool]:
+            with clock.stage("videos"):
+                return record_clips(config, policy, pool, trainer.actor, trainer.params, run_dir, name)
 
         before = measure("before", "evaluation before RL", None if alone or config.init else "sft")
         if before.success.mean() < HARDLY and not config.init:
@@ -114,15 +115,14 @@ def finish_grpo(run: Run, policy: Policy, writer: MetricsWriter, alone: bool = F
                 f"SFT hardly starts on {config.task}: RL has few successes to learn from; more demonstrations, SFT "
                 "steps and Muon help (presets long and carry of configs/grpo.py)"
             )
-        clips = record("before")
+        clips = {"before": ("before", record("before"))}
         with clock.stage("grpo"):
             policy = train_grpo(trainer, pool, run_dir / "checkpoints" / "grpo", writer, alone=alone)
         after = measure("after", "evaluation after RL", "grpo")
-        record("after")
+        clips["after"] = "after", record("after")
         told = instructions(pool, config.eval)
     result = {**compare(before, after, config.eval.confidence), "instructions": told}
-    result["videos"] = compared_clips(clips, before, after)
-    result |= concluded(config, run_dir)
+    result |= {**clips_of(config, clips), **concluded(config, run_dir)}
     result["compilations"] = trainer.traces
     line = sentence(config.task, "GRPO", result, config.eval.confidence)
     conclude(config, policy, run_dir, clock, result, line, run.differing)

@@ -195,6 +195,12 @@ def _check_combinations(config: Config) -> None:
             "config key eval.episodes: got 0, expected at least 1; 0 is for algorithm=sft with a demos.dataset, which "
             "then trains without simulating"
         )
+    seeds = config.eval.film_seeds
+    for seed in seeds:
+        if not (seed.isascii() and seed.isdigit() and int(seed) < 2**31):
+            raise ConfigError(f"config key eval.film_seeds: got {seed!r}, expected seeds of 0 … {2**31 - 1}")
+    if len(set(map(int, seeds))) < len(seeds):
+        raise ConfigError(f"config key eval.film_seeds: got {', '.join(seeds)}, expected each seed once")
     if config.algorithm == "eval" and not config.checkpoint:
         raise ConfigError("config key checkpoint: got '', expected a run directory or a checkpoint to evaluate")
 
@@ -326,10 +332,13 @@ def check_given(config: Config, keys: Iterable[str]) -> None:
     Raises:
         ConfigError: one line.
     """
-    films = ("eval.video",)  # eval.videos and eval.video_size
+    keys = list(keys)
+    if config.eval.film_seeds and "eval.videos" in keys:
+        raise ConfigError("config key eval.videos: it has no effect beside eval.film_seeds; leave one of them out")
+    films = ("eval.video", "eval.film_seeds")  # eval.videos and eval.video_size
     if config.algorithm == "eval":
-        unused = (*_RL, *films, "sft.", "demos.", "lora.", "log.", "init", "seed")
-        why = "algorithm=eval trains, draws and films nothing"
+        unused = (*_RL, "sft.", "demos.", "lora.", "log.", "init", "seed")
+        why = "algorithm=eval trains and draws nothing"
     elif config.algorithm == "sft":
         unused, why = (*_RL, *films, "checkpoint", "compare"), "algorithm=sft neither trains by RL, compares nor films"
     elif config.init:

@@ -222,8 +222,16 @@ class EvalConfig:
     objects: str = ""  # robocasa: the split of their objects
     noise_seed: int = 0  # of the sampler's initial noise
     confidence: float = 0.95  # of all intervals
-    videos: int = 4  # seeds filmed before and after
+    videos: int = 4  # the first held-out seeds, so many, are filmed: before and after RL, or with an evaluated policy
+    film_seeds: tuple[str, ...] = ()  # the seeds that are filmed instead of those, e.g. 900000007,12
     video_size: int = 160  # pixels
+
+    @property
+    def filmed(self) -> tuple[int, ...]:
+        """The seeds that are filmed, chosen before anything has run on them."""
+        if self.film_seeds:
+            return tuple(map(int, self.film_seeds))
+        return tuple(range(self.first_seed, self.first_seed + min(self.videos, self.episodes)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,9 +367,8 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def identity(config: Config) -> dict[str, Any]:
     """The leaves that a run's numbers depend on: what two invocations of one run directory must share."""
-    return {
-        k: v for k, v in flat(config).items() if not any(k == free or k.startswith(free + ".") for free in FREE_KEYS)
-    }
+    frees = FREE_KEYS + ("eval.videos", "eval.film_seeds") * (config.algorithm == "eval")  # films what is lacking
+    return {k: v for k, v in flat(config).items() if not any(k == free or k.startswith(free + ".") for free in frees)}
 
 
 def fingerprint(config: Config) -> str:

@@ -160,10 +160,10 @@ def _results(summary: dict) -> str:
         facts.append(["Exact McNemar test, two-sided", html.p_value(float(summary["mcnemar_p"]))])
     confidence = summary.get("protocol", {}).get("confidence", 0.95)
     columns = ["", "successes", "rate", f"{100 * confidence:g} % (Wilson)"]
+    tables = html.table(table, columns, "numbers") + html.table(facts, (), "numbers")
     return html.section(
         "Result",
-        f'<div class="split"><div class="card">{chart}</div>'
-        f"<div>{html.table(table, columns, "numbers")}{html.table(facts, kind="numbers")}{_repeats(summary)}</div></div>",
+        f'<div class="split"><div class="card">{chart}</div><div>{tables}{_repeats(summary)}</div></div>',
     )
 
 
