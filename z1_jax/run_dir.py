@@ -27,8 +27,8 @@ from z1_jax.config.schema import identity as config_identity
 from z1_jax.errors import UserError
 from z1_jax.files import require_plain
 from z1_jax.metrics import drop_half_line
-from z1_jax.policy import Policy, find_policy
-from z1_jax.report.write import COMMANDS, REPORT, write_report
+from z1_jax.policy import BEST, Policy, find_policy
+from z1_jax.report.write import COMMANDS, REPORT, best_sentence, write_report
 
 SUMMARY = "summary.json"
 # What was seen in repetitions of the default run on one core, on two and on other machines; see README.md.
@@ -234,6 +234,8 @@ def conclude(
     page = write_report(run_dir)
     total = sum(clock.seconds.values())
     print(f"\n{line}")
+    if best := result.get("best_checkpoint"):
+        print(f"best checkpoint: {best_sentence(best)}; its path is {run_dir}{BEST}")
     print(f"{REPEATS[0].upper()}{REPEATS[1:]}.")
     print(f"{total / 60:.1f} minutes in all; summary {path}, report {page}", flush=True)
 

@@ -61,6 +61,8 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "sft.batch_size": (1, None),
     "sft.flows": (1, None),
     "sft.checkpoint_every": (1, None),
+    "sft.keep_last": (1, None),
+    "sft.keep_every": (0, None),
     "sft.ema": (0.0, 0.99999),
     "lora.vlm_rank": (0, 1024),
     "lora.vlm_alpha": (1e-6, 1e6),
@@ -88,6 +90,9 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "update.vlm_lr_factor": (1e-6, 1e3),
     "train.iterations": (1, 9_999),
     "train.checkpoint_every": (1, None),
+    "train.keep_last": (1, None),
+    "train.keep_every": (0, None),
+    "train.keep_best": (0, None),
     "train.stop_window": (1, None),
     "train.stop_success": (0.0, None),
     "selective.iterations": (3, 9_998),
@@ -195,6 +200,12 @@ def _check_combinations(config: Config) -> None:
             "config key eval.episodes: got 0, expected at least 1; 0 is for algorithm=sft with a demos.dataset, which "
             "then trains without simulating"
         )
+    for key, section in (("sft", config.sft), ("train", config.train)):
+        if section.keep_every % section.checkpoint_every:
+            raise ConfigError(
+                f"config key {key}.keep_every: got {section.keep_every}, expected a multiple of "
+                f"{key}.checkpoint_every = {section.checkpoint_every}: there is nothing to keep in between"
+            )
     seeds = config.eval.film_seeds
     for seed in seeds:
         if not (seed.isascii() and seed.isdigit() and int(seed) < 2**31):

@@ -127,6 +127,8 @@ class SftConfig:
     augment: bool = False  # openpi's crop, rotation (first slot only) and colour jitter of the images
     optim: SftOptimConfig = dataclasses.field(default_factory=lambda: SftOptimConfig(lr=3e-3, warmup_steps=50))
     checkpoint_every: int = 250  # steps
+    keep_last: int = 2  # the newest checkpoints, so many, are kept
+    keep_every: int = 0  # also those of each such step, a multiple of checkpoint_every; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +200,9 @@ class TrainConfig:
     iterations: int = 240  # of GRPO
     scope: str = "expert"  # what is trained; joint: all but the token embedding; auto: see selective
     checkpoint_every: int = 10  # iterations
+    keep_last: int = 2  # the newest checkpoints, so many, are kept
+    keep_every: int = 0  # also those of each such iteration, a multiple of checkpoint_every; 0: none
+    keep_best: int = 10  # also the best by mean training success of the iterations, so many, before it; 0: not
     stop_success: float = 1.01  # stop early when the training success over `stop_window` iterations reaches this
     stop_window: int = 5  # iterations
 
@@ -301,7 +306,12 @@ FREE_KEYS = (
     "env.workers",
     "env.timeout_s",
     "train.checkpoint_every",
+    "train.keep_last",
+    "train.keep_every",
+    "train.keep_best",
     "sft.checkpoint_every",
+    "sft.keep_last",
+    "sft.keep_every",
     "update.prefix_cache",
 )
 

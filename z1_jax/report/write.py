@@ -160,11 +160,19 @@ def _results(summary: dict) -> str:
         facts.append(["Exact McNemar test, two-sided", html.p_value(float(summary["mcnemar_p"]))])
     confidence = summary.get("protocol", {}).get("confidence", 0.95)
     columns = ["", "successes", "rate", f"{100 * confidence:g} % (Wilson)"]
+    if "best_checkpoint" in summary:
+        facts.append(["Best checkpoint", best_sentence(summary["best_checkpoint"])])
     tables = html.table(table, columns, "numbers") + html.table(facts, (), "numbers")
     return html.section(
         "Result",
         f'<div class="split"><div class="card">{chart}</div><div>{tables}{_repeats(summary)}</div></div>',
     )
+
+
+def best_sentence(best: Mapping[str, Any]) -> str:
+    """Which checkpoint of RL is the best that is kept, and by what."""
+    rate, window = f"{100 * best['success']:.1f} %", best["window"]
+    return f"grpo/{best['step']}, training success {rate} over the {window} iterations before it"
 
 
 def _labels(summary: dict) -> tuple[str, str]:

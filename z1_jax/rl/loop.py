@@ -7,12 +7,14 @@ import pathlib
 import time
 from typing import Any
 
+import numpy as np
+
 from envs.pool import EnvPool
-from z1_jax.checkpoint import Checkpoints
+from z1_jax.checkpoint import Checkpoints, Keep
 from z1_jax.interrupt import GracefulStop
 from z1_jax.metrics import MetricsWriter, Progress
 from z1_jax.policy import Policy
-from z1_jax.resuming import counted_grpo, nothing_left, settled
+from z1_jax.resuming import Counts, counted_grpo, nothing_left, settled
 from z1_jax.rl import diagnostics, rollout, selective
 from z1_jax.rl.trainer import GrpoTrainer
 from z1_jax.train_state import TrainState, restore
@@ -37,7 +39,8 @@ def train_grpo(
         BrokenIteration: a broken ratio or number; the last checkpoint stays, and broken/iteration-N.npz shows it.
     """
     config = trainer.config
-    checkpoints = Checkpoints(directory)
+    train = config.train
+    checkpoints = Checkpoints(directory, Keep(train.keep_last, train.keep_every, best=train.keep_best > 0))
     start, document = _restore(checkpoints, trainer)
     if alone and not start:
         raise nothing_left(writer.run_dir)
@@ -55,6 +58,7 @@ def train_grpo(
                 "training": trainer.progress(),
                 "counts": {**dataclasses.asdict(counts), "recent": list(counts.recent)},
             },
+            success=_rating(counts, train.keep_best),
         )
 
     last = config.train.iterations
@@ -79,7 +83,8 @@ def train_grpo(
                 raise type(error)(f"iteration {iteration}: {error} (kept in {path})", error.evidence) from None
             finished = time.perf_counter()
             success = float(rollouts.success.mean())
-            counts = counts.plus(rollouts.simulated_steps, rollouts.success.size, success, config.train.stop_window)
+            looked_at = max(train.stop_window, train.keep_best)
+            counts = counts.plus(rollouts.simulated_steps, rollouts.success.size, success, looked_at)
             values = {
                 "success": success,
                 **stats,
@@ -95,6 +100,11 @@ def train_grpo(
         save(last)  # within the context: a stop that was asked for late must find it written
     checkpoints.close()
     return trainer.policy()
+
+
+def _rating(counts: Counts, window: int) -> float | None:
+    """The mean training success by which the best checkpoint is chosen; None before there were so many iterations."""
+    return float(np.mean(counts.recent[-window:])) if window and len(counts.recent) >= window else None
 
 
 def _decided(decision: selective.Decision | None, progress: Progress) -> dict[str, Any]:
