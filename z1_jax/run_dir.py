@@ -22,7 +22,7 @@ import jax
 
 from z1_jax import __version__, suites
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config.schema import Config, ConfigError, build, fingerprint
+from z1_jax.config.schema import Config, ConfigError, build, fingerprint, lengths
 from z1_jax.config.schema import identity as config_identity
 from z1_jax.errors import UserError
 from z1_jax.files import require_plain
@@ -41,7 +41,7 @@ _CLOCK_S = 5.0  # how often a running stage's time is noted
 
 
 def claim_directory(config: Config) -> pathlib.Path:
-    """Creates the run directory with its config.json, or checks that it belongs to this config.
+    """Creates the run directory with its config.json, or checks that it belongs to this config, its length aside.
 
     Raises:
         UserError: the directory belongs to another config, or is something else.
@@ -57,7 +57,7 @@ def claim_directory(config: Config) -> pathlib.Path:
             raise ConfigError(
                 f"{path} cannot be read ({error}); restore it or choose another --config.run_dir"
             ) from error
-        different = [k for k in mine if mine[k] != theirs.get(k)]
+        different = [k for k in mine if mine[k] != theirs.get(k) and k not in lengths(config)]
         if different:
             shown = ", ".join(f"{k} is {theirs.get(k)!r}, asked for {mine[k]!r}" for k in different[:3])
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""

@@ -6,6 +6,7 @@ Every stage finds its own finished work in the run directory, so the same comman
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -13,6 +14,7 @@ from z1_jax.agreement import trained_in
 from z1_jax.config.schema import RANDOM
 from z1_jax.data.normalize import held_line
 from z1_jax.evaluation import Evaluation, compare, evaluate, instructions, rate_sentence, sentence
+from z1_jax.extending import known_changes
 from z1_jax.initial_policy import given_policy, untrained_policy
 from z1_jax.metrics import MetricsWriter
 from z1_jax.opening import Run, open_run
@@ -66,15 +68,21 @@ def finish_sft(run: Run, policy: Policy) -> None:
     if not config.eval.episodes:
         line = f"SFT on {config.demos.dataset}: {config.sft.steps} steps, not evaluated (eval.episodes=0)"
         told = list(policy.world.get("instructions", ()))
-        conclude(config, policy, run.directory, run.clock, {"instructions": told} if told else {}, line, run.differing)
+        result: dict[str, Any] = {**({"instructions": told} if told else {}), **_lengths(run)}
+        conclude(config, policy, run.directory, run.clock, result, line, run.differing)
         return
     with make_pool(config) as pool, run.clock.stage("evaluation"):
         results = results_of(run.directory, "after", "sft")
         after = evaluate(policy, pool, run.mesh, config.eval, config.flow, results, title="evaluation")
         told = instructions(pool, config.eval)
-    result = {"after": after.summary(config.eval.confidence), "instructions": told}
+    result = {"after": after.summary(config.eval.confidence), "instructions": told, **_lengths(run)}
     line = rate_sentence("SFT", config.task, result["after"], config.eval.confidence)
     conclude(config, policy, run.directory, run.clock, result, line, run.differing)
+
+
+def _lengths(run: Run) -> dict[str, Any]:
+    changes = known_changes(run.directory)
+    return {"lengths": changes} if changes else {}
 
 
 def finish_grpo(run: Run, policy: Policy, writer: MetricsWriter, alone: bool = False) -> None:
@@ -122,7 +130,7 @@ def finish_grpo(run: Run, policy: Policy, writer: MetricsWriter, alone: bool = F
         clips["after"] = "after", record("after")
         told = instructions(pool, config.eval)
     result = {**compare(before, after, config.eval.confidence), "instructions": told}
-    result |= {**clips_of(config, clips), **concluded(config, run_dir)}
+    result |= {**clips_of(config, clips), **concluded(config, run_dir), **_lengths(run)}
     result["compilations"] = trainer.traces
     line = sentence(config.task, "GRPO", result, config.eval.confidence)
     conclude(config, policy, run_dir, clock, result, line, run.differing)

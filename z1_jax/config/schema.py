@@ -381,6 +381,15 @@ def identity(config: Config) -> dict[str, Any]:
     return {k: v for k, v in flat(config).items() if not any(k == free or k.startswith(free + ".") for free in frees)}
 
 
+def lengths(config: Config) -> tuple[str, ...]:
+    """The keys that may change in a run directory because they only say how far training goes: see `extending`."""
+    if config.algorithm == "sft":
+        return ("sft.steps",)
+    if config.algorithm == "grpo":
+        return ("train.iterations",) if config.init else ("sft.steps", "train.iterations")
+    return ()
+
+
 def fingerprint(config: Config) -> str:
     """Short hash of `identity`."""
     return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:12]

@@ -9,7 +9,7 @@ OWN = {"algorithm": "eval", **common.EVERY_STEP, "flow__steps": 0, "eval__videos
 
 PRESETS = {
     "kitchen": OWN,
-    "robocasa": {"algorithm": "eval", **common.ROBOCASA, "eval__videos": 0},
+    "robocasa": {"algorithm": "eval", **common.ROBOCASA},
     "smoke": {**OWN, "env__parallel": 16, "eval__episodes": 16},
 }
 

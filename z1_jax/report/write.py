@@ -243,6 +243,11 @@ def _protocol(summary: dict) -> str:
     rows = [[key, html.value(value)] for key, value in _flat(summary.get("protocol") or {})]
     if "seeds" in summary:
         rows.append(["seeds", html.value(summary["seeds"])])
+    for change in summary.get("lengths") or []:
+        text = (
+            f"{change['was']} → {change['wanted']} after {change['done']}; schedules follow the new length from there"
+        )
+        rows.append([change["key"], text])
     return html.section("Protocol of the evaluation", html.table(rows)) if rows else ""
 
 
