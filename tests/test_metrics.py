@@ -133,6 +133,17 @@ def test_tensorboard_gets_the_finite_numbers(tmp_path, monkeypatch):
     assert recorder.calls == [("sft/loss", 0.5, 4), "closed"]
 
 
+def test_an_evaluation_is_a_curve_too(tmp_path, monkeypatch):
+    recorder = Recorder()
+    module = type("tensorboardX", (), {"SummaryWriter": lambda directory: recorder})
+    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", module)
+    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+        writer.evaluation("after", 240, {"rate": 0.5, "interval": [0.25, 0.75], "episodes": 4})
+        writer.video("after_seed1", 240, tmp_path / "none.webp", True)  # W&B alone takes videos
+    names = [f"evaluation/after/{name}" for name in ("success", "success_low", "success_high")]
+    assert recorder.calls == [*((n, v, 240) for n, v in zip(names, (0.5, 0.25, 0.75), strict=True)), "closed"]
+
+
 class Clock:
     def __init__(self):
         self.now = 100.0

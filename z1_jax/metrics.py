@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from z1_jax.errors import UserError
+from z1_jax.wandb_run import WandbRun
 
 METRICS = "metrics.jsonl"
 EPISODES = "episodes.jsonl"
@@ -51,7 +52,7 @@ class MetricsWriter:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._tensorboard = _open_tensorboard(self.run_dir / "tensorboard") if tensorboard else None
-        self._wandb = _open_wandb(wandb_project, self.run_dir, config) if wandb_project else None
+        self._wandb = WandbRun(wandb_project, self.run_dir, config) if wandb_project else None
         self._files: dict[str, IO[str]] = {}
         for name in (METRICS, EPISODES):
             drop_half_line(self.run_dir / name)
@@ -87,7 +88,7 @@ class MetricsWriter:
         if self._tensorboard is not None:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, int(step))
-        if self._wandb is not None:  # stages count their own steps, so that W&B's single counter cannot be used
+        if self._wandb is not None:
             self._wandb.log(numbers | {f"{stage}/step": int(step)})
         return record
 
@@ -96,6 +97,27 @@ class MetricsWriter:
         record = _record(stage, step, {**self._constant, **values})
         self._append(EPISODES, record)
         return record
+
+    def evaluation(self, name: str, step: int, summary: Mapping[str, Any]) -> None:
+        """Sends an evaluation's rate and interval to TensorBoard and W&B; a second time changes nothing.
+
+        Args:
+          name: e.g. "before"; step: of training, at which the policy was evaluated; summary: see `Evaluation.summary`.
+        """
+        low, high = summary["interval"]
+        numbers = {"success": summary["rate"], "success_low": low, "success_high": high}
+        numbers = {f"evaluation/{name}/{key}": float(value) for key, value in numbers.items()}
+        if self._tensorboard is not None:
+            for key, value in numbers.items():
+                self._tensorboard.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log_once(f"evaluation/{name}@{step}", {**numbers, f"evaluation/{name}/step": float(step)})
+
+    def video(self, name: str, step: int, path: Path, success: bool) -> None:
+        """Sends a video to W&B; a second time changes nothing."""
+        if self._wandb is not None:
+            caption = f"after {step} iterations: {'success' if success else 'failure'}"
+            self._wandb.video_once(f"videos/{name}@{step}", f"videos/{name}", path, caption)
 
     def close(self) -> None:
         for file in self._files.values():
@@ -292,14 +314,6 @@ def _open_tensorboard(directory: Path) -> Any:
     except ImportError:
         raise UserError("TensorBoard is on but tensorboardX is not installed: pip install 'z1-jax[log]'") from None
     return tensorboardX.SummaryWriter(str(directory))
-
-
-def _open_wandb(project: str, directory: Path, config: Mapping[str, Any] | None) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("W&B is on but wandb is not installed: pip install 'z1-jax[log]'") from None
-    return wandb.init(project=project, dir=str(directory), config=dict(config or {}))
 
 
 def _seconds(each: float) -> str:
