@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from z1_jax import sft
-from z1_jax.checkpoint import CheckpointError, Checkpoints
+from z1_jax.checkpoint import CheckpointError, Checkpoints, Keep
 from z1_jax.rl import loop
 from z1_jax.train_state import TrainState
 
@@ -60,6 +60,28 @@ def test_round_trip_is_bit_identical(tmp_path):
 
 def test_the_newest_two_are_kept(tmp_path):
     assert saved(tmp_path, 1, 2, 5).steps() == [2, 5]
+
+
+def test_which_checkpoints_are_kept(tmp_path, rng):
+    """Against the rule written out by hand, over a restart: the last two, each tenth, and the best so far."""
+    seed = int(rng.integers(2**31))
+    print("seed", seed)
+    rng = np.random.default_rng(seed)
+    keep = Keep(last=2, every=10, best=True)
+    steps = [1, 3, 5, 8, 10, 13, 15, 20, 22, 25, 27]
+    success = {step: float(rng.integers(0, 5)) / 8 for step in steps} | {1: None}  # ties, and one that is not rated
+    there: list[int] = []
+    for count, step in enumerate(steps):
+        if count in (0, 5):
+            checkpoints = Checkpoints(tmp_path, keep)
+        checkpoints.save(step, {"params": {"a": np.full(3, step, np.float32)}}, {"step": step}, success=success[step])
+        there.append(step)
+        rated = [s for s in there if success[s] is not None]
+        best = max(rated, key=lambda s: (success[s], s)) if rated else None
+        there = [s for s in there if s in there[-2:] or s % 10 == 0 or s == best]
+        assert checkpoints.steps() == there
+        assert checkpoints.best() == (best and (best, success[best]))
+    checkpoints.close()
 
 
 def test_saving_twice_is_harmless(tmp_path):
@@ -190,7 +212,7 @@ def test_a_number_that_is_not_its_content_s_is_refused(tmp_path, capsys, age, mo
     checkpoints = Checkpoints(tmp_path)
     write = checkpoints._checkpointer.save_checkpointables
 
-    def as_before(step, parts, custom_metadata):
+    def as_before(step, parts, custom_metadata, metrics):
         del custom_metadata["step"]
         return write(step, parts, custom_metadata=custom_metadata)
 

@@ -18,7 +18,7 @@ GRPO = f"--config={ROOT / 'configs' / 'grpo.py'}"
 # Leaves that take any text here: their values are checked where the things they name are known.
 FREE_TEXT = {"task", "run_dir", "init", "checkpoint", "compare", "model.preset", "env.cameras", "demos.dataset"}
 FREE_TEXT |= {"inputs.tokenizer", "inputs.slots", "env.layouts", "env.styles", "env.objects"}
-FREE_TEXT |= {"allow", "env.version", "env.scenes", "eval.scenes", "eval.objects"}
+FREE_TEXT |= {"allow", "env.version", "env.scenes", "eval.scenes", "eval.objects", "eval.film_seeds"}
 
 
 def parse(*arguments: str) -> Config:
@@ -81,7 +81,8 @@ def test_presets():
         (["--config.sft.optim.schedule=constant", "--config.sft.optim.lr_end=1e-6"], ["sft.optim.lr_end", "no effect"]),
         (["--config.checkpoint=x"], ["config key checkpoint", "no effect"]),
         (["--config.env.timeout_s=inf"], ["env.timeout_s", "got inf"]),
-        (["--config.algorithm=eval", "--config.checkpoint=x", "--config.eval.videos=2"], ["eval.videos", "no effect"]),
+        (["--config.algorithm=sft", "--config.eval.film_seeds=2"], ["eval.film_seeds", "no effect"]),
+        (["--config.train.keep_every=15"], ["train.keep_every", "multiple of train.checkpoint_every = 10"]),
         (["--config.init=x", "--config.sft.steps=9"], ["sft.steps", "no effect, RL starts from init"]),
         (["--config.init=x", "--config.demos.noise=0"], ["demos.noise", "no effect, RL starts from init"]),
         (["--config.algorithm=sft", "--config.group.size=4"], ["group.size", "no effect, algorithm=sft"]),

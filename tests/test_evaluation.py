@@ -9,9 +9,17 @@ import numpy as np
 import pytest
 import tiny_policy as tiny
 
-from z1_jax.config.schema import EvalConfig
+from z1_jax.config.schema import EvalConfig, FlowConfig
 from z1_jax.errors import UserError
-from z1_jax.evaluation import Evaluation, compare, evaluate, rate_sentence, sentence
+from z1_jax.evaluation import (
+    Evaluation,
+    compare,
+    evaluate,
+    instructions,
+    rate_sentence,
+    sentence,
+    versus_sentence,
+)
 from z1_jax.videos import film
 
 FIRST = 900_000_000 + int(np.random.SeedSequence().generate_state(1)[0]) % 10**8
@@ -126,12 +134,14 @@ def test_films_show_the_evaluations_own_episodes(directory):
     order = np.argsort(~expected.success, kind="stable")[:3]  # successes first: these end early
     seeds = expected.seeds[order].tolist()
     clips = film(tiny.policy(), tiny.pool(16), actor, params, seeds, CONFIG, tiny.CAMERA, 32)
-    assert [len(clip) for clip in clips] == [int(expected.steps[i]) + 1 for i in order]
-    assert all(clip.shape[1:] == (32, 32, 3) and clip.dtype == np.uint8 for clip in clips)
-    assert all((clip[0] != clip[-1]).any() for clip in clips)
+    assert [len(clip.frames) for clip in clips] == [int(expected.steps[i]) + 1 for i in order]
+    assert [clip.success for clip in clips] == expected.success[order].tolist()
+    assert all(clip.frames.shape[1:] == (32, 32, 3) and clip.frames.dtype == np.uint8 for clip in clips)
+    assert all((clip.frames[0] != clip.frames[-1]).any() for clip in clips)
     # More episodes than environments: one wave after the other.
     many = film(tiny.policy(), tiny.pool(16), actor, params, expected.seeds[:18].tolist(), CONFIG, tiny.CAMERA, 16)
-    assert [len(clip) for clip in many] == (expected.steps[:18] + 1).tolist()
+    assert [len(clip.frames) for clip in many] == (expected.steps[:18] + 1).tolist()
+    assert [clip.success for clip in many] == expected.success[:18].tolist()
 
 
 def outcome(pattern: str) -> Evaluation:
@@ -158,7 +168,7 @@ def test_compare_by_hand():
     low, high = result["difference_interval"]
     assert -0.25 <= low <= 0.5 <= high <= 1.0 and low < high
     line = sentence("OpenDrawer", "GRPO", result, 0.95)
-    assert line.startswith("GRPO raised success on OpenDrawer from 25.0 % to 75.0 % (+50.0 points, 95 % CI ")
+    assert line.startswith("GRPO raised success on OpenDrawer from 25.0 % to 75.0 % (after minus before: +50.0 points")
     assert "exact McNemar p = 0.22, 8 held-out seeds" in line and "\n" not in line
 
 
@@ -203,6 +213,19 @@ def test_equal_policies_differ_by_nothing():
     result = compare(outcome("x.x."), outcome("x.x."), 0.95)
     assert result["difference"] == 0 and result["mcnemar_p"] == 1.0 and result["difference_interval"] == [0.0, 0.0]
     assert "left success" in sentence("T", "GRPO", result, 0.95)
+
+
+def test_which_is_subtracted_from_which_is_said_in_words():
+    result = compare(outcome("xxx."), outcome("x..."), 0.95)  # A, then B
+    line = versus_sentence("run/sft/300", "run/grpo/240", "OpenDrawer", result, 0.95)
+    assert line.startswith(
+        "on OpenDrawer A (run/grpo/240) succeeds in 75.0 %, B (run/sft/300) in 25.0 %: B minus A is -50.0 points, 95 %"
+    )
+
+
+def test_the_instructions_are_those_of_the_held_out_episodes():
+    told = instructions(tiny.pool(16), CONFIG)
+    assert told == list(dict.fromkeys(o.instruction for o in tiny.pool(16).reset(range(4), range(FIRST, FIRST + 4))))
 
 
 def test_only_the_same_seeds_are_compared():

@@ -17,6 +17,7 @@ from z1_jax.config.schema import LoraConfig, SelectiveConfig, SftConfig, TrainCo
 from z1_jax.data.dataset import write_dataset
 from z1_jax.metrics import MetricsWriter, read_records
 from z1_jax.policy import find_policy, load_policy, named
+from z1_jax.resuming import concluded
 from z1_jax.rl import loop
 from z1_jax.rl import trainer as grpo_trainer
 from z1_jax.rl.diagnostics import BrokenIteration
@@ -175,6 +176,33 @@ def test_a_finished_run_is_left_as_it_is(untouched, monkeypatch):
     monkeypatch.setattr(made, "collect", None)  # would fail if it were called
     assert_same_bits(grpo(run_dir, made), policy)
     assert records(run_dir) == before
+
+
+def test_the_best_by_training_success_is_kept_and_told(tmp_path):
+    """A mean over two iterations, by hand from the records; over an interruption, which saves in between."""
+    train = TrainConfig(iterations=6, checkpoint_every=1, keep_last=1, keep_best=2, stop_window=1)
+    config = dataclasses.replace(CONFIG, train=train)
+    made = trainer(config)
+    collect = made.collect
+
+    def killed(pool, iteration):
+        if iteration == 3:
+            raise Stopped
+        return collect(pool, iteration)
+
+    made.collect = killed
+    with pytest.raises(Stopped):
+        grpo(tmp_path, made)
+    grpo(tmp_path, trainer(config))
+    success = [row["success"] for row in records(tmp_path)]
+    means = {step: (success[step - 2] + success[step - 1]) / 2 for step in range(2, 7)}
+    best = max(means, key=lambda step: (means[step], step))
+    assert Checkpoints(tmp_path / "checkpoints" / "grpo").steps() == sorted({best, 6})
+    directory, step = find_policy(f"{tmp_path}@best")
+    assert step == best
+    told = concluded(config, tmp_path)["best_checkpoint"]
+    assert told == {"step": best, "success": pytest.approx(means[best]), "window": 2}
+    assert "best_checkpoint" not in concluded(dataclasses.replace(config, train=TrainConfig(6, keep_best=0)), tmp_path)
 
 
 def test_early_stopping_survives_a_resume(tmp_path, untouched):

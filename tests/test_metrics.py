@@ -133,6 +133,17 @@ def test_tensorboard_gets_the_finite_numbers(tmp_path, monkeypatch):
     assert recorder.calls == [("sft/loss", 0.5, 4), "closed"]
 
 
+def test_an_evaluation_is_a_curve_too(tmp_path, monkeypatch):
+    recorder = Recorder()
+    module = type("tensorboardX", (), {"SummaryWriter": lambda directory: recorder})
+    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", module)
+    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+        writer.evaluation("after", 240, {"rate": 0.5, "interval": [0.25, 0.75], "episodes": 4})
+        writer.video("after_seed1", 240, tmp_path / "none.webp", True)  # W&B alone takes videos
+    names = [f"evaluation/after/{name}" for name in ("success", "success_low", "success_high")]
+    assert recorder.calls == [*((n, v, 240) for n, v in zip(names, (0.5, 0.25, 0.75), strict=True)), "closed"]
+
+
 class Clock:
     def __init__(self):
         self.now = 100.0
@@ -163,9 +174,10 @@ def test_off_a_terminal_lines_are_rare_and_the_last_is_shown(clock):
             progress.report(done, {"success": np.float32(done / 40)})
     header, columns, *rows = stream.getvalue().strip().splitlines()
     assert "grpo" in header and "40 iterations" in header
-    assert columns.split() == ["iteration", "rate", "elapsed", "left", "success", "absent"]
+    assert columns.split() == ["iteration", "s/iteration", "elapsed", "left", "success", "absent"]
+    assert len({len(line) for line in (columns, *rows)}) == 1  # cells stand below their headings
     assert [row.split()[0] for row in rows] == ["1/40", "21/40", "40/40"]
-    assert rows[1].split() == ["21/40", "2.0/s", "0:10", "0:10", "52.5%", "-"]  # 19 left at 2 a second: 9.5 s
+    assert rows[1].split() == ["21/40", "0.500", "0:10", "0:10", "52.5%", "-"]  # 19 left at half a second: 9.5 s
 
 
 def test_alarms_are_shown_when_above_zero(clock):
@@ -186,6 +198,7 @@ def test_on_a_terminal_the_line_is_rewritten(clock, monkeypatch):
         progress.report(done, {"loss": 1 / done})
     progress.close()
     shown = stream.getvalue().split("loss\n")[1]
+    assert "sft · 10 steps" in stream.getvalue()
     assert shown.count("\r\x1b[K") == 7 and shown.count("\n") == 2  # the first line is kept, the last by close
     assert all(len(re.sub(r"\x1b\[K|\n", "", part)) < 40 for part in shown.split("\r"))
 
@@ -193,6 +206,36 @@ def test_on_a_terminal_the_line_is_rewritten(clock, monkeypatch):
 def test_slow_steps_show_seconds_and_a_resumed_stage_its_own_rate(clock):
     stream = io.StringIO()
     progress = Progress("grpo", 1000, start=990, interval_s=0, stream=stream)
-    clock.now += 4000
+    clock.now += 100
     progress.report(991)
-    assert stream.getvalue().splitlines()[-1].split() == ["991/1000", "4000.0", "s", "1:06:40", "10:00:00"]
+    clock.now += 4000
+    progress.report(992)
+    assert stream.getvalue().splitlines()[-1].split() == ["992/1000", "4,000.0", "1:08:20", "8:53:20"]
+
+
+def test_what_is_compiled_before_the_first_report_is_no_rate(clock):
+    stream = io.StringIO()
+    with Progress("sft", 300, interval_s=0, stream=stream) as progress:
+        for done, seconds in ((50, 60.0), (100, 5.0), (150, 5.0), (300, 15.0)):
+            clock.now += seconds
+            progress.report(done)
+    rows = [line.split() for line in stream.getvalue().splitlines()[3:]]
+    assert rows[0] == ["50/300", "-", "1:00", "-"]  # no estimate yet; by this first interval it would be five minutes
+    assert rows[1] == ["100/300", "0.100", "1:05", "0:20"]  # 200 left at a tenth of a second
+    assert rows[-1] == ["300/300", "0.100", "1:25", "0:00"]
+    stream = io.StringIO()
+    with Progress("demonstrations", 8, "episode", start=4, stream=stream) as progress:
+        clock.now += 2.0
+        progress.report(8)  # one report alone: its own time is the rate
+    assert stream.getvalue().splitlines()[-1].split() == ["8/8", "0.500", "0:02", "0:00"]
+
+
+def test_what_is_printed_before_the_first_line_stands_above_the_headings(clock):
+    stream = io.StringIO()
+    with Progress("grpo", 3, "iteration", {"ratio/max": ".3f", "clip_fraction": ".3f"}, stream=stream) as progress:
+        stream.write("prefix cache: device\n")
+        progress.report(1, {"ratio/max": 1.5, "clip_fraction": 0.25})
+        progress.say("stopping early")
+    title, cache, headings, row, said = stream.getvalue().strip().splitlines()
+    assert title.startswith("── grpo · 3 iterations") and (cache, said) == ("prefix cache: device", "stopping early")
+    assert headings.endswith("ratio max clip fraction") and row.endswith("1.500         0.250")

@@ -8,7 +8,9 @@ import pytest
 import tiny_policy as tiny
 
 from z1_jax import sharding
-from z1_jax.checkpoint import CheckpointError, Checkpoints
+from z1_jax.checkpoint import CheckpointError, Checkpoints, Keep
+from z1_jax.config.schema import Config
+from z1_jax.initial_policy import newest_policy, with_pinned_init
 from z1_jax.policy import find_policy, fresh_policy, load_policy, named, unnamed
 
 
@@ -52,6 +54,25 @@ def test_round_trip_is_bit_identical(run_dir):
         np.testing.assert_array_equal(x, y)
     actions = np.random.default_rng(0).normal(size=(8, 16))
     np.testing.assert_array_equal(a.env_actions(actions), b.env_actions(actions))
+
+
+def test_the_best_policy_is_found_by_path(tmp_path):
+    policy = tiny.policy(0)
+    for stage in ("sft", "grpo"):
+        checkpoints = Checkpoints(tmp_path / "checkpoints" / stage, Keep(best=True))
+        for step, success in ((1, None), (2, 0.9), (3, 0.5), (4, 0.6)):
+            checkpoints.save(step, policy.parts(), policy.document(), success=success if stage == "grpo" else None)
+        checkpoints.close()
+    grpo = tmp_path / "checkpoints" / "grpo"
+    assert find_policy(f"{tmp_path}@best") == find_policy(f"{grpo}@best") == find_policy(grpo / "2") == (grpo, 2)
+    assert find_policy(tmp_path) == (grpo, 4)
+    assert newest_policy(f"{tmp_path}@best") == str(grpo / "2")  # what a command pins, should the run go on
+    config = Config(run_dir=str(tmp_path / "new"), init=f"{tmp_path}@best")
+    assert with_pinned_init(config).init == str(grpo / "2")
+    with pytest.raises(CheckpointError, match="no checkpoint in .*sft was rated, so that none is the best"):
+        find_policy(f"{tmp_path / 'checkpoints' / 'sft'}@best")
+    with pytest.raises(CheckpointError, match="no policy of RL at .*; @best is for a run directory"):
+        find_policy(f"{tmp_path / 'nowhere'}@best")
 
 
 def test_statistics_of_any_value_survive(tmp_path, rng):

@@ -1,5 +1,6 @@
 """The report of a made-up run: what it says, what it leaves out, and that it needs nothing else."""
 
+import html
 import json
 import re
 import secrets
@@ -14,6 +15,7 @@ from PIL import Image
 from envs.video import write_video
 from z1_jax.metrics import MetricsWriter
 from z1_jax.report import charts
+from z1_jax.report import html as page_parts
 from z1_jax.report.write import write_report
 from z1_jax.statistics import mcnemar_exact, paired_difference_interval, wilson_interval
 
@@ -156,6 +158,73 @@ def test_unstable_episodes_are_shown_when_there_are_any(tmp_path):
     text = page_of(tmp_path).text
     assert "Unstable episodes" in text and "After RL: failures by unstable physics 1,234" in text
     assert "Before RL: failures" not in text
+
+
+def test_where_a_run_comes_from_stands_on_the_page(tmp_path):
+    summary = write_run(tmp_path)
+    summary |= {"instructions": ["turn on the sink faucet"], "ended": "2026-03-01 12:10 UTC", "repeats": "it varies"}
+    summary["videos_rule"] = "The first 3 held-out seeds."
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    command = "python -m z1_jax.train --config=configs/grpo.py --config.env.layouts='a 3 s'"
+    rows = [
+        {"began": "2026-03-01 12:00 UTC", "command": "x"},
+        {"began": "2026-03-01 12:03 UTC", "command": command},
+    ]
+    (tmp_path / "commands.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = page_of(tmp_path)
+    header = page.text[: page.text.index("Result")]
+    assert "TurnOnSinkFaucet: “turn on the sink faucet”" in header and command in header
+    assert "begun 2026-03-01 12:00 UTC, ended 2026-03-01 12:10 UTC, 9 min 46 s in all stages, 2 starts" in header
+    assert html.escape(command) in (tmp_path / "report.html").read_text()  # to be copied: its spaces are plain
+    for text in ("all stages 9 min 46 s", "Repeated: it varies.", "The first 3 held-out seeds.", "Left out"):
+        assert (text in page.text) == (text != "Left out")
+    (tmp_path / "commands.jsonl").write_text("rubbish\n")
+    assert "No command: " in page_of(tmp_path).text
+
+
+def test_a_comparison_says_which_is_subtracted(tmp_path):
+    summary = write_run(tmp_path, videos=False)
+    assert "After RL minus before RL, paired by seed" in page_of(tmp_path).text
+    summary["labels"] = ["A: runs/one/sft/300", "B: runs/one/grpo/240"]
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    text = page_of(tmp_path).text
+    assert "B minus A, paired by seed" in text and "A: runs/one/sft/300" in text
+
+
+def test_numbers_and_their_units_do_not_part():
+    for given, wanted in {
+        "from 42.6 % to 96.1 % (+53.5 points, 95 % CI +47.3": "from 42.6_% to 96.1_% (+53.5_points, 95_%_CI +47.3",
+        "exact McNemar p = 9e-38, 256 held-out seeds": "exact McNemar p_=_9e-38, 256 held-out seeds",
+        "12 sofas and 3 min 2 s at 20 Hz": "12 sofas and 3_min 2_s at 20_Hz",
+    }.items():
+        assert page_parts.text(given) == wanted.replace("_", "\u00a0")
+    assert page_parts.duration(119.7) == "2 min 0 s"
+
+
+def texts_of(chart):
+    """x, anchor and words of each text."""
+    words = re.findall(r'<text(?: class="\w+")? x="([-\d.]+)" y="[-\d.]+"(?: text-anchor="(\w+)")?>([^<]*)', chart)
+    assert len(words) == chart.count("<text")
+    return [(float(x), anchor or "start", text) for x, anchor, text in words]
+
+
+def test_no_label_leaves_its_chart():
+    seed = secrets.randbelow(2**31)
+    print("seed", seed)
+    rng = np.random.default_rng(seed)
+    names = ["".join(rng.choice(list("abmW/-03"), length)) for length in rng.integers(1, 120, 6)]
+    made = [charts.interval_chart([(name, 0.5, (0.4, 0.6)) for name in names])]
+    for scale in (1e-7, 3e-4, 1.0, 12_345.0, 8e8):
+        for form in (charts.short, lambda v: f"{v:.6f} seconds", lambda v: f"{100 * v:.3g}%"):
+            line, area = charts.Series("y", [0, 1999], [0, scale]), charts.Series("y", [0, 160], [0.1, scale])
+            made.append(charts.line_chart([line], "iteration", form))
+            made.append(charts.stacked_chart([area], "iteration", form))
+    for chart in made:
+        for x, anchor, text in texts_of(chart):
+            width = charts.text_width(text)
+            left = x - {"start": 0, "middle": width / 2, "end": width}[anchor]
+            assert left >= 0 and left + width <= charts.WIDTH, (text, left, width)
+    assert names[0] in made[0]  # whole in the title where it was shortened
 
 
 def test_intervals_say_at_what_confidence(tmp_path):

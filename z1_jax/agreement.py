@@ -5,7 +5,10 @@ Gathers the facts for `worlds`, tells each difference in a line and refuses what
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,8 +39,8 @@ def check_worlds(config: Config) -> list[str]:
         ConfigError: task or rate differ from the environments' and `allow` does not name it.
         UserError: a dataset or policy is absent or damaged; PoolError: no environment starts.
     """
-    if (config.directory / SUMMARY).exists():  # finished: nothing will be computed
-        return []
+    if (config.directory / SUMMARY).exists():  # finished: it was looked at when it began
+        return _known_differences(config.directory / SUMMARY)
     key, trained_on, policies = _given(config)
     found = [difference for other in policies for difference in differences(trained_on, other)] if trained_on else []
     # A policy that is trained on data acts as these do: they are compared with the environments in its stead.
@@ -61,6 +64,12 @@ def check_worlds(config: Config) -> list[str]:
             f"others, or allow it with {flag}"
         )
     return [difference.line for difference in found]
+
+
+def _known_differences(path: pathlib.Path) -> list[str]:
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged summary is refused where it is used
+        return list(json.loads(path.read_text())["protocol"].get("differences", []))
+    return []
 
 
 def _given(config: Config) -> tuple[str, World | None, list[World]]:

@@ -7,6 +7,7 @@ each becomes one.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import itertools
@@ -97,22 +98,36 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay when another one is written."""
+
+    last: int = 2  # the newest, so many
+    every: int = 0  # also those whose step divides by this; 0: none
+    best: bool = False  # also the one that was saved with the highest success, of equal ones the newest
+
+
 class Checkpoints:
-    """The checkpoints of one training stage: DIRECTORY/<step>, the newest `keep` of them.
+    """The checkpoints of one training stage: DIRECTORY/<step>, those that `keep` says.
 
     Ctrl-C waits until a call is over: Orbax's event loops would lose it, or take it for a damaged file.
     """
 
     @held()
-    def __init__(self, directory: pathlib.Path, keep: int = 2):
+    def __init__(self, directory: pathlib.Path, keep: Keep = Keep()):
         # Orbax costs two seconds to import.
         from orbax.checkpoint import v1 as ocp
 
         self.directory = pathlib.Path(directory).absolute()
+        policies = ocp.training.preservation_policies
+        kept: list[Any] = [policies.LatestN(keep.last)]
+        kept += [policies.EveryNSteps(keep.every)] if keep.every else []
+        if keep.best:
+            kept.append(policies.BestN(get_metric_fn=_success, n=1, keep_checkpoints_without_metrics=False))
         with _quiet():
             self._checkpointer = ocp.training.Checkpointer(
                 self.directory,
-                preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+                preservation_policy=policies.AnyPreservationPolicy(kept),
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
                 cleanup_tmp_directories=True,
             )
@@ -122,17 +137,25 @@ class Checkpoints:
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
     @held()
-    def save(self, step: int, parts: Mapping[str, Tree], document: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, parts: Mapping[str, Tree], document: Mapping[str, Any], success: float | None = None
+    ) -> None:
         """Writes a checkpoint and returns when it is complete. A step that is there already is left as it is.
 
         Args:
             parts: name -> tree of arrays, e.g. {"params": …, "optimizer": …}.
             document: JSON values.
+            success: by which the best checkpoint is chosen; None: this one cannot be it.
         """
         if step in self.steps():
             return
         checksums = {name: {key: _crc(leaf) for key, leaf in _leaves(tree).items()} for name, tree in parts.items()}
-        self._save(step, parts, document, checksums)
+        self._save(step, parts, document, checksums, success)
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and success of the best checkpoint that is there; None where none was saved with a success."""
+        rated = [(_success(c.metrics), c.step) for c in self._checkpointer.checkpoints if c.metrics is not None]
+        return max(rated)[::-1] if rated else None
 
     @held()
     def save_frame(
@@ -158,14 +181,20 @@ class Checkpoints:
         _write_file_list(self.directory / str(step))
 
     def _save(
-        self, step: int, parts: Mapping[str, Tree], document: Mapping[str, Any], checksums: Mapping[str, Any]
+        self,
+        step: int,
+        parts: Mapping[str, Tree],
+        document: Mapping[str, Any],
+        checksums: Mapping[str, Any],
+        success: float | None = None,
     ) -> None:
         require_plain(self.directory)
         try:
             metadata = {"document": dict(document), "crc32": checksums, "seal": _seal(document, checksums)}
             metadata["step"] = step
             with _quiet():
-                self._checkpointer.save_checkpointables(step, dict(parts), custom_metadata=metadata)
+                metrics = None if success is None else {"success": success}
+                self._checkpointer.save_checkpointables(step, dict(parts), custom_metadata=metadata, metrics=metrics)
             if jax.process_index() == 0:
                 _write_file_list(self.directory / str(step))
         except Exception as error:  # Orbax raises what its storage layers raise
@@ -311,6 +340,10 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for whatever is being written."""
         self._checkpointer.close()
+
+
+def _success(metrics: Any) -> float:
+    return float(metrics["success"])
 
 
 def _counted(document: Mapping[str, Any], default: int) -> int:

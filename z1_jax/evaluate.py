@@ -12,13 +12,22 @@ import jax
 
 from envs.pool import EnvPool
 from z1_jax.config.schema import Config
-from z1_jax.evaluation import Evaluation, compare, evaluate, rate_sentence, versus_sentence
+from z1_jax.evaluation import (
+    Evaluation,
+    compare,
+    evaluate,
+    instructions,
+    make_actor,
+    rate_sentence,
+    versus_sentence,
+)
 from z1_jax.initial_policy import given_policy
 from z1_jax.opening import Run, open_run
 from z1_jax.policy import Policy, find_policy
 from z1_jax.process import run_main
 from z1_jax.run_dir import conclude
 from z1_jax.stages import make_pool
+from z1_jax.videos import clips_of, record_clips
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,22 +38,33 @@ def main(argv: Sequence[str]) -> None:
     config = run.config
     with jax.set_mesh(run.mesh):
         policies = {name: given_policy(config, path, run.mesh) for name, path in run.policies.items()}
-        with make_pool(config) as pool, run.clock.stage("evaluation"):
-            outcomes = {name: measure(run, policy, pool, name) for name, policy in policies.items()}
-    result, line = judge(config, outcomes)
-    result["policies"] = dict(run.identities)
+        with make_pool(config) as pool:
+            seen = {name: look_at(run, policy, pool, name) for name, policy in policies.items()}
+            told = instructions(pool, config.eval)
+    result, line = judge(config, {name: outcome for name, (outcome, _) in seen.items()})
+    clips = {"before": "compare", "after": "checkpoint"}
+    result |= clips_of(config, {side: (name, seen[name][1]) for side, name in clips.items() if name in seen})
+    result |= {"instructions": told, "policies": dict(run.identities)}
     conclude(config, policies["checkpoint"], run.directory, run.clock, result, line, run.differing)
 
 
-def measure(run: Run, policy: Policy, pool: EnvPool, name: str) -> Evaluation:
-    """Runs the held-out seeds with one of the policies."""
-    config = run.config
+def look_at(run: Run, policy: Policy, pool: EnvPool, name: str) -> tuple[Evaluation, dict[int, bool]]:
+    """Runs the held-out seeds with one of the policies, and films it; what is there already is not done again."""
+    config, mesh = run.config, run.mesh
     results = run.directory / "evaluation" / f"{name}.jsonl"
-    return evaluate(policy, pool, run.mesh, config.eval, config.flow, results, title=f"evaluation of {name}")
+    graphdef, trainable, frozen = policy.split("expert")
+    actor, params = make_actor(policy, graphdef, config.flow, mesh, pool.num_envs), (trainable, frozen)
+    title = f"evaluation of {name}"
+    with run.clock.stage("evaluation"):
+        outcome = evaluate(
+            policy, pool, mesh, config.eval, config.flow, results, title=title, actor=actor, params=params
+        )
+    with run.clock.stage("videos"):
+        return outcome, record_clips(config, policy, pool, actor, params, run.directory, name)
 
 
 def judge(config: Config, outcomes: dict[str, Evaluation]) -> tuple[dict[str, Any], str]:
-    """What the summary says, and the sentence; `compare` stands before `checkpoint`."""
+    """What the summary says, and the sentence; `compare` is the base A, `checkpoint` is B."""
     confidence = config.eval.confidence
     after = outcomes["checkpoint"]
     name = policy_name(config.checkpoint)
@@ -52,7 +72,7 @@ def judge(config: Config, outcomes: dict[str, Evaluation]) -> tuple[dict[str, An
         result: dict[str, Any] = {"after": after.summary(confidence), "labels": ["", name]}
         return result, rate_sentence(name, config.task, result["after"], confidence)
     other = policy_name(config.compare)
-    result = {**compare(outcomes["compare"], after, confidence), "labels": [other, name]}
+    result = {**compare(outcomes["compare"], after, confidence), "labels": [f"A: {other}", f"B: {name}"]}
     return result, versus_sentence(name, other, config.task, result, confidence)
 
 

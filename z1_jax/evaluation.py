@@ -108,6 +108,13 @@ def evaluate(
     )
 
 
+def instructions(pool: EnvPool, config: EvalConfig, most: int = 4) -> list[str]:
+    """What the robot is told in the first held-out episodes, each text once. Starts episodes in the pool."""
+    count = min(most, pool.num_envs, config.episodes)
+    looks = pool.reset(range(count), range(config.first_seed, config.first_seed + count))
+    return list(dict.fromkeys(look.instruction for look in looks))
+
+
 def _read_results(path: pathlib.Path, seeds: np.ndarray) -> list[dict[str, Any]]:
     rows = read_records(path)[: len(seeds)]
     for number, (row, seed) in enumerate(zip(rows, seeds, strict=False), 1):
@@ -150,20 +157,20 @@ def compare(before: Evaluation, after: Evaluation, confidence: float) -> dict[st
 
 
 def sentence(task: str, method: str, result: dict[str, Any], confidence: float) -> str:
-    """A method's gain in one sentence."""
+    """A method's gain in one sentence: after minus before."""
     gain = result["difference"]
     verb = "raised" if gain > 0 else "lowered" if gain < 0 else "left"
     return (
         f"{method} {verb} success on {task} from {_percent(result['before'])} to {_percent(result['after'])} "
-        f"({_paired(result, confidence)}){_broken(result['before'], result['after'])}"
+        f"(after minus before: {_paired(result, confidence)}){_broken(result['before'], result['after'])}"
     )
 
 
-def versus_sentence(name: str, other: str, task: str, result: dict[str, Any], confidence: float) -> str:
-    """Two policies in one sentence; `other` is the result's `before`."""
+def versus_sentence(name: str, base: str, task: str, result: dict[str, Any], confidence: float) -> str:
+    """Two policies in one sentence: B (`name`, the result's `after`) minus A (`base`, its `before`)."""
     return (
-        f"{name} succeeds on {task} in {_percent(result['after'])}, {other} in {_percent(result['before'])} "
-        f"({_paired(result, confidence)}){_broken(result['before'], result['after'])}"
+        f"on {task} A ({base}) succeeds in {_percent(result['before'])}, B ({name}) in {_percent(result['after'])}: "
+        f"B minus A is {_paired(result, confidence)}{_broken(result['before'], result['after'])}"
     )
 
 

@@ -20,7 +20,7 @@ from z1_jax.data.normalize import NormStats, Rule
 from z1_jax.files import absolute
 from z1_jax.models.pi05 import Pi05Config
 from z1_jax.models.presets import PRESETS, get_preset
-from z1_jax.policy import Policy, find_policy, fresh_policy, load_policy, make_processor
+from z1_jax.policy import Policy, find_policy, fresh_policy, load_policy, make_processor, split_best
 from z1_jax.suites import assumed_statistics, check_names, training_statistics, widths
 
 
@@ -170,7 +170,7 @@ def with_pinned_init(config: Config) -> Config:
     """
     if config.init in ("", RANDOM):
         return config
-    given = pathlib.Path(config.init)
+    given = pathlib.Path(split_best(config.init)[0])
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # no run yet, or one that will be refused
         kept = json.loads((config.directory / "config.json").read_text())["init"]
         if kept and pathlib.Path(kept).is_relative_to(given):
@@ -185,7 +185,7 @@ def newest_policy(path: str) -> str:
         CheckpointError: there is none.
     """
     directory, step = find_policy(path)
-    given = pathlib.Path(path)
+    given = pathlib.Path(split_best(path)[0])
     return str(given / (directory / str(step)).relative_to(absolute(given)))
 
 

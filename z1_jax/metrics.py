@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from z1_jax.errors import UserError
+from z1_jax.wandb_run import WandbRun
 
 METRICS = "metrics.jsonl"
 EPISODES = "episodes.jsonl"
@@ -52,7 +53,7 @@ class MetricsWriter:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._tensorboard = _open_tensorboard(self.run_dir / "tensorboard") if tensorboard else None
-        self._wandb = _open_wandb(wandb_project, self.run_dir, config) if wandb_project else None
+        self._wandb = WandbRun(wandb_project, self.run_dir, config) if wandb_project else None
         self._files: dict[str, IO[str]] = {}
         for name in (METRICS, EPISODES):
             drop_half_line(self.run_dir / name)
@@ -88,7 +89,7 @@ class MetricsWriter:
         if self._tensorboard is not None:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, int(step))
-        if self._wandb is not None:  # stages count their own steps, so that W&B's single counter cannot be used
+        if self._wandb is not None:
             self._wandb.log(numbers | {f"{stage}/step": int(step)})
         return record
 
@@ -97,6 +98,27 @@ class MetricsWriter:
         record = _record(stage, step, {**self._constant, **values})
         self._append(EPISODES, record)
         return record
+
+    def evaluation(self, name: str, step: int, summary: Mapping[str, Any]) -> None:
+        """Sends an evaluation's rate and interval to TensorBoard and W&B; a second time changes nothing.
+
+        Args:
+          name: e.g. "before"; step: of training, at which the policy was evaluated; summary: see `Evaluation.summary`.
+        """
+        low, high = summary["interval"]
+        numbers = {"success": summary["rate"], "success_low": low, "success_high": high}
+        numbers = {f"evaluation/{name}/{key}": float(value) for key, value in numbers.items()}
+        if self._tensorboard is not None:
+            for key, value in numbers.items():
+                self._tensorboard.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log_once(f"evaluation/{name}@{step}", {**numbers, f"evaluation/{name}/step": float(step)})
+
+    def video(self, name: str, step: int, path: Path, success: bool) -> None:
+        """Sends a video to W&B; a second time changes nothing."""
+        if self._wandb is not None:
+            caption = f"after {step} iterations: {'success' if success else 'failure'}"
+            self._wandb.video_once(f"videos/{name}@{step}", f"videos/{name}", path, caption)
 
     def close(self) -> None:
         for file in self._files.values():
@@ -118,7 +140,7 @@ class MetricsWriter:
 
 
 class Progress:
-    """A live table of one stage: a header, then lines of step, total, rate, time left and chosen columns.
+    """A live table of one stage: a title, then lines of step, total, seconds a step, time left and chosen columns.
 
     On a terminal the last line is rewritten at each report and kept every `interval_s`; elsewhere a line is printed at
     most every `interval_s`. The first and the last report are always kept.
@@ -127,9 +149,13 @@ class Progress:
       stage: title, e.g. "sft".
       total: steps of the stage.
       unit: what a step is, e.g. "iteration".
-      columns: name of a metric -> format, e.g. {"loss": ".4f"}; a metric that a report lacks shows as a dash.
+      columns: name of a metric -> format, e.g. {"loss": ".4f"}; its heading is the name in words, and a metric that a
+        report lacks shows as a dash.
       start: first step, where a resumed run goes on.
       alarms: counts that are shown at the end of a line, with their names, when they are above zero.
+
+    The time until the first report compiles and starts what is needed: it is no part of the rate, and there is no
+    estimate of the time left before the second report.
     """
 
     def __init__(
@@ -146,15 +172,18 @@ class Progress:
         self._stage, self._total, self._unit = stage, total, unit
         self._columns = dict(columns or {})
         self._alarms = tuple(alarms)
+        self._headings = {name: name.replace("/", " ").replace("_", " ") for name in self._columns}
         self._interval_s = interval_s
         self._stream = stream or sys.stdout
         self._live = self._stream.isatty()
-        self._begin = time.monotonic()
-        # The rate over recent reports: the first step compiles and must not count for ever.
-        self._marks: collections.deque[tuple[float, int]] = collections.deque([(self._begin, start)], maxlen=20)
+        self._begin, self._start = time.monotonic(), start
+        self._marks: collections.deque[tuple[float, int]] = collections.deque(maxlen=20)  # the rate is that of these
         self._kept_at = -math.inf
         self._pending = False
-        self._header()
+        self._headed = False
+        title = f"{stage} · {total:,} {unit}{'' if total == 1 else 's'}"
+        self._stream.write(f"\n── {title} {'─' * max(2, 60 - len(title))}\n")
+        self._stream.flush()
 
     def report(self, done: int, values: Mapping[str, Any] | None = None) -> None:
         """Shows that `done` steps of the total are finished, with the latest metrics."""
@@ -165,6 +194,12 @@ class Progress:
             self._print(self._line(done, values or {}), keep)
         if keep:
             self._kept_at = now
+
+    def say(self, text: str) -> None:
+        """Prints a line between those of the table."""
+        self.close()
+        self._stream.write(text + "\n")
+        self._stream.flush()
 
     def close(self) -> None:
         """Ends the table: keeps a line that was still being rewritten."""
@@ -179,23 +214,30 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _header(self) -> None:
-        names = [f"{name.rsplit('/', 1)[-1][:10]:>10}" for name in self._columns]
-        title = f"{self._stage} · {self._total:,} {self._unit}{'' if self._total == 1 else 's'}"
-        head = f"{self._unit[:12]:>13} {'rate':>9} {'elapsed':>8} {'left':>8}"
-        self._stream.write(f"\n── {title} {'─' * max(2, 60 - len(title))}\n{' '.join([head, *names])}\n")
-        self._stream.flush()
-
     def _line(self, done: int, values: Mapping[str, Any]) -> str:
-        (first_time, first_step), (now, _) = self._marks[0], self._marks[-1]
-        rate = (done - first_step) / (now - first_time) if now > first_time else 0.0
-        left = (self._total - done) / rate if rate > 0 else math.inf
-        head = f"{f'{done}/{self._total}':>13} {_rate(rate):>9} {_clock(now - self._begin):>8} {_clock(left):>8}"
-        cells = [f"{_cell(values.get(name), spec):>10}" for name, spec in self._columns.items()]
-        alarms = [f" {values[name]:,} {name}" for name in self._alarms if values.get(name)]
-        return " ".join([head, *cells, *alarms])
+        now = self._marks[-1][0]
+        # The first report has no earlier one: only when it is the last too is its own time the rate.
+        first_time, first_step = self._marks[0] if len(self._marks) > 1 else (self._begin, self._start)
+        known = done > first_step and (len(self._marks) > 1 or done >= self._total)
+        each = (now - first_time) / (done - first_step) if known else math.inf
+        left = 0.0 if done >= self._total else (self._total - done) * each
+        head = self._row(f"{done}/{self._total}", _seconds(each), _clock(now - self._begin), _clock(left))
+        cells = self._cells(head, {name: _cell(values.get(name), spec) for name, spec in self._columns.items()})
+        return " ".join([cells, *(f" {values[name]:,} {name}" for name in self._alarms if values.get(name))])
+
+    def _heading(self) -> str:
+        return self._cells(self._row(self._unit, f"s/{self._unit}", "elapsed", "left"), self._headings)
+
+    def _row(self, done: str, each: str, elapsed: str, left: str) -> str:
+        return f"{done:>13} {each:>{max(9, len(self._unit) + 2)}} {elapsed:>8} {left:>8}"
+
+    def _cells(self, head: str, cells: Mapping[str, str]) -> str:
+        return " ".join([head, *(f"{cell:>{max(10, len(self._headings[name]))}}" for name, cell in cells.items())])
 
     def _print(self, line: str, keep: bool) -> None:
+        if not self._headed:  # not before the first line: what is printed meanwhile stands above both
+            self._stream.write(self._heading() + "\n")
+            self._headed = True
         if not self._live:
             self._stream.write(line + "\n")
         else:
@@ -279,16 +321,10 @@ def _open_tensorboard(directory: Path) -> Any:
     return tensorboardX.SummaryWriter(str(directory))
 
 
-def _open_wandb(project: str, directory: Path, config: Mapping[str, Any] | None) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("W&B is on but wandb is not installed: pip install 'z1-jax[log]'") from None
-    return wandb.init(project=project, dir=str(directory), config=dict(config or {}))
-
-
-def _rate(per_second: float) -> str:
-    return f"{per_second:.1f}/s" if per_second >= 1 else (f"{1 / per_second:.1f} s" if per_second > 0 else "-")
+def _seconds(each: float) -> str:
+    if not math.isfinite(each):
+        return "-"
+    return f"{each:.3f}" if each < 1 else f"{each:.2f}" if each < 10 else f"{each:,.1f}"
 
 
 def _clock(seconds: float) -> str:

@@ -11,13 +11,22 @@ import jax
 from z1_jax.agreement import check_worlds
 from z1_jax.config.command_line import parse_command_line
 from z1_jax.config.schema import RANDOM, Config, ConfigError
+from z1_jax.extending import changed_lengths, take_lengths
 from z1_jax.files import hold
 from z1_jax.initial_policy import newest_policy
 from z1_jax.metrics import MetricsWriter
 from z1_jax.process import require_algorithm, start_jax
-from z1_jax.run_dir import StageClock, claim_directory, claim_policy, finished_sentence, policy_identity
+from z1_jax.run_dir import (
+    StageClock,
+    claim_directory,
+    claim_policy,
+    finished_sentence,
+    note_command,
+    policy_identity,
+)
 from z1_jax.stages import check_inputs, make_mesh
 from z1_jax.suites import label, pin_version
+from z1_jax.videos import missing_clips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +78,14 @@ def open_run(argv: Sequence[str], command: str, algorithms: Sequence[str], defau
     if identities:
         claim_policy(directory, identities)
     print(f"run directory {directory}", flush=True)
-    if finished := finished_sentence(directory):
+    unfilmed = config.algorithm == "eval" and any(missing_clips(config, directory, name) for name in policies)
+    changes = changed_lengths(config, directory)
+    if (finished := finished_sentence(directory)) and not unfilmed and not changes:
         print(f"already finished: {finished}")
         return None
     hold(directory)
+    take_lengths(config, directory, changes)
+    note_command(directory, argv)
     clock = StageClock(directory / "wall_seconds.json")
     return Run(config, mesh, directory, clock, differing, policies, identities)
 

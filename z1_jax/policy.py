@@ -28,6 +28,7 @@ from z1_jax.models.siglip import SiglipConfig
 from z1_jax.sharding import param_sharding
 
 STAGES = ("grpo", "sft")  # where a run keeps policies, the later stage first
+BEST = "@best"  # after a path: see `find_policy`
 TOKENIZER = "tokenizer.model"  # in a step's folder, where a conversion had none to store
 
 
@@ -272,19 +273,49 @@ def architecture(values: Mapping[str, Any]) -> pi05.Pi05Config:
 def find_policy(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
     """The newest policy at `path`: a run directory, a directory of checkpoints, or one checkpoint.
 
+    PATH@best is the one of a run's RL (or of a directory of checkpoints) with the highest training success, which
+    `train.keep_best` keeps.
+
     Returns:
         The directory of checkpoints and the step.
 
     Raises:
         CheckpointError: nothing of the kind is there.
     """
-    root = absolute(path)
+    place, best = split_best(path)
+    root = absolute(place)
+    if best:
+        return _best_policy(root)
     if root.name.isdigit() and (root / "params").is_dir():
         return root.parent, int(root.name)
     for directory in (*(root / "checkpoints" / stage for stage in STAGES), root):
-        steps = [int(p.name) for p in directory.glob("*") if p.name.isdigit() and (p / "params").is_dir()]
-        if steps:
+        if steps := policy_steps(directory):
             return directory, max(steps)
     raise CheckpointError(
         f"no policy at {root}; expected a run directory, a directory of checkpoints, or one checkpoint in it"
     )
+
+
+def split_best(path: str | pathlib.Path) -> tuple[str, bool]:
+    """A path without @best, and whether it had it."""
+    return str(path).removesuffix(BEST), str(path).endswith(BEST)
+
+
+def policy_steps(directory: pathlib.Path) -> list[int]:
+    """Steps of the policies in a directory of checkpoints, ascending; looks at names alone."""
+    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit() and (p / "params").is_dir())
+
+
+def _best_policy(root: pathlib.Path) -> tuple[pathlib.Path, int]:
+    for directory in (root / "checkpoints" / "grpo", root):
+        if policy_steps(directory):
+            checkpoints = Checkpoints(directory)
+            found = checkpoints.best()
+            checkpoints.close()
+            if found:
+                return directory, found[0]
+            raise CheckpointError(
+                f"no checkpoint in {directory} was rated, so that none is the best: RL rates them by training success "
+                "over train.keep_best iterations, once there were so many"
+            )
+    raise CheckpointError(f"no policy of RL at {root}; {BEST} is for a run directory or its checkpoints of RL")

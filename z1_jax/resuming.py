@@ -28,7 +28,7 @@ class Counts:
     iterations: int = 0
     simulated_steps: int = 0
     episodes: int = 0  # records of them
-    recent: tuple[float, ...] = ()  # training success of the newest iterations, as many as early stopping looks at
+    recent: tuple[float, ...] = ()  # training success of the newest iterations: `stop_window` or `keep_best`
 
     def plus(self, simulated_steps: int, episodes: int, success: float, window: int) -> Counts:
         """After one more iteration."""
@@ -87,8 +87,10 @@ def counted_grpo(run_dir: pathlib.Path, step: int, document: Mapping[str, Any]) 
     return counts
 
 
-def concluded(config: Config, run_dir: pathlib.Path) -> dict[str, int]:
+def concluded(config: Config, run_dir: pathlib.Path) -> dict[str, Any]:
     """What a summary says of the work that was done: by the last checkpoint, and checked against the records.
+
+    Of RL: simulated steps, iterations, and the best checkpoint that is kept (`train.keep_best`).
 
     Raises:
         UserError: they contradict each other, or the last checkpoint is not the one that was asked for.
@@ -103,7 +105,19 @@ def concluded(config: Config, run_dir: pathlib.Path) -> dict[str, int]:
             f"the newest checkpoint in {directory} is {step}, expected {wanted}: something else works on this run, or "
             "took one away; the same command goes on from it"
         )
-    return {"simulated_steps": counts.simulated_steps, "iterations": step} if stage == "grpo" else {}
+    if stage == "sft":
+        return {}
+    return {"simulated_steps": counts.simulated_steps, "iterations": step, **_best(config, directory)}
+
+
+def _best(config: Config, directory: pathlib.Path) -> dict[str, Any]:
+    if not config.train.keep_best:
+        return {}
+    checkpoints = Checkpoints(directory)
+    found = checkpoints.best()
+    checkpoints.close()
+    window = config.train.keep_best
+    return {"best_checkpoint": {"step": found[0], "success": found[1], "window": window}} if found else {}
 
 
 def settled(recent: Sequence[float], config: TrainConfig) -> bool:
@@ -139,12 +153,12 @@ def goes_on_alone(config: Config, run_dir: pathlib.Path) -> bool:
     reason = _unreadable(sft, config.sft.steps)
     if not reason:
         return False
-    clips = min(config.eval.videos, config.eval.episodes)
+    unfilmed = [seed for seed in config.eval.filmed if not (run_dir / "videos" / f"before_seed{seed}.webp").exists()]
     needs = {
         f"train.scope={config.train.scope}": config.train.scope in ("auto", "lora"),
         f"update.kl_coef={config.update.kl_coef:g}": config.update.kl_coef > 0,
         "the evaluation before RL, which is not complete,": len(_before(run_dir)) < config.eval.episodes,
-        "the videos before RL": len(list((run_dir / "videos").glob("before_*.webp"))) < clips,
+        "the videos before RL": bool(unfilmed),
     }
     for what in (what for what, needed in needs.items() if needed):
         raise UserError(

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from z1_jax import distributed
-from z1_jax.checkpoint import Checkpoints
+from z1_jax.checkpoint import Checkpoints, Keep
 from z1_jax.config.schema import LoraConfig, SftConfig
 from z1_jax.data.augment import augment
 from z1_jax.data.dataset import Dataset
@@ -152,7 +152,7 @@ def train_sft(
         FloatingPointError: the loss is not finite; the last checkpoint stays.
         UserError: records that the checkpoint stands on are gone; nothing was touched.
     """
-    checkpoints = Checkpoints(directory)
+    checkpoints = Checkpoints(directory, Keep(config.keep_last, config.keep_every))
     if line := held_line(policy.processor.stats):
         print(line, flush=True)
     loader = Loader(dataset, policy.processor, config.batch_size, seed)

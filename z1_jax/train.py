@@ -6,23 +6,25 @@ Every stage finds its own finished work in the run directory, so the same comman
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
 from z1_jax.agreement import trained_in
 from z1_jax.config.schema import RANDOM
 from z1_jax.data.normalize import held_line
-from z1_jax.evaluation import Evaluation, compare, evaluate, rate_sentence, sentence
+from z1_jax.evaluation import Evaluation, compare, evaluate, instructions, rate_sentence, sentence
+from z1_jax.extending import known_changes
 from z1_jax.initial_policy import given_policy, untrained_policy
 from z1_jax.metrics import MetricsWriter
 from z1_jax.opening import Run, open_run
-from z1_jax.policy import Policy
+from z1_jax.policy import Policy, policy_steps
 from z1_jax.process import run_main
 from z1_jax.resuming import check_records, concluded, goes_on_alone, own_policy
 from z1_jax.rl.loop import GrpoTrainer, train_grpo
 from z1_jax.run_dir import conclude, results_of
 from z1_jax.stages import demonstrations, make_pool, supervised_policy
-from z1_jax.videos import compared_clips, record_clips
+from z1_jax.videos import clip_paths, clips_of, record_clips
 from z1_jax.worlds import World
 
 HARDLY = 0.05  # success after SFT, below which RL seldom starts
@@ -38,7 +40,7 @@ def main(argv: Sequence[str]) -> int | None:
     with run.writer() as writer, jax.set_mesh(run.mesh):
         # No name for the policy here: what RL keeps in bfloat16 must not stay in memory in float32 too.
         if run.config.algorithm == "sft":
-            finish_sft(run, start_policy(run, writer))
+            finish_sft(run, start_policy(run, writer), writer)
         elif alone:
             finish_grpo(run, own_policy(run.directory, run.mesh), writer, alone=True)
         else:
@@ -59,20 +61,29 @@ def start_policy(run: Run, writer: MetricsWriter) -> Policy:
         return supervised_policy(config, dataset, run.mesh, run.directory / "checkpoints" / "sft", writer)
 
 
-def finish_sft(run: Run, policy: Policy) -> None:
+def finish_sft(run: Run, policy: Policy, writer: MetricsWriter) -> None:
     """Evaluates an SFT policy, where there is something to evaluate it in, and writes the summary."""
     config = run.config
     concluded(config, run.directory)
     if not config.eval.episodes:
         line = f"SFT on {config.demos.dataset}: {config.sft.steps} steps, not evaluated (eval.episodes=0)"
-        conclude(config, policy, run.directory, run.clock, {}, line, run.differing)
+        told = list(policy.world.get("instructions", ()))
+        result: dict[str, Any] = {**({"instructions": told} if told else {}), **_lengths(run)}
+        conclude(config, policy, run.directory, run.clock, result, line, run.differing)
         return
     with make_pool(config) as pool, run.clock.stage("evaluation"):
         results = results_of(run.directory, "after", "sft")
         after = evaluate(policy, pool, run.mesh, config.eval, config.flow, results, title="evaluation")
-    result = {"after": after.summary(config.eval.confidence)}
+        told = instructions(pool, config.eval)
+    result = {"after": after.summary(config.eval.confidence), "instructions": told, **_lengths(run)}
+    writer.evaluation("after", config.sft.steps, result["after"])
     line = rate_sentence("SFT", config.task, result["after"], config.eval.confidence)
     conclude(config, policy, run.directory, run.clock, result, line, run.differing)
+
+
+def _lengths(run: Run) -> dict[str, Any]:
+    changes = known_changes(run.directory)
+    return {"lengths": changes} if changes else {}
 
 
 def finish_grpo(run: Run, policy: Policy, writer: MetricsWriter, alone: bool = False) -> None:
@@ -89,9 +100,9 @@ def finish_grpo(run: Run, policy: Policy, writer: MetricsWriter, alone: bool = F
         trainer = GrpoTrainer(policy, config, run.mesh, pool.num_envs)
         policy = policy.without_params()  # the trainer has them
 
-        def measure(name: str, title: str, stage: str | None) -> Evaluation:
+        def measure(name: str, title: str, stage: str | None, step: int) -> Evaluation:
             with clock.stage("evaluation"):
-                return evaluate(
+                outcome = evaluate(
                     policy,
                     pool,
                     run.mesh,
@@ -102,24 +113,31 @@ def finish_grpo(run: Run, policy: Policy, writer: MetricsWriter, alone: bool = F
                     actor=trainer.actor,
                     params=trainer.params,
                 )
+            writer.evaluation(name, step, outcome.summary(config.eval.confidence))
+            return outcome
 
-        def record(name: str) -> list[int]:
-            return record_clips(config, policy, pool, trainer.actor, trainer.params, before, run_dir, name, clock)
+        def record(name: str, step: int) -> dict[int, bool]:
+            with clock.stage("videos"):
+                outcomes = record_clips(config, policy, pool, trainer.actor, trainer.params, run_dir, name)
+            for seed, path in clip_paths(config, run_dir, name).items():
+                writer.video(path.stem, step, path, outcomes[seed])
+            return outcomes
 
-        before = measure("before", "evaluation before RL", None if alone or config.init else "sft")
+        before = measure("before", "evaluation before RL", None if alone or config.init else "sft", 0)
         if before.success.mean() < HARDLY and not config.init:
             print(
                 f"SFT hardly starts on {config.task}: RL has few successes to learn from; more demonstrations, SFT "
                 "steps and Muon help (presets long and carry of configs/grpo.py)"
             )
-        clips = record("before")
+        clips = {"before": ("before", record("before", 0))}
         with clock.stage("grpo"):
             policy = train_grpo(trainer, pool, run_dir / "checkpoints" / "grpo", writer, alone=alone)
-        after = measure("after", "evaluation after RL", "grpo")
-        record("after")
-    result = compare(before, after, config.eval.confidence)
-    result["videos"] = compared_clips(clips, before, after)
-    result |= concluded(config, run_dir)
+        done = policy_steps(run_dir / "checkpoints" / "grpo")[-1]
+        after = measure("after", "evaluation after RL", "grpo", done)
+        clips["after"] = "after", record("after", done)
+        told = instructions(pool, config.eval)
+    result = {**compare(before, after, config.eval.confidence), "instructions": told}
+    result |= {**clips_of(config, clips), **concluded(config, run_dir), **_lengths(run)}
     result["compilations"] = trainer.traces
     line = sentence(config.task, "GRPO", result, config.eval.confidence)
     conclude(config, policy, run_dir, clock, result, line, run.differing)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,63 +14,97 @@ import numpy as np
 from envs.pool import EnvPool
 from envs.video import write_video
 from z1_jax.config.schema import Config, EvalConfig
-from z1_jax.evaluation import Evaluation
 from z1_jax.policy import Policy
 from z1_jax.rl import rollout
 from z1_jax.rl.actor import Actor
-from z1_jax.run_dir import StageClock
+from z1_jax.run_dir import write_json
+
+Params = tuple[Any, Any]  # trained and frozen
+
+
+OUTCOMES = "outcomes.json"  # in the folder of videos: of each file, whether its episode succeeded
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """One episode."""
+
+    frames: np.ndarray  # uint8 [N, size, size, 3], the start and one a control step
+    success: bool
 
 
 def record_clips(
-    config: Config,
-    policy: Policy,
-    pool: EnvPool,
-    actor: Actor,
-    params: tuple[Any, Any],
-    before: Evaluation,
-    run_dir: pathlib.Path,
-    name: str,
-    clock: StageClock,
-) -> list[int]:
-    """Films the first held-out seeds, those that failed before RL first; returns them."""
-    order = [*before.seeds[~before.success], *before.seeds[before.success]]
-    seeds = [int(seed) for seed in order[: config.eval.videos]]
-    paths = [run_dir / "videos" / f"{name}_seed{seed}.webp" for seed in seeds]
-    if not seeds or all(path.exists() for path in paths):
-        return seeds
-    with clock.stage("videos"):
-        print(f"filming {len(seeds)} episodes", flush=True)
-        clips = film(policy, pool, actor, params, seeds, config.eval, config.env.cameras[0], config.eval.video_size)
-        for path, clip in zip(paths, clips, strict=True):
-            write_video(path, clip, fps=20)
-    return seeds
+    config: Config, policy: Policy, pool: EnvPool, actor: Actor, params: Params, run_dir: pathlib.Path, name: str
+) -> dict[int, bool]:
+    """Films the episodes of `eval.filmed` that are not there yet, as videos/NAME_seedN.webp.
+
+    Returns:
+        Seed -> whether the episode that the video shows succeeded.
+    """
+    paths = clip_paths(config, run_dir, name)
+    missing = missing_clips(config, run_dir, name)
+    if missing:
+        print(f"filming {len(missing)} episode{'s' * (len(missing) > 1)} as {paths[missing[0]]}", flush=True)
+        camera, size = config.env.cameras[0], config.eval.video_size
+        clips = film(policy, pool, actor, params, missing, config.eval, camera, size)
+        for seed, clip in zip(missing, clips, strict=True):
+            write_video(paths[seed], clip.frames, fps=20)
+            write_json(run_dir / "videos" / OUTCOMES, {**_outcomes(run_dir), paths[seed].name: clip.success})
+    known = _outcomes(run_dir)
+    return {seed: known[path.name] for seed, path in paths.items()}
 
 
-def compared_clips(seeds: Sequence[int], before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
-    """What the summary says of the clips of `seeds`."""
+def clip_paths(config: Config, run_dir: pathlib.Path, name: str) -> dict[int, pathlib.Path]:
+    """Where the videos of a policy lie, by seed."""
+    return {seed: run_dir / "videos" / f"{name}_seed{seed}.webp" for seed in config.eval.filmed}
+
+
+def missing_clips(config: Config, run_dir: pathlib.Path, name: str) -> list[int]:
+    """Seeds that have yet to be filmed, or whose outcome is not known."""
+    known = _outcomes(run_dir)
     return [
-        {
-            "seed": seed,
-            "before": f"videos/before_seed{seed}.webp",
-            "after": f"videos/after_seed{seed}.webp",
-            "before_success": bool(before.success[before.seeds == seed][0]),
-            "after_success": bool(after.success[after.seeds == seed][0]),
-        }
-        for seed in seeds
+        seed
+        for seed, path in clip_paths(config, run_dir, name).items()
+        if not (path.exists() and isinstance(known.get(path.name), bool))
     ]
+
+
+def _outcomes(run_dir: pathlib.Path) -> dict[str, bool]:
+    with contextlib.suppress(FileNotFoundError, ValueError):  # damaged: the episodes are filmed again
+        return dict(json.loads((run_dir / "videos" / OUTCOMES).read_text()))
+    return {}
+
+
+def clips_of(config: Config, sides: Mapping[str, tuple[str, Mapping[int, bool]]]) -> dict[str, Any]:
+    """What the summary says of the clips.
+
+    Args:
+        sides: "before" and "after" -> the name that the videos were recorded under and what `record_clips` returned.
+    """
+    if not config.eval.filmed:
+        return {}
+    rows: list[dict[str, Any]] = [{"seed": seed} for seed in config.eval.filmed]
+    for side, (name, outcomes) in sides.items():
+        for row in rows:
+            row[side] = f"videos/{name}_seed{row['seed']}.webp"
+            row[f"{side}_success"] = outcomes[row["seed"]]
+    count = len(rows)
+    first = f"The first {count} held-out seeds in their order" if count > 1 else "The first held-out seed"
+    rule = "The seeds that eval.film_seeds names" if config.eval.film_seeds else first
+    return {"videos": rows, "videos_rule": f"{rule}: chosen before anything ran on them, not by what came of them."}
 
 
 def film(
     policy: Policy,
     pool: EnvPool,
     actor: Actor,
-    params: tuple[Any, Any],
+    params: Params,
     seeds: Sequence[int],
     config: EvalConfig,
     camera: str,
     size: int,
-) -> list[np.ndarray]:
-    """Films the evaluation's own episodes of `seeds`: uint8 [N, size, size, 3] each, one frame a control step.
+) -> list[Clip]:
+    """Films the evaluation's own episodes of `seeds`, one frame a control step.
 
     The chunks are those of `evaluate` (same key, same ids); each is stepped one control step at a time.
     """
@@ -76,6 +113,7 @@ def film(
         return [c for wave in waves for c in film(policy, pool, actor, params, wave, config, camera, size)]
     slots = list(range(len(seeds)))
     observations: list[Any] = pool.reset(slots, list(seeds))
+    success = [False] * len(seeds)
     frames = [[frame] for frame in pool.render(slots, camera, size)]
     alive, chunk = slots, 0
     while alive:
@@ -89,10 +127,12 @@ def film(
             results, after = pool.step([alive[i] for i in current], actions[current, h : h + 1])
             for i, frame in zip(current, pool.render([alive[i] for i in current], camera, size), strict=True):
                 frames[alive[i]].append(frame)
+            for i, result in zip(current, results, strict=True):
+                success[alive[i]] |= bool(result.success)
             looks = {i: look for i, result, look in zip(current, results, after, strict=True) if not result.done}
             current = sorted(looks)
             if not current:
                 break
         observations = [looks[i] for i in current]
         alive, chunk = [alive[i] for i in current], chunk + 1
-    return [np.stack(clip) for clip in frames]
+    return [Clip(np.stack(shown), won) for shown, won in zip(frames, success, strict=True)]

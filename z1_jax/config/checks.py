@@ -61,6 +61,8 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "sft.batch_size": (1, None),
     "sft.flows": (1, None),
     "sft.checkpoint_every": (1, None),
+    "sft.keep_last": (1, None),
+    "sft.keep_every": (0, None),
     "sft.ema": (0.0, 0.99999),
     "lora.vlm_rank": (0, 1024),
     "lora.vlm_alpha": (1e-6, 1e6),
@@ -88,6 +90,9 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "update.vlm_lr_factor": (1e-6, 1e3),
     "train.iterations": (1, 9_999),
     "train.checkpoint_every": (1, None),
+    "train.keep_last": (1, None),
+    "train.keep_every": (0, None),
+    "train.keep_best": (0, None),
     "train.stop_window": (1, None),
     "train.stop_success": (0.0, None),
     "selective.iterations": (3, 9_998),
@@ -195,6 +200,18 @@ def _check_combinations(config: Config) -> None:
             "config key eval.episodes: got 0, expected at least 1; 0 is for algorithm=sft with a demos.dataset, which "
             "then trains without simulating"
         )
+    for key, section in (("sft", config.sft), ("train", config.train)):
+        if section.keep_every % section.checkpoint_every:
+            raise ConfigError(
+                f"config key {key}.keep_every: got {section.keep_every}, expected a multiple of "
+                f"{key}.checkpoint_every = {section.checkpoint_every}: there is nothing to keep in between"
+            )
+    seeds = config.eval.film_seeds
+    for seed in seeds:
+        if not (seed.isascii() and seed.isdigit() and int(seed) < 2**31):
+            raise ConfigError(f"config key eval.film_seeds: got {seed!r}, expected seeds of 0 … {2**31 - 1}")
+    if len(set(map(int, seeds))) < len(seeds):
+        raise ConfigError(f"config key eval.film_seeds: got {', '.join(seeds)}, expected each seed once")
     if config.algorithm == "eval" and not config.checkpoint:
         raise ConfigError("config key checkpoint: got '', expected a run directory or a checkpoint to evaluate")
 
@@ -326,10 +343,13 @@ def check_given(config: Config, keys: Iterable[str]) -> None:
     Raises:
         ConfigError: one line.
     """
-    films = ("eval.video",)  # eval.videos and eval.video_size
+    keys = list(keys)
+    if config.eval.film_seeds and "eval.videos" in keys:
+        raise ConfigError("config key eval.videos: it has no effect beside eval.film_seeds; leave one of them out")
+    films = ("eval.video", "eval.film_seeds")  # eval.videos and eval.video_size
     if config.algorithm == "eval":
-        unused = (*_RL, *films, "sft.", "demos.", "lora.", "log.", "init", "seed")
-        why = "algorithm=eval trains, draws and films nothing"
+        unused = (*_RL, "sft.", "demos.", "lora.", "log.", "init", "seed")
+        why = "algorithm=eval trains and draws nothing"
     elif config.algorithm == "sft":
         unused, why = (*_RL, *films, "checkpoint", "compare"), "algorithm=sft neither trains by RL, compares nor films"
     elif config.init:

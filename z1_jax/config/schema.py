@@ -127,6 +127,8 @@ class SftConfig:
     augment: bool = False  # openpi's crop, rotation (first slot only) and colour jitter of the images
     optim: SftOptimConfig = dataclasses.field(default_factory=lambda: SftOptimConfig(lr=3e-3, warmup_steps=50))
     checkpoint_every: int = 250  # steps
+    keep_last: int = 2  # the newest checkpoints, so many, are kept
+    keep_every: int = 0  # also those of each such step, a multiple of checkpoint_every; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +200,9 @@ class TrainConfig:
     iterations: int = 240  # of GRPO
     scope: str = "expert"  # what is trained; joint: all but the token embedding; auto: see selective
     checkpoint_every: int = 10  # iterations
+    keep_last: int = 2  # the newest checkpoints, so many, are kept
+    keep_every: int = 0  # also those of each such iteration, a multiple of checkpoint_every; 0: none
+    keep_best: int = 10  # also the best by mean training success of the iterations, so many, before it; 0: not
     stop_success: float = 1.01  # stop early when the training success over `stop_window` iterations reaches this
     stop_window: int = 5  # iterations
 
@@ -222,8 +227,16 @@ class EvalConfig:
     objects: str = ""  # robocasa: the split of their objects
     noise_seed: int = 0  # of the sampler's initial noise
     confidence: float = 0.95  # of all intervals
-    videos: int = 4  # seeds filmed before and after
+    videos: int = 4  # the first held-out seeds, so many, are filmed: before and after RL, or with an evaluated policy
+    film_seeds: tuple[str, ...] = ()  # the seeds that are filmed instead of those, e.g. 900000007,12
     video_size: int = 160  # pixels
+
+    @property
+    def filmed(self) -> tuple[int, ...]:
+        """The seeds that are filmed, chosen before anything has run on them."""
+        if self.film_seeds:
+            return tuple(map(int, self.film_seeds))
+        return tuple(range(self.first_seed, self.first_seed + min(self.videos, self.episodes)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +306,12 @@ FREE_KEYS = (
     "env.workers",
     "env.timeout_s",
     "train.checkpoint_every",
+    "train.keep_last",
+    "train.keep_every",
+    "train.keep_best",
     "sft.checkpoint_every",
+    "sft.keep_last",
+    "sft.keep_every",
     "update.prefix_cache",
 )
 
@@ -359,9 +377,17 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def identity(config: Config) -> dict[str, Any]:
     """The leaves that a run's numbers depend on: what two invocations of one run directory must share."""
-    return {
-        k: v for k, v in flat(config).items() if not any(k == free or k.startswith(free + ".") for free in FREE_KEYS)
-    }
+    frees = FREE_KEYS + ("eval.videos", "eval.film_seeds") * (config.algorithm == "eval")  # films what is lacking
+    return {k: v for k, v in flat(config).items() if not any(k == free or k.startswith(free + ".") for free in frees)}
+
+
+def lengths(config: Config) -> tuple[str, ...]:
+    """The keys that may change in a run directory because they only say how far training goes: see `extending`."""
+    if config.algorithm == "sft":
+        return ("sft.steps",)
+    if config.algorithm == "grpo":
+        return ("train.iterations",) if config.init else ("sft.steps", "train.iterations")
+    return ()
 
 
 def fingerprint(config: Config) -> str:

@@ -4,7 +4,8 @@ import ml_collections
 
 from z1_jax.presets import common
 
-OWN = {"algorithm": "eval", **common.EVERY_STEP, "flow__steps": 0}  # the policy acts as it was trained to
+# The policy acts as it was trained to, and is filmed where that is asked for (eval.videos, eval.film_seeds).
+OWN = {"algorithm": "eval", **common.EVERY_STEP, "flow__steps": 0, "eval__videos": 0}
 
 PRESETS = {
     "kitchen": OWN,

@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Sequence
 
 WIDTH, HEIGHT = 440, 220
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 40
+LEFT, RIGHT, TOP, BOTTOM = 58, 26, 10, 40  # LEFT at least: more where the labels of the y axis are wider
+FONT = 14  # pixels, as in the style sheet
 MAX_POINTS = 160  # more than the eye resolves in this width; longer curves are averaged in bins
 
 Format = Callable[[float], str]
@@ -33,9 +34,10 @@ class _Axes:
     x: tuple[float, float]
     y: tuple[float, float]  # log10 of the values when `log`
     log: bool = False
+    left: float = LEFT
 
     def px(self, x: float) -> float:
-        return LEFT + (x - self.x[0]) / (self.x[1] - self.x[0]) * (WIDTH - LEFT - RIGHT)
+        return self.left + (x - self.x[0]) / (self.x[1] - self.x[0]) * (WIDTH - self.left - RIGHT)
 
     def py(self, y: float) -> float:
         y = math.log10(y) if self.log else y
@@ -67,6 +69,7 @@ def line_chart(
         axes = _Axes(_x_range(series), (low, max(high, low + 1)), log=True)
     else:
         axes = _Axes(_x_range(series), y_range or _nice_range(min(0.0, *values), max(values)))
+    axes = _with_room(axes, y_format)
     marks = [_polyline(one, axes) if one.style != "dots" else _dots(one, axes) for one in series]
     return _frame(axes, x_label, y_format, marks, _hits(series, axes, x_label, y_format))
 
@@ -82,15 +85,16 @@ def stacked_chart(series: Sequence[Series], x_label: str, y_format: Format) -> s
         ceiling = [low + (y or 0.0) for low, y in zip(floor, one.ys, strict=True)]
         layers.append((one, floor, ceiling))
         floor = ceiling
-    axes = _Axes(_x_range(series), _nice_range(0.0, max(floor)))
+    axes = _with_room(_Axes(_x_range(series), _nice_range(0.0, max(floor))), y_format)
     marks = [_area(one, low, high, axes) for one, low, high in layers]
     return _frame(axes, x_label, y_format, marks, _hits(series, axes, x_label, y_format))
 
 
 def interval_chart(rows: Sequence[tuple[str, float, tuple[float, float]]]) -> str:
     """Rates in [0, 1] with their intervals, one row each: (label, rate, (low, high))."""
-    height, step = 30 + 34 * len(rows), 34
-    left, right = 110, 28
+    step = 46  # the label of a row stands above its interval, as wide as the chart
+    height = 30 + step * len(rows)
+    left, right = 26, 26
     parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="Success rates with intervals">']
 
     def px(rate: float) -> float:
@@ -100,9 +104,10 @@ def interval_chart(rows: Sequence[tuple[str, float, tuple[float, float]]]) -> st
         parts.append(f'<line class="grid" x1="{px(tick):.1f}" x2="{px(tick):.1f}" y1="4" y2="{height - 22}"/>')
         parts.append(f'<text x="{px(tick):.1f}" y="{height - 6}" text-anchor="middle">{tick:.0%}</text>')
     for row, (label, rate, (low, high)) in enumerate(rows):
-        y = 21 + row * step
+        y = 34 + row * step
         title = html.escape(f"{label}: {rate:.1%} [{low:.1%}, {high:.1%}]")
-        parts.append(f'<text class="label" x="{left - 10}" y="{y + 4}" text-anchor="end">{html.escape(label)}</text>')
+        shown = html.escape(_fitting(label, WIDTH - 8))
+        parts.append(f'<text class="label" x="4" y="{y - 14}">{shown}<title>{html.escape(label)}</title></text>')
         parts.append(
             f'<g class="c{row}"><title>{title}</title><line class="whisker" x1="{px(low):.1f}" x2="{px(high):.1f}" '
             f'y1="{y}" y2="{y}"/><circle cx="{px(rate):.1f}" cy="{y}" r="6"/></g>'
@@ -112,19 +117,48 @@ def interval_chart(rows: Sequence[tuple[str, float, tuple[float, float]]]) -> st
 
 def _frame(axes: _Axes, x_label: str, y_format: Format, marks: list[str], hits: str) -> str:
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">']
-    decades = max(1, math.ceil((axes.y[1] - axes.y[0]) / 5))
-    ys = [10.0**e for e in range(int(axes.y[0]), int(axes.y[1]) + 1, decades)] if axes.log else _ticks(*axes.y)
-    for tick in ys:
+    for tick in _y_ticks(axes):
         y = axes.py(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{html.escape(y_format(tick))}</text>')
+        parts.append(f'<line class="grid" x1="{axes.left:.1f}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        label = html.escape(y_format(tick))
+        parts.append(f'<text x="{axes.left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     for tick in _ticks(*axes.x, count=6):
         if tick == int(tick):
             x = axes.px(tick)
             parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{short(tick)}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
+    middle = (axes.left + WIDTH - RIGHT) / 2
     parts.append(f'<text class="axis" x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{html.escape(x_label)}</text>')
     return "".join([*parts, *marks, hits, "</svg>"])
+
+
+def _y_ticks(axes: _Axes) -> list[float]:
+    if not axes.log:
+        return _ticks(*axes.y)
+    decades = max(1, math.ceil((axes.y[1] - axes.y[0]) / 5))
+    return [10.0**e for e in range(int(axes.y[0]), int(axes.y[1]) + 1, decades)]
+
+
+def _with_room(axes: _Axes, y_format: Format) -> _Axes:
+    """The axes with as much room on the left as the labels of the y axis need."""
+    widest = max(text_width(y_format(tick)) for tick in _y_ticks(axes))
+    return dataclasses.replace(axes, left=max(float(LEFT), widest + 10))
+
+
+def text_width(text: str) -> float:
+    """Pixels that a text takes at most in the fonts of the page: their glyphs differ, so that this is generous."""
+    narrow, wide = "iljtfrI.,:;|!'()[]/- ", "mwMW%@—…✓"
+    ems = sum(0.4 if c in narrow else 1.0 if c in wide else 0.75 if c.isupper() else 0.62 for c in text)
+    return ems * FONT
+
+
+def _fitting(text: str, width: float) -> str:
+    """The text, with its middle left out where it is too wide: both ends tell policies apart."""
+    keep = len(text)
+    shown = text
+    while text_width(shown) > width:
+        keep -= 1
+        shown = f"{text[: keep // 2]}…{text[len(text) - (keep - keep // 2) :]}"
+    return shown
 
 
 def _polyline(series: Series, axes: _Axes) -> str:
@@ -158,7 +192,7 @@ def _hits(series: Sequence[Series], axes: _Axes, x_label: str, y_format: Format)
     for one in series:
         for x, y in zip(one.xs, one.ys, strict=True):
             texts.setdefault(x, []).append(f"{one.name}: {'not finite' if y is None else y_format(y)}")
-    width, height = max(3.0, (WIDTH - LEFT - RIGHT) / len(texts)), HEIGHT - TOP - BOTTOM
+    width, height = max(3.0, (WIDTH - axes.left - RIGHT) / len(texts)), HEIGHT - TOP - BOTTOM
     return "".join(
         f'<rect class="hit" x="{axes.px(x) - width / 2:.1f}" y="{TOP}" width="{width:.1f}" height="{height}">'
         f"<title>{html.escape(chr(10).join([f'{x_label} {x:.6g}', *lines]))}</title></rect>"

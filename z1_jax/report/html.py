@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
+
+_UNITS = "%|points|point|s|min|h|ms|MB|GB|px|Hz|steps|step|minutes|seconds|CI"
+_BEFORE_UNIT = re.compile(rf"(?<=[\d%])[ ](?=(?:{_UNITS})(?![\w]))")
+_AROUND_SIGN = re.compile(r"\b(p) ([=<]) (\d)")
 
 STYLE = """
 :root { color-scheme: light dark; --bg: #f6f7f9; --card: #fff; --ink: #17191c; --soft: #5c636b; --line: #dfe3e8;
@@ -26,11 +31,13 @@ h3 { font-size: 15px; margin: 0 0 4px; }
   align-items: start; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px; }
 .card > p { margin: 0 0 6px; }
+code { font: 13px/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
 .table { overflow-x: auto; margin-bottom: 12px; }
 table { border-collapse: collapse; font-size: 15px; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 500; color: var(--soft); }
 th, td { padding: 6px 18px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
 td:first-child { min-width: 110px; }
+.numbers :is(th, td):not(:first-child) { white-space: nowrap; overflow-wrap: normal; }
 details summary { cursor: pointer; color: var(--soft); }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 10px; }
 figure { margin: 0; }
@@ -68,16 +75,24 @@ def card(title: str, chart: str, legend: Sequence[tuple[str, int, str]], note: s
     return f'<div class="card"><h3>{text(title)}</h3>{keys}{chart}{remark}</div>'
 
 
-def table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
+def table(rows: Sequence[Sequence[str]], head: Sequence[str] = (), kind: str = "") -> str:
+    """A table. `kind` "numbers": what stands right of the first column is not broken."""
     if not rows:
         return ""
     top = "<tr>" + "".join(f"<th>{text(cell)}</th>" for cell in head) + "</tr>" if head else ""
     body = "".join("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="table"><table>{top}{body}</table></div>'
+    return f'<div class="{f"table {kind}".strip()}"><table>{top}{body}</table></div>'
 
 
 def text(value: Any) -> str:
-    return html.escape(str(value))
+    """Text of a page. A number stays on one line with its unit, and "p = 0.01" with its signs."""
+    joined = _BEFORE_UNIT.sub("\u00a0", _AROUND_SIGN.sub("\\1\u00a0\\2\u00a0\\3", str(value)))
+    return html.escape(joined)
+
+
+def code(value: Any) -> str:
+    """Text that a reader may copy: nothing in it is changed."""
+    return f"<code>{html.escape(str(value))}</code>"
 
 
 def value(value: Any) -> str:
@@ -85,7 +100,7 @@ def value(value: Any) -> str:
 
 
 def range(interval: tuple[float, float]) -> str:
-    return f"{interval[0]:.1%} – {interval[1]:.1%}"
+    return f"{interval[0]:.1%}\u00a0–\u00a0{interval[1]:.1%}"
 
 
 def p_value(p: float) -> str:
@@ -93,8 +108,10 @@ def p_value(p: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    minutes, rest = divmod(seconds, 60)
-    return f"{int(minutes)} min {rest:.0f} s" if minutes else f"{rest:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"
 
 
 def page(title: str, body: str) -> str:

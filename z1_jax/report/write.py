@@ -21,6 +21,7 @@ from z1_jax.statistics import wilson_interval
 
 Records = list[dict[str, Any]]
 REPORT = "report.html"
+COMMANDS = "commands.jsonl"  # the command lines that worked on a run, and when each began
 SUFFIXES = {".webp": "image/webp", ".gif": "image/gif", ".png": "image/png"}
 SMOOTHING = 10  # iterations in the running mean of the training success
 
@@ -95,7 +96,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     records = _read_metrics(run_dir / METRICS, notes)
 
     body = [
-        _attempt("headline", notes, _headline, run_dir, summary),
+        _attempt("headline", notes, _headline, run_dir, summary, _read_commands(run_dir / COMMANDS, notes)),
         _attempt("results", notes, _results, summary),
         _attempt("videos", notes, _videos, run_dir, summary, notes),
         _attempt("curves", notes, _curves, records, notes),
@@ -114,11 +115,25 @@ def write_report(run_dir: str | os.PathLike) -> Path:
 # --- sections ------------------------------------------------------------------------------------------------------
 
 
-def _headline(run_dir: Path, summary: dict) -> str:
+def _headline(run_dir: Path, summary: dict, commands: Records) -> str:
     task = summary.get("task", run_dir.name)
     tasks = ", ".join(map(str, task)) if isinstance(task, list) else str(task)
+    told = ", ".join(f"“{text}”" for text in summary.get("instructions", ()))
     sentence = summary.get("sentence") or _sentence(summary)
-    return f'<header><p class="task">{html.text(tasks)}</p><h1>{html.text(sentence)}</h1></header>'
+    lines = [html.text(f"{tasks}: {told}" if told else tasks), *_origin(summary, commands)]
+    head, *rest = (f'<p class="task">{line}</p>' for line in lines)
+    return f"<header>{head}<h1>{html.text(sentence)}</h1>{''.join(rest)}</header>"
+
+
+def _origin(summary: dict, commands: Records) -> list[str]:
+    """When a run was made, by which command and in what time, as far as its files tell."""
+    facts = [f"begun {commands[0]['began']}"] if commands else []
+    facts += [f"ended {summary['ended']}"] if "ended" in summary else []
+    if seconds := summary.get("wall_seconds"):
+        facts.append(f"{html.duration(sum(map(float, seconds.values())))} in all stages")
+    facts += [f"{len(commands)} starts, the last one with this command"] if len(commands) > 1 else []
+    lines = [html.text(", ".join(facts))] if facts else []
+    return lines + ([html.code(commands[-1]["command"])] if commands else [])
 
 
 def _sentence(summary: dict) -> str:
@@ -131,7 +146,7 @@ def _sentence(summary: dict) -> str:
 
 
 def _results(summary: dict) -> str:
-    labels = summary.get("labels", ("Before RL", "After RL"))
+    labels = _labels(summary)
     rows = [(label, summary[key]) for label, key in zip(labels, ("before", "after"), strict=True) if key in summary]
     if not rows:
         return ""
@@ -148,35 +163,55 @@ def _results(summary: dict) -> str:
         if summary.get("difference_interval"):
             low, high = summary["difference_interval"]
             text += f" [{100 * low:+.1f}, {100 * high:+.1f}]"
-        facts.append(["Difference, paired by seed", text])
+        base, other = labels
+        named = "B minus A" if "labels" in summary else f"{other} minus {base[:1].lower()}{base[1:]}"
+        facts.append([f"{named}, paired by seed", text])
     if summary.get("mcnemar_p") is not None:
         facts.append(["Exact McNemar test, two-sided", html.p_value(float(summary["mcnemar_p"]))])
     confidence = summary.get("protocol", {}).get("confidence", 0.95)
     columns = ["", "successes", "rate", f"{100 * confidence:g} % (Wilson)"]
+    if "best_checkpoint" in summary:
+        facts.append(["Best checkpoint", best_sentence(summary["best_checkpoint"])])
+    tables = html.table(table, columns, "numbers") + html.table(facts, (), "numbers")
     return html.section(
         "Result",
-        f'<div class="split"><div class="card">{chart}</div>'
-        f"<div>{html.table(table, columns)}{html.table(facts)}</div></div>",
+        f'<div class="split"><div class="card">{chart}</div><div>{tables}{_repeats(summary)}</div></div>',
     )
+
+
+def best_sentence(best: Mapping[str, Any]) -> str:
+    """Which checkpoint of RL is the best that is kept, and by what."""
+    rate, window = f"{100 * best['success']:.1f} %", best["window"]
+    return f"grpo/{best['step']}, training success {rate} over the {window} iterations before it"
+
+
+def _labels(summary: dict) -> tuple[str, str]:
+    base, other = summary.get("labels", ("Before RL", "After RL"))
+    return str(base), str(other)
+
+
+def _repeats(summary: dict) -> str:
+    return f'<p class="note">Repeated: {html.text(summary["repeats"])}.</p>' if "repeats" in summary else ""
 
 
 def _videos(run_dir: Path, summary: dict, notes: list[str]) -> str:
     cards = []
+    names = dict(zip(("before", "after"), _labels(summary), strict=True))
     for pair in summary.get("videos") or []:
         images = []
-        for side in ("before", "after"):
-            source = _embedded(run_dir, pair.get(side), notes)
+        for side in (side for side in names if side in pair):
+            source = _embedded(run_dir, pair[side], notes)
             if source:
                 verdict = {True: "✓ success", False: "✗ failure"}.get(pair.get(f"{side}_success"), "")
                 images.append(
-                    f'<figure><img src="{source}" alt="{side} RL, seed {html.text(pair.get("seed"))}">'
-                    f"<figcaption>{side} RL <b>{verdict}</b></figcaption></figure>"
+                    f'<figure><img src="{source}" alt="{html.text(names[side])}, seed {html.text(pair.get("seed"))}">'
+                    f"<figcaption>{html.text(names[side])} <b>{verdict}</b></figcaption></figure>"
                 )
         if images:
             seed = f"<p>Seed {html.text(pair.get('seed'))}</p>"
             cards.append(f'<div class="card">{seed}<div class="pair">{"".join(images)}</div></div>')
-    grid = f'<div class="grid">{"".join(cards)}</div>'
-    return html.section("Episodes, before and after on the same seeds", grid) if cards else ""
+    rule = f'<p class="note">{html.text(summary["videos_rule"])}</p>' if "videos_rule" in summary else ""
+    return html.section("Episodes", f'{rule}<div class="grid">{"".join(cards)}</div>') if cards else ""
 
 
 def _curves(records: Records, notes: list[str]) -> str:
@@ -218,13 +253,18 @@ def _protocol(summary: dict) -> str:
     rows = [[key, html.value(value)] for key, value in _flat(summary.get("protocol") or {})]
     if "seeds" in summary:
         rows.append(["seeds", html.value(summary["seeds"])])
+    for change in summary.get("lengths") or []:
+        text = (
+            f"{change['was']} → {change['wanted']} after {change['done']}; schedules follow the new length from there"
+        )
+        rows.append([change["key"], text])
     return html.section("Protocol of the evaluation", html.table(rows)) if rows else ""
 
 
 def _cost(summary: dict) -> str:
-    rows = [
-        [f"{stage}, wall time", html.duration(float(s))] for stage, s in (summary.get("wall_seconds") or {}).items()
-    ]
+    seconds = {stage: float(s) for stage, s in (summary.get("wall_seconds") or {}).items()}
+    rows = [[f"{stage}, wall time", html.duration(s)] for stage, s in seconds.items()]
+    rows += [["all stages", html.duration(sum(seconds.values()))]] if len(seconds) > 1 else []
     if summary.get("simulated_steps") is not None:
         rows.append(["simulated control steps", f"{int(summary['simulated_steps']):,}"])
     return html.section("Cost", html.table(rows)) if rows else ""
@@ -281,6 +321,14 @@ def _read_metrics(path: Path, notes: list[str]) -> Records:
         return read_records(path)
     except ValueError as error:
         notes.append(f"No curves: {error}")
+        return []
+
+
+def _read_commands(path: Path, notes: list[str]) -> Records:
+    try:
+        return [row for row in read_records(path) if {"began", "command"} <= row.keys()]
+    except ValueError as error:
+        notes.append(f"No command: {error}")
         return []
 
 

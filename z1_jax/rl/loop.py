@@ -7,17 +7,19 @@ import pathlib
 import time
 from typing import Any
 
+import numpy as np
+
 from envs.pool import EnvPool
-from z1_jax.checkpoint import Checkpoints
+from z1_jax.checkpoint import Checkpoints, Keep
 from z1_jax.interrupt import GracefulStop
 from z1_jax.metrics import ALARMS, METRICS, MetricsWriter, Progress, read_records
 from z1_jax.policy import Policy
-from z1_jax.resuming import counted_grpo, nothing_left, settled
+from z1_jax.resuming import Counts, counted_grpo, nothing_left, settled
 from z1_jax.rl import diagnostics, rollout, selective
 from z1_jax.rl.trainer import GrpoTrainer
 from z1_jax.train_state import TrainState, restore
 
-_COLUMNS = {"success": ".1%", "groups/kept": ".0f", "ratio/max": ".3f", "clip_fraction": ".3f", "time/total": ".1f"}
+_COLUMNS = {"success": ".1%", "groups/kept": ".0f", "ratio/max": ".3f", "clip_fraction": ".3f"}
 
 
 def train_grpo(
@@ -37,7 +39,8 @@ def train_grpo(
         BrokenIteration: a broken ratio or number; the last checkpoint stays, and broken/iteration-N.npz shows it.
     """
     config = trainer.config
-    checkpoints = Checkpoints(directory)
+    train = config.train
+    checkpoints = Checkpoints(directory, Keep(train.keep_last, train.keep_every, best=train.keep_best > 0))
     start, document = _restore(checkpoints, trainer)
     if alone and not start:
         raise nothing_left(writer.run_dir)
@@ -57,6 +60,7 @@ def train_grpo(
                 "training": trainer.progress(),
                 "counts": {**dataclasses.asdict(counts), "recent": list(counts.recent)},
             },
+            success=_rating(counts, train.keep_best),
         )
 
     last = config.train.iterations
@@ -64,7 +68,7 @@ def train_grpo(
         for iteration in range(start, last):
             if settled(counts.recent, config.train):
                 last = iteration
-                print(f"training success is at least {config.train.stop_success:.0%}: stopping early", flush=True)
+                progress.say(f"training success is at least {config.train.stop_success:.0%}: stopping early")
                 break
             if stop.requested:
                 save(iteration)
@@ -81,13 +85,14 @@ def train_grpo(
                 raise type(error)(f"iteration {iteration}: {error} (kept in {path})", error.evidence) from None
             finished = time.perf_counter()
             success = float(rollouts.success.mean())
-            counts = counts.plus(rollouts.simulated_steps, rollouts.success.size, success, config.train.stop_window)
+            looked_at = max(train.stop_window, train.keep_best)
+            counts = counts.plus(rollouts.simulated_steps, rollouts.success.size, success, looked_at)
             unstable += stats["unstable"]
             values = {
                 "success": success,
                 **stats,
                 "steps/total": counts.simulated_steps,
-                **_decided(trainer.observe(success)),
+                **_decided(trainer.observe(success), progress),
                 **diagnostics.times(rollouts, collected - began, finished - collected),
             }
             writer.write("grpo", iteration, values)
@@ -100,11 +105,16 @@ def train_grpo(
     return trainer.policy()
 
 
-def _decided(decision: selective.Decision | None) -> dict[str, Any]:
+def _rating(counts: Counts, window: int) -> float | None:
+    """The mean training success by which the best checkpoint is chosen; None before there were so many iterations."""
+    return float(np.mean(counts.recent[-window:])) if window and len(counts.recent) >= window else None
+
+
+def _decided(decision: selective.Decision | None, progress: Progress) -> dict[str, Any]:
     """Says what `train.scope=auto` decided, and returns its metrics."""
     if decision is None:
         return {}
-    print(f"train.scope=auto: {decision.reason}", flush=True)
+    progress.say(f"train.scope=auto: {decision.reason}")
     return {
         "selective/scope": decision.scope,
         "selective/slope": decision.trend.slope,

@@ -1,0 +1,97 @@
+"""A run whose length is changed: it goes on from its newest checkpoint to the new one.
+
+Schedules follow the new length from there on. What was concluded at the old one is kept aside and made anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import pathlib
+from typing import Any
+
+from z1_jax.config.schema import Config, ConfigError, build, flat, lengths
+from z1_jax.policy import policy_steps
+from z1_jax.run_dir import SUMMARY, write_json
+
+LENGTHS = "lengths.json"  # in a run directory: every change of its length
+_CONCLUSIONS = (SUMMARY, "report.html", "evaluation/after.jsonl", "videos/after_*")
+_FOLLOWS = {"sft.steps": "the learning rate follows", "train.iterations": "learning rate, noise and prefixes follow"}
+_STAGES = {"sft.steps": "sft", "train.iterations": "grpo"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One key of a run that is given another length."""
+
+    key: str
+    was: int
+    wanted: int
+    done: int  # by the newest checkpoint
+
+
+def changed_lengths(config: Config, run_dir: pathlib.Path) -> list[Change]:
+    """In which lengths a config differs from that of a run directory which it has claimed.
+
+    Raises:
+        ConfigError: less is asked for than is done, or more of a stage that a later one stands on.
+    """
+    theirs = flat(build(Config, json.loads((run_dir / "config.json").read_text())))
+    wanted, changes = flat(config), []
+    for key in lengths(config):
+        if wanted[key] == theirs[key]:
+            continue
+        steps = policy_steps(run_dir / "checkpoints" / _STAGES[key])
+        change = Change(key, theirs[key], wanted[key], steps[-1] if steps else 0)
+        if change.wanted < change.done:
+            raise ConfigError(
+                f"config key {key}: got {change.wanted}, but {run_dir} has done {change.done}; expected at least that, "
+                "or choose another --config.run_dir"
+            )
+        begun = policy_steps(run_dir / "checkpoints" / "grpo") or (run_dir / "evaluation" / "before.jsonl").exists()
+        if key == "sft.steps" and config.algorithm == "grpo" and begun:
+            raise ConfigError(
+                f"config key sft.steps: got {change.wanted}, but RL in {run_dir} stands on the policy after "
+                f"{change.was}; choose another --config.run_dir"
+            )
+        changes.append(change)
+    return changes
+
+
+def take_lengths(config: Config, run_dir: pathlib.Path, changes: list[Change]) -> None:
+    """Makes the config's lengths those of the run directory, and moves what was concluded aside.
+
+    A kill in between leaves a run that either command can go on with.
+    """
+    if not changes:
+        return
+    for change in changes:
+        print(
+            f"{change.key}: {change.was} → {change.wanted}; the run goes on from {change.done}, and "
+            f"{_FOLLOWS[change.key]} the new length from there on: not as a run of {change.wanted} from its start would"
+        )
+    aside = _move_conclusions(run_dir, max(change.done for change in changes))
+    if aside:
+        print(f"what was concluded so far is kept in {aside}", flush=True)
+    write_json(run_dir / LENGTHS, [*known_changes(run_dir), *map(dataclasses.asdict, changes)])
+    write_json(run_dir / "config.json", dataclasses.asdict(config))
+
+
+def known_changes(run_dir: pathlib.Path) -> list[dict[str, Any]]:
+    """Every change of a run's length so far: "key", "was", "wanted", "done"."""
+    path = run_dir / LENGTHS
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def _move_conclusions(run_dir: pathlib.Path, done: int) -> pathlib.Path | None:
+    found = [path for pattern in _CONCLUSIONS for path in sorted(run_dir.glob(pattern))]
+    if not found:
+        return None
+    names = (f"until-{done}{'' if n == 1 else f'-{n}'}" for n in itertools.count(1))
+    aside = next(folder for folder in map(run_dir.joinpath, names) if not (folder / SUMMARY).exists())
+    for path in found:
+        place = aside / path.relative_to(run_dir)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(place)
+    return aside
