@@ -197,7 +197,7 @@ def test_interruptions_at_every_stage_change_nothing(tmp_path):
 @pytest.mark.slow
 def test_a_run_that_lost_something_counts_all_or_refuses(tmp_path):
     """Stopped in RL, then the policy before RL is damaged or removed, or the records are gone; the same command."""
-    options = (*SMOKE, "--config.train.iterations=3")
+    options = (*SMOKE, "--config.sft.steps=30", "--config.train.iterations=3")
     run_dir = tmp_path / "run"
     code, out = run_and_signal(signal.SIGINT, "1/3", 0.0, *options, f"--config.run_dir={run_dir}")
     assert code == 130, out
