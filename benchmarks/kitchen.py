@@ -18,6 +18,7 @@ from figures import result_line
 from kitchen_stability import RESULTS as STABILITY
 from kitchen_stability import lines as stability_lines
 
+from envs.base import Episode
 from envs.kitchen import CAMERAS, TASKS, KitchenEnv
 from envs.kitchen.experts import make_expert
 
@@ -28,7 +29,7 @@ FIRST_SEED = 50_000
 
 def recorded(env: KitchenEnv, seed: int) -> np.ndarray:
     """The expert's actions [N, 12] in the episode of a seed."""
-    env.reset(seed)
+    env.reset(Episode(seed))
     expert, actions = make_expert(env), []
     while not env.done:
         actions.append(expert.act())
@@ -50,7 +51,7 @@ def steps_per_second(env: KitchenEnv, episodes: int) -> list[float]:
     for _ in range(REPEATS):
         steps, spent = 0, 0.0
         for seed, actions in plans:
-            env.reset(seed)
+            env.reset(Episode(seed))
             chunks = [actions[i : i + 8] for i in range(0, len(actions), 8)]
             spent += seconds(lambda chunks=chunks: [env.step_chunk(chunk) for chunk in chunks])
             steps += env.steps

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 from figures import result_line
 
+from envs.base import Episode
 from envs.kitchen import LAYOUT_SPLITS, OBJECT_SPLITS, STYLE_SPLITS, TASKS, KitchenEnv
 from envs.kitchen.demos import disturb
 from envs.kitchen.experts import make_expert
@@ -24,7 +25,7 @@ GOAL = 0.95
 
 def run_episode(env: KitchenEnv, seed: int, noise: float) -> tuple[bool, int]:
     """Success and control steps of the expert's episode, without frames."""
-    env.reset(seed)
+    env.reset(Episode(seed))
     expert, disturbances = make_expert(env), disturb(seed, noise)[1]
     while not env.done:
         env.step_chunk((expert.act() + next(disturbances))[None])
@@ -44,7 +45,7 @@ def measure(task: str, first: int, count: int, options: Mapping[str, str]) -> di
 
 
 def _instruction(env: KitchenEnv, seed: int) -> str:
-    env.reset(seed)
+    env.reset(Episode(seed))
     return env.observe().instruction
 
 

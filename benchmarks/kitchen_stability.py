@@ -18,6 +18,7 @@ import mujoco
 import numpy as np
 from figures import result_line
 
+from envs.base import Episode
 from envs.kitchen import TASKS, KitchenEnv
 from envs.kitchen.demos import disturb
 from envs.kitchen.experts import make_expert
@@ -47,7 +48,7 @@ def actions_of(kind: str, env: KitchenEnv, seed: int) -> Iterator[np.ndarray]:
 
 def run_episode(env: KitchenEnv, kind: str, seed: int, counts: dict) -> None:
     """Adds one episode to the counts of its task and kind."""
-    env.reset(seed)
+    env.reset(Episode(seed))
     fastest, actions = 0.0, actions_of(kind, env, seed)
     while not env.done:
         env.step_chunk(next(actions)[None])
@@ -64,7 +65,7 @@ def run_episode(env: KitchenEnv, kind: str, seed: int, counts: dict) -> None:
 
 def unguarded(env: KitchenEnv, kind: str, seed: int) -> bool:
     """Whether the episode of a seed is a success where breakdowns do not end it."""
-    env.reset(seed)
+    env.reset(Episode(seed))
     world = env.world
     for _, action in zip(range(env.spec.horizon), actions_of(kind, env, seed), strict=False):
         world.controller.apply(action)

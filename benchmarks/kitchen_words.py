@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from figures import result_line
 
+from envs.base import Episode
 from envs.kitchen import KitchenEnv
 from envs.kitchen.world import World
 
@@ -79,7 +80,7 @@ def share(task: str, first: int, count: int) -> float:
     name, _, rule = RULES[task]
     env, right = KitchenEnv(task, image_size=4), 0.0
     for seed in range(first, first + count):
-        env.reset(seed)
+        env.reset(Episode(seed))
         left = rule(env.world)
         right += (env.world.memory[name] in left) / len(left)
     return right / count

@@ -17,6 +17,7 @@ import numpy as np
 from figures import result_line
 
 from envs import robocasa
+from envs.base import Episode
 from envs.robocasa import compat, tables
 
 
@@ -37,14 +38,14 @@ def measure(task: str, standins: bool, repeats: int) -> dict[str, list[float]]:
     rng = np.random.default_rng(0)
     seeds = iter(range(10**6))
     found: dict[str, list[float]] = {}
-    found["reset"] = milliseconds(lambda: env.reset(next(seeds)), repeats)
+    found["reset"] = milliseconds(lambda: env.reset(Episode(next(seeds))), repeats)
     arm = rng.uniform(-1, 1, (20, 12)) * np.r_[np.ones(7), np.zeros(5)] - np.r_[np.zeros(11), 1.0]
     found["control step"] = [t / len(arm) for t in milliseconds(lambda: env.step_chunk(arm), repeats)]
     for size in (128, 224, 256):
         found[f"frame {size}"] = milliseconds(lambda size=size: env.render(tables.CAMERAS[0], size), repeats)
 
     def reset_and_look() -> None:
-        env.reset(next(seeds))
+        env.reset(Episode(next(seeds)))
         env.render(tables.CAMERAS[0], 256)
 
     found["reset and first frame"] = milliseconds(reset_and_look, repeats)

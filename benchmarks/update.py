@@ -23,6 +23,7 @@ import optax
 from figures import result_line
 from flax import nnx
 
+from envs.base import episodes
 from z1_jax import sharding
 from z1_jax.config.schema import Config, FlowConfig, OptimConfig, UpdateConfig
 from z1_jax.data.normalize import NormStats
@@ -354,7 +355,7 @@ def real_rollouts(policy: Policy, config: Config, mesh: jax.sharding.Mesh, group
             plan = branch_plan(branching, GROUP, prefix)
             seeds = np.arange(500_000_000, 500_000_000 + groups)
             out = rollout.collect(
-                pool, actor, tuple(params), policy.processor, plan, seeds, (3,), executed=policy.executed
+                pool, actor, tuple(params), policy.processor, plan, episodes(seeds), (3,), executed=policy.executed
             )
             nodes, members = out.nodes, out.nodes.size[out.nodes.trainable].sum()
             simulated, steps = float(len(nodes.size) / members), float(out.simulated_steps / members)

@@ -6,6 +6,7 @@ NumPy only: worker processes import this module, start fast and hold no accelera
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -29,6 +30,34 @@ class EnvSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class Episode:
+    """Which episode: all that its start depends on, besides the environment's own settings."""
+
+    seed: int  # of everything that is drawn
+    task: str = ""  # a name of the suite's; empty: the only task of the environment
+    scene: str = ""  # where the suite has several and the episode does not draw it, e.g. "1/4"
+    split: str = ""  # of its objects, where the episode does not draw it either
+    init_state: int | None = None  # number of a fixed initial state, in suites that have such
+
+    def to_json(self) -> dict[str, Any]:
+        """What identifies it, as JSON: the seed, and of the rest what is set."""
+        return {
+            key: value for key, value in dataclasses.asdict(self).items() if key == "seed" or value not in ("", None)
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Episode:
+        """The episode of a record, which may hold more. Raises KeyError without a seed."""
+        names = [field.name for field in dataclasses.fields(cls) if field.name in record]
+        return cls(**{"seed": record["seed"], **{name: record[name] for name in names}})
+
+
+def episodes(seeds: Iterable[int], task: str = "") -> list[Episode]:
+    """The episodes of some seeds of one task, for suites in which a seed says everything else."""
+    return [Episode(int(seed), task) for seed in seeds]
+
+
+@dataclasses.dataclass(frozen=True)
 class EnvObservation:
     """What the policy sees before it decides on a chunk."""
 
@@ -46,6 +75,21 @@ class ChunkResult:
     done: bool  # success, the horizon is reached, or unstable
     simulate_s: float = 0.0  # seconds spent stepping physics
     unstable: bool = False  # latched: the simulation broke down, which ends the episode as a failure
+
+
+def check_episode(episode: Episode, task: str, known: Sequence[str] = ()) -> None:
+    """Refuses an episode that an environment would not start as it is described.
+
+    Args:
+        task: of the environment; known: fields besides seed and task that it obeys.
+    Raises:
+        ValueError: it is of another task, or says what the environment does not look at.
+    """
+    if episode.task not in ("", task):
+        raise ValueError(f"got an episode of {episode.task!r}: expected one of {task!r}")
+    given = [key for key in episode.to_json() if key not in ("seed", "task", *known)]
+    if given:
+        raise ValueError(f"{given[0]} of an episode has no effect on {task}: leave it out")
 
 
 def checked_actions(actions: np.ndarray, width: int) -> np.ndarray:
@@ -79,8 +123,8 @@ class Env(Protocol):
     @property
     def spec(self) -> EnvSpec: ...
 
-    def reset(self, seed: int) -> None:
-        """Starts a new episode. Equal seeds give equal episodes, in any process."""
+    def reset(self, episode: Episode) -> None:
+        """Starts an episode. Equal ones start equally, to the bit, in any process."""
 
     def observe(self) -> EnvObservation:
         """Renders the cameras now. Rendering changes no physics."""

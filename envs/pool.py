@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from envs import worker
-from envs.base import ChunkResult, Env, EnvObservation, EnvSpec, Snapshot
+from envs.base import ChunkResult, Env, EnvObservation, EnvSpec, Episode, Snapshot
 from envs.contract import different_spec
 from envs.worker import Journal, Reply, Request, SlotServer
 
@@ -82,13 +82,16 @@ class EnvPool:
 
     # --- calls -----------------------------------------------------------------------------------------------------
 
-    def reset(self, slots: Sequence[int], seeds: Sequence[int]) -> list[EnvObservation]:
+    def reset(self, slots: Sequence[int], episodes: Sequence[Episode]) -> list[EnvObservation]:
         """Starts an episode in each slot; returns its first observation."""
-        slots, seeds = self._check_slots(slots), [int(seed) for seed in seeds]
-        _require_pairs("seeds", slots, seeds)
-        observations = self._call("reset", slots, seeds)
-        for slot, seed in zip(slots, seeds, strict=True):
-            self._journals[slot] = Journal(seed=seed)
+        slots, episodes = self._check_slots(slots), list(episodes)
+        _require_pairs("episodes", slots, episodes)
+        for episode in episodes:
+            if not isinstance(episode, Episode):
+                raise ValueError(f"got {episode!r} for an episode: expected an envs.base.Episode")
+        observations = self._call("reset", slots, episodes)
+        for slot, episode in zip(slots, episodes, strict=True):
+            self._journals[slot] = Journal(episode=episode)
         return observations
 
     def step(self, slots: Sequence[int], actions: np.ndarray) -> tuple[list[ChunkResult], list[EnvObservation | None]]:

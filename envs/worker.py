@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.base import ChunkResult, Env, EnvObservation, EnvSpec, Snapshot
+from envs.base import ChunkResult, Env, EnvObservation, EnvSpec, Episode, Snapshot
 from envs.contract import (
     ContractError,
     check_frame,
@@ -48,14 +48,14 @@ DOING = {
 class Journal:
     """How one slot came to its present state: enough to bring a fresh environment there, bit for bit."""
 
-    seed: int | None = None  # seed of the last reset, or None when `snapshot` is the base
+    episode: Episode | None = None  # the last one started, or None when `snapshot` is the base
     snapshot: Snapshot | None = None  # the last snapshot restored
     chunks: list[np.ndarray] = dataclasses.field(default_factory=list)  # actions [E, A] executed since the base
     steps: int | None = 0  # control steps since the episode began; None where a snapshot from elsewhere is the base
 
     @property
     def started(self) -> bool:
-        return self.seed is not None or self.snapshot is not None
+        return self.episode is not None or self.snapshot is not None
 
     def left(self, horizon: int) -> int | None:
         """Control steps up to the horizon, where it is known how many there were."""
@@ -133,8 +133,8 @@ class SlotServer:
         self._specs[slot] = check_spec(self._envs[slot].spec)
         return self._specs[slot]
 
-    def _reset(self, slot: int, seed: int) -> EnvObservation:
-        self._simulate(self._envs[slot].reset, seed)
+    def _reset(self, slot: int, episode: Episode) -> EnvObservation:
+        self._simulate(self._envs[slot].reset, episode)
         return self._observe(slot)
 
     def _step(self, slot: int, payload: tuple[np.ndarray, int | None]) -> tuple[ChunkResult, EnvObservation | None]:
@@ -150,7 +150,7 @@ class SlotServer:
 
     def _render(self, slot: int, payload: tuple[str, int]) -> np.ndarray:
         start = time.perf_counter()
-        frame = self._envs[slot].render(*payload)
+        frame = _frame(self._envs[slot], *payload)
         self._render_s += time.perf_counter() - start
         return check_frame(frame, payload[1])
 
@@ -158,10 +158,19 @@ class SlotServer:
         env = self._envs[slot]
         if journal.snapshot is not None:
             env.restore(journal.snapshot)
-        elif journal.seed is not None:
-            env.reset(journal.seed)
+        elif journal.episode is not None:
+            env.reset(journal.episode)
         for actions in journal.chunks:
             env.step_chunk(actions)
+
+
+def _frame(env: Env, camera: str, size: int) -> np.ndarray:
+    """A picture for people [size, size, 3]: the environment's own, or what the policy sees, each pixel repeated."""
+    if hasattr(env, "render"):
+        return env.render(camera, size)
+    image = env.observe().images[camera]
+    rows = np.arange(size) * image.shape[0] // size
+    return np.ascontiguousarray(image[rows][:, rows])
 
 
 def main(fd: int, parent: int) -> None:

@@ -10,6 +10,7 @@ import pytest
 from tiny_env import BROKEN, HORIZON, BrokenEnv, TinyEnv
 
 from envs import kitchen
+from envs.base import Episode, episodes
 from envs.contract import check_observation, check_result
 from envs.pool import EnvPool, PoolError
 
@@ -49,26 +50,26 @@ def test_a_broken_output_names_slot_field_got_and_expected(workers):
     actions = np.random.default_rng(seed).normal(size=(2, 2, 4, 3))
     for kind, text in EXPECTED.items():
         with EnvPool(functools.partial(BrokenEnv, kind), 2, workers, timeout_s=20.0) as pool:
-            pool.reset([0, 1], [seed, seed + 1])
+            pool.reset([0, 1], episodes([seed, seed + 1]))
             with pytest.raises(PoolError) as caught:
                 pool.step([1], actions[0, :1])
             assert str(caught.value) == (f"worker 0 failed on slot 1 while stepping a chunk: the environment's {text}")
             assert pool.replaced == 0, "a worker was replaced for what its environment did"
             single = TinyEnv()
-            single.reset(seed + 1)
+            single.reset(Episode(seed + 1))
             np.testing.assert_array_equal(pool.snapshot([1])[0].physics, single.snapshot().physics)
 
 
 def test_the_first_observation_and_frames_are_checked_too():
     with EnvPool(functools.partial(BrokenEnv, "NaN state", 0), 1, 1) as pool:
         with pytest.raises(PoolError, match="slot 0 while resetting: the environment's state: got nan in dimension 1"):
-            pool.reset([0], [3])
+            pool.reset([0], episodes([3]))
     with EnvPool(functools.partial(BrokenEnv, "frame"), 1, 1) as pool:
-        pool.reset([0], [3])
+        pool.reset([0], episodes([3]))
         with pytest.raises(PoolError, match=r"while rendering: .* frame: got None, expected uint8 \[8, 8, 3\]"):
             pool.render([0], "eye", 8)
     with EnvPool(functools.partial(BrokenEnv, "snapshot"), 1, 1) as pool:
-        pool.reset([0], [3])
+        pool.reset([0], episodes([3]))
         with pytest.raises(PoolError, match="taking a snapshot: .* snapshot: got None, expected a Snapshot"):
             pool.snapshot([0])
 
@@ -97,7 +98,7 @@ class EndlessEnv(TinyEnv):
 def test_an_episode_ends_at_its_horizon(branched, over, text):
     """Also that of a branch, and of a worker that was replaced."""
     with EnvPool(functools.partial(EndlessEnv, over), 2, 2) as pool:
-        pool.reset([0], [3])
+        pool.reset([0], episodes([3]))
         for _ in range(2):
             pool.step([0], np.zeros((1, 5, 3)))
         if branched:
@@ -152,7 +153,7 @@ def test_all_environments_of_a_pool_are_alike(tmp_path):
 def test_a_check_takes_microseconds():
     """Beside a chunk of the kitchen, which takes tens of milliseconds with its pictures."""
     env = kitchen.make("TurnOnSinkFaucet")
-    env.reset(1)
+    env.reset(Episode(1))
     result, observation = env.step_chunk(np.zeros((8, env.spec.action_dim))), env.observe()
     began = time.perf_counter()
     for _ in range(1000):

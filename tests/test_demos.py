@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from envs.base import LABELS
+from envs.base import LABELS, Episode
 from envs.kitchen import make
 from envs.kitchen.demos import collect, disturb, run_episode
 from envs.kitchen.experts import make_expert
@@ -27,7 +27,7 @@ def test_recorded_labels_are_the_clean_experts_at_the_states_that_followed(seed)
     np.testing.assert_array_equal(episode.step, 4 * np.arange(count))
     # Overlapping chunks tell the same story: the second half of one is the first half of the next.
     np.testing.assert_array_equal(episode.actions[:-1, 4:], episode.actions[1:, :4])
-    env.reset(seed)
+    env.reset(Episode(seed))
     np.testing.assert_array_equal(episode.actions[0, 0], make_expert(env).act())
     np.testing.assert_array_equal(episode.state[0], env.observe().state)
     last = episode.actions[-1, (episode.control_steps - 1) % 4]
@@ -44,7 +44,7 @@ def test_undisturbed_labels_are_what_the_expert_does_from_the_visited_states(see
     expert = make_expert(env)
     for step, state, labels in zip(episode.step, episode.state, episode.actions, strict=True):
         _, noise = disturb(seed, 0.2)  # the episode once more, up to this observation; then nothing disturbs
-        env.reset(seed)
+        env.reset(Episode(seed))
         for _ in range(step):
             assert not env.step_chunk((expert.act() + next(noise))[None]).done
         np.testing.assert_array_equal(state, env.observe().state)
@@ -59,7 +59,7 @@ def test_undisturbed_labels_are_what_the_expert_does_from_the_visited_states(see
 def test_without_noise_labels_are_what_was_executed(seed, labels):
     env = make("TurnOnSinkFaucet", image_size=8)
     episode = run_episode(env, seed, noise=0.0, labels=labels)
-    env.reset(seed)
+    env.reset(Episode(seed))
     executed = np.concatenate(episode.actions[::2])[: episode.control_steps]
     assert env.step_chunk(executed).success == episode.success
 

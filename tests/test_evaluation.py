@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_policy as tiny
 
+from envs.base import episodes
 from z1_jax.config.schema import EvalConfig, FlowConfig
 from z1_jax.errors import UserError
 from z1_jax.evaluation import (
@@ -123,7 +124,7 @@ def test_results_of_other_seeds_are_refused(directory):
     whole(directory)
     other = EvalConfig(episodes=24, first_seed=FIRST + 1)
     before = (directory / "whole.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="holds other seeds"):
+    with pytest.raises(ValueError, match="holds other episodes"):
         run(directory / "whole.jsonl", other)
     assert (directory / "whole.jsonl").read_bytes() == before
 
@@ -225,7 +226,9 @@ def test_which_is_subtracted_from_which_is_said_in_words():
 
 def test_the_instructions_are_those_of_the_held_out_episodes():
     told = instructions(tiny.pool(16), CONFIG)
-    assert told == list(dict.fromkeys(o.instruction for o in tiny.pool(16).reset(range(4), range(FIRST, FIRST + 4))))
+    assert told == list(
+        dict.fromkeys(o.instruction for o in tiny.pool(16).reset(range(4), episodes(range(FIRST, FIRST + 4))))
+    )
 
 
 def test_only_the_same_seeds_are_compared():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from envs.base import Env
+from envs.base import Env, Episode
 from envs.kitchen import CAMERAS, DEFAULT_CAMERAS, LAYOUTS, STYLES, TASKS, KitchenEnv, make
 from envs.kitchen import render as renderer
 from envs.kitchen.experts import make_expert
@@ -64,7 +64,7 @@ def assert_same(left: list[np.ndarray], right: list[np.ndarray]) -> None:
 def test_replay_after_restore_is_exact_to_the_bit(task, seed):
     rng = np.random.default_rng(seed)
     env = make(task, image_size=16, style=tuple(STYLES))
-    env.reset(seed)
+    env.reset(Episode(seed))
     expert_actions(env, 12)
     snapshot = env.snapshot()
     actions = wandering(rng, 15)
@@ -76,7 +76,7 @@ def test_replay_after_restore_is_exact_to_the_bit(task, seed):
     assert (env.steps, env.success) == after
 
     other = make(task, image_size=16, style=tuple(STYLES))
-    other.reset(seed + 1)
+    other.reset(Episode(seed + 1))
     expert_actions(other, 5)
     other.restore(pickle.loads(pickle.dumps(snapshot)))
     assert_same(trace(other, actions), expected)
@@ -86,7 +86,7 @@ def test_replay_after_restore_is_exact_to_the_bit(task, seed):
 def test_replay_in_another_process_is_exact_to_the_bit(seed, tmp_path):
     rng = np.random.default_rng(seed)
     env = make("PnPCounterToSink", image_size=16)
-    env.reset(seed)
+    env.reset(Episode(seed))
     expert_actions(env, 25)
     given = tmp_path / "in.pickle"
     actions = wandering(rng, 15)
@@ -110,7 +110,7 @@ def _child_environment() -> dict[str, str]:
 
 def test_restore_brings_back_latches_counters_and_rng(seed):
     env = make("CoffeePressButton", image_size=48)
-    env.reset(seed)
+    env.reset(Episode(seed))
     fresh = env.snapshot()
     env.world.set_joint("coffee_button", 0.012)
     env.task.update(env.world)
@@ -132,18 +132,18 @@ def test_restore_rejects_another_task():
 @pytest.mark.parametrize("task", ALL_TASKS)
 def test_equal_seeds_give_equal_episodes_and_others_differ(task, seed):
     first, second = make(task, image_size=16), make(task, image_size=16)
-    second.reset(seed + 1)
+    second.reset(Episode(seed + 1))
     expert_actions(second, 3)
     actions = wandering(np.random.default_rng(seed), 5)
     runs = []
     for env in (first, second):
-        env.reset(seed)
+        env.reset(Episode(seed))
         runs.append([*env.observe().images.values(), *trace(env, actions)])
     assert_same(*runs)
 
-    first.reset(seed)
+    first.reset(Episode(seed))
     one = first.observe()
-    first.reset(seed + 1)
+    first.reset(Episode(seed + 1))
     two = first.observe()
     assert not np.array_equal(one.state, two.state)
     assert all(not np.array_equal(one.images[camera], two.images[camera]) for camera in DEFAULT_CAMERAS)
@@ -153,7 +153,7 @@ def test_rendering_changes_no_physics(seed):
     actions = wandering(np.random.default_rng(seed), 10)
     seen, unseen = make("TurnOnSinkFaucet", image_size=8), make("TurnOnSinkFaucet", image_size=8)
     for env in (seen, unseen):
-        env.reset(seed)
+        env.reset(Episode(seed))
     for action in actions:
         seen.observe()
         seen.render(CAMERAS[2], 20)
@@ -178,7 +178,7 @@ def still(env: KitchenEnv, steps: int = 10) -> None:
 @pytest.mark.parametrize("axis, sign", list(itertools.product(range(3), (1.0, -1.0))))
 def test_a_unit_of_position_moves_the_hand_five_centimetres(axis, sign, seed):
     env = make("TurnOnMicrowave", image_size=8)
-    env.reset(seed)
+    env.reset(Episode(seed))
     still(env, 3)
     before = env.observe().state
     action = np.zeros(12)
@@ -208,7 +208,7 @@ def _matrix_of_xyzw(quat: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("axis", range(3))
 def test_a_unit_of_rotation_turns_the_hand_half_a_radian_about_the_bases_axis(axis, seed):
     env = make("TurnOnMicrowave", image_size=8)
-    env.reset(seed)
+    env.reset(Episode(seed))
     still(env, 3)
     before = _matrix_of_xyzw(env.observe().state[10:14])
     action = np.zeros(12)
@@ -227,7 +227,7 @@ def test_a_unit_of_rotation_turns_the_hand_half_a_radian_about_the_bases_axis(ax
 
 def test_state_is_the_hands_pose_in_the_bases_frame(seed):
     env = make("OpenDrawer", image_size=8)
-    env.reset(seed)
+    env.reset(Episode(seed))
     env.step_chunk(wandering(np.random.default_rng(seed), 20))
     world, state = env.world, env.observe().state
     base = world.data.body("base")
@@ -241,7 +241,7 @@ def test_state_is_the_hands_pose_in_the_bases_frame(seed):
 
 def test_base_mode_moves_the_base_and_arm_mode_holds_it(seed):
     env = make("TurnOnSinkFaucet", image_size=8)
-    env.reset(seed)
+    env.reset(Episode(seed))
     action = np.zeros(12)
     action[[0, 7, 8, 9, 10]] = 1.0, -1.0, 1.0, -1.0, 1.0
     action[11] = -1.0
@@ -262,7 +262,7 @@ def test_base_mode_moves_the_base_and_arm_mode_holds_it(seed):
 
 def test_gripper_closes_with_plus_one_and_opens_with_minus_one(seed):
     env = make("TurnOnSinkFaucet", image_size=8)
-    env.reset(seed)
+    env.reset(Episode(seed))
     action = np.zeros(12)
     action[11] = -1.0
     widths = []
@@ -320,7 +320,7 @@ def test_wrong_arguments_are_named(arguments, match):
 def test_spec_and_observation_agree(seed):
     env = make("TurnOnStove", cameras=CAMERAS[1:], image_size=24, horizon=40)
     assert isinstance(env, Env)
-    env.reset(seed)
+    env.reset(Episode(seed))
     seen = env.observe()
     assert tuple(seen.images) == env.spec.cameras == CAMERAS[1:]
     assert all(image.shape == (24, 24, 3) and image.dtype == np.uint8 for image in seen.images.values())
@@ -331,7 +331,7 @@ def test_spec_and_observation_agree(seed):
 
 def test_chunk_stops_at_the_horizon(seed):
     env = make("OpenDrawer", image_size=8, horizon=10)
-    env.reset(seed)
+    env.reset(Episode(seed))
     idle = np.zeros((8, 12))
     first, second, third = (env.step_chunk(idle) for _ in range(3))
     assert (first.steps, first.done) == (8, False)
@@ -342,13 +342,13 @@ def test_chunk_stops_at_the_horizon(seed):
 
 def test_success_is_latched_and_ends_the_chunk(seed):
     env = make("TurnOnSinkFaucet", image_size=8)
-    env.reset(seed)
+    env.reset(Episode(seed))
     expert, actions = make_expert(env), []
     while not env.success:
         actions.append(expert.act())
         env.step_chunk(actions[-1][None])
     steps = env.steps
-    env.reset(seed)
+    env.reset(Episode(seed))
     beyond = np.concatenate([actions, np.zeros((5, 12))])
     result = env.step_chunk(beyond)
     assert (result.steps, result.success, result.done) == (steps, True, True)
@@ -373,7 +373,7 @@ def test_success_thresholds(task, joint, solved, unsolved):
 
 def test_stove_counts_only_the_burner_that_was_asked_for(seed):
     env = make("TurnOnStove", image_size=8)
-    env.reset(seed)
+    env.reset(Episode(seed))
     world, knob = env.world, env.world.memory["knob"]
     assert BURNERS[knob] in env.observe().instruction
     world.set_joint(f"knob {(knob + 1) % 4}", 1.0)
@@ -388,7 +388,7 @@ def test_stove_counts_only_the_burner_that_was_asked_for(seed):
 )
 def test_buttons_latch_and_ask_the_hand_to_leave(task, button, seed):
     env = make(task, image_size=8)
-    env.reset(seed)
+    env.reset(Episode(seed))
     world = env.world
 
     def hand_at(distance: float) -> None:
@@ -410,14 +410,14 @@ def test_buttons_latch_and_ask_the_hand_to_leave(task, button, seed):
 
 def test_pick_and_place_needs_the_right_object_in_the_basin_and_a_free_hand(seed):
     env = make("PnPCounterToSink", image_size=8)
-    env.reset(seed)
+    env.reset(Episode(seed))
     world = env.world
     target = world.memory["target"]
     other = next(name for name in env.task.things if name != target)
     bottom = world.position("sink") + [0, 0, -0.10]
 
     def solved(name: str, place: np.ndarray) -> bool:
-        env.reset(seed)
+        env.reset(Episode(seed))
         world.place(name, place, 0.0)
         world.update()
         return env.task.success(world)
@@ -427,7 +427,7 @@ def test_pick_and_place_needs_the_right_object_in_the_basin_and_a_free_hand(seed
     assert not solved(other, bottom)
     assert not solved(target, bottom + [0, 0, 0.12])  # above the rim
     assert not solved(target, bottom + [0, 0.25, 0])  # beside the basin
-    env.reset(seed)
+    env.reset(Episode(seed))
     world.place(target, bottom, 0.0)
     world.update()
     address = world.controller.arm_qpos[:3]
@@ -444,7 +444,7 @@ def test_pick_and_place_needs_the_right_object_in_the_basin_and_a_free_hand(seed
 def test_a_point_shows_where_a_pinhole_camera_puts_it(camera, seed):
     """The coffee machine's lamp, lit: its pixels surround its projection, computed here without the renderer."""
     env = make("CoffeePressButton", image_size=64)
-    env.reset(seed)
+    env.reset(Episode(seed))
     world, size = env.world, 200
     dark = env.render(camera, size).astype(int)
     world.memory["on"] = True
@@ -462,7 +462,7 @@ def test_a_point_shows_where_a_pinhole_camera_puts_it(camera, seed):
 @pytest.mark.parametrize("task", ["TurnOnSinkFaucet", "PnPCounterToSink", "TurnOnStove"])
 def test_normals_agree_with_mujocos(task, seed):
     env = make(task, image_size=8)
-    env.reset(seed)
+    env.reset(Episode(seed))
     model, data = env.world.model, env.world.data
     rng = np.random.default_rng(seed)
     rays = rng.normal(size=(3000, 3)) + [1.0, 0, -0.3]
@@ -485,7 +485,7 @@ def test_normals_agree_with_mujocos(task, seed):
 def test_pictures_are_the_same_on_an_older_mujoco(seed, monkeypatch):
     """Which returns no normals, so that they are computed here."""
     env = make("PnPCounterToSink", image_size=48)
-    env.reset(seed)
+    env.reset(Episode(seed))
     newer = [env.render(camera, 48).astype(int) for camera in CAMERAS]
     with_normals = mujoco.mj_multiRay
     monkeypatch.setattr(renderer, "_RETURNS_NORMALS", False)
@@ -497,7 +497,7 @@ def test_pictures_are_the_same_on_an_older_mujoco(seed, monkeypatch):
 
 def test_light_and_colours_vary_but_stay_near_the_style(seed):
     env = make("OpenDrawer", image_size=8)
-    env.reset(seed)
+    env.reset(Episode(seed))
     world = env.world
     base = np.array([material_rgb(material, STYLES["oak"]) for material in world.materials])
     ratio = world.model.geom_rgba[:, :3] / base
@@ -512,7 +512,7 @@ def test_experts_solve_fresh_seeds(task, seed):
     env = make(task, image_size=4)
     solved = []
     for i in range(8):
-        env.reset(seed + i)
+        env.reset(Episode(seed + i))
         expert_actions(env, env.spec.horizon)
         solved.append(env.success)
     assert sum(solved) >= 7, solved

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from envs.base import Episode
 from envs.kitchen import LAYOUT_SPLITS, LAYOUTS, OBJECT_SPLITS, STYLE_SPLITS, STYLES, TASKS, make
 from envs.kitchen import render as renderer
 from envs.kitchen.__main__ import main as kitchen_command
@@ -54,7 +55,7 @@ def test_default_episodes_are_those_that_results_were_measured_on():
         env = make(task, image_size=8)
         assert env.spec.horizon == known["horizon"]
         for seed, episode in known["episodes"].items():
-            env.reset(int(seed))
+            env.reset(Episode(int(seed)))
             assert env.observe().instruction == episode["instruction"]
             np.testing.assert_allclose(env.world.data.qpos, episode["qpos"], atol=2e-6)
             for name, values in env.world.fields().items():
@@ -82,7 +83,7 @@ JOINTS = [
 @pytest.mark.parametrize("task, joints, expected", JOINTS)
 def test_joint_thresholds(task, joints, expected, kitchens, seed):
     env = kitchens(task)
-    env.reset(seed)
+    env.reset(Episode(seed))
     for joint, value in joints.items():
         env.world.set_joint(joint, value)
     assert env.task.success(env.world) is expected
@@ -91,7 +92,7 @@ def test_joint_thresholds(task, joints, expected, kitchens, seed):
 def test_closing_counts_only_the_drawer_that_was_asked_for(kitchens, seed):
     env, asked = kitchens("CloseDrawer"), set()
     for i in range(12):
-        env.reset(seed + i)
+        env.reset(Episode(seed + i))
         side = env.observe().instruction.split()[2]
         other = {"left": "right", "right": "left"}[side]
         asked.add(side)
@@ -108,7 +109,7 @@ def test_spout_sides(kitchens, seed):
     """Beyond 30 degrees it points aside; positive turns it to the robot's right, which is -y."""
     env, asked = kitchens("TurnSinkSpout"), set()
     for i in range(16):
-        env.reset(seed + i)
+        env.reset(Episode(seed + i))
         side = env.observe().instruction.split()[-1]
         asked.add(side)
         assert not env.task.success(env.world)
@@ -123,7 +124,7 @@ def test_spout_sides(kitchens, seed):
 
 def test_turning_off_counts_only_the_burner_that_was_asked_for(kitchens, seed):
     env = kitchens("TurnOffStove")
-    env.reset(seed)
+    env.reset(Episode(seed))
     world, knob = env.world, env.world.memory["knob"]
     assert env.observe().instruction == f"turn off the {BURNERS[knob]} burner of the stove"
     assert not env.task.success(world)
@@ -140,7 +141,7 @@ def test_turning_off_counts_only_the_burner_that_was_asked_for(kitchens, seed):
 
 def test_stopping_the_microwave_latches_until_it_is_started_again(kitchens, seed):
     env = kitchens("TurnOffMicrowave")
-    env.reset(seed)
+    env.reset(Episode(seed))
     world = env.world
     running = world.colour("window/glow")
 
@@ -191,7 +192,7 @@ SURFACES = [
 @pytest.mark.parametrize("task, place, height, radius", SURFACES)
 def test_things_on_dishes(task, place, height, radius, kitchens, seed):
     env = kitchens(task)
-    env.reset(seed)
+    env.reset(Episode(seed))
     world, target = env.world, env.world.memory["target"]
     middle = (world.site(place) if place == "coffee_place" else world.position(place)) + [0, 0, height]
     assert not env.task.success(world)
@@ -202,7 +203,7 @@ def test_things_on_dishes(task, place, height, radius, kitchens, seed):
         assert put(env, target, middle + 0.99 * radius * aside)
         assert not put(env, target, middle + 1.01 * radius * aside)
     assert not put(env, target, middle + [0, 0, 0.02])  # held above
-    env.reset(seed)
+    env.reset(Episode(seed))
     others = [name for name in world.things if name != target]
     assert not any(put(env, other, middle) for other in others if not task.startswith("Coffee"))
 
@@ -210,7 +211,7 @@ def test_things_on_dishes(task, place, height, radius, kitchens, seed):
 @pytest.mark.parametrize("task", ["PnPCabToCounter", "CoffeeServeMug"])
 def test_things_on_the_counter(task, kitchens, seed):
     env = kitchens(task)
-    env.reset(seed)
+    env.reset(Episode(seed))
     world, target = env.world, env.world.memory["target"]
     layout = LAYOUTS[env.layout]
     place = np.array([layout.counter_front + 0.15, 0.3, layout.counter_height])
@@ -223,7 +224,7 @@ def test_things_on_the_counter(task, kitchens, seed):
 @pytest.mark.parametrize("task, body", [("PnPCounterToCab", "cabinet"), ("PnPCounterToMicrowave", "microwave")])
 def test_things_inside(task, body, kitchens, seed):
     env = kitchens(task)
-    env.reset(seed)
+    env.reset(Episode(seed))
     world, target = env.world, env.world.memory["target"]
     floor = world.site(f"{body}_floor").copy()
     assert not env.task.success(world)
@@ -236,7 +237,7 @@ def test_things_inside(task, body, kitchens, seed):
 @pytest.mark.parametrize("task", [task for task in TASKS if task.startswith(("PnP", "CoffeeS"))])
 def test_the_hand_must_be_25_centimetres_away(task, kitchens, seed, monkeypatch):
     env = kitchens(task)
-    env.reset(seed)
+    env.reset(Episode(seed))
     world, target = env.world, env.world.memory["target"]
     monkeypatch.setattr(env.task, "placed", lambda world, thing: thing == target)
     hand = world.controller.arm_qpos[:3]
@@ -250,7 +251,7 @@ def test_the_hand_must_be_25_centimetres_away(task, kitchens, seed, monkeypatch)
 def test_any_of_the_things_may_be_the_one_to_take(task, kitchens, seed):
     env, asked = kitchens(task), set()
     for i in range(25):
-        env.reset(seed + i)
+        env.reset(Episode(seed + i))
         target = env.world.memory["target"]
         assert f"pick the {target} from the " in env.observe().instruction
         asked.add(target)
@@ -263,7 +264,7 @@ def test_instructions_use_words_that_the_small_tokenizer_knows(task, objects, se
     env = make(task, image_size=8, objects=objects)
     known = {word for text in kitchen_instructions() for word in text.split()}
     for i in range(10):
-        env.reset(seed + i)
+        env.reset(Episode(seed + i))
         assert set(env.observe().instruction.split()) <= known
 
 
@@ -271,7 +272,7 @@ def test_instructions_use_words_that_the_small_tokenizer_knows(task, objects, se
 def test_the_state_does_not_tell_where_things_are(task, kitchens, seed):
     """Everything but the robot moved: the state stays."""
     env = kitchens(task)
-    env.reset(seed)
+    env.reset(Episode(seed))
     before, world = env.observe().state, env.world
     robot = {*world.controller.arm_qpos, *world.controller.base_qpos, *world.controller.finger_qpos}
     others = [i for i in range(world.model.nq) if i not in robot]
@@ -287,7 +288,7 @@ def test_no_episode_begins_solved_or_in_motion(task, kitchens, seed):
     """Nothing falls or is pushed apart at first: what stands about stays where it was put."""
     env = kitchens(task)
     for i in range(3):
-        env.reset(seed + i)
+        env.reset(Episode(seed + i))
         world = env.world
         assert not env.task.success(world)
         movable = [name for name in world.things if name in world._free]
@@ -328,7 +329,7 @@ def test_a_split_draws_all_of_its_members_and_no_other(split, seed):
     env = make("OpenDrawer", image_size=8, layout=split, style=split, objects=split)
     seen, heights = set(), set()
     for i in range(30):
-        env.reset(seed + i)
+        env.reset(Episode(seed + i))
         seen.add(env.layout)
         heights.add(round(float(env.world.position("counter")[2]), 3))
     assert seen == set(LAYOUT_SPLITS[split])
@@ -340,7 +341,7 @@ def test_snapshots_go_between_layouts_and_objects(seed):
     options = {"layout": tuple(LAYOUTS), "style": tuple(STYLES), "objects": OBJECT_SPLITS, "image_size": 16}
     one, other = make("PnPCounterToStove", **options), make("PnPCounterToStove", **options)
     for i in range(8):
-        one.reset(seed + i)
+        one.reset(Episode(seed + i))
         expert = make_expert(one)
         for _ in range(3):
             one.step_chunk(expert.act()[None])
@@ -366,7 +367,7 @@ def test_experts_work_in_every_kitchen(task, split, seed):
     env = make(task, image_size=8, layout=split, style=split, objects=split)
 
     def solves(seed: int) -> bool:
-        env.reset(seed)
+        env.reset(Episode(seed))
         expert = make_expert(env)
         while not env.done:
             env.step_chunk(expert.act()[None])
@@ -387,7 +388,7 @@ def test_words_are_needed_where_the_page_says_so(task, seed, monkeypatch):
     kitchen_words = importlib.import_module("kitchen_words")
     env, right, count = make(task, image_size=4), 0.0, 200
     for i in range(count):
-        env.reset(seed + i)
+        env.reset(Episode(seed + i))
         left = [str(name) for name in kitchen_words.RULES[task][2](env.world)]
         right += sum(spoken(env.observe().instruction) == name for name in left) / len(left)
     assert (needed == "no") == (right == count)
@@ -412,7 +413,7 @@ def spoken(instruction: str) -> str:
 def test_frames_lose_nothing_of_the_tasks_things(task, kitchens, seed):
     """Against one ray at a time: mj_multiRay leaves out what juts out of a body's colliding geoms (here: the arm)."""
     env, size = kitchens(task), 40
-    env.reset(seed)
+    env.reset(Episode(seed))
     env.render(size=8)
     model, data, count = env.world.model, env.world.data, 40**2
     normal = {"normal": None} if renderer._RETURNS_NORMALS else {}
@@ -436,7 +437,7 @@ def test_frames_lose_nothing_of_the_tasks_things(task, kitchens, seed):
 
 def test_gl_draws_the_same_scene_or_says_what_to_install(kitchens, seed):
     env = kitchens("CoffeePressButton")
-    env.reset(seed)
+    env.reset(Episode(seed))
     before = env.snapshot().physics
     try:
         picture = env.render(size=64, backend="gl").astype(float)
@@ -516,7 +517,7 @@ def test_gymnasium_shows_the_kitchens_own_episode(seed):
     assert {f"z1/{task}-v0" for task in TASKS} <= set(gymnasium.registry)
     env, kitchen = gymnasium.make("z1/TurnOffStove-v0", image_size=16), make("TurnOffStove", image_size=16)
     seen, _ = env.reset(seed=seed)
-    kitchen.reset(seed)
+    kitchen.reset(Episode(seed))
     expert, done = make_expert(kitchen), False
     while not done:
         wanted = kitchen.observe()
@@ -543,7 +544,7 @@ def test_gymnasium_side_by_side_tells_each_instruction(shared, seed):
     )
     kitchen, wanted = make("TurnOnStove", image_size=8), []
     for i in range(2):
-        kitchen.reset(seed + i)
+        kitchen.reset(Episode(seed + i))
         wanted.append(kitchen.observe().instruction)
     seen, info = envs.reset(seed=seed)  # the second environment's is seed + 1
     assert list(info["instruction"]) == wanted and (shared or list(seen["instruction"]) == wanted)

@@ -16,7 +16,7 @@ import pytest
 from tiny_env import TinyEnv
 
 from envs import kitchen
-from envs.base import EnvObservation
+from envs.base import EnvObservation, Episode, episodes
 from envs.pool import EnvPool, PoolError
 
 
@@ -40,7 +40,7 @@ def random_chunks(seed: int, chunks: int, slots: int, width: int) -> np.ndarray:
 def branched_run(pool: EnvPool, seed: int) -> list:
     """Four episodes from two prefixes: every result, in order."""
     actions = random_chunks(seed, 4, 4, pool.spec.action_dim)
-    record = list(pool.reset([0, 3], [seed, seed + 1]))
+    record = list(pool.reset([0, 3], episodes([seed, seed + 1])))
     for chunk in range(2):
         results, observations = pool.step([3, 0], actions[chunk, :2])
         record += [(r.steps, r.success, r.done) for r in results] + observations
@@ -70,9 +70,9 @@ def test_steps_as_single_environments_do(num_workers):
     singles = [TinyEnv() for _ in range(3)]
     with EnvPool(TinyEnv, 3, num_workers) as pool:
         assert pool.spec == singles[0].spec
-        first = pool.reset([2, 0, 1], [seed + 2, seed, seed + 1])
+        first = pool.reset([2, 0, 1], episodes([seed + 2, seed, seed + 1]))
         for slot, single in enumerate(singles):
-            single.reset(seed + slot)
+            single.reset(Episode(seed + slot))
         for slot, observation in zip([2, 0, 1], first, strict=True):
             assert_same_observation(observation, singles[slot].observe())
         for actions in random_chunks(seed, 3, 2, 3):  # slot 1 rests
@@ -95,7 +95,7 @@ def test_branches_replay_their_source_bit_for_bit(make):
     print("seed", seed)
     with EnvPool(make(), 5, 2) as pool:
         actions = random_chunks(seed, 2, 1, pool.spec.action_dim) * 0.3
-        pool.reset([0, 1, 2, 3, 4], range(seed, seed + 5))
+        pool.reset([0, 1, 2, 3, 4], episodes(range(seed, seed + 5)))
         pool.step([1], actions[0])
         pool.branch([1, 1, 1], [4, 2, 1])  # across workers, within one, and onto itself
         results, observations = pool.step([1, 2, 4], np.repeat(actions[1], 3, axis=0))
@@ -122,7 +122,7 @@ def test_kitchen_gives_the_same_in_workers_and_in_process():
 
 def test_a_swap_uses_the_states_before_the_call():
     with EnvPool(TinyEnv, 2, 2) as pool:
-        pool.reset([0, 1], [5, 6])
+        pool.reset([0, 1], episodes([5, 6]))
         before = pool.snapshot([0, 1])
         pool.branch([0, 1], [1, 0])
         after = pool.snapshot([0, 1])
@@ -154,7 +154,7 @@ def test_a_worker_killed_between_calls_is_replaced(make):
     for victim in (None, seed % 2):
         with EnvPool(make(), 3, 2) as pool:
             actions = random_chunks(seed, 3, 3, pool.spec.action_dim) * 0.3
-            pool.reset([0, 1, 2], range(seed, seed + 3))
+            pool.reset([0, 1, 2], episodes(range(seed, seed + 3)))
             pool.step([0, 1, 2], actions[0])
             pool.branch([0], [1])
             pool.step([0, 1, 2], actions[1])
@@ -171,7 +171,7 @@ def test_a_worker_killed_between_calls_is_replaced(make):
 def test_a_stopped_worker_that_reads_no_more_is_replaced():
     """Also where the message to it is larger than what the system keeps for it."""
     with EnvPool(TinyEnv, 2, 2, timeout_s=0.5) as pool:
-        pool.reset([0, 1], [3, 4])
+        pool.reset([0, 1], episodes([3, 4]))
         snapshots = pool.snapshot([0, 1])
         ballast = np.zeros(5_000_000, np.uint8)
         heavy = [dataclasses.replace(s, extra={**s.extra, "ballast": ballast}) for s in snapshots]
@@ -197,7 +197,7 @@ def test_an_interrupted_call_leaves_no_trace(monkeypatch, when):
         return wait(connections, timeout)[:1]
 
     with EnvPool(TinyEnv, 2, 2) as pool:
-        pool.reset([0, 1], [1, 2])
+        pool.reset([0, 1], episodes([1, 2]))
         pool.step([0, 1], actions[0])
         before = [snapshot.physics for snapshot in pool.snapshot([0, 1])]
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
@@ -219,7 +219,7 @@ def test_an_interrupted_call_leaves_no_trace(monkeypatch, when):
 def test_a_lasting_fault_is_one_line_and_leaves_no_trace(fault, text):
     with EnvPool(functools.partial(TinyEnv, fault), 2, 2, timeout_s=0.5) as pool:
         actions = random_chunks(3, 2, 2, 3)
-        pool.reset([0, 1], [1, 2])
+        pool.reset([0, 1], episodes([1, 2]))
         pool.step([1], actions[0, :1])
         before = [snapshot.physics for snapshot in pool.snapshot([0, 1])]
         with pytest.raises(PoolError) as caught:
@@ -227,7 +227,7 @@ def test_a_lasting_fault_is_one_line_and_leaves_no_trace(fault, text):
         assert str(caught.value) == f"worker 1 {text}"
         after = [snapshot.physics for snapshot in pool.snapshot([0, 1])]
         np.testing.assert_array_equal(after, before)
-        pool.reset([1], [9])
+        pool.reset([1], episodes([9]))
         pool.step([0, 1], actions[0])
 
 
@@ -243,13 +243,13 @@ def test_bad_requests_are_refused_before_they_reach_a_worker():
     with EnvPool(TinyEnv, 2, 0) as pool:
         with pytest.raises(ValueError, match="slot 0 has no episode"):
             pool.step([0], np.zeros((1, 4, 3)))
-        pool.reset([0, 1], [1, 2])
+        pool.reset([0, 1], episodes([1, 2]))
         with pytest.raises(ValueError, match="slot 2 does not exist"):
-            pool.reset([2], [1])
+            pool.reset([2], episodes([1]))
         with pytest.raises(ValueError, match="repeat"):
-            pool.reset([1, 1], [1, 2])
-        with pytest.raises(ValueError, match="2 slots and 1 seeds"):
-            pool.reset([0, 1], [1])
+            pool.reset([1, 1], episodes([1, 2]))
+        with pytest.raises(ValueError, match="2 slots and 1 episodes"):
+            pool.reset([0, 1], episodes([1]))
         with pytest.raises(ValueError, match=r"expected \[2 slots, chunk, 3\]"):
             pool.step([0, 1], np.zeros((2, 4, 7)))
         with pytest.raises(ValueError, match="slot 1 are not finite"):
@@ -258,7 +258,7 @@ def test_bad_requests_are_refused_before_they_reach_a_worker():
             pool.branch([0, 0], [1, 1])
         pool.step([], np.zeros((0, 4, 3)))
     with pytest.raises(ValueError, match="closed"):
-        pool.reset([0], [1])
+        pool.reset([0], episodes([1]))
     with pytest.raises(ValueError, match="num_envs=0"):
         EnvPool(TinyEnv, 0, 1)
 
@@ -267,7 +267,7 @@ def test_times_add_up_to_the_calls():
     with EnvPool(TinyEnv, 4, 2) as pool:
         pool.take_times()
         start = time.perf_counter()
-        pool.reset([0, 1, 2, 3], [1, 2, 3, 4])
+        pool.reset([0, 1, 2, 3], episodes([1, 2, 3, 4]))
         pool.step([0, 1, 2, 3], random_chunks(0, 1, 4, 3)[0])
         wall = time.perf_counter() - start
         times = pool.take_times()
@@ -279,7 +279,7 @@ def test_times_add_up_to_the_calls():
 def test_the_actions_buffer_may_be_reused():
     buffer = random_chunks(0, 1, 1, 3)[0]
     with EnvPool(TinyEnv, 1, 1) as pool:
-        pool.reset([0], [7])
+        pool.reset([0], episodes([7]))
         pool.step([0], buffer)
         expected = pool.snapshot([0])[0].physics
         buffer[:] = 1e3

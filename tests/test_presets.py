@@ -84,11 +84,12 @@ USE = """
 import functools, sys
 import z1_jax
 from envs.kitchen import make
+from envs.base import episodes
 from envs.kitchen.demos import collect
 from envs.pool import EnvPool
 
 with EnvPool(functools.partial(make, "CloseDrawer"), 2, 1) as pool:
-    pool.reset([0, 1], [0, 1])
+    pool.reset([0, 1], episodes([0, 1]))
 assert len([episode for episode in collect("CloseDrawer", range(2), processes=2)]) == 2
 print(sys.modules["envs"].__file__)
 """

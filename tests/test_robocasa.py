@@ -12,6 +12,8 @@ import re
 import subprocess
 import sys
 
+from envs.base import Episode, episodes
+
 os.environ.setdefault("MUJOCO_GL", "egl")
 
 import mujoco
@@ -115,10 +117,10 @@ def scene_of(env) -> dict:
 @pytest.mark.parametrize(("task", "mode"), [(FAUCET, "base"), (PLACE, "arm")])
 def test_a_snapshot_restores_bit_for_bit_here_and_in_another_process(task, mode, rng, envs, other_process):
     env, seed = envs(task), fresh_seed(rng)
-    env.reset(seed)
+    env.reset(Episode(seed))
     first = env.observe()
     pool = other_process(task)
-    assert_same_look(first, pool.reset([0], [seed])[0])  # equal seeds, equal episodes, in any process
+    assert_same_look(first, pool.reset([0], episodes([seed]))[0])  # equal seeds, equal episodes, in any process
     assert pool.snapshot([0])[0].physics.tobytes() == env.snapshot().physics.tobytes()
 
     env.step_chunk(random_actions(rng, 12, mode))
@@ -134,7 +136,7 @@ def test_a_snapshot_restores_bit_for_bit_here_and_in_another_process(task, mode,
     assert trace(env, actions) == expected
     assert_same_look(env.observe(), final)
 
-    pool.reset([0], [seed + 1])  # another episode: the restore has to build this one anew
+    pool.reset([0], episodes([seed + 1]))  # another episode: the restore has to build this one anew
     pool.restore([0], [snapshot])
     for start in range(0, 40, 10):
         results, looks = pool.step([0], actions[None, start : start + 10])
@@ -148,7 +150,7 @@ def test_a_snapshot_restores_bit_for_bit_here_and_in_another_process(task, mode,
 def test_physics_alone_is_no_snapshot(rng, envs):
     """The reason for all else that a snapshot holds: without it a replay goes another way at once."""
     env = envs(PLACE)
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     env.step_chunk(random_actions(rng, 12, "arm"))
     snapshot, actions = env.snapshot(), random_actions(rng, 5, "arm")
     expected = trace(env, actions)
@@ -161,15 +163,15 @@ def test_physics_alone_is_no_snapshot(rng, envs):
 def test_an_episode_depends_on_its_seed_and_on_nothing_before(rng, envs):
     env, twin = envs(PLACE), envs(PLACE, 1)
     seed = fresh_seed(rng)
-    env.reset(seed)
+    env.reset(Episode(seed))
     first, scene, physics = env.observe(), scene_of(env), env.snapshot().physics
     env.step_chunk(random_actions(rng, 3, "base"))
-    env.reset(seed + 1)
+    env.reset(Episode(seed + 1))
     other_physics = env.snapshot().physics
     assert physics.shape != other_physics.shape or not np.array_equal(physics, other_physics)
     np.random.random(3)  # somebody else's draws
     outside = np.random.get_state()[1].copy()
-    twin.reset(seed)  # another member of the group
+    twin.reset(Episode(seed))  # another member of the group
     np.testing.assert_array_equal(np.random.get_state()[1], outside)  # and ours do not disturb them
     assert scene_of(twin) == scene and twin.snapshot().physics.tobytes() == physics.tobytes()
     assert_same_look(twin.observe(), first)
@@ -178,7 +180,7 @@ def test_an_episode_depends_on_its_seed_and_on_nothing_before(rng, envs):
 def test_a_reset_that_fails_midway_leaves_nothing_that_restore_trusts(rng, envs, monkeypatch):
     """The failed reset has built another seed's scene; the snapshot's own has to be built again."""
     env, seed = envs(PLACE), fresh_seed(rng)
-    env.reset(seed)
+    env.reset(Episode(seed))
     env.step_chunk(random_actions(rng, 5, "arm"))
     snapshot, look, qpos = env.snapshot(), env.observe(), env.raw.sim.data.qpos.copy()
     actions = random_actions(rng, 5, "arm")
@@ -190,7 +192,7 @@ def test_a_reset_that_fails_midway_leaves_nothing_that_restore_trusts(rng, envs,
     with monkeypatch.context() as patch:
         patch.setattr(state, "baseline", failing)  # the first thing after the scene was built
         with pytest.raises(RuntimeError, match="broke"):
-            env.reset(seed + 1)
+            env.reset(Episode(seed + 1))
     env.restore(snapshot)
     assert env.raw.sim.data.qpos.tobytes() == qpos.tobytes()
     assert_same_look(env.observe(), look)
@@ -199,7 +201,7 @@ def test_a_reset_that_fails_midway_leaves_nothing_that_restore_trusts(rng, envs,
 
 def test_a_snapshot_of_something_else_is_refused(rng, envs):
     env = envs(FAUCET)
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     snapshot = env.snapshot()
     assert FOUND.version in snapshot.env and FAUCET in snapshot.env and ("stand-ins" in snapshot.env) == STANDINS
     with pytest.raises(ValueError, match="cannot be restored here: expected"):
@@ -259,13 +261,13 @@ def test_object_splits_are_apart(rng):
 
 def test_frames_are_drawn_when_the_policy_looks_and_never_else(rng, envs, monkeypatch):
     env = envs(FAUCET)
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     env.observe()
     from robosuite.utils.binding_utils import MjRenderContext
 
     drawn, real = [], MjRenderContext.render
     monkeypatch.setattr(MjRenderContext, "render", lambda *args, **kw: drawn.append(kw) or real(*args, **kw))
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     env.step_chunk(random_actions(rng, 5, "arm"))
     env.restore(env.snapshot())
     assert drawn == []
@@ -279,7 +281,7 @@ def test_frames_are_drawn_when_the_policy_looks_and_never_else(rng, envs, monkey
 
 def test_images_are_upright_and_those_of_mujocos_own_renderer(rng, envs):
     env = envs(FAUCET)
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     env.step_chunk(random_actions(rng, 5, "arm"))
     ours = env.observe().images
     model, data = env.raw.sim.model._model, env.raw.sim.data._data
@@ -299,7 +301,7 @@ def test_the_state_is_mujocos_in_v1s_order_with_quaternions_xyzw(rng, envs):
     from scipy.spatial.transform import Rotation
 
     env = envs(FAUCET)
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     for mode in ("base", "arm"):
         env.step_chunk(random_actions(rng, 10, mode))
     values, data = env.observe().state, env.raw.sim.data
@@ -337,7 +339,7 @@ def test_each_number_of_an_action_moves_what_the_table_says(rng, envs):
     from scipy.spatial.transform import Rotation
 
     env = envs(FAUCET)
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     env.step_chunk(np.tile(unit(6, -1.0), (5, 1)))  # open, at rest
     start = env.snapshot()
     for axis in range(3):
@@ -377,7 +379,7 @@ def test_each_number_of_an_action_moves_what_the_table_says(rng, envs):
 
 def test_a_chunk_is_clipped_copied_latched_and_ends_at_the_horizon(rng, envs, monkeypatch):
     env = envs(FAUCET)
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     start = env.snapshot()
     wild = 3 * random_actions(rng, 4, "arm")
     kept = wild.copy()
@@ -399,7 +401,7 @@ def test_a_chunk_is_clipped_copied_latched_and_ends_at_the_horizon(rng, envs, mo
     monkeypatch.undo()
 
     short = make(FAUCET, horizon=5)
-    short.reset(1)
+    short.reset(Episode(1))
     assert [short.step_chunk(random_actions(rng, 3, "arm")).steps for _ in range(3)] == [3, 2, 0]
     assert short.steps == 5
     short.close()
@@ -408,7 +410,7 @@ def test_a_chunk_is_clipped_copied_latched_and_ends_at_the_horizon(rng, envs, mo
 def test_broken_physics_ends_the_episode_as_a_failure(rng, envs, monkeypatch):
     """MuJoCo puts the scene back and steps on; neither it nor robosuite raises. A snapshot carries the failure."""
     env, other = envs(FAUCET), envs(FAUCET, 1)
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     env.step_chunk(random_actions(rng, 3, "arm"))
     sound = env.snapshot()
     monkeypatch.setattr(env.raw, "_check_success", lambda: True)
@@ -425,7 +427,7 @@ def test_broken_physics_ends_the_episode_as_a_failure(rng, envs, monkeypatch):
     env.restore(sound)  # the warning is not the sound state's
     result = env.step_chunk(random_actions(rng, 2, "arm"))
     assert (result.steps, result.done, result.unstable) == (2, False, False)
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     assert not env.done and not env.step_chunk(random_actions(rng, 1, "arm")).unstable
 
 
@@ -433,7 +435,7 @@ def test_mistakes_are_one_line(envs):
     env = envs(FAUCET)
     with pytest.raises(ValueError, match="no episode yet: call reset or restore first"):
         make(FAUCET).observe()
-    env.reset(0)
+    env.reset(Episode(0))
     for actions, text in (
         (np.zeros((2, 7)), "expected .E, 12."),
         (np.full((2, 12), np.nan), "NaN or infinity in rows"),
@@ -485,9 +487,9 @@ def test_the_spec_says_version_and_label():
 @pytest.mark.parametrize("task", tables.HORIZONS[API])
 def test_every_task_branches_exactly_and_is_the_same_elsewhere(task, rng):
     env, seed = make(task), fresh_seed(rng)
-    env.reset(seed)
+    env.reset(Episode(seed))
     with EnvPool(functools.partial(robocasa.make, task, **OPTIONS), 1, 1, timeout_s=900) as pool:
-        assert_same_look(env.observe(), pool.reset([0], [seed])[0])
+        assert_same_look(env.observe(), pool.reset([0], episodes([seed]))[0])
     env.step_chunk(random_actions(rng, 5, "base"))
     snapshot, attributes = env.snapshot(), walk.fingerprints(env.raw)
     actions = np.concatenate([random_actions(rng, 20, "arm"), random_actions(rng, 20, "base")])

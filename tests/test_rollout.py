@@ -9,6 +9,7 @@ import pytest
 import tiny_policy as tiny
 from flax import nnx
 
+from envs.base import Episode, episodes
 from z1_jax.models import pi05
 from z1_jax.rl import flow, rollout
 from z1_jax.rl.diagnostics import BrokenIteration
@@ -37,8 +38,9 @@ def chosen() -> tuple[int, dict[str, rollout.Rollouts]]:
 
 def run(plan, seeds, slots, key, **options) -> rollout.Rollouts:
     actor, params = tiny.acting()
+    started = episodes(seeds)
     return rollout.collect(
-        tiny.pool(slots), actor, params, tiny.processor(), plan, seeds, (key,), executed=8, **options
+        tiny.pool(slots), actor, params, tiny.processor(), plan, started, (key,), executed=8, **options
     )
 
 
@@ -76,7 +78,7 @@ def test_every_member_equals_its_own_replay(name):
     assert out.success.any() and not out.success.all()  # both kinds of episodes are replayed
     for group, seed in enumerate(out.seeds):
         for member in range(4):
-            env.reset(int(seed))
+            env.reset(Episode(int(seed)))
             rows, steps, success = path_of(out, group, member), 0, False
             assert out.nodes.chunk[rows].tolist() == list(range(len(rows)))
             for place, row in enumerate(rows):
@@ -98,7 +100,7 @@ def test_each_look_is_what_the_member_saw(name):
     out, env = collected(name), tiny.make_env()
     for group in range(2):
         for member in range(4):
-            env.reset(int(out.seeds[group]))
+            env.reset(Episode(int(out.seeds[group])))
             for row in path_of(out, group, member):
                 look = tiny.processor().observation([env.observe()])
                 at = out.nodes.look[row]
@@ -241,7 +243,8 @@ def test_step_modes_reach_the_stored_chains(mode):
     sde_steps, last_step = mode
     actor, params = tiny.acting(dataclasses.replace(tiny.EVERY_STEP, sde_steps=sde_steps, last_step=last_step))
     seeds, key = block(1), (base_seed(),)
-    out = rollout.collect(tiny.pool(16), actor, params, tiny.processor(), PLANS["none"], seeds, key, executed=8)
+    started = episodes(seeds)
+    out = rollout.collect(tiny.pool(16), actor, params, tiny.processor(), PLANS["none"], started, key, executed=8)
     number = out.nodes.stochastic.sum(axis=1)
     assert (number == (1 if sde_steps == "one" else 3)).all()
     assert not (last_step == "ode" and out.nodes.stochastic[:, -1].any())
@@ -302,7 +305,7 @@ def test_episodes_with_broken_physics_are_failures_of_their_own_kind(name):
             break
     print(f"seed {seed}")
     pool = tiny.breaking_pool(16)
-    out = rollout.collect(pool, actor, params, tiny.processor(), PLANS[name], seeds, (seed,), executed=8)
+    out = rollout.collect(pool, actor, params, tiny.processor(), PLANS[name], episodes(seeds), (seed,), executed=8)
     assert breaks.any()
     np.testing.assert_array_equal(out.unstable, breaks | whole.unstable)
     assert not out.success[out.unstable].any()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from envs import stability
+from envs.base import Episode, episodes
 from envs.kitchen import TASKS, make
 from envs.pool import EnvPool
 
@@ -113,7 +114,7 @@ def test_no_task_succeeds_before_its_first_action_nor_by_broken_physics(task, ki
     width, idle = env.spec.action_dim, np.zeros((1, env.spec.action_dim))
     for seed in rng.integers(2**31, size=4).tolist():
         print(f"episode {seed}")
-        env.reset(seed)
+        env.reset(Episode(seed))
         env.task.update(env.world)
         assert not env.task.success(env.world) and not env.done
         assert not env.step_chunk(idle).success
@@ -132,7 +133,7 @@ def test_no_task_succeeds_before_its_first_action_nor_by_broken_physics(task, ki
         assert not env.done and not env.step_chunk(idle).unstable and env.steps == steps + 1
         env.restore(broken)
         assert env.done and env.broken and not env.success and env.step_chunk(idle).steps == 0
-        env.reset(seed)
+        env.reset(Episode(seed))
         assert not env.done and not env.step_chunk(idle).unstable
 
 
@@ -144,7 +145,7 @@ def test_actions_that_broke_the_physics_no_longer_succeed():
     for seed in (40, 74, 121, 259, 361, 638, 660, 932):
         plans[seed] = np.repeat(np.random.default_rng([seed, 8]).choice([-1.0, 1.0], (5, 12)), 8, axis=0)
     for seed, actions in plans.items():
-        env.reset(seed)
+        env.reset(Episode(seed))
         result = env.step_chunk(actions)
         assert result.done and not result.success
         unstable += result.unstable
@@ -176,7 +177,7 @@ class BreaksAtFour:
 def test_branches_of_an_unstable_episode_are_unstable(workers, rng):
     """Through the pool, its snapshots and the replay of its journal in a worker that was replaced."""
     with EnvPool(BreaksAtFour(), 3, workers) as pool:
-        pool.reset([0, 1, 2], rng.integers(2**31, size=3).tolist())
+        pool.reset([0, 1, 2], episodes(rng.integers(2**31, size=3).tolist()))
         chunk = rng.uniform(-0.2, 0.2, (1, 4, 12))
         assert [r.done for r in pool.step([0], chunk)[0]] == [False]
         results, seen = pool.step([0], chunk)

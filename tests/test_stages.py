@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tiny_policy as tiny
 
+from envs.base import Episode
 from envs.kitchen import LAYOUT_SPLITS, demos
 from z1_jax import initial_policy, stages
 from z1_jax.checkpoint import Checkpoints
@@ -29,20 +30,20 @@ def test_an_interrupted_collection_ends_in_the_same_dataset(stop_after, rng, tmp
 
     simulate, simulated = demos.run_episode, []
 
-    def interrupted(env, seed, *args):
+    def interrupted(who, env, episode, *args):
         if len(simulated) == stop_after:
             raise KeyboardInterrupt
-        simulated.append(seed)
-        return simulate(env, seed, *args)
+        simulated.append(episode)
+        return simulate(who, env, episode, *args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(demos, "run_episode", interrupted)
         demonstrations(config, tmp_path / "data")
     assert not (tmp_path / "data").exists() and len(simulated) == stop_after
 
-    def counted(env, seed, *args):
-        assert seed not in simulated, "a finished episode was simulated again"
-        return simulate(env, seed, *args)
+    def counted(who, env, episode, *args):
+        assert episode not in simulated, "a finished episode was simulated again"
+        return simulate(who, env, episode, *args)
 
     monkeypatch.setattr(demos, "run_episode", counted)
     resumed = demonstrations(config, tmp_path / "data")
@@ -107,8 +108,8 @@ def test_a_damaged_sft_policy_is_moved_aside_and_trained_again(tmp_path, monkeyp
 def test_too_many_failures_are_told(tmp_path, monkeypatch, capsys):
     simulate = demos.run_episode
 
-    def failing(env, seed, *args):
-        return dataclasses.replace(simulate(env, seed, *args), success=False)
+    def failing(*args):
+        return dataclasses.replace(simulate(*args), success=False)
 
     monkeypatch.setattr(demos, "run_episode", failing)
     with pytest.raises(UserError, match="OpenDrawer succeeded only 0 times in 3 tries, 1 wanted"):
@@ -138,7 +139,7 @@ def test_the_split_of_a_config_reaches_environments_and_demonstrations(tmp_path,
     heldout = dataclasses.replace(config.env, layouts=("heldout",), styles=("heldout",), objects=("heldout",))
     changed = dataclasses.replace(config, env=heldout)
     env = make_env(changed, "OpenDrawer")()
-    env.reset(1)
+    env.reset(Episode(1))
     assert env.layout in LAYOUT_SPLITS["heldout"] and env.objects == "heldout"
     assert (make_env(config, "OpenDrawer")().layout, make_env(config, "OpenDrawer")().objects) == ("straight", "train")
     dataset = demonstrations(changed, tmp_path / "data")

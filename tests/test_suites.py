@@ -82,10 +82,10 @@ def test_a_missing_installation_names_the_key(monkeypatch):
         raise ValueError("RoboCasa is not installed: pip install it")
 
     monkeypatch.setattr(compat, "check", absent)
-    for check in (stages.check_inputs, suites.pin_version):
+    for check in (stages.check_inputs, suites.settled):
         with pytest.raises(ConfigError, match="config key env.suite: RoboCasa is not installed: pip install it"):
             check(standin_config())
-    suites.pin_version(Config())  # the kitchen asks nobody
+    suites.settled(Config())  # the kitchen asks nobody
 
 
 def test_an_environment_gets_what_the_config_says(installed):
@@ -110,7 +110,7 @@ def test_an_environment_gets_what_the_config_says(installed):
 
 
 def test_a_run_belongs_to_one_version_of_robocasa(installed, tmp_path):
-    config = suites.pin_version(standin_config(f"--config.run_dir={tmp_path / 'run'}"))
+    config = suites.settled(standin_config(f"--config.run_dir={tmp_path / 'run'}"))
     assert config.env.version == installed.version
     run_dir.claim_directory(config)
     run_dir.claim_directory(config)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_env
 
+from envs.base import Episode, episodes
 from envs.pool import EnvPool
 from z1_jax.data.normalize import NormStats
 from z1_jax.data.tokenizer import PromptTokenizer, train_small_tokenizer
@@ -70,7 +71,7 @@ def share(branching: str, size: int, prefix: int, i: int, j: int, chunk: int) ->
 def play(branching: str, size: int, prefix: int, seed: int, member: int, executed: int) -> dict[str, Any]:
     """One member alone, from its seed, in an environment of its own: what it did at every chunk, and how it ended."""
     env, path, steps, chunk = tiny_env.FleetingEnv(), [], 0, 0
-    env.reset(seed)
+    env.reset(Episode(seed))
     while True:
         members = frozenset(j for j in range(size) if share(branching, size, prefix, member, j, chunk))
         saw = env.observe()
@@ -95,7 +96,7 @@ def random_case(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> di
     seeds = rng.choice(10**6, groups, replace=False)
     with EnvPool(tiny_env.FleetingEnv, size * int(rng.integers(1, 4)), 0) as pool:
         plan = branch_plan(branching, size, prefix)
-        out = rollout.collect(pool, ScriptedActor(), (), PROCESSOR, plan, seeds, KEY, executed=executed)
+        out = rollout.collect(pool, ScriptedActor(), (), PROCESSOR, plan, episodes(seeds), KEY, executed=executed)
     alone = [[play(branching, size, prefix, int(s), m, executed) for m in range(size)] for s in seeds]
     return {"out": out, "alone": alone, "size": size, "what": f"{branching} G={size} P={prefix} E={executed}"}
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from envs.base import ChunkResult, EnvObservation, EnvSpec, Snapshot
+from envs.base import ChunkResult, EnvObservation, EnvSpec, Episode, Snapshot
 
 HORIZON = 12
 
@@ -24,8 +24,8 @@ class TinyEnv:
         if fault == "build":
             raise OSError("no scene file")
 
-    def reset(self, seed: int) -> None:
-        self._rng = np.random.default_rng(seed)
+    def reset(self, episode: Episode) -> None:
+        self._rng = np.random.default_rng(episode.seed)
         self._x = self._rng.uniform(0.2, 0.8, 2)
         self._t = 0
 

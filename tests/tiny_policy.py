@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from envs import kitchen
-from envs.base import ChunkResult
+from envs.base import ChunkResult, Episode
 from envs.kitchen import KitchenEnv
 from envs.pool import EnvPool
 from z1_jax import sharding
@@ -66,9 +66,9 @@ def make_env() -> KitchenEnv:
 class BreakingKitchen(KitchenEnv):
     """Its physics breaks down in the second chunk of odd seeds' episodes."""
 
-    def reset(self, seed: int) -> None:
-        super().reset(seed)
-        self.world.memory["breaks"] = bool(seed % 2)  # travels with snapshots
+    def reset(self, episode: Episode) -> None:
+        super().reset(episode)
+        self.world.memory["breaks"] = bool(episode.seed % 2)  # travels with snapshots
 
     def step_chunk(self, actions: np.ndarray) -> ChunkResult:
         if self.world.memory["breaks"] and self.steps == 8:

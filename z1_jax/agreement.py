@@ -122,12 +122,12 @@ def environment_world(config: Config) -> World:
     make_env = suites.make_env(config, config.task)
     with EnvPool(make_env, 1, workers, timeout_s=timeout_s, start_timeout_s=max(120.0, 2 * timeout_s)) as pool:
         seeds = range(config.eval.first_seed, config.eval.first_seed + min(_RESETS, config.eval.episodes))
-        looks = [pool.reset([0], [seed])[0] for seed in seeds]
+        looks = [pool.reset([0], [suites.episode_of(config)(seed)])[0] for seed in seeds]
         spec = pool.spec
     return World(
         name="the environment",
         tasks=(config.task,),
-        other_names=suites.other_names(config.task),
+        other_names=suites.resolve(config).other_names(config.task),
         instructions=tuple(dict.fromkeys(look.instruction for look in looks)),
         rate=spec.control_hz,
         images={camera: (spec.image_size, spec.image_size) for camera in spec.cameras},

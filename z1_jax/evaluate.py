@@ -27,6 +27,7 @@ from z1_jax.policy import Policy, find_policy
 from z1_jax.process import run_main
 from z1_jax.run_dir import conclude
 from z1_jax.stages import make_pool
+from z1_jax.suites import episode_of
 from z1_jax.videos import clips_of, record_clips
 
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
         policies = {name: given_policy(config, path, run.mesh) for name, path in run.policies.items()}
         with make_pool(config) as pool:
             seen = {name: look_at(run, policy, pool, name) for name, policy in policies.items()}
-            told = instructions(pool, config.eval)
+            told = instructions(pool, config.eval, episode_of=episode_of(config))
     result, line = judge(config, {name: outcome for name, (outcome, _) in seen.items()})
     clips = {"before": "compare", "after": "checkpoint"}
     result |= clips_of(config, {side: (name, seen[name][1]) for side, name in clips.items() if name in seen})
@@ -57,7 +58,16 @@ def look_at(run: Run, policy: Policy, pool: EnvPool, name: str) -> tuple[Evaluat
     title = f"evaluation of {name}"
     with run.clock.stage("evaluation"):
         outcome = evaluate(
-            policy, pool, mesh, config.eval, config.flow, results, title=title, actor=actor, params=params
+            policy,
+            pool,
+            mesh,
+            config.eval,
+            config.flow,
+            results,
+            title=title,
+            actor=actor,
+            params=params,
+            episode_of=episode_of(config),
         )
     with run.clock.stage("videos"):
         return outcome, record_clips(config, policy, pool, actor, params, run.directory, name)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from envs.base import Episode
 from envs.pool import EnvPool
 from z1_jax.config.schema import EvalConfig, FlowConfig
 from z1_jax.errors import UserError
@@ -56,14 +58,17 @@ def evaluate(
     title: str,
     actor: Actor | None = None,
     params: tuple[Any, Any] | None = None,
+    episode_of: Callable[[int], Episode] = Episode,
 ) -> Evaluation:
     """Runs every held-out seed once. Finished waves are kept in `results` (JSONL); a second call goes on after them.
 
     Args:
         actor, params: to act with functions that are compiled already, and parameters split as they want them.
+        episode_of: the episode of a seed, as the suite has it.
     """
     seeds = np.arange(config.first_seed, config.first_seed + config.episodes)
-    done = _read_results(results, seeds)
+    held_out = [episode_of(int(seed)) for seed in seeds]
+    done = _read_results(results, held_out)
     if len(done) < len(seeds):
         if actor is None:
             graphdef, trainable, frozen = policy.split("expert")
@@ -75,7 +80,7 @@ def evaluate(
             title, len(seeds), "episode", columns, start=len(done), interval_s=5.0, alarms=ALARMS
         ) as progress:
             for start in range(len(done), len(seeds), pool.num_envs):
-                wave = seeds[start : start + pool.num_envs]
+                wave = held_out[start : start + pool.num_envs]
                 out = rollout.collect(
                     pool,
                     actor,
@@ -89,8 +94,14 @@ def evaluate(
                 )
                 note = {"assets": pool.spec.label} if pool.spec.label else {}
                 rows = [
-                    {"seed": int(seed), "success": bool(success), "steps": int(steps), "unstable": bool(broken), **note}
-                    for seed, success, steps, broken in zip(
+                    {
+                        **episode.to_json(),
+                        "success": bool(success),
+                        "steps": int(steps),
+                        "unstable": bool(broken),
+                        **note,
+                    }
+                    for episode, success, steps, broken in zip(
                         wave, out.success[:, 0], out.steps[:, 0], out.unstable[:, 0], strict=True
                     )
                 ]
@@ -108,22 +119,24 @@ def evaluate(
     )
 
 
-def instructions(pool: EnvPool, config: EvalConfig, most: int = 4) -> list[str]:
+def instructions(
+    pool: EnvPool, config: EvalConfig, most: int = 4, episode_of: Callable[[int], Episode] = Episode
+) -> list[str]:
     """What the robot is told in the first held-out episodes, each text once. Starts episodes in the pool."""
     count = min(most, pool.num_envs, config.episodes)
-    looks = pool.reset(range(count), range(config.first_seed, config.first_seed + count))
+    looks = pool.reset(range(count), [episode_of(config.first_seed + i) for i in range(count)])
     return list(dict.fromkeys(look.instruction for look in looks))
 
 
-def _read_results(path: pathlib.Path, seeds: np.ndarray) -> list[dict[str, Any]]:
-    rows = read_records(path)[: len(seeds)]
-    for number, (row, seed) in enumerate(zip(rows, seeds, strict=False), 1):
+def _read_results(path: pathlib.Path, episodes: Sequence[Episode]) -> list[dict[str, Any]]:
+    rows = read_records(path)[: len(episodes)]
+    for number, (row, episode) in enumerate(zip(rows, episodes, strict=False), 1):
         if not {"seed", "success", "steps"} <= row.keys():
             raise UserError(
                 f"{path}:{number} is no result of an episode: the file is damaged; mend or delete that line"
             )
-        if row["seed"] != int(seed):
-            raise UserError(f"{path} holds other seeds than this evaluation's; move it away to evaluate anew")
+        if any(row.get(key, value) != value for key, value in episode.to_json().items()):  # older rows hold seeds alone
+            raise UserError(f"{path} holds other episodes than this evaluation's; move it away to evaluate anew")
     drop_half_line(path)  # what comes next is appended
     return rows
 

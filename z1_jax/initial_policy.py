@@ -21,7 +21,7 @@ from z1_jax.files import absolute
 from z1_jax.models.pi05 import Pi05Config
 from z1_jax.models.presets import PRESETS, get_preset
 from z1_jax.policy import Policy, find_policy, fresh_policy, load_policy, make_processor, split_best
-from z1_jax.suites import assumed_statistics, check_names, training_statistics, widths
+from z1_jax.suites import assumed_statistics, check_names, resolve, training_statistics, widths
 
 
 def configured_model(config: Config) -> Pi05Config:
@@ -111,7 +111,8 @@ def prompt_tokenizer(config: Config, shapes: Pi05Config) -> tokenizer.PromptToke
         UserError: it is absent, or has more tokens than the model.
     """
     if not config.inputs.tokenizer:
-        model = tokenizer.train_small_tokenizer(tokenizer.kitchen_instructions(), vocab_size=shapes.vocab_size)
+        words = [*tokenizer.kitchen_instructions(), *resolve(config).instructions]
+        model = tokenizer.train_small_tokenizer(words, vocab_size=shapes.vocab_size)
         return tokenizer.PromptTokenizer.from_bytes(model, shapes.prompt_length)
     # A model of PaliGemma's size takes PaliGemma's tokenizer and no other.
     exact = shapes.vocab_size if shapes.vocab_size == tokenizer.PALIGEMMA_VOCAB_SIZE else None

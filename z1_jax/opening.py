@@ -25,7 +25,7 @@ from z1_jax.run_dir import (
     policy_identity,
 )
 from z1_jax.stages import check_inputs, make_mesh
-from z1_jax.suites import label, pin_version
+from z1_jax.suites import label, settled
 from z1_jax.videos import missing_clips
 
 
@@ -65,7 +65,7 @@ def open_run(argv: Sequence[str], command: str, algorithms: Sequence[str], defau
     """
     config = parse_command_line(argv, default)
     require_algorithm(config, algorithms, command)
-    config = pin_version(config)
+    config = settled(config)
     start_jax()  # before a checkpoint is opened: that takes the device
     config = check_inputs(config)
     differing = check_worlds(config)

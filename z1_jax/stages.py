@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from envs import demos
 from envs.pool import EnvPool
 from z1_jax import initial_policy, sharding
 from z1_jax.agreement import dataset_world, trained_in
@@ -24,7 +25,7 @@ from z1_jax.errors import first_line
 from z1_jax.metrics import MetricsWriter, Progress
 from z1_jax.policy import Policy, load_policy
 from z1_jax.sft import train_sft
-from z1_jax.suites import episode_steps, kitchen_options, make_env, widths
+from z1_jax.suites import demonstrator, episode_of, episode_steps, made_by, make_env, rate_of, resolve, widths
 
 DEMO_SEEDS = 10_000  # from one run seed's first demonstration to the next one's
 
@@ -126,8 +127,8 @@ def demonstrations(config: Config, directory: pathlib.Path) -> Dataset:
 
 def demonstrations_source(config: Config) -> dict[str, Any]:
     """What the demonstrations of a config depend on, besides their number."""
-    return {
-        "made_by": f"{config.env.suite} expert",
+    source = {
+        "made_by": made_by(config),
         "labels": config.demos.labels,
         "task": config.task,
         "noise": config.demos.noise,
@@ -141,6 +142,9 @@ def demonstrations_source(config: Config) -> dict[str, Any]:
         "objects": list(config.env.objects),
         "seed": config.seed,
     }
+    if rate_of(source) is None:
+        source["fps"] = resolve(config).control_hz
+    return source
 
 
 def _fitting(config: Config, dataset: Dataset) -> Dataset:
@@ -185,22 +189,20 @@ def _check_widths(config: Config, dataset: Dataset) -> None:
 
 def _successful_episodes(config: Config, journal: EpisodeJournal) -> Iterator[Any]:
     """The first successes in the order of the seeds: those in the journal, then new ones that enter it."""
-    from envs.kitchen import demos
-
     wanted = config.demos.episodes
     first = config.seed * DEMO_SEEDS
     yield from itertools.islice(journal.episodes(), wanted)
     if journal.kept >= wanted:
         return
+    start = episode_of(config)
     episodes = demos.collect(
-        config.task,
-        range(first + journal.tried, first + 3 * wanted),
+        demonstrator(config),
+        (start(seed) for seed in range(first + journal.tried, first + 3 * wanted)),
         noise=config.demos.noise,
         processes=config.env.workers,
         stride=config.demos.stride,
         chunk=initial_policy.configured_model(config).horizon,
         labels=config.demos.labels,
-        options=kitchen_options(config),
     )
     columns = {"success": ".1%"}
     with (

@@ -1,228 +1,227 @@
-"""The environments that there are: the built-in kitchen, and RoboCasa. Each question that depends on which, answered.
+"""Which suite a config means, and what the run asks of it: one door to all environments (see envs.suite).
 
-Nothing here imports a simulator: what is missing is said before any worker starts.
+Nothing here imports a simulator before it is asked for: what is missing is said before any worker starts.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from envs.base import Env
-from z1_jax.config.schema import Config, ConfigError
+from envs.base import Env, Episode
+from envs.demos import Demonstrator
+from envs.suite import SettingError, SingleEnv, Suite
+from envs.suite import check_names as _check_names
+from z1_jax.config.schema import Config, ConfigError, EnvConfig, EvalConfig, flat
 from z1_jax.data.normalize import NormStats
 
-_T = TypeVar("_T")
-_KITCHEN_EXPERT = "kitchen expert"  # what made the kitchen's demonstrations, in their source
+# A suite is called with the config's sections env and eval. A new one is a folder envs/NAME and a line here.
+BUILT_IN = {
+    "kitchen": "envs.kitchen.suite:KitchenSuite",
+    "robocasa": "envs.robocasa.suite:RoboCasaSuite",
+}
 
 
-def make_env(config: Config, task: str) -> functools.partial[Env]:
+def resolve(config: Config) -> Suite:
+    """The suite of a config: a built-in one by name, or `package.module:name` of the user's own.
+
+    That name is a class or function that is called with the sections `env` and `eval`, an object of the protocol, or a
+    plain factory of one environment.
+
+    Raises:
+        ConfigError: there is none of that name, or it cannot be made.
+    """
+    try:
+        return _made(config.env, config.eval)
+    except SettingError as error:
+        raise ConfigError(f"config key {error.key}: {error}") from error
+
+
+def _made(env: EnvConfig, evaluation: EvalConfig) -> Suite:
+    if env.suite in BUILT_IN:
+        return _found(BUILT_IN[env.suite])(env, evaluation)
+    found = _found(env.suite)
+    if isinstance(found, type) and hasattr(found, "make_env"):
+        found = found(env, evaluation)
+    if hasattr(found, "make_env"):
+        lacking = [name for name in _PROTOCOL if not hasattr(found, name)]
+        if lacking:
+            raise SettingError("env.suite", f"{env.suite} is no suite: it lacks {', '.join(lacking)} (envs/suite.py)")
+        return found
+    return _single(found, env.suite)
+
+
+@functools.cache  # it builds an environment, to see what it is
+def _single(factory: Callable[[], Env], name: str) -> SingleEnv:
+    return SingleEnv(factory, name)
+
+
+_PROTOCOL = (*Suite.__annotations__, *(name for name in vars(Suite) if not name.startswith("_")))
+
+
+def _found(where: str) -> Any:
+    module, colon, name = where.partition(":")
+    if not colon:
+        known = ", ".join(BUILT_IN)
+        raise SettingError("env.suite", f"{where!r} does not exist; known: {known}, or package.module:name of your own")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # noqa: BLE001 - it is the user's module: anything can be wrong in it
+        raise SettingError("env.suite", f"{where} cannot be imported: {type(error).__name__}: {error}") from error
+    if not callable(found) and not hasattr(found, "make_env"):
+        raise SettingError(
+            "env.suite",
+            f"{where} is a {type(found).__name__}; expected a suite or a function that makes an environment",
+        )
+    return found
+
+
+def _asked(function: Callable[..., Any], *args: Any) -> Any:
+    """What a suite answers; what it refuses is a mistake in the config."""
+    try:
+        return function(*args)
+    except SettingError as error:
+        raise ConfigError(f"config key {error.key}: {error}") from error
+
+
+def check_settings(config: Config) -> None:
+    """Refuses keys that are another suite's, and a start that the suite does not offer. Needs no simulator.
+
+    Raises:
+        ConfigError: one line.
+    """
+    values, default = flat(config), flat(Config())
+    suite = resolve(config)
+    for name, where in BUILT_IN.items():
+        for key in _found(where).own_keys:
+            if key not in suite.own_keys and values[key] != default[key]:
+                raise ConfigError(
+                    f"config key {key}: got {values[key]}, which only env.suite={name} has; leave it out, or change "
+                    f"env.suite={config.env.suite}"
+                )
+    if hasattr(suite, "check_settings"):
+        _asked(suite.check_settings)
+    if not suite.branches:
+        needs = (
+            ("group.branching", config.group.branching, "none", config.algorithm == "grpo"),
+            ("demos.labels", config.demos.labels, "recorded", config.algorithm != "eval" and not config.demos.dataset),
+        )
+        for key, got, expected, used in needs:
+            if used and got != expected:
+                raise ConfigError(
+                    f"config key {key}: got {got}, but environments of env.suite={config.env.suite} cannot be copied "
+                    f"(no snapshot and restore): expected {expected}"
+                )
+    starts = config.demos.dataset or config.init and config.algorithm == "grpo"
+    if config.algorithm != "eval" and not starts and config.task in suite.tasks:
+        if _asked(suite.demonstrator, config.task) is None:
+            raise ConfigError(
+                f"config key demos.dataset: got '', but env.suite={config.env.suite} has no scripted expert; expected "
+                "a dataset of demonstrations (python -m z1_jax.collect --from=…), or for grpo a policy in init"
+            )
+
+
+def make_env(config: Config, task: str) -> Callable[[], Env]:
     """What a worker calls to build one environment.
 
     Raises:
         ConfigError: the suite has no such task, camera, scene, layout, style or objects, or is not installed.
     """
-    if config.env.suite == "robocasa":
-        return _robocasa(config, task)
-    from envs import kitchen
-
-    check_names("task", [task], list(kitchen.TASKS))
-    check_names("env.cameras", list(config.env.cameras), list(kitchen.CAMERAS))
-    check_names("env.layouts", list(config.env.layouts), [*kitchen.LAYOUTS, *kitchen.LAYOUT_SPLITS])
-    check_names("env.styles", list(config.env.styles), [*kitchen.STYLES, *kitchen.STYLE_SPLITS])
-    check_names("env.objects", list(config.env.objects), list(kitchen.OBJECT_SPLITS))
-    return functools.partial(kitchen.make, task, **kitchen_options(config))
+    return _asked(resolve(config).make_env, task)
 
 
-def kitchen_options(config: Config) -> dict[str, Any]:
-    """KitchenEnv's arguments besides the task."""
-    env = config.env
-    return {
-        "cameras": env.cameras,
-        "image_size": env.image_size,
-        "horizon": env.horizon or None,
-        "layout": env.layouts,
-        "style": env.styles,
-        "objects": env.objects,
-    }
+def episode_of(config: Config) -> Callable[[int], Episode]:
+    """The episode of a seed, of the config's task."""
+    return functools.partial(resolve(config).episode, config.task)
+
+
+def demonstrator(config: Config) -> Demonstrator:
+    """Who demonstrates the config's task.
+
+    Raises:
+        ConfigError: nobody does.
+    """
+    found = _asked(resolve(config).demonstrator, config.task)
+    if found is None:
+        raise ConfigError(f"config key demos.dataset: got '', but env.suite={config.env.suite} has no scripted expert")
+    return found
+
+
+def settled(config: Config) -> Config:
+    """The config with what only the suite knows: an installed version, which a run must not change; the only task.
+
+    Raises:
+        ConfigError: the suite is not installed, or in another version.
+    """
+    suite = resolve(config)
+    task = config.task
+    if len(suite.tasks) == 1 and task == Config.task:
+        (task,) = suite.tasks
+    env = dataclasses.replace(config.env, **_asked(suite.settle, task))
+    return dataclasses.replace(config, task=task, env=env)
 
 
 def planned(config: Config) -> Config:
-    """The config as a plan needs it: names checked, and of RoboCasa, which need not be there, how long an episode is.
-
-    Where none can be used, the version is `env.version`, or v0.2.
+    """The config as a plan needs it: names checked, and how long an episode is where only the simulator says.
 
     Raises:
         ConfigError: the suite has no such task, camera, scene, layout, style or objects.
     """
-    if config.env.suite != "robocasa":
-        make_env(config, config.task)
+    suite = resolve(config)
+    if not hasattr(suite, "planned"):
+        _asked(suite.check, config.task)
         return config
-    from envs.robocasa import compat, tables
-
-    env = config.env
-    try:
-        compat.find()
-    except ValueError:
-        api = "v1" if env.version.startswith("1") else "v0.2"
-    else:  # nothing is simulated: no assets are needed
-        api = _installed(dataclasses.replace(config, env=dataclasses.replace(env, standins=True))).api
-    task = _checked_task(config, config.task, api)
-    return dataclasses.replace(config, env=dataclasses.replace(env, horizon=env.horizon or tables.HORIZONS[api][task]))
-
-
-def _checked_task(config: Config, task: str, api: str) -> str:
-    """RoboCasa's name of the task in that version, after a look at all names of the config."""
-    from envs.robocasa import tables
-
-    env = config.env
-    name = _refused("task", tables.task_name, task, api)
-    check_names("env.cameras", list(env.cameras), list(tables.CAMERAS))
-    _refused("env.scenes", tables.scenes, env.scenes, api)
-    _refused("eval.scenes", tables.scenes, config.eval.scenes, api)
-    check_names("env.objects", list(env.objects), list(tables.OBJECTS[api]))
-    check_names("eval.objects", [config.eval.objects], list(tables.OBJECTS[api]))
-    return name
-
-
-def _robocasa(config: Config, task: str) -> functools.partial[Env]:
-    from envs import robocasa
-
-    env = config.env
-    return functools.partial(
-        robocasa.make,
-        _checked_task(config, task, _installed(config).api),
-        cameras=env.cameras,
-        image_size=env.image_size,
-        horizon=env.horizon or None,
-        scenes=env.scenes,
-        objects=env.objects[0],
-        heldout_scenes=config.eval.scenes,
-        heldout_objects=config.eval.objects,
-        heldout_seed=config.eval.first_seed,
-        standins=env.standins,
-    )
-
-
-def _installed(config: Config) -> Any:
-    """The RoboCasa that is there, with assets or stand-ins."""
-    from envs.robocasa import compat
-
-    found = _refused("env.suite", compat.check, config.env.standins)
-    if config.env.version not in ("", found.version):
-        raise ConfigError(f"config key env.version: got {config.env.version}, installed is RoboCasa {found.version}")
-    return found
-
-
-def _refused(key: str, function: Callable[..., _T], *args: Any) -> _T:
-    """The function's value; what it refuses is a mistake in the config's `key`."""
-    try:
-        return function(*args)
-    except ValueError as error:
-        raise ConfigError(f"config key {key}: {error}") from error
-
-
-def pin_version(config: Config) -> Config:
-    """The config with the simulator's version in it where that matters: a run must not go on with another one.
-
-    Raises:
-        ConfigError: RoboCasa is wanted and not installed, or in another version.
-    """
-    if config.env.suite != "robocasa":
-        return config
-    return dataclasses.replace(config, env=dataclasses.replace(config.env, version=_installed(config).version))
+    env = dataclasses.replace(config.env, **_asked(suite.planned, config.task))
+    return dataclasses.replace(config, env=env)
 
 
 def episode_steps(config: Config) -> int:
     """Control steps of an episode."""
-    if config.env.horizon:
-        return config.env.horizon
-    if config.env.suite == "robocasa":
-        from envs.robocasa import tables
-
-        api = _installed(config).api
-        return tables.HORIZONS[api][tables.task_name(config.task, api)]
-    from envs import kitchen
-
-    return kitchen.TASKS[config.task].horizon
+    return config.env.horizon or _asked(resolve(config).horizon, config.task)
 
 
 def widths(config: Config) -> dict[str, int]:
     """Widths of an action and a state."""
-    if config.env.suite == "robocasa":
-        from envs.robocasa import tables
-
-        return {"actions": tables.ACTION_DIM, "state": tables.STATE_DIM}
-    from envs.kitchen import robot
-
-    return {"actions": robot.ACTION_DIM, "state": robot.STATE_DIM}
+    suite = resolve(config)
+    return {"actions": suite.action_dim, "state": suite.state_dim}
 
 
 def label(config: Config) -> str:
     """What must stand beside every figure of a run; empty for most."""
-    if not config.env.standins:
-        return ""
-    from envs.robocasa import standin
-
-    return standin.LABEL
+    return resolve(config).label
 
 
 def facts(config: Config) -> dict[str, Any]:
     """What success in the environments depends on, for the protocol."""
-    env = config.env
-    if env.suite != "robocasa":
-        return {
-            "horizon": env.horizon or "the task's own",
-            "layouts": list(env.layouts),
-            "styles": list(env.styles),
-            "objects": list(env.objects),
-        }
-    from envs.robocasa import compat, tables
-
-    api = _installed(config).api
-    scenes = tables.scenes(config.eval.scenes, api)
-    return {
-        "versions": compat.versions(),
-        "robocasa_task": tables.task_name(config.task, api),
-        "horizon": episode_steps(config),
-        "scenes": [f"{layout}/{style}" for layout, style in scenes],
-        "episodes_per_scene": config.eval.episodes / len(scenes),
-        "objects": f"{config.eval.objects} ({tables.OBJECTS[api][config.eval.objects] or 'all'})",
-        "training_scenes": list(env.scenes),
-        "training_objects": list(env.objects),
-        "assets": label(config) or "downloaded",
-    }
+    return _asked(resolve(config).facts, config.task)
 
 
-def other_names(task: str) -> tuple[str, ...]:
-    """What versions of RoboCasa call the same task."""
-    from envs.robocasa import tables
+def made_by(config: Config) -> str:
+    """What a dataset says of the demonstrations that a suite's expert made."""
+    return f"{config.env.suite} expert"
 
-    return (*tables.TWINS.get(task, ()), *(old for old, new in tables.TWINS.items() if task in new))
+
+def _maker(source: Mapping[str, Any]) -> Any:
+    """The built-in suite whose expert made the demonstrations; None where none did."""
+    name = str(source.get("made_by", "")).removesuffix(" expert")
+    return _found(BUILT_IN[name]) if source.get("made_by") == f"{name} expert" and name in BUILT_IN else None
 
 
 def rate_of(source: Mapping[str, Any]) -> float | None:
     """Control steps a second of demonstrations, by what made them; None where that is not known."""
-    if source.get("made_by") == _KITCHEN_EXPERT:
-        from envs.kitchen import robot
-
-        return robot.CONTROL_HZ
-    return source.get("fps")
+    maker = _maker(source)
+    return source.get("fps") if maker is None else maker.control_hz
 
 
 def training_statistics(source: Mapping[str, Any], stats: Mapping[str, NormStats]) -> dict[str, NormStats]:
-    """The statistics for a fresh policy, by what made the demonstrations.
-
-    The kitchen's state is in metres and radians: its base, which the expert never moves, shakes by up to half a
-    millimetre, and is held. Of other data the unit is not known.
-    """
-    if source.get("made_by") != _KITCHEN_EXPERT:
-        return dict(stats)
-    return {**stats, "state": dataclasses.replace(stats["state"], rule="millimetre")}
+    """The statistics for a fresh policy, by what made the demonstrations: a suite may know the unit of its state."""
+    rule = getattr(_maker(source), "state_rule", None)
+    return dict(stats) if rule is None else {**stats, "state": dataclasses.replace(stats["state"], rule=rule)}
 
 
 def assumed_statistics(config: Config) -> dict[str, NormStats]:
@@ -231,13 +230,12 @@ def assumed_statistics(config: Config) -> dict[str, NormStats]:
     Raises:
         ConfigError: the suite has demonstrations, which say better.
     """
-    if config.env.suite != "robocasa":
+    suite = resolve(config)
+    bounds = suite.state_bounds()
+    if bounds is None:
         raise ConfigError(f"config key init: got random, but env.suite={config.env.suite} has an expert; leave it out")
-    from envs.robocasa import tables
-
-    low, high = (np.array(bound) for bound in zip(*tables.state_bounds(), strict=True))
-    one = np.ones(tables.ACTION_DIM)
-    return {"state": _uniform(low, high), "actions": _uniform(-one, one)}
+    one = np.ones(suite.action_dim)
+    return {"state": _uniform(*bounds), "actions": _uniform(-one, one)}
 
 
 def _uniform(low: np.ndarray, high: np.ndarray) -> NormStats:
@@ -250,8 +248,4 @@ def check_names(key: str, given: list[str], known: list[str]) -> None:
     Raises:
         ConfigError: one line.
     """
-    if not given:
-        raise ConfigError(f"config key {key}: got nothing, expected one or more of {', '.join(known)}")
-    for name in given:
-        if name not in known:
-            raise ConfigError(f"config key {key}: {name!r} does not exist; known: {', '.join(known)}")
+    _asked(_check_names, key, given, known)

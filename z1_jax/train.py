@@ -24,6 +24,7 @@ from z1_jax.resuming import check_records, concluded, goes_on_alone, own_policy
 from z1_jax.rl.loop import GrpoTrainer, train_grpo
 from z1_jax.run_dir import conclude, results_of
 from z1_jax.stages import demonstrations, make_pool, supervised_policy
+from z1_jax.suites import episode_of
 from z1_jax.videos import clip_paths, clips_of, record_clips
 from z1_jax.worlds import World
 
@@ -73,8 +74,11 @@ def finish_sft(run: Run, policy: Policy, writer: MetricsWriter) -> None:
         return
     with make_pool(config) as pool, run.clock.stage("evaluation"):
         results = results_of(run.directory, "after", "sft")
-        after = evaluate(policy, pool, run.mesh, config.eval, config.flow, results, title="evaluation")
-        told = instructions(pool, config.eval)
+        start = episode_of(config)
+        after = evaluate(
+            policy, pool, run.mesh, config.eval, config.flow, results, title="evaluation", episode_of=start
+        )
+        told = instructions(pool, config.eval, episode_of=start)
     result = {"after": after.summary(config.eval.confidence), "instructions": told, **_lengths(run)}
     writer.evaluation("after", config.sft.steps, result["after"])
     line = rate_sentence("SFT", config.task, result["after"], config.eval.confidence)
@@ -95,9 +99,10 @@ def finish_grpo(run: Run, policy: Policy, writer: MetricsWriter, alone: bool = F
     config, run_dir, clock = run.config, run.directory, run.clock
     if line := held_line(policy.processor.stats):
         print(line, flush=True)
+    start = episode_of(config)
     with make_pool(config) as pool:
         policy = trained_in(policy, World(name="", tasks=(config.task,), rate=pool.spec.control_hz))
-        trainer = GrpoTrainer(policy, config, run.mesh, pool.num_envs)
+        trainer = GrpoTrainer(policy, config, run.mesh, pool.num_envs, start)
         policy = policy.without_params()  # the trainer has them
 
         def measure(name: str, title: str, stage: str | None, step: int) -> Evaluation:
@@ -112,6 +117,7 @@ def finish_grpo(run: Run, policy: Policy, writer: MetricsWriter, alone: bool = F
                     title=title,
                     actor=trainer.actor,
                     params=trainer.params,
+                    episode_of=start,
                 )
             writer.evaluation(name, step, outcome.summary(config.eval.confidence))
             return outcome
@@ -135,7 +141,7 @@ def finish_grpo(run: Run, policy: Policy, writer: MetricsWriter, alone: bool = F
         done = policy_steps(run_dir / "checkpoints" / "grpo")[-1]
         after = measure("after", "evaluation after RL", "grpo", done)
         clips["after"] = "after", record("after", done)
-        told = instructions(pool, config.eval)
+        told = instructions(pool, config.eval, episode_of=start)
     result = {**compare(before, after, config.eval.confidence), "instructions": told}
     result |= {**clips_of(config, clips), **concluded(config, run_dir), **_lengths(run)}
     result["compilations"] = trainer.traces

@@ -6,11 +6,12 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from envs.base import Episode
 from envs.pool import EnvPool
 from envs.video import write_video
 from z1_jax.config.schema import Config, EvalConfig
@@ -18,6 +19,7 @@ from z1_jax.policy import Policy
 from z1_jax.rl import rollout
 from z1_jax.rl.actor import Actor
 from z1_jax.run_dir import write_json
+from z1_jax.suites import episode_of
 
 Params = tuple[Any, Any]  # trained and frozen
 
@@ -46,7 +48,7 @@ def record_clips(
     if missing:
         print(f"filming {len(missing)} episode{'s' * (len(missing) > 1)} as {paths[missing[0]]}", flush=True)
         camera, size = config.env.cameras[0], config.eval.video_size
-        clips = film(policy, pool, actor, params, missing, config.eval, camera, size)
+        clips = film(policy, pool, actor, params, missing, config.eval, camera, size, episode_of(config))
         for seed, clip in zip(missing, clips, strict=True):
             write_video(paths[seed], clip.frames, fps=20)
             write_json(run_dir / "videos" / OUTCOMES, {**_outcomes(run_dir), paths[seed].name: clip.success})
@@ -103,6 +105,7 @@ def film(
     config: EvalConfig,
     camera: str,
     size: int,
+    episode_of: Callable[[int], Episode] = Episode,
 ) -> list[Clip]:
     """Films the evaluation's own episodes of `seeds`, one frame a control step.
 
@@ -110,9 +113,9 @@ def film(
     """
     if len(seeds) > pool.num_envs:  # one wave after the other
         waves = seeds[: pool.num_envs], seeds[pool.num_envs :]
-        return [c for wave in waves for c in film(policy, pool, actor, params, wave, config, camera, size)]
+        return [c for wave in waves for c in film(policy, pool, actor, params, wave, config, camera, size, episode_of)]
     slots = list(range(len(seeds)))
-    observations: list[Any] = pool.reset(slots, list(seeds))
+    observations: list[Any] = pool.reset(slots, [episode_of(seed) for seed in seeds])
     success = [False] * len(seeds)
     frames = [[frame] for frame in pool.render(slots, camera, size)]
     alive, chunk = slots, 0

@@ -12,7 +12,7 @@ from typing import NoReturn
 import numpy as np
 from PIL import Image, ImageDraw
 
-from envs.base import Snapshot
+from envs.base import Episode, Snapshot
 from envs.kitchen import (
     CAMERAS,
     LAYOUT_SPLITS,
@@ -35,7 +35,7 @@ COLUMNS = 3  # tasks side by side in the picture of all
 
 def moments(env: KitchenEnv, seed: int) -> Iterator[Snapshot]:
     """The states of the expert's episode of a seed, one a control step."""
-    env.reset(seed)
+    env.reset(Episode(seed))
     expert = make_expert(env)
     yield env.snapshot()
     while not env.done:

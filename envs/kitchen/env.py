@@ -12,7 +12,7 @@ import mujoco
 import numpy as np
 
 from envs import stability
-from envs.base import ChunkResult, EnvObservation, EnvSpec, Snapshot, checked_actions
+from envs.base import ChunkResult, EnvObservation, EnvSpec, Episode, Snapshot, check_episode, checked_actions
 from envs.kitchen import gl
 from envs.kitchen import render as renderer
 from envs.kitchen.objects import OBJECT_SPLITS
@@ -105,7 +105,7 @@ class KitchenEnv:
         self._light = renderer.Light()
         self._steps, self._succeeded, self._broken, self._instruction = 0, False, "", ""
         self.layout, self.objects = self._layouts[0], self._object_splits[0]
-        self.reset(0)
+        self.reset(Episode(0))
 
     @property
     def spec(self) -> EnvSpec:
@@ -140,9 +140,14 @@ class KitchenEnv:
         """Whether the episode has ended: in success, at the horizon, or because the simulation broke down."""
         return self._succeeded or bool(self._broken) or self._steps >= self._spec.horizon
 
-    def reset(self, seed: int) -> None:
-        """Starts the episode of a seed: fixture, object, start and camera poses, colours, light, instruction."""
-        rng = self._rng = np.random.default_rng(seed)
+    def reset(self, episode: Episode) -> None:
+        """Starts the episode of a seed: fixture, object, start and camera poses, colours, light, instruction.
+
+        Raises:
+          ValueError: an episode of another task, or with what the kitchen draws by the seed.
+        """
+        check_episode(episode, self._spec.task)
+        rng = self._rng = np.random.default_rng(episode.seed)
         self.layout, self.objects = _draw(rng, self._layouts), _draw(rng, self._object_splits)
         world = self.world
         world.clear()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from envs.base import Episode
 from envs.kitchen.env import KitchenEnv
 from envs.kitchen.robot import ACTION_DIM, STATE_DIM
 from envs.kitchen.tasks import TASKS
@@ -58,7 +59,7 @@ class GymKitchen(gymnasium.Env):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         """Starts the kitchen's episode of `seed`; without one, of a seed drawn from the last given one's stream."""
         super().reset(seed=seed)
-        self.kitchen.reset(int(self.np_random.integers(SEEDS)) if seed is None else seed)
+        self.kitchen.reset(Episode(int(self.np_random.integers(SEEDS)) if seed is None else seed))
         return self._observe()
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:

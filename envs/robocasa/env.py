@@ -7,6 +7,7 @@ it, and a snapshot taken elsewhere is restored by starting the same episode firs
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from envs import stability
-from envs.base import ChunkResult, EnvObservation, EnvSpec, Snapshot, checked_actions
+from envs.base import ChunkResult, EnvObservation, EnvSpec, Episode, Snapshot, check_episode, checked_actions
 from envs.robocasa import compat, standin, state, tables
 
 _NO_LIMIT = 10**9  # control steps: the horizon is this adapter's
@@ -128,9 +129,21 @@ class RoboCasaEnv:
             scene = scenes[np.random.default_rng([seed, 0x5CE4E]).integers(len(scenes))]
         return {"seed": seed, "scene": scene, "objects": self._heldout_objects if heldout else self._objects}
 
-    def reset(self, seed: int) -> None:
-        """Starts the episode of a seed. Equal seeds give equal episodes, in any process and after any history."""
-        self._begin(self.episode_of(int(seed)))
+    def reset(self, episode: Episode) -> None:
+        """Starts an episode. Equal ones start equally, in any process and after any history.
+
+        Raises:
+          ValueError: another task, or a scene or split that there is not.
+        """
+        task = tables.task_name(episode.task, self._api) if episode.task else ""
+        check_episode(dataclasses.replace(episode, task=task), self._task, ("scene", "split"))
+        begun = self.episode_of(episode.seed)
+        if episode.scene:
+            (begun["scene"],) = tables.scenes((episode.scene,), self._api)
+        if episode.split:
+            _known("object split", episode.split, tables.OBJECTS[self._api])
+            begun["objects"] = episode.split
+        self._begin(begun)
 
     def observe(self) -> EnvObservation:
         """Renders the spec's cameras now, with the state and the instruction."""

@@ -183,3 +183,8 @@ def _pair(name: str, api: str) -> Scene:
         f"unknown RoboCasa scene {name!r}: expected {', '.join(SCENES[api])}, or layout/style with layouts "
         f"{layouts[0]}…{layouts[-1]} and styles {styles[0]}…{styles[-1]}"
     )
+
+
+def other_names(task: str) -> tuple[str, ...]:
+    """What versions of RoboCasa call the same task."""
+    return (*TWINS.get(task, ()), *(old for old, new in TWINS.items() if task in new))

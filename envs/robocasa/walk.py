@@ -16,6 +16,7 @@ from typing import Any
 import mujoco
 import numpy as np
 
+from envs.base import Episode
 from envs.robocasa.state import same
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
@@ -94,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
         env.episode_of(given.seed)  # imports RoboCasa, for which stand-ins may have to be written
     except ValueError as error:
         sys.exit(f"error: {error}")
-    env.reset(given.seed)
+    env.reset(Episode(given.seed))
     start = fingerprints(env.raw)
     snapshot = env.snapshot()
     env.step_chunk(np.random.default_rng(given.seed).uniform(-1, 1, (given.steps, env.spec.action_dim)))

@@ -13,13 +13,13 @@ from z1_jax.models import choices
 from z1_jax.rl.advantage import REWARDS, STDS
 from z1_jax.rl.schedules import SCHEDULES
 from z1_jax.rl.tree import BRANCHING
+from z1_jax.suites import check_settings
 from z1_jax.worlds import MUST_AGREE
 
 PLACEMENTS = ("device", "host", "recompute")  # of the prefix caches: see rl/prefix_cache
 # Each list of choices stands once: here, or in the module that makes the difference.
 CHOICES: dict[str, tuple[str, ...]] = {
     "algorithm": ("grpo", "sft", "eval"),
-    "env.suite": ("kitchen", "robocasa"),
     "model.dtype": choices.DTYPES,
     "model.remat": choices.REMAT,
     "model.attention": choices.ATTENTION,
@@ -192,7 +192,9 @@ def _check_combinations(config: Config) -> None:
     if config.algorithm == "grpo":
         _check_switches(config)
     _check_slots(config)
-    _check_suite(config)
+    check_settings(config)
+    if config.init == RANDOM and config.algorithm != "grpo":
+        raise ConfigError(f"config key init: got random with algorithm={config.algorithm}, expected grpo")
     if config.mesh.data == 0:
         raise ConfigError("config key mesh.data: got 0, expected a number of devices, or -1 for all that are left")
     if not config.eval.episodes and not (config.algorithm == "sft" and config.demos.dataset):
@@ -214,42 +216,6 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(f"config key eval.film_seeds: got {', '.join(seeds)}, expected each seed once")
     if config.algorithm == "eval" and not config.checkpoint:
         raise ConfigError("config key checkpoint: got '', expected a run directory or a checkpoint to evaluate")
-
-
-# Keys that only one suite knows.
-_OWN_KEYS: dict[str, tuple[str, ...]] = {
-    "kitchen": ("env.layouts", "env.styles"),
-    "robocasa": ("env.version", "env.standins", "env.scenes", "eval.scenes", "eval.objects"),
-}
-
-
-def _check_suite(config: Config) -> None:
-    """Refuses keys of another suite, and a start that the suite does not offer."""
-    values, default = flat(config), flat(Config())
-    for suite, keys in _OWN_KEYS.items():
-        for key in keys:
-            if suite != config.env.suite and values[key] != default[key]:
-                raise ConfigError(
-                    f"config key {key}: got {values[key]}, which only env.suite={suite} has; leave it out, or change "
-                    f"env.suite={config.env.suite}"
-                )
-    if config.init == RANDOM and config.algorithm != "grpo":
-        raise ConfigError(f"config key init: got random with algorithm={config.algorithm}, expected grpo")
-    if config.env.suite != "robocasa":
-        return
-    for key in ("env.scenes", "eval.scenes", "eval.objects"):
-        if not values[key]:
-            raise ConfigError(f"config key {key}: got nothing, expected e.g. {_EXAMPLES[key]} with env.suite=robocasa")
-    if len(config.env.objects) != 1:
-        raise ConfigError(f"config key env.objects: got {', '.join(config.env.objects)}, expected one split")
-    if config.algorithm != "eval" and not (config.demos.dataset or config.init and config.algorithm == "grpo"):
-        raise ConfigError(
-            "config key demos.dataset: got '', but RoboCasa has no scripted expert; expected a dataset of its public "
-            "demonstrations (python -m z1_jax.collect --from=…), or for grpo a policy in init"
-        )
-
-
-_EXAMPLES = {"env.scenes": "training", "eval.scenes": "evaluation", "eval.objects": "heldout"}
 
 
 def _trains_sft(config: Config) -> bool:

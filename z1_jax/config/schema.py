@@ -291,7 +291,8 @@ class Config:
     def directory(self) -> pathlib.Path:
         """The run directory, absolute."""
         which = fingerprint(self)[:8] if self.algorithm == "eval" else f"seed{self.seed}"  # one of each set of policies
-        suite = f"{self.env.suite}-" * (self.env.suite != "kitchen") + "standins-" * self.env.standins
+        named = self.env.suite.rpartition(":")[2]  # a class or function of the user's own, by its name
+        suite = f"{named}-" * (self.env.suite != "kitchen") + "standins-" * self.env.standins
         name = self.run_dir or f"runs/{self.algorithm}-{suite}{self.task}-{which}"
         return absolute(name)
 

@@ -125,7 +125,7 @@ def _decided(decision: selective.Decision | None, progress: Progress) -> dict[st
 
 
 def _write_episodes(writer: MetricsWriter, rollouts: rollout.Rollouts, iteration: int) -> None:
-    for group, seed in enumerate(rollouts.seeds):
+    for group, episode in enumerate(rollouts.episodes):
         for member in range(rollouts.success.shape[1]):
             writer.episode(
                 "grpo",
@@ -133,7 +133,7 @@ def _write_episodes(writer: MetricsWriter, rollouts: rollout.Rollouts, iteration
                 {
                     "group": group,
                     "member": member,
-                    "seed": int(seed),
+                    **episode.to_json(),
                     "success": bool(rollouts.success[group, member]),
                     "unstable": bool(rollouts.unstable[group, member]),
                     "chunks": int(rollouts.chunks[group, member]),

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from envs.base import Episode
 from envs.pool import EnvPool
 from z1_jax.data.transforms import InputProcessor
 from z1_jax.rl.actor import Actor, stack_ids
@@ -41,7 +43,7 @@ class NodeTable:
 class Rollouts:
     """What one call of `collect` brought home. g groups of G members, O observations."""
 
-    seeds: np.ndarray  # int [g], of the environments
+    episodes: tuple[Episode, ...]  # [g]
     success: np.ndarray  # bool [g, G]
     unstable: np.ndarray  # bool [g, G], the simulation broke down: a failure
     chunks: np.ndarray  # int [g, G], executed until success or the end
@@ -50,6 +52,11 @@ class Rollouts:
     looks: Observation  # NumPy, [O, …]: each observation once
     caches: AnyStore | None  # prefix caches by look, where they were kept
     seconds: dict[str, float]  # sample, simulate, render
+
+    @property
+    def seeds(self) -> np.ndarray:
+        """int [g], of the episodes."""
+        return np.array([episode.seed for episode in self.episodes])
 
     @property
     def simulated_steps(self) -> int:
@@ -63,7 +70,7 @@ def collect(
     params: tuple[Any, Any],
     processor: InputProcessor,
     plan: BranchPlan,
-    seeds: np.ndarray,
+    episodes: Sequence[Episode],
     noise_key: tuple[int, ...],
     *,
     executed: int,
@@ -71,10 +78,11 @@ def collect(
     noise_level: float | None = None,
     store: AnyStore | None = None,
 ) -> Rollouts:
-    """Rolls out one group per seed, `pool.num_envs // G` groups at a time.
+    """Rolls out one group per episode, `pool.num_envs // G` groups at a time.
 
     Args:
-        seeds: int [g]; every member of a group starts from its seed's state.
+        episodes: [g]; every member of a group starts from its episode's state. The noise of a group follows from the
+            seed of its episode.
         noise_key: of the sampler's noise.
         executed: E, steps of each predicted chunk that the environment runs.
         noise_level: of the stochastic sampler; default: the actor's own.
@@ -91,11 +99,11 @@ def collect(
         store.clear()
     decide = _Sampling(noise_key, stochastic, noise_level, store)
     walks = []
-    for start in range(0, len(seeds), at_once):
-        walk = _Walk(pool, actor, params, processor, plan, seeds[start : start + at_once], decide, start)
+    for start in range(0, len(episodes), at_once):
+        walk = _Walk(pool, actor, params, processor, plan, episodes[start : start + at_once], decide, start)
         walk.run(executed)
         walks.append(walk)
-    return _join(walks, seeds, pool.take_times(), store)
+    return _join(walks, episodes, pool.take_times(), store)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +126,14 @@ class _Walk:
         params: tuple[Any, Any],
         processor: InputProcessor,
         plan: BranchPlan,
-        seeds: np.ndarray,
+        episodes: Sequence[Episode],
         sampling: _Sampling,
         first_group: int,
     ):
         self.pool, self.actor, self.params, self.processor = pool, actor, params, processor
-        self.plan, self.seeds, self.sampling, self.first_group = plan, np.asarray(seeds), sampling, first_group
-        shape = (len(seeds), plan.group_size)
+        self.plan, self.episodes, self.sampling, self.first_group = plan, episodes, sampling, first_group
+        self.seeds = np.array([episode.seed for episode in episodes])
+        shape = (len(episodes), plan.group_size)
         self.success = np.zeros(shape, bool)
         self.unstable = np.zeros(shape, bool)
         self.chunks = np.zeros(shape, int)
@@ -136,7 +145,7 @@ class _Walk:
 
     def run(self, executed: int) -> None:
         groups, members = np.arange(len(self.seeds)), np.zeros(len(self.seeds), int)  # the clusters' leaders
-        observations: list[Any] = self.pool.reset(self._slots(groups, members).tolist(), self.seeds.tolist())
+        observations: list[Any] = self.pool.reset(self._slots(groups, members).tolist(), self.episodes)
         chunk = 0
         while observations:
             cluster = self.plan.cluster_size(chunk)
@@ -207,7 +216,7 @@ class _Walk:
             self.steps[group, members] += result.steps
 
 
-def _join(walks: list[_Walk], seeds: np.ndarray, times: dict[str, float], store: AnyStore | None) -> Rollouts:
+def _join(walks: list[_Walk], episodes: Sequence[Episode], times: dict[str, float], store: AnyStore | None) -> Rollouts:
     offsets = np.cumsum([0] + [walk.look_count for walk in walks[:-1]])
     tables = [
         {**part, "look": part["look"] + offset}
@@ -217,7 +226,7 @@ def _join(walks: list[_Walk], seeds: np.ndarray, times: dict[str, float], store:
     nodes = NodeTable(**{name: np.concatenate([table[name] for table in tables]) for name in tables[0]})
     looks = [look for walk in walks for look in walk.looks]
     return Rollouts(
-        seeds=np.asarray(seeds),
+        episodes=tuple(episodes),
         success=np.concatenate([walk.success for walk in walks]),
         unstable=np.concatenate([walk.unstable for walk in walks]),
         chunks=np.concatenate([walk.chunks for walk in walks]),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
+from envs.base import Episode
 from envs.pool import EnvPool
 from z1_jax.config.checks import check_horizon
 from z1_jax.config.schema import Config, ConfigError, UpdateConfig
@@ -57,7 +58,15 @@ class GrpoTrainer:
         decision: what the last probe led to, once there was one.
     """
 
-    def __init__(self, policy: Policy, config: Config, mesh: jax.sharding.Mesh, slots: int):
+    def __init__(
+        self,
+        policy: Policy,
+        config: Config,
+        mesh: jax.sharding.Mesh,
+        slots: int,
+        episode_of: Callable[[int], Episode] = Episode,
+    ):
+        self._episode_of = episode_of
         # Without its arrays: what is frozen may be narrower, and must not be held twice.
         self._policy, self.config, self._mesh, self._slots = policy.without_params(), config, mesh, slots
         self._whole = policy if config.train.scope == "auto" else None  # until more than the expert is trained
@@ -146,7 +155,7 @@ class GrpoTrainer:
             self.params,
             self._policy.processor,
             group_plan(config, iteration),
-            training_seeds(config.seed, iteration, config.group.count),
+            [self._episode_of(int(s)) for s in training_seeds(config.seed, iteration, config.group.count)],
             (config.seed, 0x6E0, iteration),
             executed=self._policy.executed,
             noise_level=self.noise_level(iteration),

@@ -1,0 +1,228 @@
+"""Demonstrations: episodes of a suite's scripted expert with disturbed execution and clean labels.
+
+The executed action is the expert's plus noise, so that the recorded states spread around the expert's path; the labels
+stay what the expert would do from the state that was reached (as in DART, Laskey et al. 2017).
+
+A chunk of labels is either `recorded`: the expert's actions at the states that followed, which answer noise that nobody
+could foresee from the observation; or `undisturbed`: what the expert does on a branch of the episode without noise.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import numpy as np
+
+from envs.base import LABELS, Env, EnvObservation, Episode
+from envs.worker import HOME, exit_with_parent
+
+WHITE, OFFSET = 0.5, 0.35  # standard deviations of white noise and constant offsets, as parts of the noise scale
+OFFSET_STEPS = 6  # control steps that an offset lasts
+_NOISE_STREAM = 1  # keeps the noise of a seed apart from the randomisation of the same seed
+
+
+class Expert(Protocol):
+    """What knows how to do the task of one environment, and follows its `reset` and `restore` by itself."""
+
+    def act(self) -> np.ndarray:
+        """The action float [action_dim] for the environment's present state, in [-1, 1]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Demonstrator:
+    """Who demonstrates a task, and where. All of it is sent to worker processes: importable functions, or partials."""
+
+    make_env: Callable[[], Env]
+    make_expert: Callable[[Env], Expert]
+    noise_profile: tuple[float, ...]  # [action_dim], how much of the noise each action takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Demonstration:
+    """One demonstration: N observations, each with the labels of the control steps that follow it."""
+
+    task: str
+    seed: int
+    instruction: str
+    success: bool
+    control_steps: int  # control steps executed
+    noise: float  # the noise scale drawn for this episode
+    step: np.ndarray  # int32 [N], control steps executed before each observation
+    images: dict[str, np.ndarray]  # camera -> uint8 [N, S, S, 3]
+    state: np.ndarray  # float32 [N, state_dim]
+    actions: np.ndarray  # float32 [N, chunk, action_dim], clean expert actions from each observation on
+
+
+def run_episode(
+    demonstrator: Demonstrator,
+    env: Env,
+    episode: Episode,
+    noise: float = 0.2,
+    stride: int = 4,
+    chunk: int = 8,
+    labels: str = "undisturbed",
+) -> Demonstration:
+    """Runs the expert for one episode.
+
+    Args:
+      env: an environment that `demonstrator` made; it is reset with `episode`.
+      noise: n; the episode's noise scale is drawn from {0, n, 2n}, in units of the action.
+      stride: control steps between observations.
+      chunk: labels an observation. Where the episode or branch ends before, the last label is repeated: experts end in
+        a steady pull, push or retreat, and a policy that is not quite done should go on with it rather than stop.
+      labels: one of `LABELS`, see above.
+
+    Returns:
+      The episode, also when it failed: the caller keeps what it wants.
+
+    Raises:
+      ValueError: unknown labels.
+    """
+    if labels not in LABELS:
+        raise ValueError(f"labels must be one of {', '.join(LABELS)}; got {labels!r}")
+    env.reset(episode)
+    expert = demonstrator.make_expert(env)
+    scale, disturbances = disturb(episode.seed, noise, demonstrator.noise_profile)
+    branched = labels == "undisturbed" and scale > 0  # without noise the episode itself is that branch
+    observations: list[EnvObservation] = []
+    chunks: list[np.ndarray] = []
+    recorded: list[np.ndarray] = []
+    done = success = False
+    while not done:
+        if len(recorded) % stride == 0:
+            observations.append(env.observe())
+            if branched:
+                chunks.append(_undisturbed(env, expert, chunk))
+        recorded.append(expert.act())
+        result = env.step_chunk((recorded[-1] + next(disturbances))[None])
+        done, success = result.done, bool(result.success)
+    if not branched:
+        chunks = [_repeat_last(recorded[i : i + chunk], chunk) for i in range(0, len(recorded), stride)]
+    return Demonstration(
+        task=env.spec.task,
+        seed=episode.seed,
+        instruction=observations[0].instruction,
+        success=success,
+        control_steps=len(recorded),
+        noise=scale,
+        step=np.arange(len(observations), dtype=np.int32) * stride,
+        images={camera: np.stack([seen.images[camera] for seen in observations]) for camera in env.spec.cameras},
+        state=np.stack([seen.state for seen in observations]),
+        actions=np.stack(chunks),
+    )
+
+
+def _undisturbed(env: Env, expert: Expert, chunk: int) -> np.ndarray:
+    """The expert's next actions [chunk, action_dim] if nothing disturbs them; the environment stays where it is."""
+    present = env.snapshot()
+    actions: list[np.ndarray] = []
+    done = False
+    while len(actions) < chunk and not done:
+        actions.append(expert.act())
+        done = env.step_chunk(actions[-1][None]).done
+    env.restore(present)
+    return _repeat_last(actions, chunk)
+
+
+def _repeat_last(actions: list[np.ndarray], length: int) -> np.ndarray:
+    return np.stack(actions + actions[-1:] * (length - len(actions)))
+
+
+def disturb(seed: int, noise: float, profile: tuple[float, ...]) -> tuple[float, Iterator[np.ndarray]]:
+    """The noise scale of a seed's episode, drawn from {0, noise, 2 noise}, and what to add to each action.
+
+    Args:
+      profile: [action_dim], how much of the noise each action takes.
+    """
+    rng = np.random.default_rng([seed, _NOISE_STREAM])
+    scale = float(rng.choice([0.0, 1.0, 2.0]) * noise)
+    share, width = np.array(profile), len(profile)
+
+    def disturbances() -> Iterator[np.ndarray]:
+        for step in itertools.count():
+            if step % OFFSET_STEPS == 0:
+                offset = OFFSET * rng.standard_normal(width)
+            yield scale * share * (WHITE * rng.standard_normal(width) + offset)
+
+    return scale, disturbances()
+
+
+_worker: tuple[Demonstrator, Env] | None = None
+
+
+def _start_worker(demonstrator: Demonstrator, parent: int) -> None:
+    global _worker
+    threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
+    _worker = demonstrator, demonstrator.make_env()
+
+
+def _run_in_worker(episode: Episode, noise: float, stride: int, chunk: int, labels: str) -> Demonstration:
+    assert _worker is not None
+    return run_episode(*_worker, episode, noise, stride, chunk, labels)
+
+
+def collect(
+    demonstrator: Demonstrator,
+    episodes: Iterable[Episode],
+    noise: float = 0.2,
+    processes: int = 2,
+    stride: int = 4,
+    chunk: int = 8,
+    labels: str = "undisturbed",
+) -> Iterator[Demonstration]:
+    """Demonstrations of `episodes`, in their order, also those that failed.
+
+    Args:
+      episodes: may be endless, because only a few are under way beyond what was consumed.
+      noise, stride, chunk, labels: as in `run_episode`.
+      processes: worker processes; 1 or less runs in this process.
+
+    Raises:
+      ValueError: an unknown task or option value.
+    """
+    env = demonstrator.make_env()  # a mistake in the arguments shows here, not inside a worker
+    if processes <= 1:
+        yield from (run_episode(demonstrator, env, episode, noise, stride, chunk, labels) for episode in episodes)
+        return
+    pool = concurrent.futures.ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), _start_worker, (demonstrator, os.getpid())
+    )
+    try:
+        pending: collections.deque[concurrent.futures.Future[Demonstration]] = collections.deque()
+        for episode in episodes:
+            with _starting_workers():
+                pending.append(pool.submit(_run_in_worker, episode, noise, stride, chunk, labels))
+            if len(pending) >= 4 * processes:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _starting_workers() -> Iterator[None]:
+    """Processes that start within inherit a blocked SIGINT (Ctrl-C is the parent's to handle, from their first moment)
+    and do not import the parent's main module, which may take seconds and hold an accelerator."""
+    main = sys.modules["__main__"]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    sys.path.insert(0, HOME)  # the workers' path is a copy: they find this `envs`, whatever the working directory holds
+    try:
+        yield
+    finally:
+        sys.path.remove(HOME)
+        sys.modules["__main__"] = main
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
