@@ -197,7 +197,7 @@ def _remarks(summary: dict) -> str:
 
 def _videos(run_dir: Path, summary: dict, notes: list[str]) -> str:
     cards = []
-    names = dict(zip(("before", "after"), _labels(summary), strict=True))
+    names: dict[str, str] = dict(zip(("before", "after"), _labels(summary), strict=True))
     for pair in summary.get("videos") or []:
         images = []
         for side in (side for side in names if side in pair):
