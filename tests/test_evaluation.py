@@ -12,15 +12,7 @@ import tiny_policy as tiny
 from envs.base import episodes
 from z1_jax.config.schema import EvalConfig, FlowConfig
 from z1_jax.errors import UserError
-from z1_jax.evaluation import (
-    Evaluation,
-    compare,
-    evaluate,
-    instructions,
-    rate_sentence,
-    sentence,
-    versus_sentence,
-)
+from z1_jax.evaluation import Evaluation, compare, evaluate, instructions, rate_sentence, sentence, versus_sentence
 from z1_jax.videos import film
 
 FIRST = 900_000_000 + int(np.random.SeedSequence().generate_state(1)[0]) % 10**8
@@ -220,7 +212,7 @@ def test_which_is_subtracted_from_which_is_said_in_words():
     result = compare(outcome("xxx."), outcome("x..."), 0.95)  # A, then B
     line = versus_sentence("run/sft/300", "run/grpo/240", "OpenDrawer", result, 0.95)
     assert line.startswith(
-        "on OpenDrawer A (run/grpo/240) succeeds in 75.0 %, B (run/sft/300) in 25.0 %: B minus A is -50.0 points, 95 %"
+        "On OpenDrawer A (run/grpo/240) succeeds in 75.0 %, B (run/sft/300) in 25.0 %: B minus A is -50.0 points, 95 %"
     )
 
 

@@ -164,6 +164,7 @@ def test_where_a_run_comes_from_stands_on_the_page(tmp_path):
     summary = write_run(tmp_path)
     summary |= {"instructions": ["turn on the sink faucet"], "ended": "2026-03-01 12:10 UTC", "repeats": "it varies"}
     summary["videos_rule"] = "The first 3 held-out seeds."
+    summary["best_checkpoint"] = {"step": 230, "success": 0.975, "window": 10}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     command = "python -m z1_jax.train --config=configs/grpo.py --config.env.layouts='a 3 s'"
     rows = [
@@ -175,8 +176,15 @@ def test_where_a_run_comes_from_stands_on_the_page(tmp_path):
     header = page.text[: page.text.index("Result")]
     assert "TurnOnSinkFaucet: “turn on the sink faucet”" in header and command in header
     assert "begun 2026-03-01 12:00 UTC, ended 2026-03-01 12:10 UTC, 9 min 46 s in all stages, 2 starts" in header
-    assert html.escape(command) in (tmp_path / "report.html").read_text()  # to be copied: its spaces are plain
-    for text in ("all stages 9 min 46 s", "Repeated: it varies.", "The first 3 held-out seeds.", "Left out"):
+    code = re.search("<code>(.*)</code>", (tmp_path / "report.html").read_text())[1]
+    assert html.unescape(re.sub("</?span>", "", code)) == command  # to be copied: its spaces are plain
+    for text in (
+        "all stages 9 min 46 s",
+        "Repeated: it varies.",
+        "The first 3 held-out seeds.",
+        "Left out",
+        "Best checkpoint: grpo/230, training success 97.5 % over the 10 iterations before it.",
+    ):
         assert (text in page.text) == (text != "Left out")
     (tmp_path / "commands.jsonl").write_text("rubbish\n")
     assert "No command: " in page_of(tmp_path).text

@@ -182,7 +182,7 @@ def sentence(task: str, method: str, result: dict[str, Any], confidence: float) 
 def versus_sentence(name: str, base: str, task: str, result: dict[str, Any], confidence: float) -> str:
     """Two policies in one sentence: B (`name`, the result's `after`) minus A (`base`, its `before`)."""
     return (
-        f"on {task} A ({base}) succeeds in {_percent(result['before'])}, B ({name}) in {_percent(result['after'])}: "
+        f"On {task} A ({base}) succeeds in {_percent(result['before'])}, B ({name}) in {_percent(result['after'])}: "
         f"B minus A is {_paired(result, confidence)}{_broken(result['before'], result['after'])}"
     )
 

@@ -19,6 +19,7 @@ from z1_jax.config.schema import Config, TrainConfig
 from z1_jax.errors import UserError
 from z1_jax.metrics import EPISODES, METRICS, read_records
 from z1_jax.policy import Policy, load_policy
+from z1_jax.videos import missing_clips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,12 +154,11 @@ def goes_on_alone(config: Config, run_dir: pathlib.Path) -> bool:
     reason = _unreadable(sft, config.sft.steps)
     if not reason:
         return False
-    unfilmed = [seed for seed in config.eval.filmed if not (run_dir / "videos" / f"before_seed{seed}.webp").exists()]
     needs = {
         f"train.scope={config.train.scope}": config.train.scope in ("auto", "lora"),
         f"update.kl_coef={config.update.kl_coef:g}": config.update.kl_coef > 0,
         "the evaluation before RL, which is not complete,": len(_before(run_dir)) < config.eval.episodes,
-        "the videos before RL": bool(unfilmed),
+        "the videos before RL": bool(missing_clips(config, run_dir, "before")),
     }
     for what in (what for what, needed in needs.items() if needed):
         raise UserError(

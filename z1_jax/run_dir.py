@@ -224,7 +224,7 @@ def conclude(
             **({"differences": list(differing)} if differing else {}),
         },
         **result,
-        "repeats": REPEATS,
+        **({} if config.algorithm == "eval" else {"repeats": REPEATS}),
         "wall_seconds": clock.seconds,
         "ended": _now(),
         "sentence": line,
@@ -236,7 +236,8 @@ def conclude(
     print(f"\n{line}")
     if best := result.get("best_checkpoint"):
         print(f"best checkpoint: {best_sentence(best)}; its path is {run_dir}{BEST}")
-    print(f"{REPEATS[0].upper()}{REPEATS[1:]}.")
+    if config.algorithm != "eval":
+        print(f"{REPEATS[0].upper()}{REPEATS[1:]}.")
     print(f"{total / 60:.1f} minutes in all; summary {path}, report {page}", flush=True)
 
 

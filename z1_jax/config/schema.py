@@ -269,7 +269,7 @@ class Config:
     # suite without demonstrations: an untrained policy, which shows that everything works.
     init: str = ""
     checkpoint: str = ""  # eval: the policy to evaluate, a run directory or checkpoint
-    compare: str = ""  # eval: another policy, to be compared with it on the same seeds
+    compare: str = ""  # eval: the base A that it, B, is compared with on the same seeds
     allow: tuple[str, ...] = ()  # task, rate: may differ between the dataset or policy and the environments
     env: EnvConfig = dataclasses.field(default_factory=EnvConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

@@ -32,6 +32,7 @@ h3 { font-size: 15px; margin: 0 0 4px; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px; }
 .card > p { margin: 0 0 6px; }
 code { font: 13px/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
+code span { display: inline-block; max-width: 100%; }
 .table { overflow-x: auto; margin-bottom: 12px; }
 table { border-collapse: collapse; font-size: 15px; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 500; color: var(--soft); }
@@ -92,7 +93,8 @@ def text(value: Any) -> str:
 
 def code(value: Any) -> str:
     """Text that a reader may copy: nothing in it is changed."""
-    return f"<code>{html.escape(str(value))}</code>"
+    words = (f"<span>{html.escape(word)}</span>" for word in str(value).split(" "))
+    return f"<code>{' '.join(words)}</code>"
 
 
 def value(value: Any) -> str:

@@ -170,12 +170,10 @@ def _results(summary: dict) -> str:
         facts.append(["Exact McNemar test, two-sided", html.p_value(float(summary["mcnemar_p"]))])
     confidence = summary.get("protocol", {}).get("confidence", 0.95)
     columns = ["", "successes", "rate", f"{100 * confidence:g} % (Wilson)"]
-    if "best_checkpoint" in summary:
-        facts.append(["Best checkpoint", best_sentence(summary["best_checkpoint"])])
     tables = html.table(table, columns, "numbers") + html.table(facts, (), "numbers")
     return html.section(
         "Result",
-        f'<div class="split"><div class="card">{chart}</div><div>{tables}{_repeats(summary)}</div></div>',
+        f'<div class="split"><div class="card">{chart}</div><div>{tables}{_remarks(summary)}</div></div>',
     )
 
 
@@ -190,13 +188,16 @@ def _labels(summary: dict) -> tuple[str, str]:
     return str(base), str(other)
 
 
-def _repeats(summary: dict) -> str:
-    return f'<p class="note">Repeated: {html.text(summary["repeats"])}.</p>' if "repeats" in summary else ""
+def _remarks(summary: dict) -> str:
+    best = summary.get("best_checkpoint")
+    lines = [f"Best checkpoint: {best_sentence(best)}."] if best else []
+    lines += [f"Repeated: {summary['repeats']}."] if "repeats" in summary else []
+    return "".join(f'<p class="note">{html.text(line)}</p>' for line in lines)
 
 
 def _videos(run_dir: Path, summary: dict, notes: list[str]) -> str:
     cards = []
-    names = dict(zip(("before", "after"), _labels(summary), strict=True))
+    names: dict[str, str] = dict(zip(("before", "after"), _labels(summary), strict=True))
     for pair in summary.get("videos") or []:
         images = []
         for side in (side for side in names if side in pair):
