@@ -89,13 +89,15 @@ def test_what_is_allowed_is_trained_and_recorded(foreign, tmp_path, monkeypatch,
     assert protocol["allowed_to_differ"] == ["task", "rate"]
     assert [line.split(":")[0] for line in protocol["differences"]] == ["task", "instruction", "rate", "images"]
     document = initial_policy.policy_document(str(run))
-    assert document["world"] == {"tasks": ["OpenDrawer"], "instructions": ["OpenDrawer"], "rate": 10.0}
+    assert document["world"] == {"tasks": ["OpenDrawer"], "instructions": ["OpenDrawer"], "rate": 10.0,
+                                 "images": dict.fromkeys(CAMERAS.split(","), [32, 32])}  # fmt: skip
     capsys.readouterr()
     evaluation = f"--config={CONFIGS / 'eval.py'}", f"--config.checkpoint={run}", "--config.eval.episodes=2"
     with pytest.raises(ConfigError, match="key checkpoint: .*: task and rate differ"):
         evaluate.main(["evaluate", *evaluation, task, "--config.env.workers=0", f"--config.run_dir={tmp_path / 'e'}"])
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("differs: ")]
-    assert [line.split(": ")[1] for line in told] == ["task", "instruction", "rate"]
+    assert [line.split(": ")[1] for line in told] == ["task", "instruction", "rate", "images"]
+    assert "run has frames of 32×32 (robot0_agentview_left), the environment of 64×64" in told[3]
     assert "run has OpenDrawer, the environment TurnOnSinkFaucet" in told[0] and not (tmp_path / "e").exists()
 
 
@@ -120,6 +122,22 @@ def test_our_own_demonstrations_agree_and_hold_what_they_held(tmp_path, capsys):
     assert dataset_world(dataset).rate == 20.0
     assert check_worlds(dataclasses.replace(config, allow=("rate",))) == []
     assert "config key allow: rate does not differ" in capsys.readouterr().out
+
+
+def test_policies_that_are_compared_under_other_protocols_are_told(tmp_path, capsys):
+    for name, executed in (("four", 4), ("eight", 8), ("also", 8)):
+        checkpoints = Checkpoints(tmp_path / name)
+        checkpoints.save(1, tiny.policy().parts(), {**tiny.policy().document(), "executed": executed})
+        checkpoints.close()
+    env = EnvConfig(cameras=(tiny.CAMERA,), workers=0)
+    paths = {name: str(tmp_path / name) for name in ("four", "eight", "also")}
+    config = Config(algorithm="eval", checkpoint=paths["eight"], compare=paths["four"], env=env)
+    config = dataclasses.replace(config, run_dir=str(tmp_path / "run"))
+    line = f"executed: the policy at {paths['eight']} runs 8 steps of each chunk before it looks again, the policy at"
+    assert check_worlds(config) == [f"{line} {paths['four']} 4"]
+    assert capsys.readouterr().out == f"differs: {line} {paths['four']} 4\n"
+    assert check_worlds(dataclasses.replace(config, env=dataclasses.replace(env, executed=4))) == []
+    assert check_worlds(dataclasses.replace(config, compare=paths["also"])) == []
 
 
 def test_a_policy_from_elsewhere_says_little_and_is_not_refused_for_it(tmp_path, capsys):

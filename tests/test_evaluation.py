@@ -112,6 +112,20 @@ def test_damaged_results_are_one_line_and_stay(directory, damage):
     assert "\n" not in str(told.value) and path.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "change", [{"success": 2}, {"success": "false"}, {"success": None}, {"steps": -5}, {"steps": 2.5}]
+)
+def test_edited_results_are_not_counted(directory, change):
+    whole(directory)
+    rows = [json.loads(line) for line in (directory / "whole.jsonl").read_text().splitlines()]
+    path = directory / "edited.jsonl"
+    path.write_text(
+        "".join(json.dumps(row | (change if number == 2 else {})) + "\n" for number, row in enumerate(rows))
+    )
+    with pytest.raises(UserError, match="edited.jsonl:3 has success=.*: the file was edited"):
+        run(path)
+
+
 def test_results_of_other_seeds_are_refused(directory):
     whole(directory)
     other = EvalConfig(episodes=24, first_seed=FIRST + 1)
@@ -204,7 +218,9 @@ def test_results_of_before_there_was_such_a_count_are_read(directory, tmp_path):
 
 def test_equal_policies_differ_by_nothing():
     result = compare(outcome("x.x."), outcome("x.x."), 0.95)
-    assert result["difference"] == 0 and result["mcnemar_p"] == 1.0 and result["difference_interval"] == [0.0, 0.0]
+    assert result["difference"] == 0 and result["mcnemar_p"] == 1.0
+    low, high = result["difference_interval"]
+    assert low == -high and high == pytest.approx(3.8415 / (4 + 3.8415), abs=1e-4)  # four pairs know little
     assert "left success" in sentence("T", "GRPO", result, 0.95)
 
 

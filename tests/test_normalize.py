@@ -223,3 +223,18 @@ def test_bad_input_is_named(rng):
         NormStats(mean=[0, np.inf], std=[1, 1], q01=[0, 0], q99=[1, 1])
     with pytest.raises(ValueError, match="q01 has shape"):
         NormStats(mean=[0, 1], std=[1, 1], q01=[0], q99=[1, 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [("quantiles", "q01 is above q99 at dimension 2"), ("std", "std is negative")]
+)
+def test_swapped_fields_are_refused_and_turn_no_action_round(change, words, tmp_path, rng):
+    values = stats_to_json({"actions": stats_of(rng.normal(size=(100, 3)))})
+    one = values["actions"]
+    if change == "quantiles":
+        one["q01"][2], one["q99"][2] = one["q99"][2], one["q01"][2]
+    else:
+        one["std"][1] *= -1
+    (tmp_path / "norm_stats.json").write_text(json.dumps({"norm_stats": values}))
+    with pytest.raises(ValueError, match=words):
+        load_norm_stats(tmp_path / "norm_stats.json", "openpi")

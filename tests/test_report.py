@@ -258,6 +258,16 @@ def test_a_run_without_a_summary_still_has_its_curves(tmp_path):
     assert "no summary yet" in page.text and "summary.json is missing" in page.text and "Clip fraction" in page.text
 
 
+def test_records_of_two_runs_draw_no_curve(tmp_path):
+    write_run(tmp_path, videos=False)
+    path = tmp_path / "metrics.jsonl"
+    again = [line for line in path.read_text().splitlines(keepends=True) if '"stage": "grpo"' in line][-3:]
+    path.write_text(path.read_text() + "".join(again))
+    page = page_of(tmp_path)
+    assert "No curves of grpo: metrics.jsonl tells of steps twice" in page.text
+    assert "SFT loss" in page.text and "Clip fraction" not in page.text
+
+
 def test_missing_and_damaged_parts_become_notes(tmp_path):
     summary = write_run(tmp_path)
     (tmp_path / summary["videos"][0]["before"]).unlink()

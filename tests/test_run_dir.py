@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import pathlib
@@ -9,14 +10,17 @@ import time
 import pytest
 import tiny_policy as tiny
 
+from envs.kitchen import demos
 from z1_jax import run_dir
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.config.command_line import parse_command_line
-from z1_jax.config.schema import Config, flat
+from z1_jax.config.schema import Config, DemosConfig, flat
+from z1_jax.data.dataset import write_dataset
 from z1_jax.data.journal import EpisodeJournal
 from z1_jax.errors import UserError
 from z1_jax.files import hold
-from z1_jax.run_dir import claim_directory, results_of
+from z1_jax.policy import TOKENIZER
+from z1_jax.run_dir import claim_directory, claim_policy, dataset_identity, policy_identity, results_of, write_json
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -121,6 +125,78 @@ def test_help_shows_every_key_and_its_value(capsys):
     assert out.count("--config.") == len(flat(Config())) + 1
     with pytest.raises(SystemExit):
         parse_command_line(["", "-h"])
+
+
+def saved(folder: pathlib.Path, **changes: object) -> pathlib.Path:
+    """A tiny policy, with changes to its document."""
+    shutil.rmtree(folder, ignore_errors=True)
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(1, tiny.policy().parts(), {**tiny.policy().document(), **changes})
+    checkpoints.close()
+    return folder
+
+
+def test_a_policy_under_other_statistics_or_inputs_is_another(tmp_path):
+    """The same parameters converted again with other flags: what was measured before is not said of them."""
+    document = tiny.policy().document()
+    stats = {key: {**value, "mean": [x + 0.1 for x in value["mean"]]} for key, value in document["norm_stats"].items()}
+    known = policy_identity(str(saved(tmp_path / "a")))
+    claim_policy(tmp_path, {"checkpoint": known})
+    changes = {
+        "norm_stats": stats, "norm_mode": "z_score", "state_in_prompt": False, "prompt_state_dim": 32,
+        "cameras": ["robot0_eye_in_hand"], "clip": None, "executed": 4, "denoising_steps": 7,
+    }  # fmt: skip
+    others = [policy_identity(str(saved(tmp_path / "a", **{key: value}))) for key, value in changes.items()]
+    assert len({known, *others}) == len(changes) + 1
+    with pytest.raises(UserError, match=f"began with policy {known} as checkpoint, the path leads to {others[0]} now"):
+        claim_policy(tmp_path, {"checkpoint": others[0]})
+    assert policy_identity(str(saved(tmp_path / "b", world={"tasks": ["Juggle"]}, iteration=3))) == known
+    write_json(tmp_path / "policies.json", {"checkpoint": known.partition("-")[0]})  # as older runs know it
+    claim_policy(tmp_path, {"checkpoint": known})
+    assert json.loads((tmp_path / "policies.json").read_text()) == {"checkpoint": known}
+
+
+def test_a_tokenizer_beside_a_converted_checkpoint_is_part_of_the_policy(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"params": tiny.policy().parts()["params"]}, tiny.policy().document())
+    checkpoints.close()
+    (tmp_path / "1" / TOKENIZER).write_bytes(b"one")
+    known = policy_identity(str(tmp_path))
+    (tmp_path / "1" / TOKENIZER).write_bytes(b"two")
+    assert policy_identity(str(tmp_path)) != known
+
+
+def test_a_run_is_not_told_of_a_dataset_that_was_made_anew(tmp_path):
+    data = tmp_path / "data"
+    config = dataclasses.replace(Config(), algorithm="sft", demos=DemosConfig(dataset=str(data)))
+    for seed in (0, 1):
+        shutil.rmtree(data, ignore_errors=True)
+        write_dataset(data, demos.collect("OpenDrawer", [seed], processes=1, options={"image_size": 8}), {"seed": seed})
+        if seed:
+            with pytest.raises(UserError, match="began with dataset .* as demos.dataset, the path leads to"):
+                claim_policy(tmp_path, dataset_identity(config))
+        for _ in range(2 - 2 * seed):
+            claim_policy(tmp_path, dataset_identity(config))
+    assert dataset_identity(dataclasses.replace(config, algorithm="grpo", init="somewhere")) == {}
+
+
+def test_a_run_that_goes_on_in_other_environments_says_so(tmp_path, monkeypatch, capsys):
+    first = run_dir.note_environments(tmp_path)
+    assert run_dir.note_environments(tmp_path) == first and len(first) == 1 and capsys.readouterr().out == ""
+    copy = shutil.copytree(ROOT / "envs", tmp_path / "envs", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(run_dir.envs, "__file__", str(copy / "__init__.py"))
+    assert run_dir.note_environments(tmp_path) == first and capsys.readouterr().out == ""
+    (copy / "kitchen" / "env.py").write_text((copy / "kitchen" / "env.py").read_text() + "GRAVITY = -5\n")
+    second = run_dir.note_environments(tmp_path)
+    assert second[:1] == first and len(second) == 2
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and f"was simulated with {first[0]}, and goes on with {second[1]}" in out
+    config = dataclasses.replace(Config(), run_dir=str(tmp_path / "run"))
+    directory = claim_directory(config)
+    write_json(directory / "environments.json", first)
+    clock = run_dir.StageClock(directory / "wall_seconds.json")
+    run_dir.conclude(config, tiny.policy(), directory, clock, {}, "Done")
+    assert json.loads((directory / "summary.json").read_text())["protocol"]["environments"] == second
 
 
 def test_episodes_of_a_policy_that_was_trained_again_are_not_believed(tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -103,6 +104,22 @@ def test_a_damaged_sft_policy_is_moved_aside_and_trained_again(tmp_path, monkeyp
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "warning: checkpoint" in out and "moved aside" in out
     assert [path.name for path in tmp_path.iterdir()] == ["3.damaged"]
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"dataset": "another"}, {"batch_size": 8}])
+def test_a_finished_sft_policy_of_another_run_is_refused(change, tmp_path):
+    config = dataclasses.replace(make_config(), sft=SftConfig(steps=3))
+    dataset = types.SimpleNamespace(identity="mine")
+    loader = {"dataset": "mine", "seed": 0, "batch_size": config.sft.batch_size, "position": {"next_index": 3}}
+    for name, told in (("own", loader), ("copied", {**loader, **change})):
+        checkpoints = Checkpoints(tmp_path / name)
+        checkpoints.save(3, tiny.policy().parts(), {**tiny.policy().document(), "loader": told})
+        checkpoints.close()
+    supervised_policy(config, dataset, tiny.one_device(), tmp_path / "own", None)
+    (key,) = change
+    with pytest.raises(UserError, match=f"copied/3 was trained with {key}={change[key]!r}, .*: it is another run's"):
+        supervised_policy(config, dataset, tiny.one_device(), tmp_path / "copied", None)
+    assert (tmp_path / "copied" / "3").is_dir()
 
 
 def test_too_many_failures_are_told(tmp_path, monkeypatch, capsys):

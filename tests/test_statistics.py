@@ -74,9 +74,38 @@ def test_paired_interval_is_scipys_for_real_numbers(rng):
 def test_paired_interval_uses_the_pairing(rng):
     before = rng.random(300) < 0.5
     same = statistics.paired_difference_interval(before, before, seed=3)
-    assert same == (0.0, 0.0)
+    assert -0.02 < same[0] < 0 < same[1] < 0.02
     shuffled = statistics.paired_difference_interval(before, rng.permutation(before), seed=3)
     assert shuffled[0] < 0 < shuffled[1]
+
+
+def score_statistic(n: int, gained: int, lost: int, difference: float) -> float:
+    """Tango's: the distance of n pairs from a difference, in standard deviations that the likelihood allows there."""
+    shares = np.linspace(max(0.0, -difference), (1 - difference) / 2, 200_001)[1:-1]  # of pairs that are lost
+    with np.errstate(divide="ignore", invalid="ignore"):
+        loglik = (
+            lost * np.log(shares)
+            + gained * np.log(shares + difference)
+            + (n - lost - gained) * np.log1p(-2 * shares - difference)
+        )
+    share = shares[np.nanargmax(loglik)]
+    return (gained - lost - n * difference) / np.sqrt(n * (2 * share + difference * (1 - difference)))
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (16, 0), (0, 16)])
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_pairs_that_all_differ_alike_leave_a_doubt(gained, lost, confidence):
+    """The interval's ends are where the score statistic, maximised on a grid, is the normal quantile."""
+    before, after = np.zeros(16), np.full(16, float(gained + lost > 0))
+    before, after = (after, before) if lost else (before, after)
+    low, high = statistics.paired_difference_interval(before, after, seed=0, confidence=confidence)
+    z = stats.norm.ppf(0.5 + confidence / 2)
+    assert low <= (gained - lost) / 16 <= high and high - low > 0.09
+    for end, sign in ((low, 1), (high, -1)):
+        if abs(end) < 1:
+            assert score_statistic(16, gained, lost, end) == pytest.approx(sign * z, rel=1e-3)
+    real = statistics.paired_difference_interval(before / 3, after / 3 + 0.1, seed=0)  # no successes: as it was
+    assert real[0] == real[1]
 
 
 def test_bootstraps_repeat_with_their_seed(rng):

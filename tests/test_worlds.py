@@ -29,6 +29,7 @@ ENV = World(
     rate=20.0,
     images={"left": (64, 64), "wrist": (64, 64)},
     states=np.array([[0.0, 0.1, 5.5], [1e-4, 0.2, 6.2]]),
+    executed=8,  # of a policy that acts in it
 )
 
 
@@ -49,6 +50,7 @@ def test_what_agrees_or_is_not_known_is_no_difference():
         ({"instructions": ("OpenDrawer",)}, "instruction", "D says 'OpenDrawer', the environment 'open the drawer'"),
         ({"rate": 10.0}, "rate", "the dataset D has 10 control steps a second, the environment 20"),
         ({"rate": 20.5}, "rate", "D has 20.5 control"),
+        ({"executed": 4}, "executed", "the dataset D runs 4 steps of each chunk before it looks again, the env"),
         ({"images": {"left": (64, 64)}}, "cameras", "the environment has wrist, the dataset D does not"),
         ({"images": {**DATA.images, "top": (64, 64)}}, "cameras", "the dataset D has top, the environment does not"),
         ({"images": {**DATA.images, "left": (48, 64)}}, "images", "frames of 48×64 (left), the environment of 64×64"),

@@ -9,11 +9,12 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from envs.base import EnvSpec
 from envs.pool import EnvPool
 from z1_jax import suites
 from z1_jax.checkpoint import CheckpointError
@@ -49,6 +50,8 @@ def check_worlds(config: Config) -> list[str]:
     if acting and config.eval.episodes:
         environment = environment_world(config)
         against = [difference for one in acting for difference in differences(one, environment)]
+    if len(policies) > 1 and not config.env.executed:  # two that are compared, each with its own number
+        found += [difference for difference in differences(*policies) if difference.kind == "executed"]
     goes_on = config.algorithm == "sft" and not trained_on  # on our own demonstrations: it may come from elsewhere
     refused = [] if goes_on else must_agree(against, config.allow)
     found += against
@@ -108,11 +111,16 @@ def policy_world(path: str, document: Mapping[str, Any]) -> World:
             tasks=tuple(known.get("tasks", ())),
             instructions=tuple(known.get("instructions", ())),
             rate=known.get("rate"),
-            images={camera: None for camera in document["cameras"] if camera},
+            executed=document.get("executed"),
+            images={camera: _size(known.get("images", {}), camera) for camera in document["cameras"] if camera},
             stats=stats_from_json(document["norm_stats"]),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {absolute(path)} holds no policy ({error})") from error
+
+
+def _size(images: Mapping[str, Sequence[int]], camera: str) -> tuple[int, int] | None:
+    return (int(images[camera][0]), int(images[camera][1])) if camera in images else None
 
 
 def environment_world(config: Config) -> World:
@@ -124,24 +132,36 @@ def environment_world(config: Config) -> World:
         seeds = range(config.eval.first_seed, config.eval.first_seed + min(_RESETS, config.eval.episodes))
         looks = [pool.reset([0], [suites.episode_of(config)(seed)])[0] for seed in seeds]
         spec = pool.spec
-    return World(
-        name="the environment",
-        tasks=(config.task,),
+    return dataclasses.replace(
+        seen_in(config.task, spec),
         other_names=suites.resolve(config).other_names(config.task),
         instructions=tuple(dict.fromkeys(look.instruction for look in looks)),
-        rate=spec.control_hz,
-        images={camera: (spec.image_size, spec.image_size) for camera in spec.cameras},
         states=np.stack([look.state for look in looks]),
     )
 
 
-def trained_in(policy: Policy, world: World) -> Policy:
-    """The policy with the tasks and words of a world that it is trained in, besides those that it has, and its rate.
+def seen_in(task: str, spec: EnvSpec) -> World:
+    """What environments say before any episode."""
+    return World(
+        name="the environment",
+        tasks=(task,),
+        rate=spec.control_hz,
+        images={camera: (spec.image_size, spec.image_size) for camera in spec.cameras},
+    )
 
-    Where that world does not tell its words, not all that the policy has heard are known: none are named.
+
+def trained_in(policy: Policy, world: World) -> Policy:
+    """The policy with the tasks and words of a world that it is trained in, besides those that it has.
+
+    Rate and frames are those of that world, where it tells them. Where it does not tell its words, not all that the
+    policy has heard are known: none are named.
     """
     known = policy.world
     words = sorted({*known.get("instructions", ()), *world.instructions}) if world.instructions else []
     tasks = sorted({*known.get("tasks", ()), *world.tasks})
     rate = world.rate or known.get("rate")
-    return dataclasses.replace(policy, world={"tasks": tasks, "instructions": words, "rate": rate})
+    sizes = {camera: list(size) for camera, size in world.images.items() if size and camera in policy.processor.cameras}
+    images = {**known.get("images", {}), **sizes}
+    return dataclasses.replace(
+        policy, world={"tasks": tasks, "instructions": words, "rate": rate, **({"images": images} if images else {})}
+    )

@@ -135,6 +135,11 @@ def _read_results(path: pathlib.Path, episodes: Sequence[Episode]) -> list[dict[
             raise UserError(
                 f"{path}:{number} is no result of an episode: the file is damaged; mend or delete that line"
             )
+        if type(row["success"]) is not bool or type(row["steps"]) is not int or row["steps"] < 1:
+            raise UserError(
+                f"{path}:{number} has success={row['success']!r} and steps={row['steps']!r}, expected true or false "
+                "and 1 or more: the file was edited; mend or delete that line"
+            )
         if any(row.get(key, value) != value for key, value in episode.to_json().items()):  # older rows hold seeds alone
             raise UserError(f"{path} holds other episodes than this evaluation's; move it away to evaluate anew")
     drop_half_line(path)  # what comes next is appended

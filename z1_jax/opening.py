@@ -20,8 +20,10 @@ from z1_jax.run_dir import (
     StageClock,
     claim_directory,
     claim_policy,
+    dataset_identity,
     finished_sentence,
     note_command,
+    note_environments,
     policy_identity,
 )
 from z1_jax.stages import check_inputs, make_mesh
@@ -75,8 +77,8 @@ def open_run(argv: Sequence[str], command: str, algorithms: Sequence[str], defau
         raise ConfigError("config key compare: got the same policy as checkpoint, expected another one")
     mesh = make_mesh(config)
     directory = claim_directory(config)
-    if identities:
-        claim_policy(directory, identities)
+    if claimed := {**identities, **dataset_identity(config)}:
+        claim_policy(directory, claimed)
     print(f"run directory {directory}", flush=True)
     unfilmed = config.algorithm == "eval" and any(missing_clips(config, directory, name) for name in policies)
     changes = changed_lengths(config, directory)
@@ -86,6 +88,7 @@ def open_run(argv: Sequence[str], command: str, algorithms: Sequence[str], defau
     hold(directory)
     take_lengths(config, directory, changes)
     note_command(directory, argv)
+    note_environments(directory)
     clock = StageClock(directory / "wall_seconds.json")
     return Run(config, mesh, directory, clock, differing, policies, identities)
 

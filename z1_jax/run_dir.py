@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -20,17 +22,20 @@ from typing import Any
 
 import jax
 
+import envs
 from z1_jax import __version__, suites
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.config.schema import Config, ConfigError, build, fingerprint, lengths
 from z1_jax.config.schema import identity as config_identity
+from z1_jax.data.dataset import open_dataset
 from z1_jax.errors import UserError
 from z1_jax.files import require_plain
 from z1_jax.metrics import drop_half_line
-from z1_jax.policy import BEST, Policy, find_policy
+from z1_jax.policy import BEST, TOKENIZER, Policy, find_policy
 from z1_jax.report.write import COMMANDS, REPORT, best_sentence, write_report
 
 SUMMARY = "summary.json"
+DATASET = "demos.dataset"
 # What was seen in repetitions of the default run on one core, on two and on other machines; see README.md.
 REPEATS = (
     "the same seed gives the same digits on one machine with one number of cores; elsewhere sums are made in another "
@@ -96,6 +101,28 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
+def note_environments(run_dir: pathlib.Path) -> list[str]:
+    """Notes what simulates a run, and warns where it is not what the run began with: episodes may not compare.
+
+    Returns:
+        What has simulated it so far, today's last.
+    """
+    files = sorted(pathlib.Path(envs.__file__).parent.rglob("*.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
+    today = f"mujoco {importlib.metadata.version('mujoco')}, envs {digest}"
+    path = run_dir / "environments.json"
+    told: list[str] = json.loads(path.read_text()) if path.exists() else []
+    if told and told[-1] != today:
+        print(
+            f"warning: {run_dir} was simulated with {told[-1]}, and goes on with {today}: its episodes may not compare "
+            "with one another; a new run_dir begins anew",
+            flush=True,
+        )
+    told += [today] * (told[-1:] != [today])
+    write_json(path, told)
+    return told
+
+
 def finished_sentence(run_dir: pathlib.Path) -> str | None:
     """The result of a run that is finished; None for one that is not. A report that is missing is written.
 
@@ -115,7 +142,9 @@ def finished_sentence(run_dir: pathlib.Path) -> str | None:
 
 
 def policy_identity(path: str) -> str:
-    """A short hash of the policy's parameters and tokenizer, wherever they lie.
+    """A short hash of the policy wherever it lies: its parameters and tokenizer, then all else that it acts by.
+
+    The same parameters under other statistics, cameras or prompts are another policy.
 
     Raises:
         CheckpointError: there is no policy at `path`, or it is damaged.
@@ -124,26 +153,62 @@ def policy_identity(path: str) -> str:
     checkpoints = Checkpoints(directory)
     try:
         stored = checkpoints.checksums(step, "assets")  # a converted checkpoint may come without its tokenizer
-        return checkpoints.digest(step, ("params", "assets") if stored else ("params",))
+        arrays = checkpoints.digest(step, ("params", "assets") if stored else ("params",))
+        document = checkpoints.document(step)
+        beside = directory / str(step) / TOKENIZER
+        words = beside.read_bytes() if not stored and beside.is_file() else b""
+        rest = json.dumps({key: document.get(key) for key in _ACTS_BY}, sort_keys=True).encode()
+        return f"{arrays}-{hashlib.sha256(rest + words).hexdigest()[:8]}"
     finally:
         checkpoints.close()
 
 
+# Of a policy's document: what its actions depend on besides its arrays.
+_ACTS_BY = (
+    "architecture",
+    "norm_stats",
+    "norm_mode",
+    "cameras",
+    "state_in_prompt",
+    "prompt_state_dim",
+    "clip",
+    "tokenizer_sha256",
+    "executed",
+    "denoising_steps",
+)
+
+
 def claim_policy(run_dir: pathlib.Path, identities: Mapping[str, str]) -> None:
-    """Notes which policies a run directory is about, or checks that they are still the same.
+    """Notes which policies and data a run directory is about, or checks that they are still the same.
 
     Raises:
-        UserError: a path leads to another policy than before: its run went on, or was made anew.
+        UserError: a path leads to something else than before: its run went on, or it was made anew.
     """
     path = run_dir / "policies.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     for name, identity in identities.items():
-        if known.get(name, identity) != identity:
+        if not _same(known.get(name, identity), identity):
+            what = "dataset" if name == DATASET else "policy"
             raise UserError(
-                f"{run_dir} began with policy {known[name]} as {name}, the path leads to {identity} now; "
+                f"{run_dir} began with {what} {known[name]} as {name}, the path leads to {identity} now; "
                 "choose another --config.run_dir"
             )
     write_json(path, dict(identities))
+
+
+def _same(known: str, identity: str) -> bool:
+    """Whether two identities are one; an older run knows its policies by their arrays alone."""
+    return known in (identity, identity.partition("-")[0])
+
+
+def dataset_identity(config: Config) -> dict[str, str]:
+    """What `claim_policy` notes of the dataset that a run trains on; empty where none is given.
+
+    Raises:
+        UserError: it is absent or damaged.
+    """
+    used = config.algorithm == "sft" or (config.algorithm == "grpo" and not config.init)
+    return {DATASET: open_dataset(config.demos.dataset).identity} if used and config.demos.dataset else {}
 
 
 def results_of(run_dir: pathlib.Path, name: str, stage: str | None) -> pathlib.Path:
@@ -160,7 +225,7 @@ def results_of(run_dir: pathlib.Path, name: str, stage: str | None) -> pathlib.P
         return results
     identity = policy_identity(str(run_dir / "checkpoints" / stage))
     known = json.loads(claims.read_text()) if claims.exists() else {}
-    if results.exists() and known.get(name, identity) != identity:
+    if results.exists() and not _same(known.get(name, identity), identity):
         raise UserError(
             f"{results} holds episodes of policy {known[name]}, and what is evaluated now is {identity}, trained again "
             f"since: move it and {run_dir / 'videos'} away to evaluate anew"
@@ -213,6 +278,7 @@ def conclude(
     differing: Sequence[str] = (),
 ) -> None:
     """Writes summary.json and the report, and prints the result; `differing` is what `check_worlds` found."""
+    simulators = note_environments(run_dir)
     note = suites.label(config)
     line += f" [{note}]" * bool(note)
     summary = {
@@ -222,6 +288,7 @@ def conclude(
             **protocol(config, policy),
             **({"allowed_to_differ": list(config.allow)} if config.allow else {}),
             **({"differences": list(differing)} if differing else {}),
+            **({"environments": simulators} if len(simulators) > 1 else {}),
         },
         **result,
         **({} if config.algorithm == "eval" else {"repeats": REPEATS}),

@@ -21,7 +21,7 @@ from z1_jax.config.schema import RANDOM, Config, ConfigError
 from z1_jax.data.dataset import Dataset, open_dataset, write_dataset
 from z1_jax.data.journal import EpisodeJournal
 from z1_jax.data.normalize import Rule, stats_from_json
-from z1_jax.errors import first_line
+from z1_jax.errors import UserError, first_line
 from z1_jax.metrics import MetricsWriter, Progress
 from z1_jax.policy import Policy, load_policy
 from z1_jax.sft import train_sft
@@ -235,6 +235,7 @@ def supervised_policy(
     checkpoints.close()
     if finished:
         try:
+            _check_own(config, dataset, checkpoints)
             return load_policy(checkpoints, config.sft.steps, mesh)
         except CheckpointError as error:
             checkpoints.put_aside(config.sft.steps, error)
@@ -253,6 +254,26 @@ def supervised_policy(
         report_every=config.log.every,
         adapters=config.lora,
     )
+
+
+def _check_own(config: Config, dataset: Dataset, checkpoints: Checkpoints) -> None:
+    """Refuses a finished SFT checkpoint of another run, which was copied to where this run's own would be.
+
+    Raises:
+        UserError: it was trained on other data, or in another order; CheckpointError: it cannot be read.
+    """
+    step = config.sft.steps
+    told = checkpoints.document(step).get("loader")
+    if not told:  # an older one
+        return
+    mine = {"dataset": dataset.identity, "seed": config.seed, "batch_size": config.sft.batch_size}
+    for key, value in mine.items():
+        if told.get(key, value) != value:
+            raise UserError(
+                f"checkpoint {checkpoints.directory / str(step)} was trained with {key}={told[key]!r}, this run has "
+                f"{value!r}: it is another run's; remove it and SFT is trained here, or start RL from it in a new run "
+                "with --config.init"
+            )
 
 
 def _rules(checkpoints: Checkpoints) -> dict[str, Rule]:

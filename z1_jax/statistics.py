@@ -61,6 +61,9 @@ def paired_difference_interval(
 ) -> Interval:
     """Percentile bootstrap interval of mean(after) - mean(before), resampling whole pairs.
 
+    Where all pairs of successes differ alike (none does, or all are gained, or all are lost), every resample is the
+    sample, and the bootstrap would claim to know the difference exactly; it is then the score interval (Tango 1998).
+
     Args:
       before: bool or float [n], outcome of the first policy on each seed.
       after: bool or float [n], outcome of the second policy on the same seeds.
@@ -72,9 +75,20 @@ def paired_difference_interval(
     before, after = _pairs(before, after)
     _check_bootstrap(confidence, resamples)
     values, counts = np.unique(after - before, return_counts=True)
+    if len(values) == 1 and np.isin(np.concatenate([before, after]), (0, 1)).all():
+        return _alike(float(values[0]), len(before), confidence)
     # n draws with replacement fall on the distinct differences as a multinomial: the same law, far fewer numbers.
     draws = np.random.default_rng(seed).multinomial(len(before), counts / len(before), size=resamples)
     return _percentiles(draws @ values / len(before), confidence)
+
+
+def _alike(difference: float, n: int, confidence: float) -> Interval:
+    """Tango's score interval where all n pairs of successes differ by the same -1, 0 or 1, in closed form."""
+    share = NormalDist().inv_cdf(0.5 + confidence / 2) ** 2 / n
+    if difference == 0:
+        return -share / (1 + share), share / (1 + share)
+    end = (1 - share) / (1 + share)
+    return (end, 1.0) if difference > 0 else (-1.0, -end)
 
 
 def clustered_interval(

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from z1_jax.agreement import trained_in
+from z1_jax.agreement import seen_in, trained_in
 from z1_jax.config.schema import RANDOM
 from z1_jax.data.normalize import held_line
 from z1_jax.evaluation import Evaluation, compare, evaluate, instructions, rate_sentence, sentence
@@ -26,7 +26,6 @@ from z1_jax.run_dir import conclude, results_of
 from z1_jax.stages import demonstrations, make_pool, supervised_policy
 from z1_jax.suites import episode_of
 from z1_jax.videos import clip_paths, clips_of, record_clips
-from z1_jax.worlds import World
 
 HARDLY = 0.05  # success after SFT, below which RL seldom starts
 
@@ -101,7 +100,7 @@ def finish_grpo(run: Run, policy: Policy, writer: MetricsWriter, alone: bool = F
         print(line, flush=True)
     start = episode_of(config)
     with make_pool(config) as pool:
-        policy = trained_in(policy, World(name="", tasks=(config.task,), rate=pool.spec.control_hz))
+        policy = trained_in(policy, seen_in(config.task, pool.spec))
         trainer = GrpoTrainer(policy, config, run.mesh, pool.num_envs, start)
         policy = policy.without_params()  # the trainer has them
 

@@ -30,6 +30,7 @@ class World:
     other_names: tuple[str, ...] = ()  # of the same tasks
     instructions: tuple[str, ...] = ()  # as the robot is told; of an environment those of a few episodes
     rate: float | None = None  # control steps a second
+    executed: int | None = None  # steps of each chunk that a policy runs before it looks again
     images: Mapping[str, tuple[int, int] | None] = dataclasses.field(default_factory=dict)  # camera -> (height, width)
     stats: Mapping[str, NormStats] = dataclasses.field(default_factory=dict)  # of "state" and "actions", raw units
     states: np.ndarray | None = None  # of an environment: [n, state_dim], at the start of a few episodes
@@ -39,7 +40,7 @@ class World:
 class Difference:
     """One thing in which two worlds differ."""
 
-    kind: str  # task, instruction, rate, cameras, images, actions, state
+    kind: str  # task, instruction, rate, executed, cameras, images, actions, state
     line: str
 
 
@@ -49,6 +50,7 @@ def differences(one: World, other: World) -> list[Difference]:
         ("task", _tasks(one, other)),
         ("instruction", _instructions(one, other)),
         ("rate", _rates(one, other)),
+        ("executed", _executed(one, other)),
         ("cameras", _cameras(one, other)),
         ("images", _images(one, other)),
         ("actions", _actions(one, other)),
@@ -84,6 +86,12 @@ def _rates(one: World, other: World) -> str:
     if not one.rate or not other.rate or abs(one.rate - other.rate) <= _SAME_RATE * other.rate:
         return ""
     return f"{one.name} has {one.rate:g} control steps a second, {other.name} {other.rate:g}"
+
+
+def _executed(one: World, other: World) -> str:
+    if not one.executed or not other.executed or one.executed == other.executed:
+        return ""
+    return f"{one.name} runs {one.executed} steps of each chunk before it looks again, {other.name} {other.executed}"
 
 
 def _cameras(one: World, other: World) -> str:

@@ -68,6 +68,12 @@ class NormStats:
                     f"{int(np.argmin(np.isfinite(value)))}; compute the statistics anew from clean data"
                 )
             object.__setattr__(self, name, value)
+        for wrong, what in ((self.q01 > self.q99, "q01 is above q99"), (self.std < 0, "std is negative")):
+            if wrong.any():
+                raise ValueError(
+                    f"normalisation statistics: {what} at dimension {int(np.argmax(wrong))}: fields were swapped or "
+                    "edited; compute the statistics anew"
+                )
 
     @property
     def dim(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -319,7 +320,7 @@ def _read_metrics(path: Path, notes: list[str]) -> Records:
     try:
         if not path.exists():
             notes.append(f"{path.name} is missing: no curves.")
-        return read_records(path)
+        return _once(read_records(path), path, notes)
     except ValueError as error:
         notes.append(f"No curves: {error}")
         return []
@@ -331,6 +332,18 @@ def _read_commands(path: Path, notes: list[str]) -> Records:
     except ValueError as error:
         notes.append(f"No command: {error}")
         return []
+
+
+def _once(records: Records, path: Path, notes: list[str]) -> Records:
+    """The records of stages that tell each of their steps once, in order: else they are of several runs."""
+    steps: dict[Any, list[int]] = {}
+    for record in records:
+        if isinstance(record.get("step"), int):
+            steps.setdefault(record.get("stage"), []).append(record["step"])
+    mixed = [stage for stage, told in steps.items() if any(b <= a for a, b in itertools.pairwise(told))]
+    for stage in mixed:
+        notes.append(f"No curves of {stage}: {path.name} tells of steps twice or out of order, so of several runs.")
+    return [record for record in records if record.get("stage") not in mixed]
 
 
 def _embedded(run_dir: Path, name: Any, notes: list[str]) -> str:
