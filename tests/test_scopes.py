@@ -18,6 +18,7 @@ from z1_jax.config import schema as z1_config
 from z1_jax.config.schema import Config, ConfigError, LoraConfig, ModelConfig, OptimConfig, SftConfig
 from z1_jax.convert import openpi_names
 from z1_jax.models import pi05
+from z1_jax.models.choices import trains_vlm
 from z1_jax.models.params import initialise
 from z1_jax.models.presets import get_preset
 from z1_jax.models.siglip import Siglip, SiglipConfig
@@ -97,6 +98,7 @@ def test_what_each_scope_trains(scope, trained):
     _, trainable, frozen = policy().split(scope)
     assert count(trainable) == trained and count(frozen) == sum(ALL.values()) - trained
     assert not set(named(trainable)) & set(named(frozen))
+    assert trains_vlm(scope, 0) == (not pi05.vlm_is_frozen(trainable))
     if scope == "joint":
         assert "language.embedding" in named(frozen)
         assert {path[0] for path, _ in nnx.to_flat_state(trainable)} == {"vision", "language", "expert"}

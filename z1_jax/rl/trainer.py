@@ -14,7 +14,8 @@ from z1_jax.config.checks import check_horizon
 from z1_jax.config.schema import Config, ConfigError, UpdateConfig
 from z1_jax.errors import UserError
 from z1_jax.evaluation import make_actor
-from z1_jax.models.pi05 import vlm_is_frozen
+from z1_jax.host_memory import free_host_bytes
+from z1_jax.models.pi05 import cache_bytes, vlm_is_frozen
 from z1_jax.optim import schedule
 from z1_jax.policy import Policy, named, unnamed
 from z1_jax.rl import advantage, diagnostics, rollout, selective, tree
@@ -24,10 +25,8 @@ from z1_jax.rl.prefix_cache import (
     AnyStore,
     DevicePrefixStore,
     PrefixStore,
-    cache_bytes,
     choose_placement,
     free_device_bytes,
-    free_host_bytes,
 )
 from z1_jax.rl.schedules import scheduled
 from z1_jax.rl.update import Launched, NodeBatch, Updater, fetch, mini_batches
@@ -157,7 +156,7 @@ class GrpoTrainer:
         """Chooses where the prefix caches of an iteration are kept, by the most that there can be."""
         config, shapes = self.config, self._policy.config
         looks = most_looks(config, control_steps, self._policy.executed)
-        planned = cache_bytes(shapes, looks)
+        planned = looks * cache_bytes(shapes)
         self.placement = choose_placement(
             config.update.prefix_cache,
             not vlm_is_frozen(self.trainable),
