@@ -18,7 +18,7 @@ from z1_jax.host_memory import free_host_bytes
 from z1_jax.models.pi05 import cache_bytes, vlm_is_frozen
 from z1_jax.optim import schedule
 from z1_jax.policy import Policy, named, unnamed
-from z1_jax.rl import advantage, diagnostics, rollout, selective, tree
+from z1_jax.rl import advantage, diagnostics, loss, rollout, selective, tree
 from z1_jax.rl.actor import Actor
 from z1_jax.rl.parts import EXPERT, PartOptimizer
 from z1_jax.rl.prefix_cache import (
@@ -45,6 +45,11 @@ class Credit:
     positive: np.ndarray  # float32 [N], A⁺
     negative: np.ndarray  # float32 [N], A⁻
     usable: np.ndarray  # bool [N], trainable nodes of kept groups
+
+    @property
+    def inputs(self) -> dict[str, np.ndarray]:
+        """Of `loss.grpo`."""
+        return {"positive": self.positive, "negative": self.negative}
 
 
 class GrpoTrainer:
@@ -92,8 +97,10 @@ class GrpoTrainer:
                 f"train.scope={scope}: it trains nothing of the VLM; leave it at {default}"
             )
         self.actor: Actor = make_actor(policy, self.graphdef, config.flow, self._mesh, self._slots)
+        update = config.update
+        node_loss = loss.grpo(update.clip_low, update.clip_high, update.ratio_max)
         self._updater = Updater(
-            self.graphdef, self._optimizer, config.flow, config.update, self.actor.counted, self._mesh
+            self.graphdef, self._optimizer, node_loss, config.flow, update, self.actor.counted, self._mesh
         )
         self._store: AnyStore | None = None
         self.placement = ""  # of the prefix caches; chosen when the length of an episode is known
@@ -222,9 +229,7 @@ class GrpoTrainer:
             raise ValueError("the prefix caches are those of other rollouts")  # a bug: never train on them
         config = self.config.update
         for _ in range(config.epochs):
-            yield from mini_batches(
-                rollouts.nodes, credit.positive, credit.negative, credit.usable, seen, config.batch_size, rng
-            )
+            yield from mini_batches(rollouts.nodes, credit.inputs, credit.usable, seen, config.batch_size, rng)
 
     def _optimise(
         self,
