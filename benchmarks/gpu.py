@@ -191,6 +191,7 @@ class Bench:
         from z1_jax.optim import init_optimizer, make_optimizer
         from z1_jax.plan import analytic
         from z1_jax.plan.programs import abstract_nodes
+        from z1_jax.rl import loss
         from z1_jax.rl.update import Updater
 
         policy, batch, steps = self.policy(), 16, 10
@@ -200,8 +201,10 @@ class Bench:
         opt_state = init_optimizer(optimizer, trainable, self.mesh)
         counted = np.ones((self.model.horizon, self.model.action_dim), bool)
         config = UpdateConfig(batch_size=batch, micro_batch=batch)
+        node_loss = loss.grpo(config.clip_low, config.clip_high, config.ratio_max)
         for cached in (True, False):
-            updater = Updater(graphdef, optimizer, FlowConfig(steps=steps, **EVERY_STEP), config, counted, self.mesh)
+            flow = FlowConfig(steps=steps, **EVERY_STEP)
+            updater = Updater(graphdef, optimizer, node_loss, flow, config, counted, self.mesh)
             nodes = abstract_nodes(self.model, batch, steps, self.mesh, cached=cached)
             nodes = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), nodes)
             state = [trainable, opt_state]

@@ -242,14 +242,16 @@ class Bench:
             size = len(rows.size)
             config = UpdateConfig(batch_size=size, micro_batch=MICRO_BATCH)
             optimizer = make_optimizer(optim, optim.lr)
-            updater = Updater(self.params[0], optimizer, self.flow, config, self.counted, self.mesh)
+            node_loss = loss.grpo(config.clip_low, config.clip_high, config.ratio_max)
+            updater = Updater(self.params[0], optimizer, node_loss, self.flow, config, self.counted, self.mesh)
             state = [jax.tree.map(jnp.copy, self.params[1]), jax.jit(optimizer.init)(self.params[1])]
-            sums = signed_advantage_sums(advantages, rows.group, rows.leader, rows.size)
+            positive, negative = signed_advantage_sums(advantages, rows.group, rows.leader, rows.size)
+            inputs = {"positive": positive, "negative": negative}
 
-            def epoch(rows=rows, size=size, updater=updater, state=state, sums=sums, name=name) -> dict[str, float]:
+            def epoch(rows=rows, size=size, updater=updater, state=state, inputs=inputs, name=name) -> dict[str, float]:
                 seen = PrefixStore(caches) if name == "ours" else looks
                 rng = np.random.default_rng(0)
-                ((batch, normaliser),) = mini_batches(rows, *sums, rows.trainable, seen, size, rng)
+                ((batch, normaliser),) = mini_batches(rows, inputs, rows.trainable, seen, size, rng)
                 # A rate of 0: every round starts from the same parameters.
                 state[0], state[1], stats = updater.step(*state, self.params[2], batch, normaliser, lr_scale=0.0)
                 return stats

@@ -96,6 +96,14 @@ def test_nothing_imports_the_mains():
     assert offenders([m for m in MODULES if m not in composers], lambda o: o == "z1_jax.report.write") == []
 
 
+def test_no_module_imports_itself_by_way_of_others():
+    """Also not for a type checker alone. What imports only what is settled is settled; what is left goes in circles."""
+    left = {name: {o for o in IMPORTS[name] if o in MODULES and o != name} for name in MODULES}
+    while settled := {name for name, others in left.items() if not others & set(left)}:
+        left = {name: others for name, others in left.items() if name not in settled}
+    assert left == {}
+
+
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if under(m, "envs")))
 def test_environments_draw_from_explicit_generators(module):
     """No global random state: `np.random.normal()`, `random.random()` and the like."""

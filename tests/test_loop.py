@@ -20,7 +20,7 @@ from z1_jax.policy import find_policy, load_policy, named
 from z1_jax.resuming import concluded
 from z1_jax.rl import loop
 from z1_jax.rl import trainer as grpo_trainer
-from z1_jax.rl.diagnostics import BrokenIteration
+from z1_jax.rl.rollout import BrokenIteration
 from z1_jax.rl.trainer import GrpoTrainer
 from z1_jax.sft import SftTrainer, train_sft
 

@@ -15,6 +15,7 @@ from z1_jax.checkpoint import Checkpoints
 from z1_jax.config.schema import LoraConfig, OptimConfig
 from z1_jax.convert import openpi_names
 from z1_jax.models import lora, pi05
+from z1_jax.models.choices import trains_vlm
 from z1_jax.models.layers import Einsum, GatedMlp
 from z1_jax.models.params import Init, initialise
 from z1_jax.optim import init_optimizer, make_optimizer
@@ -135,6 +136,7 @@ def test_what_is_frozen(config, trained):
     base = {name for name in named(tiny.policy().params)}
     assert base == {name for name in {**named(trainable), **named(frozen)} if "_lora." not in name}
     assert pi05.vlm_is_frozen(trainable) == (config.vlm_rank == 0)
+    assert trains_vlm("lora", config.vlm_rank) == (config.vlm_rank > 0)
 
 
 def test_every_attention_and_mlp_kernel_that_matters_has_an_adapter():

@@ -81,8 +81,8 @@ def test_full_size_counts_are_the_published_ones():
         # query and output 2048 x 2048, MLP 3 x 2048 x 16384, logits and weighted sum over 8 heads of 256
         rest = 2 * tokens * (2 * 2048 * 2048 + 3 * 2048 * 16384) + 2 * 2 * tokens**2 * 8 * 256
         assert ours + rest == pytest.approx(published, rel=0.003)
-    assert analytic.cache_bytes(model) == pytest.approx(17.8e6, rel=0.005)
-    assert analytic.cache_bytes(model, 2) == pytest.approx(13.1e6, rel=0.005)
+    assert pi05.cache_bytes(model) == pytest.approx(17.8e6, rel=0.005)
+    assert pi05.cache_bytes(model, 2) == pytest.approx(13.1e6, rel=0.005)
     assert analytic.expert_parameters(model) == pi05.count_parameters(nnx.state(pi05.abstract_model(model).expert))
 
 
@@ -183,7 +183,7 @@ def test_bytes_are_those_of_real_arrays(rng, name):
     assert programs.bytes_per_device(abstract) == held(state)
     assert [x.sharding for x in jax.tree.leaves(abstract)] == [x.sharding for x in jax.tree.leaves(state)]
     cache = encode(model).out_info
-    assert analytic.cache_bytes(model) == sum(x.dtype.itemsize * x.size for x in jax.tree.leaves(cache))
+    assert pi05.cache_bytes(model) == sum(x.dtype.itemsize * x.size for x in jax.tree.leaves(cache))
 
 
 def test_frozen_parameters_are_kept_in_bfloat16():
@@ -236,7 +236,7 @@ def test_the_most_looks_are_those_of_the_dearest_iteration(branching, schedule, 
     model = tiny_policy.CONFIG
     env = dataclasses.replace(SMALL.env, horizon=46)
     made = plan.make_plan(dataclasses.replace(config, env=env, init="there"), model, H200, 1e9, 1)
-    assert made.host_cache_bytes == most * analytic.cache_bytes(model)
+    assert made.host_cache_bytes == most * pi05.cache_bytes(model)
 
 
 def test_the_sampler_casts_its_weights_once():
@@ -267,11 +267,11 @@ def test_a_plan_adds_up(small_plan):
     assert update.gradients == 4 * expert and 8 * expert < update.optimizer < 8 * expert + 64
     # Two micro-batches: a sum of gradients, and those of the one at work.
     assert update.temporary_estimate > 2 * update.gradients
-    assert rows["encode"].outputs == 8 * analytic.cache_bytes(tiny_policy.CONFIG)
+    assert rows["encode"].outputs == 8 * pi05.cache_bytes(tiny_policy.CONFIG)
     assert rows["denoise"].flops_traced == pytest.approx(
         8 * SMALL.flow.steps * analytic.velocity_flops(tiny_policy.CONFIG)
     )
-    assert small_plan.host_cache_bytes % analytic.cache_bytes(tiny_policy.CONFIG) == 0 < small_plan.host_cache_bytes
+    assert small_plan.host_cache_bytes % pi05.cache_bytes(tiny_policy.CONFIG) == 0 < small_plan.host_cache_bytes
     assert small_plan.peak == max(r.total for r in small_plan.rows)
 
 

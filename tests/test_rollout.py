@@ -12,8 +12,8 @@ from flax import nnx
 from envs.base import Episode, episodes
 from z1_jax.models import pi05
 from z1_jax.rl import flow, rollout
-from z1_jax.rl.diagnostics import BrokenIteration
 from z1_jax.rl.prefix_cache import PrefixStore
+from z1_jax.rl.rollout import BrokenIteration
 from z1_jax.rl.tree import branch_plan
 
 PLANS = {

@@ -18,11 +18,13 @@ from z1_jax.config import schema as z1_config
 from z1_jax.config.schema import Config, ConfigError, LoraConfig, ModelConfig, OptimConfig, SftConfig
 from z1_jax.convert import openpi_names
 from z1_jax.models import pi05
+from z1_jax.models.choices import trains_vlm
 from z1_jax.models.params import initialise
 from z1_jax.models.presets import get_preset
 from z1_jax.models.siglip import Siglip, SiglipConfig
 from z1_jax.optim import init_optimizer, make_optimizer
 from z1_jax.policy import Policy, load_policy, named
+from z1_jax.rl import loss
 from z1_jax.rl.update import NodeBatch, Updater
 from z1_jax.sft import SftTrainer
 from z1_jax.types import PrefixCache
@@ -97,6 +99,7 @@ def test_what_each_scope_trains(scope, trained):
     _, trainable, frozen = policy().split(scope)
     assert count(trainable) == trained and count(frozen) == sum(ALL.values()) - trained
     assert not set(named(trainable)) & set(named(frozen))
+    assert trains_vlm(scope, 0) == (not pi05.vlm_is_frozen(trainable))
     if scope == "joint":
         assert "language.embedding" in named(frozen)
         assert {path[0] for path, _ in nnx.to_flat_state(trainable)} == {"vision", "language", "expert"}
@@ -126,14 +129,23 @@ def test_frozen_parameters_enter_the_rl_update_in_bfloat16():
     graphdef, trainable, frozen = policy("bfloat16").split("expert")
     optimizer = make_optimizer(OptimConfig(), 1e-3)
     config = Config()
-    updater = Updater(graphdef, optimizer, config.flow, config.update, np.ones((8, 16), bool), tiny.one_device())
+    updater = Updater(
+        graphdef,
+        optimizer,
+        loss.grpo(0.2, 0.2, 0.0),
+        config.flow,
+        config.update,
+        np.ones((8, 16), bool),
+        tiny.one_device(),
+    )
     cache = PrefixCache(*[jnp.zeros((2, 128, 52, 1, 16), jnp.bfloat16)] * 2, jnp.ones((128, 52), bool))
     nodes = NodeBatch(
         seen=cache,
         node=jnp.zeros(128, int),
         x=jnp.zeros((128, 5, 8, 16)),
         stochastic=jnp.ones((128, 4), bool),
-        **{name: jnp.zeros(128) for name in ("logp_old", "positive", "negative", "members")},
+        **{name: jnp.zeros(128) for name in ("logp_old", "members")},
+        inputs={name: jnp.zeros(128) for name in ("positive", "negative")},
         valid=jnp.ones(128, bool),
     )
     state = init_optimizer(optimizer, trainable, tiny.one_device())

@@ -16,7 +16,7 @@ from z1_jax.config import checks
 from z1_jax.config.schema import Config, flat
 from z1_jax.optim import schedule
 from z1_jax.policy import named
-from z1_jax.rl import diagnostics, selective
+from z1_jax.rl import diagnostics, loss, selective
 from z1_jax.rl.actor import Actor
 from z1_jax.rl.parts import PartOptimizer
 from z1_jax.rl.trainer import GrpoTrainer
@@ -96,14 +96,15 @@ def optimised(config: Config):
 def lost(config: Config):
     """The loss of a batch whose ratios lie on both sides of every bound, and of a reference apart from the policy."""
     made, out = trainer(config), rollouts()
-    updater = Updater(made.graphdef, None, config.flow, config.update, made.actor.counted, tiny.one_device())
+    update = config.update
+    node_loss = loss.grpo(update.clip_low, update.clip_high, update.ratio_max)
+    updater = Updater(made.graphdef, None, node_loss, config.flow, update, made.actor.counted, tiny.one_device())
     rng = np.random.default_rng(0)
     n = len(out.nodes.size)
     nodes = dataclasses.replace(out.nodes, logp=(out.nodes.logp - rng.uniform(-1, 1.5, n)).astype("f"))
     signs = rng.normal(size=n).astype("f")
-    batches = mini_batches(
-        nodes, np.maximum(signs, 0), np.minimum(signs, 0), np.ones(n, bool), out.caches, n, np.random.default_rng(1)
-    )
+    inputs = {"positive": np.maximum(signs, 0), "negative": np.minimum(signs, 0)}
+    batches = mini_batches(nodes, inputs, np.ones(n, bool), out.caches, n, np.random.default_rng(1))
     ((batch, normaliser),) = batches
     reference = jax.tree.map(lambda x: 1.1 * x, made.trainable)
     value = jax.jit(lambda *a: updater._loss(made.graphdef, *a)[0])(

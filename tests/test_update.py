@@ -14,7 +14,7 @@ from flax import nnx
 from z1_jax import sharding
 from z1_jax.config.schema import OptimConfig, UpdateConfig
 from z1_jax.optim import make_optimizer, schedule
-from z1_jax.rl import flow
+from z1_jax.rl import flow, loss
 from z1_jax.rl.actor import counted_coordinates
 from z1_jax.rl.prefix_cache import PrefixStore
 from z1_jax.rl.rollout import NodeTable
@@ -29,6 +29,7 @@ COUNTED = counted_coordinates(8, 8, tiny.processor().counted_dims, "executed")
 FLOW = dataclasses.replace(
     tiny.EVERY_STEP, logprob_reduce="mean"
 )  # near 1, so that rounding leaves six digits of every ratio
+GRPO = loss.grpo(LOW, HIGH, 0.0)
 STEP = optax.sgd(1.0)  # the parameters move by the gradient itself
 
 
@@ -106,12 +107,11 @@ def naive(scope: str):
     return jax.jit(jax.value_and_grad(loss))(trainable)
 
 
-def batch_of(observations_or_store) -> tuple[NodeBatch, float]:
+def batch_of(observations_or_store, inputs=None) -> tuple[NodeBatch, float]:
     table, _, advantages = case()
     positive, negative = signed_advantage_sums(advantages, table.group, table.leader, table.size)
-    batches = list(
-        mini_batches(table, positive, negative, table.trainable, observations_or_store, BATCH, np.random.default_rng(1))
-    )
+    inputs = {"positive": positive, "negative": negative} if inputs is None else inputs
+    batches = list(mini_batches(table, inputs, table.trainable, observations_or_store, BATCH, np.random.default_rng(1)))
     assert len(batches) == 1
     return batches[0]
 
@@ -125,18 +125,29 @@ def store() -> PrefixStore:
     return PrefixStore([actor.encode(params, part) for part in parts])
 
 
-def run(scope="expert", observations=None, micro=BATCH, mesh=None, optimizer=STEP, steps=1, reference=None, **switches):
+def run(
+    scope="expert",
+    observations=None,
+    micro=BATCH,
+    mesh=None,
+    optimizer=STEP,
+    steps=1,
+    reference=None,
+    node_loss=GRPO,
+    inputs=None,
+    **switches,
+):
     """Parameters before and after, and the statistics."""
     mesh = mesh or tiny.one_device()
     graphdef, trainable, frozen = tiny.policy().split(scope)
-    config = UpdateConfig(batch_size=BATCH, micro_batch=micro, clip_low=LOW, clip_high=HIGH, **switches)
+    config = UpdateConfig(batch_size=BATCH, micro_batch=micro, **switches)
     with jax.set_mesh(mesh):
-        updater = Updater(graphdef, optimizer, FLOW, config, COUNTED, mesh)
+        updater = Updater(graphdef, optimizer, node_loss, FLOW, config, COUNTED, mesh)
         before = jax.device_get(trainable)
         trainable = jax.tree.map(lambda x: x.copy(), sharding.shard(trainable, mesh))
         frozen = sharding.shard(frozen, mesh)
         state = jax.jit(optimizer.init)(trainable)
-        batch, normaliser = batch_of(store() if observations is None else observations)
+        batch, normaliser = batch_of(store() if observations is None else observations, inputs)
         for _ in range(steps):
             trainable, state, stats = updater.step(trainable, state, frozen, batch, normaliser, reference=reference)
     assert updater.traces == 1
@@ -291,6 +302,34 @@ def test_caches_of_the_store_are_the_rollouts_own():
     assert store().nbytes > 0 and store().take(np.arange(LOOKS)).k.shape[1] == LOOKS
 
 
+def weighted_likelihood(logp, logp_old, inputs, valid, normaliser):
+    """Another algorithm, whole: regression on what was taken, each node with its weight (as RWR and AWR)."""
+    weight = jnp.where(valid, inputs["weight"], 0.0)
+    stats = {"nodes": jnp.sum(valid), "weight_sum": jnp.sum(weight), "weight_max": jnp.max(weight)}
+    return -jnp.sum(weight * logp) / normaliser, stats
+
+
+@pytest.mark.parametrize("micro", [BATCH, 4])
+def test_another_algorithm_is_another_loss(micro):
+    """Its gradient by autodiff of the likelihood written out; no A⁺, A⁻ or ratio is asked of it."""
+    table, looks, _ = case()
+    weight = np.random.default_rng(SEED).exponential(size=15).astype("f")
+    graphdef, trainable, frozen = tiny.policy().split("expert")
+
+    def by_hand(trainable):
+        logp = scores(graphdef, trainable, frozen, seen(looks, table), table)
+        return -jnp.sum((weight * logp)[:13]) / table.size[:13].sum()
+
+    value, gradient = jax.device_get(jax.jit(jax.value_and_grad(by_hand))(trainable))
+    arguments = {"node_loss": weighted_likelihood, "inputs": {"weight": weight}, "micro": micro}
+    result = run(**arguments)
+    assert result[2]["loss"] == pytest.approx(float(value), rel=1e-5, abs=1e-6)
+    assert distance(moved(result), gradient) < 1e-5 * norm(gradient) + 1e-6 * norm(result[0])
+    assert result[2]["nodes"] == 13
+    assert result[2]["weight_sum"] == pytest.approx(weight[:13].sum(), rel=1e-5)
+    assert result[2]["weight_max"] == weight[:13].max()
+
+
 @pytest.mark.parametrize("usable", [1, 16, 17, 40])
 def test_an_epoch_deals_every_usable_node_once(rng, usable):
     n = 50
@@ -305,14 +344,15 @@ def test_an_epoch_deals_every_usable_node_once(rng, usable):
         stochastic=np.ones((n, 1), bool),
         logp=rng.normal(size=n).astype("f"),
     )
-    positive, negative = rng.random(n).astype("f"), -rng.random(n).astype("f")
+    inputs = {"weight": rng.random(n).astype("f"), "vectors": [rng.normal(size=(n, 3))]}  # whatever an algorithm has
     looks = Observation(*(np.arange(n)[:, None] for _ in range(4)))
     dealt, sizes = [], []
-    for batch, normaliser in mini_batches(table, positive, negative, mask, looks, 16, rng):
+    for batch, normaliser in mini_batches(table, inputs, mask, looks, 16, rng):
         rows = batch.x[:, 0, 0, 0].astype(int)
         assert len(rows) == 16
         np.testing.assert_array_equal(batch.seen.tokens[:, 0], rows)  # everything of a node stays together
-        np.testing.assert_array_equal(batch.positive, positive[rows])
+        np.testing.assert_array_equal(batch.inputs["weight"], inputs["weight"][rows])
+        np.testing.assert_array_equal(batch.inputs["vectors"][0], inputs["vectors"][0][rows])
         np.testing.assert_array_equal(batch.logp_old, table.logp[rows])
         real = rows[batch.valid]
         assert normaliser == table.size[real].sum()  # members, not nodes, and no padding
@@ -325,7 +365,7 @@ def test_an_epoch_deals_every_usable_node_once(rng, usable):
 def test_an_epoch_of_nothing_is_empty(rng):
     table, looks, _ = case()
     none = np.zeros(15, bool)
-    assert list(mini_batches(table, table.logp, table.logp, none, looks, 16, rng)) == []
+    assert list(mini_batches(table, table.logp, none, looks, 16, rng)) == []
 
 
 def test_schedules():

@@ -19,6 +19,7 @@ from z1_jax.data.normalize import NormStats
 from z1_jax.data.tokenizer import PromptTokenizer, train_small_tokenizer
 from z1_jax.errors import UserError
 from z1_jax.policy import fresh_policy, make_processor
+from z1_jax.rl import loss
 from z1_jax.rl.loop import GrpoTrainer
 from z1_jax.rl.prefix_cache import PrefixStore
 from z1_jax.rl.rollout import NodeTable
@@ -125,15 +126,16 @@ def step(mesh, micro: int, batch_size: int = BATCH, order: int = 1) -> np.ndarra
     model, table, store, _, advantages = case()
     graphdef, trainable, frozen = nnx.split(model, lambda path, _: path[0] != "unused", ...)
     positive, negative = signed_advantage_sums(advantages, table.group, table.leader, table.size)
-    config = UpdateConfig(batch_size=batch_size, micro_batch=micro, clip_low=LOW, clip_high=HIGH)
+    config = UpdateConfig(batch_size=batch_size, micro_batch=micro)
     with jax.set_mesh(mesh):
         optimizer = optax.sgd(1.0)
-        updater = Updater(graphdef, optimizer, FLOW, config, COUNTED, mesh)
+        updater = Updater(graphdef, optimizer, loss.grpo(LOW, HIGH, 0.0), FLOW, config, COUNTED, mesh)
         before = [np.asarray(trainable[name].get_value()) for name in ("w", "b")]
         trainable, frozen = jax.device_put((trainable, frozen), sharding.replicated(mesh))
         trainable = jax.tree.map(lambda x: x.copy(), trainable)
         rng = np.random.default_rng(order)
-        ((batch, normaliser),) = mini_batches(table, positive, negative, table.trainable, store, batch_size, rng)
+        inputs = {"positive": positive, "negative": negative}
+        ((batch, normaliser),) = mini_batches(table, inputs, table.trainable, store, batch_size, rng)
         trainable, _, _ = updater.step(trainable, optimizer.init(trainable), frozen, batch, normaliser)
         after = [np.asarray(trainable[name].get_value()) for name in ("w", "b")]
     return np.concatenate([(a.astype(float) - b).ravel() for a, b in zip(before, after, strict=True)])

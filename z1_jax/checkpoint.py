@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from z1_jax.config.schema import ConfigError
-from z1_jax.files import require_plain
+from z1_jax.files import require_plain, write_whole
 from z1_jax.interrupt import held
 
 Tree = Any
@@ -53,9 +53,8 @@ def _file_entry(path: pathlib.Path) -> list[int]:
 
 def _write_file_list(folder: pathlib.Path) -> None:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != _FILES]
-    aside = folder / f"{_FILES}.tmp"
-    aside.write_text(json.dumps({path.relative_to(folder).as_posix(): _file_entry(path) for path in files}))
-    aside.replace(folder / _FILES)
+    entries = {path.relative_to(folder).as_posix(): _file_entry(path) for path in files}
+    write_whole(folder / _FILES, json.dumps(entries))
 
 
 def _check_files(folder: pathlib.Path) -> None:

@@ -1,4 +1,4 @@
-"""Paths as users write them, folders that are made aside, and locks: one process at a time, freed however it ends."""
+"""Paths as users write them, files and folders that are made aside, and locks, freed however a process ends."""
 
 from __future__ import annotations
 
@@ -34,6 +34,18 @@ def require_plain(path: pathlib.Path) -> None:
     """
     if any(character in "[]" for character in str(path)):
         raise UserError(f"{path} has [ or ] in a name, where no checkpoint can be kept; choose another place")
+
+
+def write_whole(path: pathlib.Path, content: str | bytes) -> None:
+    """Writes a file under another name and then gives it its own: a kill leaves the old file or the new one."""
+    aside = partial_path(path)
+    aside.write_bytes(content.encode() if isinstance(content, str) else content)
+    aside.replace(path)
+
+
+def partial_path(path: pathlib.Path) -> pathlib.Path:
+    """Where `write_whole` writes before the file is whole."""
+    return path.with_name(path.name + ".tmp")
 
 
 def clear(folder: pathlib.Path, ours: Set[str]) -> None:

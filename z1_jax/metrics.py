@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from z1_jax.errors import UserError
+from z1_jax.files import write_whole
 from z1_jax.wandb_run import WandbRun
 
 METRICS = "metrics.jsonl"
@@ -303,9 +304,7 @@ def _drop(path: Path, stage: str, step: int) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     again = [r.get("stage") == stage and r.get("step", -1) >= step for r in read_records(path)]
     if any(again):
-        aside = path.with_name(path.name + ".tmp")
-        aside.write_bytes(b"".join(line for line, dropped in zip(lines, again, strict=True) if not dropped))
-        aside.replace(path)
+        write_whole(path, b"".join(line for line, dropped in zip(lines, again, strict=True) if not dropped))
 
 
 def _cut(path: Path, size: int) -> None:

@@ -29,7 +29,7 @@ from z1_jax.config.schema import Config, ConfigError, build, fingerprint, length
 from z1_jax.config.schema import identity as config_identity
 from z1_jax.data.dataset import open_dataset
 from z1_jax.errors import UserError
-from z1_jax.files import require_plain
+from z1_jax.files import partial_path, require_plain, write_whole
 from z1_jax.metrics import drop_half_line
 from z1_jax.policy import BEST, TOKENIZER, Policy, find_policy
 from z1_jax.report.write import COMMANDS, REPORT, best_sentence, write_report
@@ -68,15 +68,13 @@ def claim_directory(config: Config) -> pathlib.Path:
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
             raise ConfigError(f"{directory} belongs to another config ({shown}{more}); choose another --config.run_dir")
         return directory
-    aside = path.with_suffix(".tmp")
-    if os.path.isdir(directory) and any(entry != aside for entry in directory.iterdir()):
+    if os.path.isdir(directory) and any(entry != partial_path(path) for entry in directory.iterdir()):
         raise ConfigError(
             f"{directory} is not empty and holds no run (no config.json); choose another --config.run_dir"
         )
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(dataclasses.asdict(config), indent=1))
-        aside.rename(path)
+        write_json(path, dataclasses.asdict(config))
     except OSError as error:
         raise ConfigError(
             f"config key run_dir: {directory} cannot be written ({error.strerror}); choose another --config.run_dir"
@@ -340,9 +338,7 @@ def protocol(config: Config, policy: Policy) -> dict[str, Any]:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes a JSON file whole: a kill leaves the old one or the new one."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=1))
-    aside.replace(path)
+    write_whole(path, json.dumps(value, indent=1))
 
 
 def _revision() -> str:

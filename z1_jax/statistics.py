@@ -1,15 +1,11 @@
-"""Intervals and paired tests for success rates.
-
-NumPy and the standard library only; every draw from an explicit seed.
-"""
+"""Intervals and paired tests for success rates; every draw from an explicit seed."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from statistics import NormalDist
 
 import numpy as np
+from scipy import stats
 
 Interval = tuple[float, float]  # lower and upper end
 
@@ -25,12 +21,9 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
             f"got {successes} successes of {n} episodes: expected 0 <= successes <= episodes, at least one"
         )
     _check_confidence(confidence)
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    rate = successes / n
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    low = 0.0 if successes == 0 else max(0.0, centre - half)  # exactly, where rounding would leave 1e-17
-    high = 1.0 if successes == n else min(1.0, centre + half)
+    interval = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    low = 0.0 if successes == 0 else max(0.0, float(interval.low))  # exactly, where rounding would leave 1e-17
+    high = 1.0 if successes == n else min(1.0, float(interval.high))
     return low, high
 
 
@@ -51,9 +44,7 @@ def mcnemar_exact(before: np.ndarray, after: np.ndarray) -> float:
     if not (np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all()):
         raise ValueError("McNemar's test compares successes: expected booleans, or 0 and 1")
     gained, lost = int(np.sum(after > before)), int(np.sum(after < before))
-    n = gained + lost
-    tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1))  # integers: no rounding however large n is
-    return min(1.0, 2 * tail / 2**n)
+    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def paired_difference_interval(

@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from z1_jax.errors import UserError
+from z1_jax.files import write_whole
 
 STATE = "wandb.json"
 
@@ -82,9 +83,7 @@ class WandbRun:
         self._keep()
 
     def _keep(self) -> None:
-        aside = self._path.with_name(STATE + ".tmp")
-        aside.write_text(json.dumps({"id": self._id, "sent": self._sent, "logged": self._logged}))
-        aside.replace(self._path)
+        write_whole(self._path, json.dumps({"id": self._id, "sent": self._sent, "logged": self._logged}))
 
 
 def _as_gif(path: Path) -> io.BytesIO:

@@ -287,8 +287,8 @@ def _check_switches(config: Config) -> None:
             f"train.iterations = {config.train.iterations}, so that something is left to train after the decision; "
             "or train.scope=expert"
         )
-    trains_vlm = scope in ("joint", "everything", "auto") or (scope == "lora" and config.lora.vlm_rank > 0)
-    if update.prefix_cache in ("device", "host") and trains_vlm:
+    may_train_vlm = scope == "auto" or choices.trains_vlm(scope, config.lora.vlm_rank)
+    if update.prefix_cache in ("device", "host") and may_train_vlm:
         raise stale_cache(update.prefix_cache, scope)
     if scope == "auto" and config.selective.then == "lora" and config.lora.expert_rank:
         raise ConfigError(

@@ -4,3 +4,8 @@ DTYPES = ("float32", "bfloat16")  # of the computation
 REMAT = ("none", "dots", "full")  # see layers.REMAT_POLICIES
 ATTENTION = ("einsum", "xla", "cudnn")
 SCOPES = ("expert", "joint", "lora", "everything")  # what is trained
+
+
+def trains_vlm(scope: str, vlm_rank: int) -> bool:
+    """Whether a scope moves what the prefix caches are computed with; `vlm_rank`: of scope lora's adapters there."""
+    return scope in ("joint", "everything") or (scope == "lora" and vlm_rank > 0)

@@ -67,6 +67,23 @@ class Pi05Config:
         return self.cameras * self.vision.tokens + self.prompt_length
 
 
+def itemsize(dtype: str) -> int:
+    """Bytes of one number."""
+    return jnp.dtype(dtype).itemsize
+
+
+def cache_bytes(config: Pi05Config, cameras: int | None = None, prompt_length: int | None = None) -> int:
+    """Bytes of the prefix cache of one observation: keys, values and the mask.
+
+    Args:
+        cameras, prompt_length: of the observation; default: all slots that the model has.
+    """
+    cameras = config.cameras if cameras is None else cameras
+    tokens = cameras * config.vision.tokens + (config.prompt_length if prompt_length is None else prompt_length)
+    language = config.language
+    return tokens * (2 * language.depth * language.kv_heads * language.head_dim * itemsize(config.dtype) + 1)
+
+
 class Pi05(nnx.Module):
     """The policy network: `encode_prefix` once per observation, then `velocity` for any number of chunks and times."""
 

@@ -21,8 +21,9 @@ from z1_jax.config.command_line import Parser, parse_command_line
 from z1_jax.config.schema import Config, ConfigError
 from z1_jax.errors import UserError
 from z1_jax.initial_policy import check_executed, configured_model, with_own_steps
-from z1_jax.models.pi05 import Pi05Config
-from z1_jax.plan import accelerators, analytic, jaxpr, programs
+from z1_jax.models.choices import trains_vlm
+from z1_jax.models.pi05 import Pi05Config, cache_bytes
+from z1_jax.plan import accelerators, jaxpr, programs
 from z1_jax.plan.accelerators import Accelerator
 from z1_jax.plan.programs import Program
 from z1_jax.plan.xla import Compiled, compile_only_mesh, compile_program, prepare_cuda
@@ -205,7 +206,7 @@ def make_plan(
     caches = 0
     if keeps_caches(config):
         looks = most_looks(config, episode_steps(config), config.env.executed or model.horizon)
-        caches = looks * analytic.cache_bytes(model)
+        caches = looks * cache_bytes(model)
     if caches and config.update.prefix_cache == "device":
         share = caches // (mesh.shape["data"] * mesh.shape["fsdp"])
         rows = [row if row.name == "sft_step" else dataclasses.replace(row, inputs=row.inputs + share) for row in rows]
@@ -215,7 +216,7 @@ def make_plan(
         memory=memory,
         devices=devices,
         rows=rows,
-        cache_bytes=analytic.cache_bytes(model),
+        cache_bytes=cache_bytes(model),
         host_cache_bytes=caches,
         changes=[],
     )
@@ -224,7 +225,7 @@ def make_plan(
 
 def keeps_caches(config: Config) -> bool:
     """Whether an iteration keeps the prefix caches of its observations: only while the VLM is frozen."""
-    frozen = config.train.scope in ("expert", "auto") or (config.train.scope == "lora" and not config.lora.vlm_rank)
+    frozen = not trains_vlm(config.train.scope, config.lora.vlm_rank)  # auto begins with the expert
     return config.algorithm == "grpo" and frozen and config.update.prefix_cache != "recompute"
 
 

@@ -7,18 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
-
 from z1_jax.models.gemma import GemmaConfig
-from z1_jax.models.pi05 import Pi05Config
+from z1_jax.models.pi05 import Pi05Config, itemsize
 from z1_jax.models.siglip import SiglipConfig
 
 _OPTIMIZER_NUMBERS = 7  # AdamW reads parameter, gradient and both moments, and writes all but the gradient: float32
-
-
-def itemsize(dtype: str) -> int:
-    """Bytes of one number."""
-    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
 
 
 def vision_flops(config: SiglipConfig, out_width: int) -> int:
@@ -109,11 +102,3 @@ def expert_parameters(config: Pi05Config) -> int:
     layer = attention + 3 * width * expert.mlp + 2 * modulation
     projections = config.action_dim * width + width + width * config.action_dim + config.action_dim
     return expert.depth * layer + modulation + projections + 2 * (width**2 + width)
-
-
-def cache_bytes(config: Pi05Config, cameras: int | None = None, prompt_length: int | None = None) -> int:
-    """Bytes of the prefix cache of one observation: keys, values and the mask."""
-    cameras = config.cameras if cameras is None else cameras
-    tokens = cameras * config.vision.tokens + (config.prompt_length if prompt_length is None else prompt_length)
-    language = config.language
-    return tokens * (2 * language.depth * language.kv_heads * language.head_dim * itemsize(config.dtype) + 1)

@@ -18,6 +18,7 @@ from z1_jax.evaluation import make_actor
 from z1_jax.models.pi05 import Pi05Config, count_parameters, vlm_is_frozen
 from z1_jax.plan import analytic, jaxpr
 from z1_jax.policy import Policy, abstract_params
+from z1_jax.rl import loss
 from z1_jax.rl.flow import most_stochastic
 from z1_jax.rl.parts import PartOptimizer
 from z1_jax.rl.update import NodeBatch, Updater
@@ -102,7 +103,8 @@ def _rl(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> list[Program
     optimizer = PartOptimizer(update.optim, update.vlm_lr_factor)
     opt_state = optimizer.init_on(mesh, trainable)
     actor = make_actor(policy, graphdef, flow, mesh, config.env.parallel)
-    updater = Updater(graphdef, optimizer, flow, update, actor.counted, mesh)
+    node_loss = loss.grpo(update.clip_low, update.clip_high, update.ratio_max)
+    updater = Updater(graphdef, optimizer, node_loss, flow, update, actor.counted, mesh)
     frozen_vlm = vlm_is_frozen(trainable)
     cached = frozen_vlm and update.prefix_cache != "recompute"
     nodes = abstract_nodes(model, update.batch_size, flow.steps, mesh, cached=cached)
@@ -172,8 +174,7 @@ def abstract_nodes(model: Pi05Config, batch: int, steps: int, mesh: jax.sharding
         stochastic=_rows(mesh, (batch, steps), jnp.bool_),
         node=_rows(mesh, (batch,), jnp.int32),
         logp_old=number,
-        positive=number,
-        negative=number,
+        inputs={"positive": number, "negative": number},
         members=number,
         valid=_rows(mesh, (batch,), jnp.bool_),
     )

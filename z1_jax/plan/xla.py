@@ -14,16 +14,18 @@ import numpy as np
 from jax.experimental import topologies
 
 from z1_jax.errors import UserError
+from z1_jax.plan.accelerators import ACCELERATORS
 from z1_jax.plan.programs import Program
 from z1_jax.sharding import MESH_AXES
 
 # What XLA's compiler asks about a card: compute capability, multiprocessors, L2 cache in MB, clock in GHz, shared
 # memory of a block that opts in, in KB (CUDA programming guide, table of compute capabilities; NVIDIA's datasheets).
+# Its memory and bandwidth are those of `ACCELERATORS`.
 _CARDS = {
-    "H200": ((9, 0), 132, 50, 1.98, 227, 141, 4800),
-    "H100": ((9, 0), 132, 50, 1.98, 227, 80, 3350),
-    "A100": ((8, 0), 108, 40, 1.41, 163, 80, 2039),
-    "RTX4090": ((8, 9), 128, 72, 2.52, 99, 24, 1008),
+    "H200": ((9, 0), 132, 50, 1.98, 227),
+    "H100": ((9, 0), 132, 50, 1.98, 227),
+    "A100": ((8, 0), 108, 40, 1.41, 163),
+    "RTX4090": ((8, 9), 128, 72, 2.52, 99),
 }
 # Timing candidates needs the card, and compiling as many takes long.
 _FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
@@ -93,7 +95,8 @@ def compile_only_mesh(mesh: jax.sharding.Mesh, card: str) -> jax.sharding.Mesh:
 
 def _target(card: str) -> str:
     """XLA's description of a card, as it would be read from one."""
-    (major, minor), processors, cache, clock, shared, memory, bandwidth = _CARDS[card]
+    (major, minor), processors, cache, clock, shared = _CARDS[card]
+    accelerator = ACCELERATORS[card]
     units = 64 if (major, minor) == (8, 0) else 128
     threads = 1536 if (major, minor) == (8, 9) else 2048
     return f"""
@@ -102,8 +105,9 @@ def _target(card: str) -> str:
       shared_memory_per_block: 49152 shared_memory_per_block_optin: {shared * 1024}
       shared_memory_per_core: {(shared + 1) * 1024} core_count: {processors} fpus_per_core: {units}
       block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-      memory_bandwidth: {bandwidth * 10**9} l2_cache_size: {cache * 2**20} clock_rate_ghz: {clock}
-      device_memory_size: {memory * 10**9} registers_per_core_limit: 65536 registers_per_block_limit: 65536
+      memory_bandwidth: {round(accelerator.bandwidth * 1e9)} l2_cache_size: {cache * 2**20} clock_rate_ghz: {clock}
+      device_memory_size: {round(accelerator.memory * 1e9)}
+      registers_per_core_limit: 65536 registers_per_block_limit: 65536
       cuda_compute_capability {{ major: {major} minor: {minor} }}
     }}
     platform_name: "CUDA"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from z1_jax.files import write_whole
 from z1_jax.metrics import METRICS, read_records
 from z1_jax.report import charts, html
 from z1_jax.statistics import wilson_interval
@@ -107,9 +108,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         _notes(notes),
     ]
     path = run_dir / REPORT
-    partial = path.with_suffix(".html.partial")
-    partial.write_text(html.page(str(summary.get("task", run_dir.name)), "\n".join(body)), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, html.page(str(summary.get("task", run_dir.name)), "\n".join(body)))
     return path
 
 

@@ -4,23 +4,11 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from z1_jax.errors import UserError
 from z1_jax.rl import flow
-
-if TYPE_CHECKING:
-    from z1_jax.rl.rollout import Rollouts
-
-
-class BrokenIteration(UserError):
-    """Numbers that cannot be trained on. `evidence` holds the arrays that show it."""
-
-    def __init__(self, message: str, evidence: Mapping[str, np.ndarray] | None = None):
-        super().__init__(message)
-        self.evidence = dict(evidence or {})
+from z1_jax.rl.rollout import BrokenIteration, Rollouts
 
 
 class RatioError(BrokenIteration):

@@ -79,7 +79,7 @@ def train_grpo(
                 rollouts = trainer.collect(pool, iteration)
                 collected = time.perf_counter()
                 stats = trainer.update(rollouts, iteration)
-            except diagnostics.BrokenIteration as error:
+            except rollout.BrokenIteration as error:
                 path = diagnostics.save_broken(writer.run_dir, iteration, error.evidence)
                 checkpoints.close()
                 raise type(error)(f"iteration {iteration}: {error} (kept in {path})", error.evidence) from None

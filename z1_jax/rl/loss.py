@@ -1,9 +1,32 @@
-"""The clipped GRPO objective over deduplicated nodes. Pure functions."""
+"""What an update minimises: a loss over deduplicated nodes, here that of clipped GRPO. Pure functions."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+# An algorithm's loss: (logp, logp_old, inputs, valid, normaliser) → (loss, statistics of the batch).
+#   logp, logp_old: float32 [N], of each node's chunk, now and under the policy that acted.
+#   inputs: what the algorithm knows of each node, a tree of arrays [N, …].
+#   valid, normaliser: as for `grpo_loss`. The loss is a sum over nodes, so that micro-batches add up to their batch.
+# Statistics are sums over nodes, but those whose names end as in MAXIMA.
+NodeLoss = Callable[[Array, Array, Any, Array, Array], tuple[Array, dict[str, Array]]]
+MAXIMA = ("_max", "_error")
+
+
+def grpo(clip_low: float, clip_high: float, ratio_max: float) -> NodeLoss:
+    """`grpo_loss` for the update, with inputs {"positive": A⁺, "negative": A⁻}."""
+
+    def node_loss(
+        logp: Array, logp_old: Array, inputs: dict[str, Array], valid: Array, normaliser: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        signed = inputs["positive"], inputs["negative"]
+        return grpo_loss(logp, logp_old, *signed, valid, normaliser, clip_low, clip_high, ratio_max)
+
+    return node_loss
 
 
 def node_objective(

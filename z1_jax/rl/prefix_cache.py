@@ -7,8 +7,6 @@ alone. They are of one iteration's observations: a new iteration, and a resumed 
 from __future__ import annotations
 
 import functools
-import os
-import pathlib
 from collections.abc import Iterable
 
 import jax
@@ -18,7 +16,6 @@ from jax.sharding import Mesh
 
 from z1_jax import distributed
 from z1_jax.config.checks import stale_cache
-from z1_jax.models.pi05 import Pi05Config
 from z1_jax.types import PrefixCache
 
 _DEVICE_SHARE, _HOST_SHARE = 0.4, 0.5  # of the memory that is free: activations and frames need the rest
@@ -151,13 +148,6 @@ def _page_locked(mesh: Mesh) -> bool:
     return device.platform != "cpu" and any(m.kind == "pinned_host" for m in device.addressable_memories())
 
 
-def cache_bytes(config: Pi05Config, looks: int) -> int:
-    """Bytes of the prefix caches of `looks` observations."""
-    language = config.language
-    numbers = 2 * language.depth * config.prefix_length * language.kv_heads * language.head_dim
-    return looks * (numbers * jnp.dtype(config.dtype).itemsize + config.prefix_length)
-
-
 def choose_placement(asked: str, trains_vlm: bool, scope: str, planned: int, device: int | None, host: int) -> str:
     """One of `checks.PLACEMENTS` for `planned` bytes of prefix caches.
 
@@ -187,11 +177,3 @@ def free_device_bytes(mesh: Mesh) -> int | None:
     if not all(s and "bytes_limit" in s for s in stats):
         return None
     return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats) * mesh.shape["data"] * mesh.shape["fsdp"]
-
-
-def free_host_bytes() -> int:
-    """Host memory that can be had without swapping."""
-    for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # a kernel that does not say

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,11 +16,19 @@ import numpy as np
 from envs.base import Episode
 from envs.pool import EnvPool
 from z1_jax.data.transforms import InputProcessor
+from z1_jax.errors import UserError
 from z1_jax.rl.actor import Actor, stack_ids
-from z1_jax.rl.diagnostics import BrokenIteration
 from z1_jax.rl.prefix_cache import AnyStore
 from z1_jax.rl.tree import BranchPlan
 from z1_jax.types import Observation
+
+
+class BrokenIteration(UserError):
+    """Numbers that cannot be trained on. `evidence` holds the arrays that show it."""
+
+    def __init__(self, message: str, evidence: Mapping[str, np.ndarray] | None = None):
+        super().__init__(message)
+        self.evidence = dict(evidence or {})
 
 
 @dataclasses.dataclass(frozen=True)

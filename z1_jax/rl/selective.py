@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,23 +48,7 @@ def trend(success: Sequence[float]) -> Trend:
     error = math.sqrt(float(residual @ residual) / freedom / float(x @ x))
     if error < 1e-12:  # a perfect line; rounding must not make a significant slope of a constant
         return Trend(slope, 0.0, 0.0 if slope > 1e-12 else 1.0)
-    return Trend(slope, error, student_t_upper(slope / error, freedom))
-
-
-def student_t_upper(t: float, freedom: int) -> float:
-    """P(T > t) of Student's t with a whole number of degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
-    angle = math.atan2(abs(t), math.sqrt(freedom))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    term = total = cosine if freedom % 2 else 1.0
-    for k in range(freedom % 2 + 2, freedom - 1, 2):
-        term *= cosine**2 * (k - 1) / k
-        total += term
-    if freedom % 2:
-        inside = (angle + (sine * total if freedom > 1 else 0.0)) * 2 / math.pi
-    else:
-        inside = sine * total
-    upper = 0.5 * (1.0 - inside)
-    return upper if t >= 0 else 1.0 - upper
+    return Trend(slope, error, float(stats.t.sf(slope / error, freedom)))
 
 
 def decide(success: Sequence[float], confidence: float, enough: float, then: str) -> Decision:

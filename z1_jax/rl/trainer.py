@@ -15,20 +15,19 @@ from z1_jax.config.checks import check_horizon
 from z1_jax.config.schema import Config, ConfigError, UpdateConfig
 from z1_jax.errors import UserError
 from z1_jax.evaluation import make_actor
-from z1_jax.models.pi05 import vlm_is_frozen
+from z1_jax.host_memory import free_host_bytes
+from z1_jax.models.pi05 import cache_bytes, vlm_is_frozen
 from z1_jax.optim import schedule
 from z1_jax.policy import Policy, named, unnamed
-from z1_jax.rl import advantage, diagnostics, rollout, selective, tree
+from z1_jax.rl import advantage, diagnostics, loss, rollout, selective, tree
 from z1_jax.rl.actor import Actor
 from z1_jax.rl.parts import EXPERT, PartOptimizer
 from z1_jax.rl.prefix_cache import (
     AnyStore,
     DevicePrefixStore,
     PrefixStore,
-    cache_bytes,
     choose_placement,
     free_device_bytes,
-    free_host_bytes,
 )
 from z1_jax.rl.schedules import scheduled
 from z1_jax.rl.update import Launched, NodeBatch, Updater, fetch, mini_batches
@@ -47,6 +46,11 @@ class Credit:
     positive: np.ndarray  # float32 [N], A⁺
     negative: np.ndarray  # float32 [N], A⁻
     usable: np.ndarray  # bool [N], trainable nodes of kept groups
+
+    @property
+    def inputs(self) -> dict[str, np.ndarray]:
+        """Of `loss.grpo`."""
+        return {"positive": self.positive, "negative": self.negative}
 
 
 class GrpoTrainer:
@@ -102,8 +106,10 @@ class GrpoTrainer:
                 f"train.scope={scope}: it trains nothing of the VLM; leave it at {default}"
             )
         self.actor: Actor = make_actor(policy, self.graphdef, config.flow, self._mesh, self._slots)
+        update = config.update
+        node_loss = loss.grpo(update.clip_low, update.clip_high, update.ratio_max)
         self._updater = Updater(
-            self.graphdef, self._optimizer, config.flow, config.update, self.actor.counted, self._mesh
+            self.graphdef, self._optimizer, node_loss, config.flow, update, self.actor.counted, self._mesh
         )
         self._store: AnyStore | None = None
         self.placement = ""  # of the prefix caches; chosen when the length of an episode is known
@@ -166,7 +172,7 @@ class GrpoTrainer:
         """Chooses where the prefix caches of an iteration are kept, by the most that there can be."""
         config, shapes = self.config, self._policy.config
         looks = most_looks(config, control_steps, self._policy.executed)
-        planned = cache_bytes(shapes, looks)
+        planned = looks * cache_bytes(shapes)
         self.placement = choose_placement(
             config.update.prefix_cache,
             not vlm_is_frozen(self.trainable),
@@ -232,9 +238,7 @@ class GrpoTrainer:
             raise ValueError("the prefix caches are those of other rollouts")  # a bug: never train on them
         config = self.config.update
         for _ in range(config.epochs):
-            yield from mini_batches(
-                rollouts.nodes, credit.positive, credit.negative, credit.usable, seen, config.batch_size, rng
-            )
+            yield from mini_batches(rollouts.nodes, credit.inputs, credit.usable, seen, config.batch_size, rng)
 
     def _optimise(
         self,

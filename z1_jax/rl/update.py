@@ -1,4 +1,4 @@
-"""The policy update: clipped GRPO over deduplicated nodes, in mini-batches of constant size."""
+"""The policy update: an algorithm's loss over deduplicated nodes, in mini-batches of constant size."""
 
 from __future__ import annotations
 
@@ -26,15 +26,17 @@ from z1_jax.types import Observation, PrefixCache
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NodeBatch:
-    """One optimiser step's nodes. `seen` is what the VLM made of their observations, or the observations themselves."""
+    """One optimiser step's nodes: what was taken there, and what the algorithm's loss needs of each.
+
+    `seen` is what the VLM made of their observations, or the observations themselves.
+    """
 
     seen: PrefixCache | Observation
     node: Any  # int [B], row of the node table
     x: Any  # float32 [B, K + 1, H, A]
     stochastic: Any  # bool [B, K]
     logp_old: Any  # float32 [B]
-    positive: Any  # float32 [B], A⁺
-    negative: Any  # float32 [B], A⁻
+    inputs: Any  # of the loss: a tree of arrays [B, …]
     members: Any  # float32 [B], how many share the node
     valid: Any  # bool [B], false at padding
 
@@ -57,13 +59,14 @@ class Updater:
         self,
         graphdef: nnx.GraphDef,
         optimizer: Any,
+        node_loss: loss.NodeLoss,
         flow_config: FlowConfig,
         config: UpdateConfig,
         counted: np.ndarray,
         mesh: jax.sharding.Mesh,
     ):
-        """Args: `optimizer`: has optax's `update`; `counted` bool [H, A]."""
-        self._config, self._flow, self._mesh = config, flow_config, mesh
+        """Args: `optimizer`: has optax's `update`; `node_loss`: the algorithm's, pure; `counted` bool [H, A]."""
+        self._node_loss, self._config, self._flow, self._mesh = node_loss, config, flow_config, mesh
         self._counted = jnp.asarray(counted)
         self._optimizer = optimizer
         self.traces = 0
@@ -156,7 +159,7 @@ class Updater:
         else:
             grads, (stacked, logp) = jax.lax.scan(_unless_padding(accumulate), zeros, _split_rows(batch, parts))
             stats = {
-                name: jnp.max(value) if name in ("ratio_max", "ratio_error") else jnp.sum(value)
+                name: jnp.max(value) if name.endswith(loss.MAXIMA) else jnp.sum(value)
                 for name, value in stacked.items()
             }
         updates, opt_state = self._optimizer.update(grads, opt_state, trainable)
@@ -189,17 +192,7 @@ class Updater:
 
         mean, std = transitions(trainable)
         logp = flow.transitions_logp(steps, mean, std, self._counted, reduce)
-        value, stats = loss.grpo_loss(
-            logp,
-            batch.logp_old,
-            batch.positive,
-            batch.negative,
-            batch.valid,
-            normaliser,
-            config.clip_low,
-            config.clip_high,
-            config.ratio_max,
-        )
+        value, stats = self._node_loss(logp, batch.logp_old, batch.inputs, batch.valid, normaliser)
         if config.kl_coef:
             other = jax.lax.stop_gradient(transitions(reference)[0])
             kl = flow.transitions_kl(mean, other, std, steps.stochastic, self._counted, reduce)
@@ -238,8 +231,7 @@ def _split_rows(batch: NodeBatch, parts: int) -> NodeBatch:
 
 def mini_batches(
     nodes: NodeTable,
-    positive: np.ndarray,
-    negative: np.ndarray,
+    inputs: Any,
     usable: np.ndarray,
     seen: AnyStore | Observation,
     batch_size: int,
@@ -248,6 +240,9 @@ def mini_batches(
     """One epoch over the usable nodes in random order: padded batches with their normaliser Σ_i |B_i|.
 
     Nodes are dealt evenly, so that no small remainder takes a step as long as a full batch's.
+
+    Args:
+        inputs: of the algorithm's loss: a tree of arrays [N, …].
     """
     order = rng.permutation(np.flatnonzero(usable))
     if len(order) == 0:
@@ -262,8 +257,7 @@ def mini_batches(
             x=nodes.x[padded],
             stochastic=nodes.stochastic[padded],
             logp_old=nodes.logp[padded],
-            positive=positive[padded],
-            negative=negative[padded],
+            inputs=jax.tree.map(lambda x: x[padded], inputs),  # noqa: B023
             members=nodes.size[padded].astype(np.float32),
             valid=valid,
         )
