@@ -75,7 +75,7 @@ def paired_difference_interval(
 
 def _alike(difference: float, n: int, confidence: float) -> Interval:
     """Tango's score interval where all n pairs of successes differ by the same -1, 0 or 1, in closed form."""
-    share = NormalDist().inv_cdf(0.5 + confidence / 2) ** 2 / n
+    share = float(stats.norm.ppf(0.5 + confidence / 2)) ** 2 / n
     if difference == 0:
         return -share / (1 + share), share / (1 + share)
     end = (1 - share) / (1 + share)

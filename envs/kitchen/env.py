@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import time
 from collections.abc import Mapping, Sequence
 
 import mujoco
 import numpy as np
 
 from envs import stability
-from envs.base import ChunkResult, EnvObservation, EnvSpec, Episode, Snapshot, check_episode, checked_actions
+from envs.base import EnvObservation, EnvSpec, Episode, Snapshot, check_episode
 from envs.kitchen import gl
 from envs.kitchen import render as renderer
 from envs.kitchen.objects import OBJECT_SPLITS
@@ -20,6 +19,7 @@ from envs.kitchen.robot import ACTION_DIM, CONTROL_HZ, STATE_DIM, SUBSTEPS, add_
 from envs.kitchen.scene import LAYOUT_SPLITS, LAYOUTS, STYLE_SPLITS, STYLES, SceneBuilder
 from envs.kitchen.tasks import TASKS, Task
 from envs.kitchen.world import World
+from envs.stepping import SteppedEnv
 
 CAMERAS = ("robot0_agentview_left", "robot0_eye_in_hand", "robot0_agentview_right")
 DEFAULT_CAMERAS = CAMERAS[:2]
@@ -54,7 +54,7 @@ def _draw(rng: np.random.Generator, names: tuple[str, ...]) -> str:
     return names[rng.integers(len(names))]  # draws nothing where there is no choice
 
 
-class KitchenEnv:
+class KitchenEnv(SteppedEnv):
     """One task of the built-in kitchen (see envs.base.Env for the interface)."""
 
     def __init__(
@@ -103,7 +103,7 @@ class KitchenEnv:
         self._worlds: dict[tuple[str, str], World] = {}
         self._rng = np.random.default_rng(0)
         self._light = renderer.Light()
-        self._steps, self._succeeded, self._broken, self._instruction = 0, False, "", ""
+        self._instruction = ""
         self.layout, self.objects = self._layouts[0], self._object_splits[0]
         self.reset(Episode(0))
 
@@ -119,26 +119,6 @@ class KitchenEnv:
         if key not in self._worlds:
             self._worlds[key] = World(copy.copy(_compiled(self._spec.task, *key)), self.task.things_of(self.objects))
         return self._worlds[key]
-
-    @property
-    def steps(self) -> int:
-        """Control steps executed in this episode."""
-        return self._steps
-
-    @property
-    def success(self) -> bool:
-        """Whether the task's check has held at some step of this episode."""
-        return self._succeeded
-
-    @property
-    def broken(self) -> str:
-        """What MuJoCo reported when this episode's simulation broke down; empty where it did not."""
-        return self._broken
-
-    @property
-    def done(self) -> bool:
-        """Whether the episode has ended: in success, at the horizon, or because the simulation broke down."""
-        return self._succeeded or bool(self._broken) or self._steps >= self._spec.horizon
 
     def reset(self, episode: Episode) -> None:
         """Starts the episode of a seed: fixture, object, start and camera poses, colours, light, instruction.
@@ -158,7 +138,7 @@ class KitchenEnv:
         self._instruction = self.task.randomise(world, layout, rng)
         spread = np.array(self.task.start_spread)
         world.controller.start(self.task.home(layout) + rng.uniform(-spread, spread))
-        self._steps, self._succeeded, self._broken = 0, False, ""
+        self._begin_count()
         world.update()
         self.task.update(world)
 
@@ -189,30 +169,16 @@ class KitchenEnv:
             return gl.render(world.model, world.data, index, size, self._light)
         return renderer.render(world.model, world.data, index, size, self._light)
 
-    def step_chunk(self, actions: np.ndarray) -> ChunkResult:
-        """Executes actions [E, 12] in [-1, 1] (clipped), checking success after every control step.
-
-        A control step in which physics breaks down ends the episode as a failure, `unstable`.
-
-        Raises:
-          ValueError: a wrong shape or a value that is not finite.
-        """
-        actions = checked_actions(actions, ACTION_DIM)
-        world, executed, started = self.world, 0, time.perf_counter()
-        for action in actions:
-            if self.done:
-                break
-            world.controller.apply(action)
-            mujoco.mj_step(world.model, world.data, nstep=SUBSTEPS)
-            world.update()
-            self._steps += 1
-            executed += 1
-            self._broken = stability.breakdown(world.model, world.data)
-            if not self._broken:
-                self.task.update(world)
-                self._succeeded = bool(self.task.success(world))
-        spent = time.perf_counter() - started
-        return ChunkResult(executed, self._succeeded, self.done, spent, unstable=bool(self._broken))
+    def _control_step(self, action: np.ndarray) -> tuple[str, bool]:
+        world = self.world
+        world.controller.apply(action)
+        mujoco.mj_step(world.model, world.data, nstep=SUBSTEPS)
+        world.update()
+        broken = stability.breakdown(world.model, world.data)
+        if broken:
+            return broken, False
+        self.task.update(world)
+        return "", bool(self.task.success(world))
 
     def snapshot(self) -> Snapshot:
         """The full state: physics, controller targets, randomised model fields, counters, latches, RNG."""
@@ -227,9 +193,7 @@ class KitchenEnv:
             "memory": dict(world.memory),
             "light": dataclasses.asdict(self._light),
             "instruction": self._instruction,
-            "steps": self._steps,
-            "succeeded": self._succeeded,
-            "broken": self._broken,
+            **self._count(),
             "rng": self._rng.bit_generator.state,
         }
         return Snapshot(self._identity, physics, extra)
@@ -251,8 +215,8 @@ class KitchenEnv:
         world.controller.set_targets(extra["targets"])
         world.memory = dict(extra["memory"])
         self._light = renderer.Light(**extra["light"])
-        self._instruction, self._steps = extra["instruction"], extra["steps"]
-        self._succeeded, self._broken = extra["succeeded"], extra["broken"]
+        self._instruction = extra["instruction"]
+        self._set_count(extra)
         self._rng.bit_generator.state = extra["rng"]
         world.update()
 

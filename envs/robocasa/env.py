@@ -9,20 +9,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from envs import stability
-from envs.base import ChunkResult, EnvObservation, EnvSpec, Episode, Snapshot, check_episode, checked_actions
+from envs.base import EnvObservation, EnvSpec, Episode, Snapshot, check_episode
 from envs.robocasa import compat, standin, state, tables
+from envs.stepping import SteppedEnv
 
 _NO_LIMIT = 10**9  # control steps: the horizon is this adapter's
 
 
-class RoboCasaEnv:
+class RoboCasaEnv(SteppedEnv):
     """One task of RoboCasa, v0.2 or v1.0.1 as installed (see envs.base.Env for the interface)."""
 
     def __init__(
@@ -83,7 +83,7 @@ class RoboCasaEnv:
         self._start: dict[tuple[str, str], Any] = {}  # plain attributes where the episode began
         self._episode: dict[str, Any] = {}  # seed, scene and split: what `restore` builds the same episode from
         self._global_rng: Any = None  # this environment's own state of np.random's global generator
-        self._steps, self._succeeded, self._broken, self._instruction = 0, False, "", ""
+        self._instruction = ""
 
     @property
     def spec(self) -> EnvSpec:
@@ -94,26 +94,6 @@ class RoboCasaEnv:
     def raw(self) -> Any:
         """The robosuite environment, for tests and tools; None before the first episode."""
         return self._raw
-
-    @property
-    def steps(self) -> int:
-        """Control steps executed in this episode."""
-        return self._steps
-
-    @property
-    def success(self) -> bool:
-        """Whether the task's check has held at some step of this episode."""
-        return self._succeeded
-
-    @property
-    def broken(self) -> str:
-        """What MuJoCo reported when this episode's simulation broke down; empty where it did not."""
-        return self._broken
-
-    @property
-    def done(self) -> bool:
-        """Whether the episode has ended: in success, at the horizon, or because the simulation broke down."""
-        return self._succeeded or bool(self._broken) or self._steps >= self._spec.horizon
 
     def episode_of(self, seed: int) -> dict[str, Any]:
         """Seed, scene and object split of a seed's episode.
@@ -163,29 +143,15 @@ class RoboCasaEnv:
         sim._render_context_offscreen.gl_ctx.make_current()  # another environment of this process may have drawn last
         return np.ascontiguousarray(sim.render(camera_name=camera, width=size, height=size)[::-1])
 
-    def step_chunk(self, actions: np.ndarray) -> ChunkResult:
-        """Executes actions [E, 12] in [-1, 1] (clipped), checking success after every control step.
+    def _stepping(self) -> contextlib.AbstractContextManager[None]:
+        return self._own_randomness()
 
-        A control step in which physics breaks down ends the episode as a failure, `unstable`: robosuite itself, at
-        versions 1.5.1 and 1.5.2, looks at no warning and raises nothing.
-
-        Raises:
-          ValueError: a wrong shape, a value that is not finite, or no episode yet.
-        """
+    def _control_step(self, action: np.ndarray) -> tuple[str, bool]:
+        """robosuite itself, at versions 1.5.1 and 1.5.2, looks at no warning of MuJoCo and raises nothing."""
         raw = self._started()
-        actions = checked_actions(actions, tables.ACTION_DIM)
-        executed, started = 0, time.perf_counter()
-        with self._own_randomness():
-            for action in np.clip(actions, -1.0, 1.0):
-                if self.done:
-                    break
-                self._observed = raw.step(action.copy())[0]  # robosuite writes into the array that it is given
-                self._steps += 1
-                executed += 1
-                self._broken = stability.breakdown(raw.sim.model._model, raw.sim.data._data)
-                self._succeeded = not self._broken and bool(raw._check_success())
-        spent = time.perf_counter() - started
-        return ChunkResult(executed, self._succeeded, self.done, spent, unstable=bool(self._broken))
+        self._observed = raw.step(action.copy())[0]  # robosuite writes into the array that it is given
+        broken = stability.breakdown(raw.sim.model._model, raw.sim.data._data)
+        return broken, not broken and bool(raw._check_success())
 
     def snapshot(self) -> Snapshot:
         """The full state: physics, controllers, latches, colours, observables, counters and both random generators."""
@@ -194,9 +160,7 @@ class RoboCasaEnv:
             **rest,
             "episode": dict(self._episode),
             "global_rng": self._global_rng,
-            "steps": self._steps,
-            "succeeded": self._succeeded,
-            "broken": self._broken,
+            **self._count(),
         }
         return Snapshot(self._identity, physics, extra)
 
@@ -217,7 +181,7 @@ class RoboCasaEnv:
         state.apply(raw, self._start, snapshot.physics, extra)
         stability.forgive(raw.sim.data._data)
         self._global_rng = extra["global_rng"]
-        self._steps, self._succeeded, self._broken = extra["steps"], extra["succeeded"], extra["broken"]
+        self._set_count(extra)
         self._observed = raw._get_observations()  # the observables' restored values: nothing is measured anew
 
     def close(self) -> None:
@@ -256,7 +220,7 @@ class RoboCasaEnv:
         self._start = state.baseline(raw)
         self._instruction = raw.get_ep_meta()["lang"]
         self._episode = {**episode, "scene": scene}
-        self._steps, self._succeeded, self._broken = 0, False, ""
+        self._begin_count()
 
     def _build(self, scene: tables.Scene) -> Any:
         _prepare(self._standins)
