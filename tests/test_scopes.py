@@ -19,6 +19,7 @@ from z1_jax.config.schema import Config, ConfigError, LoraConfig, ModelConfig, O
 from z1_jax.convert import openpi_names
 from z1_jax.models import pi05
 from z1_jax.models.choices import trains_vlm
+from z1_jax.models.compute import Compute
 from z1_jax.models.params import initialise
 from z1_jax.models.presets import get_preset
 from z1_jax.models.siglip import Siglip, SiglipConfig
@@ -278,8 +279,8 @@ def test_remat_and_attention_reach_the_model():
     assert (shapes.remat, shapes.attention) == ("dots", "xla")
     given = policy().with_compute("full", "xla")  # a checkpoint's policy follows the run
     model = nnx.merge(given.graphdef, given.params)
-    assert (model.vision.remat, model.language.remat, model.expert.remat) == ("full",) * 3
-    assert (model.vision.implementation, model.language.implementation) == ("xla", "xla")
+    assert (model.vision.compute.remat, model.language.compute.remat, model.expert.compute.remat) == ("full",) * 3
+    assert (model.vision.compute.attention, model.language.compute.attention) == ("xla", "xla")
     cudnn = Config(model=ModelConfig(dtype="bfloat16", attention="cudnn"))
     with pytest.raises(ConfigError, match="got cudnn on cpu, expected einsum or xla without a GPU"):
         initial_policy._check_attention(cudnn)
@@ -290,7 +291,7 @@ def test_remat_gives_the_same_gradients_from_fewer_bytes(rng):
     images = rng.uniform(-1, 1, (16, 16, 16, 3)).astype("f")
     grads, temporary = {}, {}
     for remat in ("none", "dots", "full"):
-        graphdef, abstract = nnx.split(Siglip(size, 16, remat=remat))
+        graphdef, abstract = nnx.split(Siglip(size, 16, Compute(dtype="float32", remat=remat)))
         state = initialise(abstract, 5)
         loss = lambda state, graphdef=graphdef: jnp.mean(jnp.square(nnx.merge(graphdef, state)(images)))  # noqa: E731
         compiled = jax.jit(jax.grad(loss)).lower(state).compile()
