@@ -260,7 +260,7 @@ def test_a_damaged_config_json_is_one_line(tmp_path, content):
 
 
 def test_a_killed_claim_can_be_repeated(tmp_path):
-    (tmp_path / "config.tmp").write_text("{")
+    (tmp_path / "config.json.tmp").write_text("{")
     claim_directory(with_run_dir(tmp_path))
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
 
