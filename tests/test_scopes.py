@@ -11,7 +11,7 @@ import pytest
 import tiny_policy as tiny
 from flax import nnx
 
-from z1_jax import initial_policy, sharding
+from z1_jax import distributed, initial_policy, sharding
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.config import checks
 from z1_jax.config import schema as z1_config
@@ -223,6 +223,13 @@ def test_averaged_parameters_by_hand_and_from_a_checkpoint(rng, tmp_path):
         trainer.step(steps[number], number)
     for a, b in zip(jax.tree.leaves(trainer.state), jax.tree.leaves(finished), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_an_sft_step_refuses_what_was_not_placed(rng, monkeypatch):
+    trainer = sft("expert")
+    monkeypatch.setattr(distributed, "put_batch", lambda tree, mesh: tree)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        trainer.step(batch(rng), 0)
 
 
 def test_without_an_average_the_policy_is_what_is_trained():
