@@ -255,6 +255,14 @@ class LogConfig:
     tensorboard: bool = False  # in the run directory; needs the extra log
     wandb: bool = False  # project z1-jax; needs the extra log
     every: int = 50  # SFT steps between reports
+    # Iterations of GRPO whose trace is written to RUN_DIR/profile, by their step in metrics.jsonl (the first is 0),
+    # e.g. 3,4; for TensorBoard's profile plug-in, XProf or Perfetto.
+    profile: tuple[str, ...] = ()
+
+    @property
+    def profiled(self) -> frozenset[int]:
+        """`profile` as numbers."""
+        return frozenset(map(int, self.profile))
 
 
 @dataclasses.dataclass(frozen=True)
