@@ -9,6 +9,7 @@ import numpy as np
 import pi05_reference as reference
 import pytest
 from flax import nnx
+from seeds import fresh_seed
 
 from z1_jax import policy
 from z1_jax.convert import openpi_names
@@ -30,8 +31,7 @@ def case() -> reference.Case:
 
 @pytest.fixture(scope="module")
 def rng() -> np.random.Generator:
-    seed = np.random.SeedSequence().entropy
-    print(f"seed {seed}")
+    seed = fresh_seed(__name__, "rng")
     return np.random.default_rng(seed)
 
 
