@@ -139,12 +139,18 @@ def check_settings(config: Config) -> None:
                     f"(no snapshot and restore): expected {expected}"
                 )
     starts = config.demos.dataset or config.init and config.algorithm == "grpo"
-    if config.algorithm != "eval" and not starts and config.task in suite.tasks:
-        if _asked(suite.demonstrator, config.task) is None:
+    task = _task(config, suite)
+    if config.algorithm != "eval" and not starts and task in suite.tasks:
+        if _asked(suite.demonstrator, task) is None:
             raise ConfigError(
                 f"config key demos.dataset: got '', but env.suite={config.env.suite} has no scripted expert; expected "
                 "a dataset of demonstrations (python -m z1_jax.collect --from=…), or for grpo a policy in init"
             )
+
+
+def _task(config: Config, suite: Suite) -> str:
+    """The config's task; where it names none and the suite has one, that one."""
+    return suite.tasks[0] if len(suite.tasks) == 1 and config.task == Config.task else config.task
 
 
 def make_env(config: Config, task: str) -> Callable[[], Env]:
@@ -180,9 +186,7 @@ def settled(config: Config) -> Config:
         ConfigError: the suite is not installed, or in another version.
     """
     suite = resolve(config)
-    task = config.task
-    if len(suite.tasks) == 1 and task == Config.task:
-        (task,) = suite.tasks
+    task = _task(config, suite)
     known = _asked(suite.settle, task)
     for key, value in known.items():
         got = getattr(config.env, key)
