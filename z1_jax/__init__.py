@@ -3,10 +3,22 @@
 import importlib
 import pathlib
 import sys
+from typing import Any
 
 from z1_jax import interrupt
 
 __version__ = "0.1.0"
+_API = ("load_policy", "make_env")  # of z1_jax.api, found when they are asked for: importing this package loads no JAX
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _API:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("z1_jax.api"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_API})
 
 
 def _own_envs() -> None:
