@@ -58,9 +58,10 @@ class ActingPolicy:
         with jax.set_mesh(self._mesh):
             cache, _ = self._actor.encode(params, self._processor.observation([observation]))
             chain = self._actor.sample(params, cache, key[None, None], (), stochastic=False)
-        if not np.isfinite(chain.x).all():
-            raise BrokenIteration("the policy drew numbers that are not finite", {"x": chain.x})
-        return self._processor.env_actions(chain.x[0, 0, -1, : self.executed])
+        drawn = np.asarray(chain.x)
+        if not np.isfinite(drawn).all():
+            raise BrokenIteration("the policy drew numbers that are not finite", {"x": drawn})
+        return self._processor.env_actions(drawn[0, 0, -1, : self.executed])
 
 
 def load_policy(path: str | pathlib.Path) -> ActingPolicy:
