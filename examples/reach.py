@@ -1,4 +1,4 @@
-"""A 2-D world of one's own: a dot is to be moved onto a coloured square, seen from above in a picture of 64 pixels.
+"""A 2-D world of one's own: a dot is to be moved onto a square, seen from above in a picture of 64 pixels.
 
 python -m z1_jax.train --config=configs/grpo.py:small_world --config.env.suite=examples.reach:Reach
 """
@@ -13,23 +13,22 @@ NEAR, SPEED = 0.15, 0.1  # the world is the square [-1, 1]; one step moves the d
 
 
 class Reach:
-    """Two squares of different colours; the instruction names the one to reach. Success: the dot lies on it."""
+    """One square of a random colour, which the instruction names. Success: the dot lies on it."""
 
     spec = SPEC
 
     def reset(self, episode: Episode) -> None:
         rng = np.random.default_rng(episode.seed)
-        self.colours = rng.permutation(list(COLOURS))[:2].tolist()
-        self.squares = rng.uniform(-0.8, 0.8, (2, 2))
-        self.dot, self.steps, self.won = rng.uniform(-0.8, 0.8, 2), 0, False
+        self.colour = str(rng.choice(list(COLOURS)))
+        self.square, self.dot = rng.uniform(-0.8, 0.8, (2, 2))
+        self.steps, self.won = 0, False
 
     def observe(self) -> EnvObservation:
         picture = np.full((64, 64, 3), 245, np.uint8)
-        things = [*zip(self.squares, map(COLOURS.get, self.colours), (5, 5), strict=True), (self.dot, (0, 0, 0), 2)]
-        for (x, y), colour, half in things:
+        for (x, y), colour, half in ((self.square, COLOURS[self.colour], 5), (self.dot, (0, 0, 0), 2)):
             row, column = round(31.5 - 30 * y), round(31.5 + 30 * x)
             picture[max(0, row - half) : row + half, max(0, column - half) : column + half] = colour
-        return EnvObservation({"top": picture}, self.dot.astype(np.float32), f"reach the {self.colours[0]} square")
+        return EnvObservation({"top": picture}, self.dot.astype(np.float32), f"reach the {self.colour} square")
 
     def step_chunk(self, actions: np.ndarray) -> ChunkResult:
         executed = 0
@@ -38,7 +37,7 @@ class Reach:
                 break
             self.dot = np.clip(self.dot + SPEED * action, -1, 1)
             self.steps, executed = self.steps + 1, executed + 1
-            self.won = bool(np.abs(self.dot - self.squares[0]).max() < NEAR)
+            self.won = bool(np.abs(self.dot - self.square).max() < NEAR)
         return ChunkResult(executed, self.won, self.won or self.steps == SPEC.horizon)
 
     def snapshot(self) -> Snapshot:
@@ -47,17 +46,13 @@ class Reach:
     def restore(self, snapshot: Snapshot) -> None:
         vars(self).update(snapshot.extra, dot=snapshot.physics.copy())
 
-    def close(self) -> None: ...
-
-
-class Expert:
-    """Moves straight towards the square that the instruction names."""
-
-    def __init__(self, env: Reach):
-        self.env = env
-
     def act(self) -> np.ndarray:
-        return np.clip((self.env.squares[0] - self.env.dot) / SPEED, -1, 1).astype(np.float32)
+        """The expert: straight towards the square."""
+        return np.clip((self.square - self.dot) / SPEED, -1, 1).astype(np.float32)
 
+    @staticmethod
+    def expert(env: "Reach") -> "Reach":
+        """Who demonstrates: anything with `act()`; here the environment itself."""
+        return env
 
-Reach.expert = Expert
+    def close(self) -> None: ...

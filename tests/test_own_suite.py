@@ -2,6 +2,8 @@
 
 import dataclasses
 import pathlib
+import pickle
+import re
 import subprocess
 import sys
 
@@ -9,9 +11,10 @@ import numpy as np
 import pytest
 
 from envs.base import ChunkResult, EnvObservation, EnvSpec, Episode, episodes
+from envs.demos import run_episode
 from envs.pool import EnvPool
 from envs.suite import Suite
-from examples.reach import Expert, Reach
+from examples.reach import Reach
 from z1_jax import suites
 from z1_jax.config.command_line import parse_command_line
 from z1_jax.config.schema import Config, ConfigError
@@ -42,7 +45,7 @@ class NoCopies:
     def close(self) -> None: ...
 
 
-NoCopies.expert = Expert  # never asked
+NoCopies.expert = Reach.expert  # never asked
 NOTHING, FAILS = 3, lambda: 1 / 0
 
 
@@ -60,7 +63,8 @@ class Half:
 def test_a_new_suite_touches_one_file():
     """This one, and `examples/reach.py`, stand in no list."""
     for path in (p for top in ("envs", "z1_jax", "configs") for p in (ROOT / top).rglob("*.py")):
-        assert "examples.reach" not in path.read_text() and "NoCopies" not in path.read_text(), path
+        text = path.read_text()
+        assert "examples.reach" not in text and "NoCopies" not in text, path
 
 
 def test_a_class_of_an_environment_is_a_suite():
@@ -115,7 +119,7 @@ def test_what_cannot_be_copied_does_not_branch(monkeypatch):
 class Whim(Reach):
     """Starts anew each time, whatever the seed."""
 
-    expert = Expert
+    expert = Reach.expert
 
     def reset(self, episode: Episode) -> None:
         super().reset(Episode(int(np.random.default_rng().integers(2**31))))
@@ -172,6 +176,21 @@ def test_frames_for_people_are_what_the_policy_sees_where_there_is_no_render():
         (look,) = pool.reset([0], [Episode(5)])
         (frame,) = pool.render([0], "top", 128)
     np.testing.assert_array_equal(frame[::2, ::2], look.images["top"])
+
+
+def test_the_example_of_the_docs_is_a_suite(tmp_path, monkeypatch):
+    """Its expert succeeds through it, and it does not branch."""
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own-environment.md").read_text(), re.DOTALL)
+    (tmp_path / "my_world.py").write_text(example)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    keys = ("--config.env.executed=4", "--config.demos.labels=recorded", "--config.group.branching=none")
+    apart = ("--config.group.prefix_chunks=0", "--config.group.prefix_chunks_end=0")
+    config = suites.settled(config_of("my_world:MyWorld", *keys, *apart))
+    assert not suites.resolve(config).branches
+    demonstrator = suites.demonstrator(config)
+    assert pickle.loads(pickle.dumps(demonstrator)) == demonstrator  # workers get it
+    shown = [run_episode(demonstrator, demonstrator.make_env(), Episode(seed), labels="recorded") for seed in range(8)]
+    assert all(one.success and one.actions.shape[1:] == (8, 1) for one in shown)
 
 
 @pytest.mark.slow

@@ -41,7 +41,17 @@ PRESETS = {
         "flow__noise_level_end": 0.3,
         "update__optim__lr": 1e-4,
     },
-    # The same, a minute or two long: it shows that everything works, and learns next to nothing. Its task is the
+    # For a small world of one's own, in which demonstrations cost nothing (docs/own-environment.md).
+    "small_world": {
+        **LONG,
+        **APART,
+        "env__executed": 4,
+        "demos__episodes": 3000,
+        "demos__labels": "undisturbed",
+        "sft__steps": 300,
+        "train__iterations": 60,
+    },
+    # The default, a minute or two long: it shows that everything works, and learns next to nothing. Its task is the
     # easiest: so little SFT brings it to where some members of a group succeed and some fail.
     "smoke": {
         **common.SMOKE,
