@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 import tiny_policy
@@ -18,6 +19,7 @@ from z1_jax.checkpoint import Checkpoints
 from z1_jax.config.schema import ConfigError, EvalConfig, FlowConfig
 from z1_jax.errors import UserError
 from z1_jax.evaluation import evaluate
+from z1_jax.rl.rollout import BrokenIteration
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIRST = EvalConfig().first_seed
@@ -113,6 +115,15 @@ def test_mistakes_are_one_line(acting, tmp_path):
         z1_jax.load_policy(tmp_path)
 
 
+def test_a_policy_that_draws_no_numbers_says_so(acting, monkeypatch):
+    broken = jax.tree.map(lambda x: x * np.nan, acting._params)
+    monkeypatch.setattr(acting, "_params", broken)
+    env = tiny_policy.make_env()
+    env.reset(Episode(5))
+    with pytest.raises(BrokenIteration, match="drew numbers that are not finite"):
+        acting.act(env.observe())
+
+
 def test_environments_by_name():
     env = z1_jax.make_env("CloseDrawer", image_size=16, horizon=8, cameras=("robot0_agentview_left",))
     env.reset(z1_jax.Episode(3))
@@ -127,6 +138,8 @@ def test_environments_by_name():
         ({"task": "Juggle"}, "config key task: 'Juggle' does not exist"),
         ({"task": "OpenDrawer", "suite": "nowhere"}, "config key env.suite: 'nowhere'"),
         ({"task": "OpenDrawer", "image_sise": 8}, "config key env.image_sise does not exist; did you mean"),
+        ({"task": "OpenDrawer", "workers": 2}, "config key env.workers: has no effect on a single environment"),
+        ({}, "config key task: got nothing, expected one of .*OpenDrawer"),
         ({"task": "OpenDrawer", "image_size": 0}, "config key env.image_size: got 0"),
         ({"task": "OpenDrawer", "evaluation": {"scenes": ("1/1",)}}, "eval.scenes: got .*only env.suite=robocasa has"),
     ):

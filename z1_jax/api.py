@@ -15,10 +15,12 @@ from z1_jax import policy as policies
 from z1_jax import sharding, suites
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.config.checks import check
-from z1_jax.config.schema import Config, FlowConfig, build
+from z1_jax.config.schema import Config, ConfigError, FlowConfig, build
 from z1_jax.evaluation import make_actor
 from z1_jax.rl.actor import stack_ids
+from z1_jax.rl.rollout import BrokenIteration
 
+_OF_A_RUN = ("executed", "parallel", "workers", "timeout_s")  # keys of env that say nothing of one environment
 _FIELDS = tuple(field.name for field in dataclasses.fields(EnvObservation))
 
 
@@ -71,6 +73,7 @@ class ActingPolicy:
 
         Raises:
             ValueError: a field or camera is missing, a picture or state is unusable, a number is negative.
+            BrokenIteration: the policy drew a number that is not finite.
         """
         if min(seed, chunk, noise_seed) < 0:
             raise ValueError(f"got seed={seed}, chunk={chunk}, noise_seed={noise_seed}: expected 0 or more")
@@ -79,6 +82,8 @@ class ActingPolicy:
             cache, _ = self._actor.encode(self._params, looks)
             ids = stack_ids([[seed]], chunk, [[0]])
             chain = self._actor.sample(self._params, cache, ids, (noise_seed,), stochastic=False)
+        if not np.isfinite(chain.x).all():
+            raise BrokenIteration("the policy drew numbers that are not finite", {"x": chain.x})
         return self.policy.processor.env_actions(chain.x[0, 0, -1, : self.executed])
 
 
@@ -119,8 +124,13 @@ def make_env(
     Raises:
         ConfigError: an unknown name or setting; the suite is not there.
     """
+    for key in _OF_A_RUN:
+        if key in settings:
+            raise ConfigError(f"config key env.{key}: has no effect on a single environment; leave it out")
     values = {"algorithm": "eval", "checkpoint": "none", "env": {"suite": suite, **settings}, "eval": evaluation or {}}
     config = build(Config, values | ({"task": task} if task else {}))
     check(config)
+    if not task and len(known := suites.resolve(config).tasks) > 1:
+        raise ConfigError(f"config key task: got nothing, expected one of {', '.join(known)}")
     config = suites.settled(config)
     return suites.make_env(config, config.task)()
