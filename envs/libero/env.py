@@ -16,10 +16,8 @@ import numpy as np
 
 from envs import stability
 from envs.base import EnvObservation, EnvSpec, Episode, Snapshot, check_episode
-from envs.libero import compat, protocols, simulation, state, tables
+from envs.libero import ON_INITIAL_STATES, TRAIN_ON, compat, protocols, simulation, state, tables
 from envs.stepping import SteppedEnv
-
-_TRAIN_ON = ("placements", "initial_states")
 
 
 class LiberoEnv(SteppedEnv):
@@ -52,7 +50,7 @@ class LiberoEnv(SteppedEnv):
         self._suite, _, self._name = self._task.partition("/")
         self._found = compat.check(self._suite, self._name)
         self.protocol = protocols.protocol(protocol)
-        _known("train_on", train_on, _TRAIN_ON)
+        _known("train_on", train_on, TRAIN_ON)
         for camera in cameras:
             _known("camera", camera, tables.CAMERAS)
         size = self.protocol.image_size if image_size is None else image_size
@@ -68,7 +66,7 @@ class LiberoEnv(SteppedEnv):
             control_hz=tables.CONTROL_HZ,
             horizon=horizon or self.protocol.horizon(self._suite),
             version=", ".join(f"{name} {version}" for name, version in compat.versions().items() if name != "numpy"),
-            label="" if train_on == "placements" else "trained on the evaluation's own initial states",
+            label="" if train_on == "placements" else ON_INITIAL_STATES,
         )
         stability.keep_no_log()
         self._instruction = tables.instruction(self._task)
@@ -96,8 +94,8 @@ class LiberoEnv(SteppedEnv):
     def reset(self, episode: Episode) -> None:
         """Starts an episode: places drawn by the seed, then the initial state if there is one, then the no-ops.
 
-        An initial state holds where movable things are; where fixtures stand is always drawn by the seed, which
-        evaluations take from the protocol. Equal episodes start equally, in any process and after any history.
+        An initial state holds where movable things are; where fixtures stand is then drawn by the protocol's seed,
+        otherwise by the episode's. Equal episodes start equally, in any process and after any history.
 
         Raises:
           ValueError: another task, or an initial state that there is not.
@@ -107,9 +105,10 @@ class LiberoEnv(SteppedEnv):
         seed, number, last = episode.seed, episode.init_state, tables.INITIAL_STATES - 1
         if number is None and self._train_on == "initial_states":
             number = int(np.random.default_rng([seed, 0x11BE]).integers(tables.INITIAL_STATES))
-            seed = self.protocol.seed
         if number is not None and not 0 <= number <= last:
             raise ValueError(f"got initial state {number} of {self._task}: LIBERO has 0 to {last}")
+        if number is not None:
+            seed = self.protocol.seed
         self._episode = None  # until all went well
         raw = self._simulation()
         with simulation.seeded(seed):
