@@ -67,7 +67,7 @@ class LiberoSuite:
         if evaluation.episodes > tables.INITIAL_STATES:
             raise SettingError(
                 "eval.episodes",
-                f"got {evaluation.episodes}, expected at most LIBERO's {tables.INITIAL_STATES} initial states of a task",
+                f"got {evaluation.episodes}, expected at most the {tables.INITIAL_STATES} initial states of a task",
             )
 
     def settle(self, task: str) -> dict[str, Any]:
@@ -87,10 +87,13 @@ class LiberoSuite:
 
     def make_env(self, task: str) -> Callable[[], Env]:
         self.check(task)
+        return self._factory(task)
+
+    def _factory(self, task: str) -> Callable[[], Any]:
         env = self._env
         return functools.partial(
             libero.make,
-            tables.task_name(task),
+            task,
             cameras=tuple(env.cameras),
             image_size=env.image_size,
             horizon=self.horizon(task),
@@ -116,7 +119,7 @@ class LiberoSuite:
     def demonstrator(self, task: str) -> Demonstrator | None:
         if task.partition("/")[0] not in EXPERTS:
             return None
-        return Demonstrator(self.make_env(task), make_expert, NOISE_PROFILE)
+        return Demonstrator(self._factory(task), make_expert, NOISE_PROFILE)
 
     def facts(self, task: str) -> dict[str, Any]:
         protocol = self._protocol
