@@ -11,7 +11,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from envs.base import Env, EnvSpec, Episode
-from envs.demos import Demonstrator
+from envs.contract import ContractError, check_observation, check_result, check_spec
+from envs.demos import Demonstrator, Expert
+
+_LOOKS = 8  # episodes whose words a tokenizer is made of, where an environment does not list them
 
 
 class SettingError(ValueError):
@@ -78,34 +81,35 @@ class SingleEnv:
     """The suite of a user's own environment: a factory of `envs.base.Env`, and what it says of itself.
 
     The factory may carry attributes: `expert`, called with the environment, gives one with `act()`; `noise_profile`
-    says how much of the demonstrations' noise each action takes (all of it by default).
+    says how much of the demonstrations' noise each action takes (all of it by default); `instructions` are all the
+    words that its episodes tell (by default those of the first episodes count).
     """
 
     sets: Mapping[str, tuple[str, ...]] = {}
     own_keys: tuple[str, ...] = ()
 
-    def __init__(self, factory: Callable[[], Env], name: str):
-        """Builds one environment and looks at its spec and its first episode's words.
+    def __init__(self, factory: Callable[[], Env], name: str, expert: Callable[[Any], Expert] | None = None):
+        """Builds one environment, and looks at its spec, its first episodes and a step.
+
+        Args:
+            expert: in place of the factory's.
 
         Raises:
-            SettingError: the factory fails, or gives no environment.
+            SettingError: the factory fails, or what it gives breaks the interface.
         """
         self.name, self._factory = name, factory
+        self._expert = expert or getattr(factory, "expert", None)
         try:
-            env = factory()
-            spec = env.spec
-            env.reset(Episode(0))
-            words = env.observe().instruction
-            env.close()
+            self._spec, words, self.branches = _tried(factory)
         except Exception as error:  # noqa: BLE001 - it is the user's code: anything can be wrong in it
-            raise SettingError("env.suite", f"{name} failed: {type(error).__name__}: {error}") from error
-        if not isinstance(spec, EnvSpec):
-            raise SettingError("env.suite", f"{name} gives {type(env).__name__}, expected an envs.base.Env with a spec")
-        self._spec = spec
-        self.tasks, self.instructions = (spec.task,), (words,)
+            text = " ".join(
+                (str(error) if isinstance(error, ContractError) else f"{type(error).__name__}: {error}").split()
+            )
+            raise SettingError("env.suite", f"{name} failed: {text}") from error
+        spec = self._spec
+        self.tasks, self.instructions = (spec.task,), tuple(getattr(factory, "instructions", words))
         self.action_dim, self.state_dim, self.control_hz = spec.action_dim, spec.state_dim, spec.control_hz
         self.label = spec.label
-        self.branches = all(callable(getattr(env, name, None)) for name in ("snapshot", "restore"))
 
     def settle(self, task: str) -> dict[str, Any]:
         return {"cameras": self._spec.cameras, "image_size": self._spec.image_size, "horizon": self._spec.horizon}
@@ -114,6 +118,7 @@ class SingleEnv:
         check_names("task", [task], self.tasks)
 
     def make_env(self, task: str) -> Callable[[], Env]:
+        self.check(task)
         return self._factory
 
     def horizon(self, task: str) -> int:
@@ -123,11 +128,10 @@ class SingleEnv:
         return Episode(seed, task)
 
     def demonstrator(self, task: str) -> Demonstrator | None:
-        expert = getattr(self._factory, "expert", None)
-        if expert is None:
+        if self._expert is None:
             return None
         profile = getattr(self._factory, "noise_profile", (1.0,) * self.action_dim)
-        return Demonstrator(self._factory, expert, tuple(profile))
+        return Demonstrator(self._factory, self._expert, tuple(profile))
 
     def facts(self, task: str) -> dict[str, Any]:
         return {"horizon": self._spec.horizon, "environment": self._spec.version or "no version"}
@@ -137,3 +141,27 @@ class SingleEnv:
 
     def state_bounds(self) -> tuple[np.ndarray, np.ndarray] | None:
         return None
+
+
+def _tried(factory: Callable[[], Env]) -> tuple[EnvSpec, tuple[str, ...], bool]:
+    """The spec of an environment, the words of its first episodes, and whether it can be copied; after a short try.
+
+    Raises:
+        ContractError: it does not do what `envs.base.Env` says.
+    """
+    env = factory()
+    try:
+        spec = check_spec(env.spec)
+        looks = []
+        for seed in (0, *range(_LOOKS)):
+            env.reset(Episode(seed, spec.task))
+            looks.append(check_observation(env.observe(), spec))
+        first, again = looks[0], looks[1]
+        same = all(np.array_equal(first.images[camera], again.images[camera]) for camera in spec.cameras)
+        if not same or not np.array_equal(first.state, again.state) or first.instruction != again.instruction:
+            raise ContractError("seed 0 started differently the second time: a start must follow from its seed")
+        check_result(env.step_chunk(np.zeros((1, spec.action_dim))), 1, spec.horizon)
+    finally:
+        env.close()
+    branches = all(callable(getattr(env, name, None)) for name in ("snapshot", "restore"))
+    return spec, tuple(dict.fromkeys(look.instruction for look in looks)), branches

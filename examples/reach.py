@@ -9,7 +9,7 @@ from envs.base import ChunkResult, EnvObservation, EnvSpec, Episode, Snapshot, c
 
 SPEC = EnvSpec(task="Reach", cameras=("top",), image_size=64, action_dim=2, state_dim=2, control_hz=10.0, horizon=24)
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220)}
-NEAR, SPEED = 0.08, 0.1  # the world is the square [-1, 1]; one step moves the dot by at most SPEED along each axis
+NEAR, SPEED = 0.15, 0.1  # the world is the square [-1, 1]; one step moves the dot by at most SPEED along each axis
 
 
 class Reach:
@@ -25,7 +25,7 @@ class Reach:
 
     def observe(self) -> EnvObservation:
         picture = np.full((64, 64, 3), 245, np.uint8)
-        things = [*zip(self.squares, map(COLOURS.get, self.colours), (4, 4), strict=True), (self.dot, (0, 0, 0), 2)]
+        things = [*zip(self.squares, map(COLOURS.get, self.colours), (5, 5), strict=True), (self.dot, (0, 0, 0), 2)]
         for (x, y), colour, half in things:
             row, column = round(31.5 - 30 * y), round(31.5 + 30 * x)
             picture[max(0, row - half) : row + half, max(0, column - half) : column + half] = colour

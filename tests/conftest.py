@@ -1,6 +1,8 @@
 """Eight virtual CPU devices for every test, and a compilation cache that outlives one test run."""
 
 import os
+import signal
+import threading
 
 # Unoptimised code: nearly all the time of these tests would go into compiling what then runs for milliseconds.
 os.environ.setdefault(
@@ -14,6 +16,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # threads as there are devices: when all wait, those that would free them get none, for ever. Idle threads cost nothing.
 os.environ.setdefault("PJRT_NPROC", "64")
 
+# In a background job (`nohup pytest &`) SIGINT is ignored, here and in what tests start: make it as in a terminal.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 import jax  # noqa: E402
 
 jax.config.update("jax_compilation_cache_dir", os.environ.get("Z1_TEST_CACHE", "/tmp/z1-test-xla-cache"))
@@ -21,11 +27,36 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from seeds import fresh_seed, run_seed  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="draw the random inputs of an earlier run, whose failures named its seed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.seed = run_seed(config.option.seed)  # pytest-xdist hands the options on to its workers
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"random inputs: --seed={config.option.seed}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    report = yield
+    if report.failed:
+        report.sections.append(("random inputs", f"drawn again by --seed={item.config.option.seed}"))
+    return report
 
 
 @pytest.fixture
-def rng() -> np.random.Generator:
-    """A generator with a fresh seed; a failing test shows the seed."""
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
+def seed(request: pytest.FixtureRequest) -> int:
+    """A fresh seed of this test; a failure shows it, and `--seed` repeats it."""
+    return fresh_seed(request.node.nodeid)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """A generator with a fresh seed of this test."""
+    return np.random.default_rng(fresh_seed(request.node.nodeid))

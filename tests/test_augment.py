@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.ndimage
+from seeds import fresh_seed
 
 from z1_jax.data.augment import augment, colour, move
 from z1_jax.sft import augmented
@@ -11,7 +12,7 @@ from z1_jax.types import Observation
 
 REFERENCE = np.load(pathlib.Path(__file__).parent / "reference" / "augment.npz")  # augmax 0.4.1, as openpi calls it
 
-SEED = int(np.random.default_rng().integers(2**31))
+SEED = fresh_seed(__name__)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ GRPO = f"--config={ROOT / 'configs' / 'grpo.py'}"
 # Leaves that take any text here: their values are checked where the things they name are known.
 FREE_TEXT = {"task", "run_dir", "init", "checkpoint", "compare", "model.preset", "env.cameras", "demos.dataset"}
 FREE_TEXT |= {"inputs.tokenizer", "inputs.slots", "env.layouts", "env.styles", "env.objects"}
-FREE_TEXT |= {"allow", "env.version", "env.scenes", "eval.scenes", "eval.objects", "eval.film_seeds"}
+FREE_TEXT |= {"allow", "env.version", "env.scenes", "eval.scenes", "eval.objects", "eval.film_seeds", "log.profile"}
 
 
 def parse(*arguments: str) -> Config:
@@ -260,7 +260,7 @@ def test_a_damaged_config_json_is_one_line(tmp_path, content):
 
 
 def test_a_killed_claim_can_be_repeated(tmp_path):
-    (tmp_path / "config.tmp").write_text("{")
+    (tmp_path / "config.json.tmp").write_text("{")
     claim_directory(with_run_dir(tmp_path))
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
 
@@ -269,3 +269,17 @@ def test_fingerprint_follows_what_moves_numbers(tmp_path):
     base = with_run_dir(tmp_path)
     assert z1_config.fingerprint(base) == z1_config.fingerprint(with_run_dir(tmp_path / "b", **{"log.every": 9}))
     assert z1_config.fingerprint(base) != z1_config.fingerprint(with_run_dir(tmp_path, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("log.profile=3,240",), "log.profile: got '240', expected iterations of 0 … 239"),
+        (("log.profile=x,",), "log.profile: got 'x', expected iterations of 0 … 239"),
+        (("log.profile=3,3",), "log.profile: got 3, 3, expected each iteration once"),
+        (("log.profile=3,4", "algorithm=sft"), "log.profile: got 3, 4 with algorithm=sft, which has no iterations"),
+    ],
+)
+def test_iterations_to_trace_are_there(given, message):
+    assert parse(GRPO, "--config.log.profile=3,4").log.profiled == {3, 4}
+    assert message in refusal(GRPO, *(f"--config.{setting}" for setting in given))

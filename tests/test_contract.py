@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
-import secrets
 import time
 
 import numpy as np
 import pytest
+from seeds import fresh_seed
 from tiny_env import BROKEN, HORIZON, BrokenEnv, TinyEnv
 
 from envs import kitchen
@@ -45,8 +45,7 @@ EXPECTED = {
 def test_a_broken_output_names_slot_field_got_and_expected(workers):
     """One pool for all kinds: after each the environments are rebuilt and go on as if nothing had been asked."""
     assert EXPECTED.keys() == BROKEN.keys()
-    seed = secrets.randbelow(2**31)
-    print("seed", seed)
+    seed = fresh_seed(__name__, "test_a_broken_output_names_slot_field_got_and_expected")
     actions = np.random.default_rng(seed).normal(size=(2, 2, 4, 3))
     for kind, text in EXPECTED.items():
         with EnvPool(functools.partial(BrokenEnv, kind), 2, workers, timeout_s=20.0) as pool:

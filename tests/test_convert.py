@@ -16,6 +16,7 @@ import pi05_checkpoints as made
 import pytest
 import tiny_policy as tiny
 from safetensors.numpy import load_file, save_file
+from seeds import fresh_seed
 
 from z1_jax.checkpoint import CheckpointError, Checkpoints
 from z1_jax.config.schema import ConfigError
@@ -45,8 +46,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory) -> Case:
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"seed {seed}")
+    seed = fresh_seed(__name__, "case")
     rng = np.random.default_rng(seed)
     folder = tmp_path_factory.mktemp("sources")
     flat, stats = made.jax_weights(rng), made.statistics(rng)

@@ -14,6 +14,7 @@ import pytest
 import tiny_policy as tiny
 import torch_models as real
 from flax import nnx
+from seeds import fresh_seed
 
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.convert import __main__ as convert
@@ -98,8 +99,7 @@ def need(*modules: str) -> None:
 
 def test_openpis_model_of_today(tmp_path):
     need("openpi.models_pytorch.pi0_pytorch")
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"seed {seed}")
+    seed = fresh_seed(__name__, "test_openpis_model_of_today")
     model, given = real.openpi_model(seed), real.inputs(seed)
     real.openpi_save(model, tmp_path / "source", seed)
     run(tmp_path / "source", tmp_path / "ours", *FLAGS["openpi_pytorch"])
@@ -115,8 +115,7 @@ def test_openpis_model_of_today(tmp_path):
 
 def test_lerobots_policy_of_today(tmp_path):
     need("lerobot.policies.pi05.modeling_pi05")
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"seed {seed}")
+    seed = fresh_seed(__name__, "test_lerobots_policy_of_today")
     policy, given = real.lerobot_policy(seed), real.inputs(seed)
     real.lerobot_save(policy, tmp_path / "source", seed)
     run(tmp_path / "source", tmp_path / "ours", *FLAGS["lerobot"])

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -10,13 +11,14 @@ import time
 import jax
 import numpy as np
 import pytest
+from seeds import fresh_seed
 
 from z1_jax.data.dataset import Dataset, open_dataset, write_dataset
 from z1_jax.data.loader import Loader, batch_observation, collate
 from z1_jax.data.tokenizer import PromptTokenizer, train_small_tokenizer
 from z1_jax.data.transforms import InputProcessor
 
-SEED = int(np.random.default_rng().integers(2**31))
+SEED = fresh_seed(__name__)
 SIZE, CHUNK = 16, 4
 
 
@@ -123,8 +125,12 @@ def test_the_identity_is_that_of_the_demonstrations_in_any_process(dataset, tmp_
         print(t.write_dataset({str(tmp_path / "again")!r}, episodes, source).identity)
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent, timeout=300)
-    assert run.stdout.strip() == dataset.identity, run.stderr
+    here = pathlib.Path(__file__).parent
+    paths = os.pathsep.join([str(here / "helpers"), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        command, capture_output=True, text=True, cwd=here, env=os.environ | {"PYTHONPATH": paths}, timeout=300
+    )
+    assert run.stdout.splitlines()[-1] == dataset.identity, run.stderr
     episodes = make_episodes()
     episodes[2].actions[0, 0, 0] += 1e-6
     changed = write_dataset(tmp_path / "changed", episodes, {"made_by": "test", "noise": 0.2})

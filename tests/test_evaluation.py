@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import tiny_policy as tiny
+from seeds import fresh_seed
 
 from envs.base import episodes
 from z1_jax.config.schema import EvalConfig, FlowConfig
@@ -15,7 +16,7 @@ from z1_jax.errors import UserError
 from z1_jax.evaluation import Evaluation, compare, evaluate, instructions, rate_sentence, sentence, versus_sentence
 from z1_jax.videos import film
 
-FIRST = 900_000_000 + int(np.random.SeedSequence().generate_state(1)[0]) % 10**8
+FIRST = 900_000_000 + fresh_seed(__name__) % 10**8
 CONFIG = EvalConfig(episodes=24, first_seed=FIRST)
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from seeds import fresh_seed
 
 from z1_jax.rl import flow
 
@@ -177,8 +178,7 @@ class Variants(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     def test_sampled_and_scored_density_and_its_slope(self):
         """Sampler and score against scipy; the slope in parameters *and* states against central differences."""
-        seed = int(np.random.SeedSequence().generate_state(1)[0])
-        print(f"seed {seed}")
+        seed = fresh_seed(__name__, "test_sampled_and_scored_density_and_its_slope")
         rng = np.random.default_rng(seed)
         theta = random_theta(rng)
         noise = rng.normal(size=(4, K + 1, *SHAPE)).astype("f")

@@ -23,14 +23,6 @@ from envs.kitchen.scene import material_rgb
 ALL_TASKS = tuple(TASKS)
 
 
-@pytest.fixture
-def seed() -> int:
-    """A fresh seed each run, printed so that a failure can be repeated."""
-    value = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"seed = {value}")
-    return value
-
-
 def wandering(rng: np.random.Generator, steps: int) -> np.ndarray:
     """Random actions [steps, 12] of which about a fifth move the base."""
     actions = rng.uniform(-1, 1, (steps, 12))

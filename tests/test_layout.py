@@ -115,3 +115,13 @@ def test_environments_draw_from_explicit_generators(module):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("np.random", "numpy.random"):
             assert node.attr in allowed, f"{module}:{node.lineno} uses np.random.{node.attr}"
     assert "random" not in IMPORTS[module]
+
+
+def test_random_inputs_of_tests_come_from_the_runs_seed():
+    """So that --seed draws them all again."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and not node.args and path.name not in ("seeds.py", "tiny_env.py"):
+                assert ast.unparse(node.func) not in ("np.random.default_rng", "np.random.SeedSequence"), path
+            if isinstance(node, ast.Import):
+                assert path.name == "seeds.py" or node.names[0].name != "secrets", path

@@ -13,7 +13,7 @@ from tiny_grpo import CONFIG, SEED, assert_same_bits, compiled, grpo, records, t
 
 from envs.kitchen import demos
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config.schema import LoraConfig, SelectiveConfig, SftConfig, TrainConfig
+from z1_jax.config.schema import LogConfig, LoraConfig, SelectiveConfig, SftConfig, TrainConfig
 from z1_jax.data.dataset import write_dataset
 from z1_jax.metrics import MetricsWriter, read_records
 from z1_jax.policy import find_policy, load_policy, named
@@ -83,6 +83,28 @@ def test_a_run_trains_only_the_expert_and_writes_everything_down(untouched):
     again = trainer()
     again.update(again.collect(tiny.pool(16), 0), 0)
     assert again.traces == before and before["update"] == 1
+
+
+def test_chosen_iterations_are_traced(untouched, tmp_path, capsys):
+    """One folder an iteration, whatever the clock says; the digits are those of a run without."""
+    config = dataclasses.replace(CONFIG, log=LogConfig(profile=("1", "2")))
+    assert_same_bits(grpo(tmp_path, trainer(config)), untouched[1])
+    traces = sorted(path.relative_to(tmp_path / "profile").parts[0] for path in tmp_path.rglob("*.xplane.pb"))
+    assert traces == ["iteration-1", "iteration-2"]
+    assert all(path.stat().st_size > 1000 for path in tmp_path.rglob("*.xplane.pb"))
+    longer = dataclasses.replace(config, train=dataclasses.replace(CONFIG.train, iterations=4))
+    capsys.readouterr()
+    grpo(tmp_path, trainer(longer))
+    assert "log.profile: of 1, 2 no trace is written, they were trained before" in capsys.readouterr().out
+
+
+def test_nothing_goes_to_a_device_unsaid_in_an_update(monkeypatch):
+    """What an update is given by accident, here a NumPy batch that was not placed, is refused."""
+    made = trainer()
+    out = made.collect(tiny.pool(16), 0)
+    monkeypatch.setattr(made._updater, "place", lambda batch: batch)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        made.update(out, 0)
 
 
 def test_times_add_up(untouched):
@@ -285,7 +307,7 @@ def test_a_run_that_switches_its_scope_resumes_bit_for_bit(tmp_path, monkeypatch
     slope = np.polyfit(np.arange(3), [row["success"] for row in rows[:3]], 1)[0]
     assert decided[0]["selective/slope"] == pytest.approx(slope, abs=1e-12)
     assert all("grad_norm/vision" in row for row in rows[3:]) and "grad_norm/vision" not in rows[0]
-    assert max(seeds) < 800_000_000  # no held-out seed was looked at
+    assert max(episode.seed for episode in seeds) < 800_000_000  # no held-out seed was looked at
     before, after = named(tiny.policy().params), named(whole.params)
     moved = {name.partition(".")[0] for name in before if not np.array_equal(before[name], after[name])}
     assert moved == {"vision", "language", "expert"}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_policy as tiny
 from flax import nnx
+from seeds import fresh_seed
 
 from z1_jax import sharding
 from z1_jax.checkpoint import Checkpoints
@@ -28,8 +29,7 @@ SMALL = LoraConfig(vlm_rank=2, vlm_alpha=3.0, expert_rank=4, expert_alpha=2.0)
 
 @functools.cache
 def inputs() -> tuple[Observation, np.ndarray, np.ndarray]:
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"seed {seed}")
+    seed = fresh_seed(__name__, "inputs")
     rng = np.random.default_rng(seed)
     obs = Observation(
         images=rng.uniform(-1, 1, (2, 1, 28, 28, 3)).astype("f"),

@@ -9,10 +9,12 @@ import numpy as np
 import pi05_reference as reference
 import pytest
 from flax import nnx
+from seeds import fresh_seed
 
 from z1_jax import policy
 from z1_jax.convert import openpi_names
 from z1_jax.models import attention, pi05
+from z1_jax.models.compute import Compute
 from z1_jax.models.gemma import GemmaConfig
 from z1_jax.models.layers import scan_layers
 from z1_jax.models.presets import PRESETS, get_preset
@@ -29,8 +31,7 @@ def case() -> reference.Case:
 
 @pytest.fixture(scope="module")
 def rng() -> np.random.Generator:
-    seed = np.random.SeedSequence().entropy
-    print(f"seed {seed}")
+    seed = fresh_seed(__name__, "rng")
     return np.random.default_rng(seed)
 
 
@@ -349,7 +350,7 @@ def test_wrong_shapes_of_inputs_are_refused(case):
 def test_scan_layers_applies_layers_in_order(case):
     layers = nnx.merge(case.graphdef, case.state).expert.layers
     seen = scan_layers(
-        layers, lambda layer, x, i: (2 * x + i, layer.q.kernel[...].sum()), jnp.float32(1), jnp.arange(2)
+        layers, lambda layer, x, i: (2 * x + i, layer.q.kernel[...].sum()), jnp.float32(1), Compute(), jnp.arange(2)
     )
     assert seen[0] == 2 * (2 * 1 + 0) + 1
     np.testing.assert_allclose(seen[1], layers.q.kernel[...].sum((1, 2, 3)), rtol=1e-4)

@@ -4,6 +4,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from seeds import fresh_seed
 
 from z1_jax.data.normalize import (
     NormStats,
@@ -16,7 +17,7 @@ from z1_jax.data.normalize import (
 )
 
 REFERENCE = np.load(pathlib.Path(__file__).parent / "reference" / "misc.npz")
-SEED = int(np.random.default_rng().integers(2**31))
+SEED = fresh_seed(__name__)
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_the_built_in_suites_are_whole():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere", "'nowhere' does not exist; known: kitchen, robocasa, libero, or package.module:name"),
+        ("nowhere", "'nowhere' does not exist; known: kitchen, robocasa, libero, gym:ENV_ID, or package.module:name"),
         ("no.such:thing", "cannot be imported: ModuleNotFoundError"),
         ("test_own_suite:missing", "cannot be imported: AttributeError"),
         ("test_own_suite:NOTHING", "is a int; expected a suite or a function"),
@@ -112,7 +112,57 @@ def test_what_cannot_be_copied_does_not_branch(monkeypatch):
         config_of("test_own_suite:NoCopies", *apart, "--config.demos.labels=undisturbed")
 
 
+class Whim(Reach):
+    """Starts anew each time, whatever the seed."""
+
+    expert = Expert
+
+    def reset(self, episode: Episode) -> None:
+        super().reset(Episode(int(np.random.default_rng().integers(2**31))))
+
+
+class Greyish(Reach):
+    """Its picture is no picture."""
+
+    def observe(self) -> EnvObservation:
+        return dataclasses.replace(super().observe(), images={"top": np.zeros((64, 64), np.uint8)})
+
+
+def test_what_breaks_the_interface_is_told_before_a_run(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    for name, message in (
+        ("Whim", "seed 0 started differently the second time"),
+        ("Greyish", r"images\['top'\]: got uint8 \[64, 64\], expected uint8 \[64, 64, 3\]"),
+    ):
+        with pytest.raises(ConfigError, match=f"^config key env.suite: test_own_suite:{name} failed: .*{message}"):
+            config_of(f"test_own_suite:{name}")
+
+
+def test_settings_that_it_decides_itself_are_not_overruled():
+    for key, value in (("image_size", 32), ("cameras", "side"), ("horizon", 9)):
+        with pytest.raises(ConfigError, match=f"env.{key}: got {value}, but environments of .* have"):
+            suites.settled(config_of("examples.reach:Reach", f"--config.env.{key}={value}"))
+    assert suites.settled(config_of("examples.reach:Reach", "--config.env.horizon=24")).env.horizon == 24
+    with pytest.raises(ConfigError, match="config key task: 'Grasp' does not exist; known: Reach"):
+        suites.make_env(config_of("examples.reach:Reach"), "Grasp")
+
+
+def test_the_working_directory_is_looked_in(tmp_path):
+    (tmp_path / "my_world.py").write_text("from examples.reach import Reach\n")
+    code = (
+        f"import sys; sys.path[:] = [p for p in sys.path if p] + [{str(ROOT)!r}]\n"  # as a console script
+        "from z1_jax import suites\nfrom z1_jax.config.command_line import parse_command_line\n"
+        "from envs.pool import EnvPool\n"
+        "config = parse_command_line(['', '--config.env.suite=my_world:Reach'])\n"
+        "with EnvPool(suites.make_env(config, 'Reach'), 1, 1) as pool: print(pool.spec.task)\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "Reach\n", done.stderr
+
+
 def test_keys_of_another_suite_are_refused():
+    with pytest.raises(ConfigError, match="env.objects: .* which only env.suite=kitchen and robocasa has"):
+        config_of("examples.reach:Reach", "--config.env.objects=heldout")
     with pytest.raises(ConfigError, match="env.styles: got .'steel'., which only env.suite=kitchen has"):
         config_of("examples.reach:Reach", "--config.env.styles=steel")
 

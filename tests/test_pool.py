@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import multiprocessing.connection
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -13,6 +12,8 @@ import time
 
 import numpy as np
 import pytest
+import tiny_env
+from seeds import fresh_seed
 from tiny_env import TinyEnv
 
 from envs import kitchen
@@ -65,8 +66,7 @@ def assert_same_record(one: list, other: list) -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_steps_as_single_environments_do(num_workers):
-    seed = secrets.randbelow(2**31)
-    print("seed", seed)
+    seed = fresh_seed(__name__, "test_steps_as_single_environments_do")
     singles = [TinyEnv() for _ in range(3)]
     with EnvPool(TinyEnv, 3, num_workers) as pool:
         assert pool.spec == singles[0].spec
@@ -91,8 +91,7 @@ def test_steps_as_single_environments_do(num_workers):
 
 @pytest.mark.parametrize("make", [lambda: TinyEnv, make_kitchen], ids=["tiny", "kitchen"])
 def test_branches_replay_their_source_bit_for_bit(make):
-    seed = secrets.randbelow(2**31)
-    print("seed", seed)
+    seed = fresh_seed(__name__, "test_branches_replay_their_source_bit_for_bit")
     with EnvPool(make(), 5, 2) as pool:
         actions = random_chunks(seed, 2, 1, pool.spec.action_dim) * 0.3
         pool.reset([0, 1, 2, 3, 4], episodes(range(seed, seed + 5)))
@@ -111,7 +110,7 @@ def test_branches_replay_their_source_bit_for_bit(make):
 
 
 def test_kitchen_gives_the_same_in_workers_and_in_process():
-    make, seed = make_kitchen(), secrets.randbelow(2**31)
+    make, seed = make_kitchen(), fresh_seed(__name__, "test_kitchen_gives_the_same_in_workers_and_in_process")
     print("seed", seed)
     records = []
     for num_workers in (0, 2):
@@ -134,8 +133,7 @@ def test_a_swap_uses_the_states_before_the_call():
     ("fault", "num_workers"), [("raise", 0), ("raise", 2), ("die", 2), ("hang", 2)], ids=lambda value: str(value)
 )
 def test_results_after_a_fault_are_those_without(tmp_path, fault, num_workers):
-    seed = secrets.randbelow(2**31)
-    print("seed", seed)
+    seed = fresh_seed(__name__, "test_results_after_a_fault_are_those_without")
     with EnvPool(TinyEnv, 4, num_workers) as pool:
         expected = branched_run(pool, seed)
     faulty = functools.partial(TinyEnv, fault, str(tmp_path / "once"))
@@ -148,8 +146,7 @@ def test_results_after_a_fault_are_those_without(tmp_path, fault, num_workers):
 
 @pytest.mark.parametrize("make", [lambda: TinyEnv, make_kitchen], ids=["tiny", "kitchen"])
 def test_a_worker_killed_between_calls_is_replaced(make):
-    seed = secrets.randbelow(2**31)
-    print("seed", seed)
+    seed = fresh_seed(__name__, "test_a_worker_killed_between_calls_is_replaced")
     states = []
     for victim in (None, seed % 2):
         with EnvPool(make(), 3, 2) as pool:
@@ -308,7 +305,7 @@ def test_close_reaps_every_worker():
 def test_workers_end_with_their_parent(how):
     script = textwrap.dedent(f"""
         import sys, time
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        sys.path.insert(0, {os.path.dirname(tiny_env.__file__)!r})
         from tiny_env import TinyEnv
         from envs.pool import EnvPool
         if __name__ != "__main__":

@@ -3,7 +3,6 @@
 import html
 import json
 import re
-import secrets
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -11,6 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
+from seeds import fresh_seed
 
 from envs.video import write_video
 from z1_jax.metrics import MetricsWriter
@@ -125,8 +125,7 @@ def page_of(run_dir):
 
 
 def test_a_whole_run_is_told(tmp_path):
-    seed = secrets.randbelow(2**31)
-    print("seed", seed)
+    seed = fresh_seed(__name__, "test_a_whole_run_is_told")
     summary = write_run(tmp_path, seed)
     page = page_of(tmp_path)
     assert summary["sentence"] in page.text
@@ -217,8 +216,7 @@ def texts_of(chart):
 
 
 def test_no_label_leaves_its_chart():
-    seed = secrets.randbelow(2**31)
-    print("seed", seed)
+    seed = fresh_seed(__name__, "test_no_label_leaves_its_chart")
     rng = np.random.default_rng(seed)
     names = ["".join(rng.choice(list("abmW/-03"), length)) for length in rng.integers(1, 120, 6)]
     made = [charts.interval_chart([(name, 0.5, (0.4, 0.6)) for name in names])]
@@ -349,7 +347,7 @@ def test_a_logarithmic_axis_spaces_decades_equally():
 
 
 def test_long_curves_are_averaged_not_thinned():
-    rng = np.random.default_rng(secrets.randbelow(2**31))
+    rng = np.random.default_rng(fresh_seed(__name__, "test_long_curves_are_averaged_not_thinned"))
     values = rng.random(10_000)
     binned = charts._binned(charts.Series("y", range(10_000), list(values)))
     assert len(binned.xs) <= charts.MAX_POINTS

@@ -11,7 +11,7 @@ import pytest
 import tiny_policy as tiny
 from flax import nnx
 
-from z1_jax import initial_policy, sharding
+from z1_jax import distributed, initial_policy, sharding
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.config import checks
 from z1_jax.config import schema as z1_config
@@ -19,6 +19,7 @@ from z1_jax.config.schema import Config, ConfigError, LoraConfig, ModelConfig, O
 from z1_jax.convert import openpi_names
 from z1_jax.models import pi05
 from z1_jax.models.choices import trains_vlm
+from z1_jax.models.compute import Compute
 from z1_jax.models.params import initialise
 from z1_jax.models.presets import get_preset
 from z1_jax.models.siglip import Siglip, SiglipConfig
@@ -224,6 +225,13 @@ def test_averaged_parameters_by_hand_and_from_a_checkpoint(rng, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_an_sft_step_refuses_what_was_not_placed(rng, monkeypatch):
+    trainer = sft("expert")
+    monkeypatch.setattr(distributed, "put_batch", lambda tree, mesh: tree)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        trainer.step(batch(rng), 0)
+
+
 def test_without_an_average_the_policy_is_what_is_trained():
     trainer = sft("joint")
     assert trainer.state.average is None and set(trainer.state.parts(trainer.policy())) == {
@@ -278,8 +286,8 @@ def test_remat_and_attention_reach_the_model():
     assert (shapes.remat, shapes.attention) == ("dots", "xla")
     given = policy().with_compute("full", "xla")  # a checkpoint's policy follows the run
     model = nnx.merge(given.graphdef, given.params)
-    assert (model.vision.remat, model.language.remat, model.expert.remat) == ("full",) * 3
-    assert (model.vision.implementation, model.language.implementation) == ("xla", "xla")
+    assert (model.vision.compute.remat, model.language.compute.remat, model.expert.compute.remat) == ("full",) * 3
+    assert (model.vision.compute.attention, model.language.compute.attention) == ("xla", "xla")
     cudnn = Config(model=ModelConfig(dtype="bfloat16", attention="cudnn"))
     with pytest.raises(ConfigError, match="got cudnn on cpu, expected einsum or xla without a GPU"):
         initial_policy._check_attention(cudnn)
@@ -290,7 +298,7 @@ def test_remat_gives_the_same_gradients_from_fewer_bytes(rng):
     images = rng.uniform(-1, 1, (16, 16, 16, 3)).astype("f")
     grads, temporary = {}, {}
     for remat in ("none", "dots", "full"):
-        graphdef, abstract = nnx.split(Siglip(size, 16, remat=remat))
+        graphdef, abstract = nnx.split(Siglip(size, 16, Compute(dtype="float32", remat=remat)))
         state = initialise(abstract, 5)
         loss = lambda state, graphdef=graphdef: jnp.mean(jnp.square(nnx.merge(graphdef, state)(images)))  # noqa: E731
         compiled = jax.jit(jax.grad(loss)).lower(state).compile()

@@ -14,6 +14,7 @@ import pytest
 import tiny_policy as tiny
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
+from seeds import fresh_seed
 
 from z1_jax import sharding
 from z1_jax.checkpoint import Checkpoints
@@ -47,8 +48,7 @@ class Result:
 @functools.cache
 def batch() -> tuple[np.ndarray, ...]:
     """Observations, noisy chunks, times, and the sampler's noise and stochastic steps."""
-    seed = np.random.SeedSequence().entropy
-    print(f"seed {seed}")
+    seed = fresh_seed(__name__, "batch")
     rng = np.random.default_rng(seed)
     obs = Observation(
         images=rng.uniform(-1, 1, (BATCH, 3, 28, 28, 3)).astype("f"),

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import tiny_policy as tiny
 
+from envs import demos
 from envs.base import Episode
-from envs.kitchen import LAYOUT_SPLITS, demos
+from envs.kitchen import LAYOUT_SPLITS
 from z1_jax import initial_policy, stages
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.collect.__main__ import parse_arguments

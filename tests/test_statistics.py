@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import secrets
 from statistics import NormalDist
 
 import numpy as np
@@ -10,13 +9,6 @@ import pytest
 from scipy import stats
 
 from z1_jax import statistics
-
-
-@pytest.fixture
-def rng():
-    seed = secrets.randbelow(2**31)
-    print("seed", seed)
-    return np.random.default_rng(seed)
 
 
 def test_wilson_is_the_closed_formula(rng):

@@ -10,6 +10,7 @@ import textwrap
 import numpy as np
 import pytest
 import sentencepiece
+from seeds import fresh_seed
 
 from z1_jax.data.tokenizer import (
     PromptTokenizer,
@@ -23,7 +24,7 @@ from z1_jax.errors import UserError
 
 REFERENCE = np.load(pathlib.Path(__file__).parent / "reference" / "misc.npz")
 MODEL = train_small_tokenizer(kitchen_instructions())
-SEED = int(np.random.default_rng().integers(2**31))
+SEED = fresh_seed(__name__)
 
 ROBOCASA = """open the left drawer|close the right drawer|open the cabinet door|close the cabinet doors
 open the microwave door|turn on the sink faucet|turn off the sink faucet|turn the sink spout to the left

@@ -2,6 +2,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from seeds import fresh_seed
 
 from envs.base import EnvObservation
 from z1_jax.data.normalize import NormStats
@@ -10,7 +11,7 @@ from z1_jax.data.transforms import InputProcessor, parse_image, resize_with_pad
 
 REFERENCE = np.load(pathlib.Path(__file__).parent / "reference" / "misc.npz")
 TOKENIZER = PromptTokenizer(train_small_tokenizer(kitchen_instructions()), 48)
-SEED = int(np.random.default_rng().integers(2**31))
+SEED = fresh_seed(__name__)
 
 
 @pytest.fixture

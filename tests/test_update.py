@@ -10,6 +10,7 @@ import optax
 import pytest
 import tiny_policy as tiny
 from flax import nnx
+from seeds import fresh_seed
 
 from z1_jax import sharding
 from z1_jax.config.schema import OptimConfig, UpdateConfig
@@ -24,7 +25,7 @@ from z1_jax.types import Observation
 
 GROUPS, SIZE, LOOKS, BATCH = 3, 4, 5, 16
 LOW, HIGH = 0.2, 0.3
-SEED = int(np.random.SeedSequence().generate_state(1)[0])
+SEED = fresh_seed(__name__)
 COUNTED = counted_coordinates(8, 8, tiny.processor().counted_dims, "executed")
 FLOW = dataclasses.replace(
     tiny.EVERY_STEP, logprob_reduce="mean"

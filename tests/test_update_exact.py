@@ -11,6 +11,7 @@ import pytest
 import tiny_env
 import tiny_policy as tiny
 from flax import nnx
+from seeds import fresh_seed
 
 from envs.pool import EnvPool
 from z1_jax import sharding
@@ -52,8 +53,7 @@ class Linear(nnx.Module):
 @functools.cache
 def case():
     """A model, its caches, nodes of groups with advantages of both signs, and ratios on both sides of the clip."""
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"seed {seed}")
+    seed = fresh_seed(__name__, "case")
     rng = np.random.default_rng(seed)
     size = 2 ** rng.integers(0, 3, NODES)
     values = rng.normal(size=(1, LOOKS, 1, 1, A)).astype("f")
@@ -188,7 +188,7 @@ def make_trainer(dtype: str) -> GrpoTrainer:
     words = PromptTokenizer.from_bytes(train_small_tokenizer(["hold still"]), config.prompt_length)
     processor = make_processor(config, words, stats, ("eye",))
     policy = fresh_policy(config, processor, 0, tiny.one_device(), executed=8, denoising_steps=4)
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(fresh_seed(__name__, "make_trainer"))
     policy = policy.with_params(jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, "f"), policy.params))
     return GrpoTrainer(policy, GATE_CONFIG, tiny.one_device(), 16)
 

@@ -1,12 +1,28 @@
-"""Z-1 JAX: GRPO post-training of the π0.5 vision-language-action model in JAX."""
+"""Z-1 JAX: GRPO post-training of the π0.5 vision-language-action model in JAX.
+
+For notebooks and scripts: `load_policy`, `make_env` and `Episode`. Importing this module does not import JAX.
+"""
 
 import importlib
 import pathlib
 import sys
+from typing import Any
 
 from z1_jax import interrupt
 
 __version__ = "0.1.0"
+
+_PUBLIC = {"load_policy": "z1_jax.api", "make_env": "z1_jax.api", "ActingPolicy": "z1_jax.api", "Episode": "envs.base"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'z1_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*_PUBLIC, "__version__"]
 
 
 def _own_envs() -> None:

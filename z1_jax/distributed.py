@@ -1,13 +1,16 @@
-"""Placing host arrays on the mesh."""
+"""Placing host arrays on the mesh, and code that must not do so by accident."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from z1_jax.sharding import LOGICAL_RULES, batch_sharding
+from z1_jax.sharding import LOGICAL_RULES, batch_sharding, replicated
 from z1_jax.types import PrefixCache
 
 Tree = TypeVar("Tree")
@@ -16,6 +19,18 @@ Tree = TypeVar("Tree")
 def put_batch(tree: Tree, mesh: Mesh) -> Tree:
     """Arrays whose first axis is the batch, spread over the data and fsdp axes; it must divide."""
     return jax.device_put(tree, batch_sharding(mesh))
+
+
+@contextlib.contextmanager
+def explicit_transfers() -> Iterator[None]:
+    """Within, only what is put on a device explicitly goes there, or from one to another: nothing wanders each step."""
+    with jax.transfer_guard_host_to_device("disallow"), jax.transfer_guard_device_to_device("disallow"):
+        yield
+
+
+def put_scalar(value: np.generic, mesh: Mesh) -> jax.Array:
+    """A number on every device: said explicitly, so that hot loops can forbid every other transfer."""
+    return jax.device_put(value, replicated(mesh))
 
 
 def cache_sharding(mesh: Mesh) -> PrefixCache:

@@ -87,7 +87,8 @@ class SftTrainer:
 
     def step(self, batch: dict[str, np.ndarray], step: int) -> dict[str, jax.Array]:
         """One optimiser step; returns device scalars, so that the host need not wait."""
-        (trainable, opt_state, average), stats = self._step(*self._inputs(batch, step))
+        with distributed.explicit_transfers():
+            (trainable, opt_state, average), stats = self._step(*self._inputs(batch, step))
         self.state = TrainState(trainable, self.state.frozen, opt_state, average)
         return stats
 
@@ -98,7 +99,13 @@ class SftTrainer:
     def _inputs(self, batch: dict[str, np.ndarray], step: int) -> tuple[Any, ...]:
         observation = distributed.put_batch(batch_observation(batch), self._mesh)
         actions = distributed.put_batch(batch["actions"], self._mesh)
-        return self._moved(), self.state.frozen, observation, actions, jnp.uint32(step)
+        return (
+            self._moved(),
+            self.state.frozen,
+            observation,
+            actions,
+            distributed.put_scalar(np.uint32(step), self._mesh),
+        )
 
     def trace(self, observation: Observation, actions: jax.Array) -> jax.stages.Traced:
         """The step traced for a batch that may be abstract, as may be the parameters: nothing is computed."""
@@ -189,7 +196,8 @@ def train_sft(
                 save(step)
                 checkpoints.close()
                 raise KeyboardInterrupt
-            stats = trainer.step(next(loader), step)
+            with jax.profiler.StepTraceAnnotation(stage, step_num=step):
+                stats = trainer.step(next(loader), step)
             done = step + 1
             if done % report_every == 0 or done == config.steps:
                 values = checked(stats, done)

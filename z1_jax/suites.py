@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 
 from envs.base import Env, Episode
 from envs.demos import Demonstrator
+from envs.gymnasium_env import gymnasium_suite
 from envs.suite import SettingError, SingleEnv, Suite
 from envs.suite import check_names as _check_names
 from z1_jax.config.schema import Config, ConfigError, EnvConfig, EvalConfig, flat
@@ -26,13 +29,14 @@ BUILT_IN = {
     "robocasa": "envs.robocasa.suite:RoboCasaSuite",
     "libero": "envs.libero.suite:LiberoSuite",
 }
+_OWNED = {"env.options": "gym:ENV_ID"}  # keys of suites that are not built in
 
 
 def resolve(config: Config) -> Suite:
     """The suite of a config: a built-in one by name, or `package.module:name` of the user's own.
 
-    That name is a class or function that is called with the sections `env` and `eval`, an object of the protocol, or a
-    plain factory of one environment.
+    That name is a class that is called with the sections `env` and `eval`, an object of the protocol, or a plain
+    factory of one environment. `gym:ENV_ID` is an environment of gymnasium.
 
     Raises:
         ConfigError: there is none of that name, or it cannot be made.
@@ -46,9 +50,16 @@ def resolve(config: Config) -> Suite:
 def _made(env: EnvConfig, evaluation: EvalConfig) -> Suite:
     if env.suite in BUILT_IN:
         return _found(BUILT_IN[env.suite])(env, evaluation)
+    if env.suite.startswith("gym:"):
+        return gymnasium_suite(env.suite, env.options, env.image_size, env.horizon)
     found = _found(env.suite)
     if isinstance(found, type) and hasattr(found, "make_env"):
-        found = found(env, evaluation)
+        try:
+            found = found(env, evaluation)
+        except SettingError:
+            raise
+        except Exception as error:  # noqa: BLE001 - it is the user's code: anything can be wrong in it
+            raise SettingError("env.suite", f"{env.suite} failed: {_told(error)}") from error
     if hasattr(found, "make_env"):
         lacking = [name for name in _PROTOCOL if not hasattr(found, name)]
         if lacking:
@@ -69,17 +80,24 @@ def _found(where: str) -> Any:
     module, colon, name = where.partition(":")
     if not colon:
         known = ", ".join(BUILT_IN)
-        raise SettingError("env.suite", f"{where!r} does not exist; known: {known}, or package.module:name of your own")
+        yours = "gym:ENV_ID, or package.module:name of your own (docs/own-environment.md)"
+        raise SettingError("env.suite", f"{where!r} does not exist; known: {known}, {yours}")
+    if not {"", os.getcwd()} & set(sys.path):  # a console script does not look where it was started, `python -m` does
+        sys.path.append(os.getcwd())  # workers get a copy
     try:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:  # noqa: BLE001 - it is the user's module: anything can be wrong in it
-        raise SettingError("env.suite", f"{where} cannot be imported: {type(error).__name__}: {error}") from error
+        raise SettingError("env.suite", f"{where} cannot be imported: {_told(error)}") from error
     if not callable(found) and not hasattr(found, "make_env"):
         raise SettingError(
             "env.suite",
             f"{where} is a {type(found).__name__}; expected a suite or a function that makes an environment",
         )
     return found
+
+
+def _told(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _asked(function: Callable[..., Any], *args: Any) -> Any:
@@ -98,13 +116,16 @@ def check_settings(config: Config) -> None:
     """
     values, default = flat(config), flat(Config())
     suite = resolve(config)
+    owners = {key: [name] for key, name in _OWNED.items()}
     for name, where in BUILT_IN.items():
         for key in _found(where).own_keys:
-            if key not in suite.own_keys and values[key] != default[key]:
-                raise ConfigError(
-                    f"config key {key}: got {values[key]}, which only env.suite={name} has; leave it out, or change "
-                    f"env.suite={config.env.suite}"
-                )
+            owners.setdefault(key, []).append(name)
+    for key, names in owners.items():
+        if key not in suite.own_keys and values[key] != default[key]:
+            raise ConfigError(
+                f"config key {key}: got {values[key]}, which only env.suite={' and '.join(names)} has; leave it out, "
+                f"or change env.suite={config.env.suite}"
+            )
     if hasattr(suite, "check_settings"):
         _asked(suite.check_settings)
     if not suite.branches:
@@ -119,12 +140,18 @@ def check_settings(config: Config) -> None:
                     f"(no snapshot and restore): expected {expected}"
                 )
     starts = config.demos.dataset or config.init and config.algorithm == "grpo"
-    if config.algorithm != "eval" and not starts and config.task in suite.tasks:
-        if _asked(suite.demonstrator, config.task) is None:
+    task = _task(config, suite)
+    if config.algorithm != "eval" and not starts and task in suite.tasks:
+        if _asked(suite.demonstrator, task) is None:
             raise ConfigError(
                 f"config key demos.dataset: got '', but env.suite={config.env.suite} has no scripted expert; expected "
                 "a dataset of demonstrations (python -m z1_jax.collect --from=…), or for grpo a policy in init"
             )
+
+
+def _task(config: Config, suite: Suite) -> str:
+    """The config's task; where it names none and the suite has one, that one."""
+    return suite.tasks[0] if len(suite.tasks) == 1 and config.task == Config.task else config.task
 
 
 def make_env(config: Config, task: str) -> Callable[[], Env]:
@@ -160,10 +187,17 @@ def settled(config: Config) -> Config:
         ConfigError: the suite is not installed, or in another version.
     """
     suite = resolve(config)
-    task = config.task
-    if len(suite.tasks) == 1 and task == Config.task:
-        (task,) = suite.tasks
-    env = dataclasses.replace(config.env, **_asked(suite.settle, task))
+    task = _task(config, suite)
+    known = _asked(suite.settle, task)
+    for key, value in known.items():
+        got = getattr(config.env, key)
+        if got not in (getattr(EnvConfig, key), value):
+            shown, theirs = (",".join(one) if isinstance(one, tuple) else one for one in (got, value))
+            raise ConfigError(
+                f"config key env.{key}: got {shown}, but environments of env.suite={config.env.suite} have {theirs}: "
+                "leave it out"
+            )
+    env = dataclasses.replace(config.env, **known)
     return dataclasses.replace(config, task=task, env=env)
 
 

@@ -16,8 +16,7 @@ from envs.pool import EnvPool
 from envs.video import write_video
 from z1_jax.config.schema import Config, EvalConfig
 from z1_jax.policy import Policy
-from z1_jax.rl import rollout
-from z1_jax.rl.actor import Actor
+from z1_jax.rl.actor import Actor, act, stack_ids
 from z1_jax.run_dir import write_json
 from z1_jax.suites import episode_of
 
@@ -120,10 +119,9 @@ def film(
     frames = [[frame] for frame in pool.render(slots, camera, size)]
     alive, chunk = slots, 0
     while alive:
-        cache, _ = actor.encode(params, policy.processor.observation(observations))
-        ids = rollout.stack_ids(np.array([seeds[i] for i in alive])[:, None], chunk, np.zeros((len(alive), 1), int))
-        chain = actor.sample(params, cache, ids, (config.noise_seed,), stochastic=False)
-        actions = policy.processor.env_actions(chain.x[:, 0, -1, : policy.executed])
+        ids = stack_ids(np.array([seeds[i] for i in alive])[:, None], chunk, np.zeros((len(alive), 1), int))
+        key, executed = (config.noise_seed,), policy.executed
+        actions = act(actor, params, policy.processor, observations, ids, key, executed=executed).actions[:, 0]
         current = list(range(len(alive)))
         looks: dict[int, Any] = {}
         for h in range(policy.executed):

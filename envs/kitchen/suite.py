@@ -28,7 +28,7 @@ class KitchenSuite:
         "doors": tuple(task for task in tasks if "Door" in task),
         "carrying": tuple(task for task in tasks if task.startswith("PnP")),
     }
-    own_keys = ("env.layouts", "env.styles")
+    own_keys = ("env.layouts", "env.styles", "env.objects")
     action_dim, state_dim, control_hz = robot.ACTION_DIM, robot.STATE_DIM, robot.CONTROL_HZ
     label = ""
     # The state is in metres and radians: the base, which the expert never moves, shakes by up to half a millimetre.

@@ -21,7 +21,7 @@ class RoboCasaSuite:
     name = "robocasa"
     tasks = tuple(dict.fromkeys(task for names in tables.HORIZONS.values() for task in names))
     sets: Mapping[str, tuple[str, ...]] = {"robocasa24": tuple(tables.HORIZONS["v0.2"])}
-    own_keys = ("env.version", "env.standins", "env.scenes", "eval.scenes", "eval.objects")
+    own_keys = ("env.version", "env.standins", "env.scenes", "env.objects", "eval.scenes", "eval.objects")
     action_dim, state_dim, control_hz = tables.ACTION_DIM, tables.STATE_DIM, float(tables.CONTROL_HZ)
     branches = True
     instructions: tuple[str, ...] = ()

@@ -214,8 +214,23 @@ def _check_combinations(config: Config) -> None:
             raise ConfigError(f"config key eval.film_seeds: got {seed!r}, expected seeds of 0 … {2**31 - 1}")
     if len(set(map(int, seeds))) < len(seeds):
         raise ConfigError(f"config key eval.film_seeds: got {', '.join(seeds)}, expected each seed once")
+    _check_profile(config)
     if config.algorithm == "eval" and not config.checkpoint:
         raise ConfigError("config key checkpoint: got '', expected a run directory or a checkpoint to evaluate")
+
+
+def _check_profile(config: Config) -> None:
+    chosen, last = config.log.profile, config.train.iterations - 1
+    for name in chosen:
+        if not (name.isascii() and name.isdigit() and int(name) <= last):
+            raise ConfigError(f"config key log.profile: got {name!r}, expected iterations of 0 … {last}, e.g. 3,4")
+    if len(config.log.profiled) < len(chosen):
+        raise ConfigError(f"config key log.profile: got {', '.join(chosen)}, expected each iteration once")
+    if chosen and config.algorithm != "grpo":
+        raise ConfigError(
+            f"config key log.profile: got {', '.join(chosen)} with algorithm={config.algorithm}, which has no "
+            "iterations of GRPO; leave it out"
+        )
 
 
 def _trains_sft(config: Config) -> bool:

@@ -28,7 +28,11 @@ class ConfigError(UserError):
 class EnvConfig:
     """The environments that rollouts and evaluations run in."""
 
-    suite: str = "kitchen"  # kitchen: built in; robocasa (docs/robocasa.md) and libero (docs/libero.md): as installed
+    # kitchen: built in; robocasa: v0.2 or v1.0.1, as installed (docs/robocasa.md); libero
+    # (docs/libero.md); gym:ENV_ID, or package.module:name
+    # of your own (docs/own-environment.md)
+    suite: str = "kitchen"
+    options: tuple[str, ...] = ()  # gym: NAME=VALUE, where picture, state, success and words are; image, once a camera
     version: str = ""  # robocasa, libero: its version, e.g. 1.0.1; empty: the one that is installed
     standins: bool = False  # robocasa: primitive stand-ins for the downloaded assets; a smoke test, and labelled so
     cameras: tuple[str, ...] = ("robot0_agentview_left", "robot0_eye_in_hand")  # in the order of the image slots
@@ -257,6 +261,14 @@ class LogConfig:
     tensorboard: bool = False  # in the run directory; needs the extra log
     wandb: bool = False  # project z1-jax; needs the extra log
     every: int = 50  # SFT steps between reports
+    # Iterations of GRPO whose trace is written to RUN_DIR/profile, by their step in metrics.jsonl (the first is 0),
+    # e.g. 3,4; for TensorBoard's profile plug-in, XProf or Perfetto.
+    profile: tuple[str, ...] = ()
+
+    @property
+    def profiled(self) -> frozenset[int]:
+        """`profile` as numbers."""
+        return frozenset(map(int, self.profile))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +305,9 @@ class Config:
     def directory(self) -> pathlib.Path:
         """The run directory, absolute."""
         which = fingerprint(self)[:8] if self.algorithm == "eval" else f"seed{self.seed}"  # one of each set of policies
-        named = self.env.suite.rpartition(":")[2]  # a class or function of the user's own, by its name
+        named = self.env.suite.rpartition(":")[2].replace(
+            "/", "-"
+        )  # a class or function of the user's own, by its name
         suite = f"{named}-" * (self.env.suite != "kitchen") + "standins-" * self.env.standins
         name = self.run_dir or f"runs/{self.algorithm}-{suite}{self.task.replace('/', '-')}-{which}"
         return absolute(name)
@@ -317,6 +331,9 @@ FREE_KEYS = (
     "sft.keep_every",
     "update.prefix_cache",
 )
+
+
+_YOUNGER: dict[str, Any] = {"env.options": []}  # keys that fingerprints did not know, and their defaults
 
 
 def defaults(**overrides: Any) -> ml_collections.ConfigDict:
@@ -394,5 +411,6 @@ def lengths(config: Config) -> tuple[str, ...]:
 
 
 def fingerprint(config: Config) -> str:
-    """Short hash of `identity`."""
-    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:12]
+    """Short hash of `identity`, without younger keys that are at their default: it stays what it was."""
+    values = {key: value for key, value in identity(config).items() if key not in _YOUNGER or value != _YOUNGER[key]}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

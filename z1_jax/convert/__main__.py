@@ -266,7 +266,7 @@ def make_document(
         "vision_heads": config.vision.heads,
         "horizon": config.horizon,
         "prompt_length": config.prompt_length,
-        "compute": {name: getattr(config, name) for name in ("dtype", "remat", "unroll", "attention")},
+        "compute": dataclasses.asdict(config.compute),
     }
 
 

@@ -16,6 +16,7 @@ from z1_jax.convert.safetensors import INDEX, SafetensorsReader, open_sharded
 from z1_jax.convert.store import FormatError, Reader, TensorInfo
 from z1_jax.convert.transfer import End
 from z1_jax.files import absolute
+from z1_jax.models.compute import Compute
 from z1_jax.policy import find_policy
 
 Format = Literal["ours", "openpi", "openpi-pytorch", "lerobot"]
@@ -178,7 +179,7 @@ def flatten(architecture: Mapping[str, Any]) -> dict[str, Any]:
         "horizon": architecture["horizon"],
         "prompt_length": architecture["prompt_length"],
         "camera_slots": architecture["cameras"],
-        "compute": {name: architecture[name] for name in ("dtype", "remat", "unroll", "attention")},
+        "compute": {field.name: architecture[field.name] for field in dataclasses.fields(Compute)},
     }
 
 

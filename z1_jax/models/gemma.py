@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from z1_jax.models import attention
+from z1_jax.models.compute import Compute
 from z1_jax.models.layers import (
     AdaRMSNorm,
     Einsum,
@@ -116,14 +117,9 @@ class LanguageModel(nnx.Module):
         self,
         config: GemmaConfig,
         vocab_size: int,
-        *,
-        dtype: str = "float32",
-        remat: str = "none",
-        unroll: bool = False,
-        implementation: str = "einsum",
+        compute: Compute,
     ):
-        self.config, self.dtype, self.implementation = config, dtype, implementation
-        self.remat, self.unroll = remat, unroll
+        self.config, self.compute = config, compute
         self.embedding = param((vocab_size, config.width), ("vocab", "embed"), Init(config.width**-0.5))
         self.layers = GemmaBlock(config, adaptive=False, layers=config.depth - 1)
         self.last = GemmaBlock(config, adaptive=False)
@@ -132,7 +128,7 @@ class LanguageModel(nnx.Module):
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L W"]:
         """Embedded tokens, scaled by sqrt(width), in the compute dtype."""
         rows = self.embedding[...][tokens].astype(jnp.float32)
-        return constrain((rows * self.config.width**0.5).astype(self.dtype), "batch")
+        return constrain((rows * self.config.width**0.5).astype(self.compute.dtype), "batch")
 
     def keys_values(
         self, x: Float[Array, "B T W"], mask: Bool[Array, "B T"]
@@ -141,12 +137,12 @@ class LanguageModel(nnx.Module):
         positions = prefix_positions(mask)
 
         def attend(q: Array, k: Array, v: Array) -> Array:
-            return attention.attend(q, k, v, mask, self.implementation)
+            return attention.attend(q, k, v, mask, self.compute.attention)
 
         def step(layer: GemmaBlock, x: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
             return layer(x, positions, attend)
 
-        x, (k, v) = scan_layers(self.layers, step, x, remat=self.remat, unroll=self.unroll)
+        x, (k, v) = scan_layers(self.layers, step, x, self.compute)
         last_k, last_v = self.last.keys_values(self.last.norm_attention(x)[0], positions)
         return jnp.concatenate([k, last_k[None]]), jnp.concatenate([v, last_v[None]])
 
@@ -163,13 +159,10 @@ class ActionExpert(nnx.Module):
         self,
         config: GemmaConfig,
         action_dim: int,
-        *,
-        dtype: str = "float32",
-        remat: str = "none",
-        unroll: bool = False,
+        compute: Compute,
     ):
         width = config.width
-        self.config, self.dtype, self.remat, self.unroll = config, dtype, remat, unroll
+        self.config, self.compute = config, compute
         self.action_in = dense(action_dim, width, (None, "embed"), keep_float32=True)
         self.time_in = dense(width, width, ("embed", None), keep_float32=True)
         self.time_out = dense(width, width, ("embed", None), keep_float32=True)
@@ -190,7 +183,7 @@ class ActionExpert(nnx.Module):
         condition = self.condition(t)
         prefix_length = jnp.sum(cache.mask.astype(jnp.int32), axis=1)
         positions = prefix_length[:, None, None] + jnp.arange(x_t.shape[2], dtype=jnp.int32)
-        x = constrain(self.action_in(x_t.astype(jnp.float32)).astype(self.dtype), "batch")
+        x = constrain(self.action_in(x_t.astype(jnp.float32)).astype(self.compute.dtype), "batch")
 
         def step(layer: GemmaBlock, x: Array, prefix: tuple[Array, Array]) -> tuple[Array, None]:
             def attend(q: Array, k: Array, v: Array) -> Array:
@@ -198,6 +191,6 @@ class ActionExpert(nnx.Module):
 
             return layer(x, positions, attend, condition)[0], None
 
-        x, _ = scan_layers(self.layers, step, x, (cache.k, cache.v), remat=self.remat, unroll=self.unroll)
+        x, _ = scan_layers(self.layers, step, x, self.compute, (cache.k, cache.v))
         x, _ = self.norm(x, condition)
         return constrain(self.action_out(x.astype(jnp.float32)), "batch")

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from z1_jax.models.compute import Compute
 from z1_jax.models.lora import Adapter
 from z1_jax.models.params import ONES, ZEROS, Init, param
 from z1_jax.sharding import constrain, on_one_device
@@ -210,16 +211,14 @@ def scan_layers(
     stack: nnx.Module,
     step: Callable[[nnx.Module, Array, Any], tuple[Array, Any]],
     x: Array,
+    compute: Compute,
     inputs: Any = None,
-    *,
-    remat: str = "none",
-    unroll: bool = False,
 ) -> tuple[Array, Any]:
     """Applies `step(layer, x, input) -> (x, output)` for each layer of a stack, by one `jax.lax.scan`.
 
     `stack` is a module whose parameters have a leading "layers" axis; `layer` is the same module without it.
-    `inputs` and the returned outputs are stacked over layers. `remat` names a policy of REMAT_POLICIES;
-    `unroll` writes the layers out instead of looping (faster on CPU, slower to compile when deep).
+    `inputs` and the returned outputs are stacked over layers. `compute.remat` names a policy of
+    REMAT_POLICIES; `compute.unroll` writes the layers out instead of looping.
     """
     graphdef, state = nnx.split(stack)
 
@@ -227,6 +226,6 @@ def scan_layers(
         layer_state, layer_input = slices
         return step(nnx.merge(graphdef, layer_state), x, layer_input)
 
-    if remat != "none":
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(body, x, (state, inputs), unroll=unroll)
+    if compute.remat != "none":
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[compute.remat], prevent_cse=False)
+    return jax.lax.scan(body, x, (state, inputs), unroll=compute.unroll)

@@ -17,7 +17,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from z1_jax.models.choices import ATTENTION, DTYPES, REMAT, SCOPES
+from z1_jax.models.choices import DTYPES, SCOPES
+from z1_jax.models.compute import Compute
 from z1_jax.models.gemma import ActionExpert, GemmaConfig, LanguageModel
 from z1_jax.models.lora import is_adapter
 from z1_jax.models.params import initialise
@@ -29,7 +30,7 @@ Part = Literal["vision", "language", "expert"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Pi05Config:
+class Pi05Config(Compute):
     """Shape and compute settings of a π0.5 model. Parameters are float32."""
 
     vision: SiglipConfig
@@ -40,20 +41,12 @@ class Pi05Config:
     prompt_length: int  # tokens
     action_dim: int  # A, padding included
     horizon: int  # H, predicted control steps
-    dtype: str = "bfloat16"  # of the computation
-    remat: str = "none"  # activations kept for the backward pass: none (all) | dots | full (recompute all)
-    unroll: bool = False  # write the layers out instead of looping: faster for a few small layers on a CPU
-    attention: str = "einsum"  # of vision and prefix: einsum | xla | cudnn
 
     def __post_init__(self):
         for name in ("vocab_size", "cameras", "prompt_length", "action_dim", "horizon"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
-        for name, allowed in (("dtype", DTYPES), ("remat", REMAT), ("attention", ATTENTION)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        if self.attention == "cudnn" and self.dtype != "bfloat16":
-            raise ValueError(f"attention cudnn computes in bfloat16 only; got dtype {self.dtype}")
+        super().__post_init__()
         for name in ("depth", "heads", "kv_heads", "head_dim"):
             language, expert = getattr(self.language, name), getattr(self.expert, name)
             if language != expert:
@@ -89,11 +82,9 @@ class Pi05(nnx.Module):
 
     def __init__(self, config: Pi05Config):
         self.config = config
-        common = {"dtype": config.dtype, "remat": config.remat, "unroll": config.unroll}
-        prefix = {**common, "implementation": config.attention}
-        self.vision = Siglip(config.vision, config.language.width, **prefix)
-        self.language = LanguageModel(config.language, config.vocab_size, **prefix)
-        self.expert = ActionExpert(config.expert, config.action_dim, **common)
+        self.vision = Siglip(config.vision, config.language.width, config.compute)
+        self.language = LanguageModel(config.language, config.vocab_size, config.compute)
+        self.expert = ActionExpert(config.expert, config.action_dim, config.compute)
 
     def image_tokens(self, images: Array) -> Float[Array, "B C P W"]:
         """Tokens of every camera slot of `images` [B, C, S, S, 3], by one pass of the vision tower.

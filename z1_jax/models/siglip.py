@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from z1_jax.models import attention
+from z1_jax.models.compute import Compute
 from z1_jax.models.layers import Einsum, LayerNorm, Mlp, dense, scan_layers
 from z1_jax.models.params import ZEROS, Init, param
 from z1_jax.sharding import constrain
@@ -90,14 +91,9 @@ class Siglip(nnx.Module):
         self,
         config: SiglipConfig,
         out_width: int,
-        *,
-        dtype: str = "float32",
-        remat: str = "none",
-        unroll: bool = False,
-        implementation: str = "einsum",
+        compute: Compute,
     ):
-        self.config, self.dtype, self.implementation = config, dtype, implementation
-        self.remat, self.unroll = remat, unroll
+        self.config, self.compute = config, compute
         patch_shape = (config.patch, config.patch, 3, config.width)
         patch_std = (3 * config.patch**2) ** -0.5
         patch_axes = (None, None, None, "embed")
@@ -121,12 +117,12 @@ class Siglip(nnx.Module):
 
     def encode(self, images: Float[Array, "B S S 3"]) -> Float[Array, "B P W"]:
         """The encoder's normalised output, before the head."""
-        x = self.embed_patches(images).astype(self.dtype)
+        x = self.embed_patches(images).astype(self.compute.dtype)
 
         def step(layer: SiglipBlock, x: Array, _: None) -> tuple[Array, None]:
-            return layer(x, self.implementation), None
+            return layer(x, self.compute.attention), None
 
-        x, _ = scan_layers(self.layers, step, x, remat=self.remat, unroll=self.unroll)
+        x, _ = scan_layers(self.layers, step, x, self.compute)
         return self.norm(x)
 
     def __call__(self, images: Float[Array, "B S S 3"]) -> Float[Array, "B P D"]:

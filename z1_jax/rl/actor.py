@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from flax import nnx
 
 from z1_jax import distributed
 from z1_jax.config.schema import FlowConfig
+from z1_jax.data.transforms import InputProcessor
 from z1_jax.models.pi05 import cast_state
 from z1_jax.rl import flow
 from z1_jax.types import Observation, PrefixCache
@@ -138,6 +140,41 @@ class Actor:
             noise_level=noise_level,
             reduce=self._config.logprob_reduce,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Acted:
+    """What a policy decided on n observations, M chunks for each."""
+
+    chain: flow.Chain  # NumPy, [n, M, …]
+    actions: np.ndarray  # [n, M, E, env action], for the environment
+    looks: Observation  # NumPy, [n, …]
+    cache: PrefixCache  # of the looks, padded
+
+
+def act(
+    actor: Actor,
+    params: tuple[Any, Any],
+    processor: InputProcessor,
+    observations: Sequence[Any],
+    ids: np.ndarray,
+    noise_key: tuple[int, ...],
+    *,
+    executed: int,
+    stochastic: bool = False,
+    noise_level: float | None = None,
+) -> Acted:
+    """From the environments' observations to their actions; the VLM runs once for each observation.
+
+    Args:
+        observations: [n], as environments give them.
+        ids: int [n, M, I]; ids, noise_key, stochastic, noise_level: as for `Actor.sample`.
+        executed: E, steps of each predicted chunk that the environment runs.
+    """
+    looks = processor.observation(observations)
+    cache, _ = actor.encode(params, looks)
+    chain = actor.sample(params, cache, ids, noise_key, stochastic, noise_level)
+    return Acted(chain, processor.env_actions(chain.x[:, :, -1, :executed]), looks, cache)
 
 
 def pad_rows(x: np.ndarray, size: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from z1_jax.checkpoint import Checkpoints, Keep
 from z1_jax.interrupt import GracefulStop
 from z1_jax.metrics import ALARMS, METRICS, MetricsWriter, Progress, read_records
 from z1_jax.policy import Policy
+from z1_jax.profiling import PROFILE, profiled
 from z1_jax.resuming import Counts, counted_grpo, nothing_left, settled
 from z1_jax.rl import diagnostics, rollout, selective
 from z1_jax.rl.trainer import GrpoTrainer
@@ -65,6 +66,8 @@ def train_grpo(
 
     last = config.train.iterations
     with GracefulStop() as stop, Progress("grpo", last, "iteration", _COLUMNS, start, alarms=ALARMS) as progress:
+        if missed := sorted(number for number in config.log.profiled if number < start):
+            progress.say(f"log.profile: of {', '.join(map(str, missed))} no trace is written, they were trained before")
         for iteration in range(start, last):
             if settled(counts.recent, config.train):
                 last = iteration
@@ -76,9 +79,10 @@ def train_grpo(
                 raise KeyboardInterrupt
             began = time.perf_counter()
             try:
-                rollouts = trainer.collect(pool, iteration)
-                collected = time.perf_counter()
-                stats = trainer.update(rollouts, iteration)
+                with profiled(writer.run_dir / PROFILE, iteration, config.log.profiled):
+                    rollouts = trainer.collect(pool, iteration)
+                    collected = time.perf_counter()
+                    stats = trainer.update(rollouts, iteration)
             except rollout.BrokenIteration as error:
                 path = diagnostics.save_broken(writer.run_dir, iteration, error.evidence)
                 checkpoints.close()

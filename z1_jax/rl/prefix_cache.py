@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from z1_jax import distributed
 from z1_jax.config.checks import stale_cache
+from z1_jax.sharding import replicated
 from z1_jax.types import PrefixCache
 
 _DEVICE_SHARE, _HOST_SHARE = 0.4, 0.5  # of the memory that is free: activations and frames need the rest
@@ -66,8 +67,8 @@ class PrefixStore:
 
     def _settle(self) -> None:
         for cache, rows in self._coming:
-            k, v = (np.array(np.asarray(x)[:, :rows]) for x in (cache.k, cache.v))
-            self._parts.append(PrefixCache(k, v, np.array(np.asarray(cache.mask)[:rows])))
+            k, v = (np.array(jax.device_get(x)[:, :rows]) for x in (cache.k, cache.v))
+            self._parts.append(PrefixCache(k, v, np.array(jax.device_get(cache.mask)[:rows])))
         self._coming = []
 
 
@@ -78,7 +79,7 @@ class DevicePrefixStore:
         """Args: `capacity`: the most observations of an iteration, with one padded batch to spare."""
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         self._capacity = -(-capacity // shards) * shards
-        self._sharding = distributed.cache_sharding(mesh)
+        self._sharding, self._whole = distributed.cache_sharding(mesh), replicated(mesh)
         self._all: PrefixCache | None = None
         self.rows = 0
         self.traces = {"write": 0, "take": 0}
@@ -98,7 +99,7 @@ class DevicePrefixStore:
         """The caches of observations `rows`, on the device, spread like a batch."""
         if self._all is None or rows.max(initial=0) >= self.rows:
             raise ValueError(f"observation {rows.max(initial=0)} asked for, {self.rows} are stored")
-        return self._take(self._all, jnp.asarray(rows, jnp.int32))
+        return self._take(self._all, jax.device_put(rows.astype(np.int32), self._whole))
 
     def clear(self) -> None:
         """Forgets every cache; the buffer stays."""

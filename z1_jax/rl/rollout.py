@@ -17,7 +17,7 @@ from envs.base import Episode
 from envs.pool import EnvPool
 from z1_jax.data.transforms import InputProcessor
 from z1_jax.errors import UserError
-from z1_jax.rl.actor import Actor, stack_ids
+from z1_jax.rl.actor import Acted, Actor, act, stack_ids
 from z1_jax.rl.prefix_cache import AnyStore
 from z1_jax.rl.tree import BranchPlan
 from z1_jax.types import Observation
@@ -158,13 +158,13 @@ class _Walk:
         while observations:
             cluster = self.plan.cluster_size(chunk)
             children = members[:, None] + cluster * np.arange(self.plan.split(chunk))  # [n, M]
-            chain = self._decide(observations, groups, children, chunk)
+            acted = self._decide(observations, groups, children, chunk, executed)
             slots = self._slots(groups[:, None], children)
             if children.shape[1] > 1:
                 self.pool.branch(np.repeat(slots[:, 0], children.shape[1] - 1).tolist(), slots[:, 1:].ravel().tolist())
-            actions = self.processor.env_actions(chain.x[:, :, -1, :executed])
-            results, following = self.pool.step(slots.ravel().tolist(), actions.reshape(-1, *actions.shape[2:]))
-            self._record(groups, children, chunk, cluster, chain, results)
+            actions = acted.actions.reshape(-1, *acted.actions.shape[2:])
+            results, following = self.pool.step(slots.ravel().tolist(), actions)
+            self._record(groups, children, chunk, cluster, acted.chain, results)
             alive = [i for i, result in enumerate(results) if not result.done]
             groups, members = np.repeat(groups, children.shape[1])[alive], children.ravel()[alive]
             observations = [following[i] for i in alive]
@@ -176,24 +176,34 @@ class _Walk:
         size = self.plan.group_size
         return groups * size + (members + groups) % size
 
-    def _decide(self, observations: list[Any], groups: np.ndarray, children: np.ndarray, chunk: int) -> Any:
+    def _decide(
+        self, observations: list[Any], groups: np.ndarray, children: np.ndarray, chunk: int, executed: int
+    ) -> Acted:
         """One look per observation, one chain per child: the VLM runs once however many members part here."""
         began = time.perf_counter()
         how = self.sampling
-        looks = self.processor.observation(observations)
-        cache, count = self.actor.encode(self.params, looks)
-        ids = stack_ids(self.seeds[groups][:, None], chunk, children)
-        chain = self.actor.sample(self.params, cache, ids, how.noise_key, how.stochastic, how.noise_level)
+        acted = act(
+            self.actor,
+            self.params,
+            self.processor,
+            observations,
+            stack_ids(self.seeds[groups][:, None], chunk, children),
+            how.noise_key,
+            executed=executed,
+            stochastic=how.stochastic,
+            noise_level=how.noise_level,
+        )
         if how.store is not None:
-            how.store.add(cache, count)
+            how.store.add(acted.cache, len(observations))
         self.sample_s += time.perf_counter() - began
-        self.looks.append(looks)
+        self.looks.append(acted.looks)
+        chain = acted.chain
         if not np.isfinite(chain.x).all() or not np.isfinite(chain.logp).all():
             raise BrokenIteration(
                 f"the policy drew numbers that are not finite at chunk {chunk}",
                 {"group": groups + self.first_group, "member": children, "x": chain.x, "logp": chain.logp},
             )
-        return chain
+        return acted
 
     def _record(
         self, groups: np.ndarray, children: np.ndarray, chunk: int, cluster: int, chain: Any, results: list[Any]

@@ -11,6 +11,7 @@ import numpy as np
 
 from envs.base import Episode
 from envs.pool import EnvPool
+from z1_jax import distributed
 from z1_jax.config.checks import check_horizon
 from z1_jax.config.schema import Config, ConfigError, UpdateConfig
 from z1_jax.errors import UserError
@@ -212,7 +213,8 @@ class GrpoTrainer:
         credit = self.credit(rollouts, rng)
         lr_scale = float(self._lr(iteration)) / self.config.update.optim.lr
         noise_level = self.noise_level(iteration)
-        rows = self._optimise(rollouts, credit, self._batches(rollouts, credit, rng), lr_scale, noise_level)
+        with distributed.explicit_transfers():
+            rows = self._optimise(rollouts, credit, self._batches(rollouts, credit, rng), lr_scale, noise_level)
         success = rollouts.success
         return {
             "scope": self.scope,
@@ -343,7 +345,7 @@ def _evidence(
     rollouts: rollout.Rollouts, credit: Credit, done: list[tuple[NodeBatch, Launched]]
 ) -> dict[str, np.ndarray]:
     """The node table, its credit, and the ratios of every step up to the broken one."""
-    logp = [np.asarray(launched.logp)[batch.valid] for batch, launched in done]
+    logp = [jax.device_get(launched.logp)[batch.valid] for batch, launched in done]
     node = [batch.node[batch.valid] for batch, _ in done]
     scored = np.concatenate(logp)
     at = np.concatenate(node)

@@ -114,15 +114,14 @@ class Updater:
             noise_level: that the chains were drawn with; default: the config's.
             reference: what `trainable` was before RL; needed with `kl_coef`.
         """
+        noise_level = self._flow.noise_level if noise_level is None else noise_level
         trainable, opt_state, stats, logp = self._step(
             trainable,
             opt_state,
             frozen,
             reference,
             batch,
-            jnp.float32(normaliser),
-            jnp.float32(lr_scale),
-            jnp.float32(self._flow.noise_level if noise_level is None else noise_level),
+            *(distributed.put_scalar(np.float32(x), self._mesh) for x in (normaliser, lr_scale, noise_level)),
         )
         return trainable, opt_state, Launched(stats, logp)
 

@@ -23,7 +23,7 @@ from z1_jax.models.layers import rope, time_embedding
 from z1_jax.models.presets import get_preset
 from z1_jax.types import Observation
 
-FOLDER = Path(__file__).parent / "reference"
+FOLDER = Path(__file__).parents[1] / "reference"
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 TOLERANCE = 1e-5
 LEARNING_RATE = 1e-3  # of the reference's one AdamW step

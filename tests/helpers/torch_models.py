@@ -1,6 +1,6 @@
 """Tiny π0.5 models by openpi's and LeRobot's own PyTorch code: built, saved and sampled by them, with random weights.
 
-    python tests/torch_models.py tests/reference
+    python tests/helpers/torch_models.py tests/reference
 
 writes what tests/test_convert_torch.py compares with. It needs torch, LeRobot 0.4.4, openpi, and transformers 4.53.2
 with openpi's `transformers_replace` copied over it. Both projects fix vocabulary and vision tower to full

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import tiny_policy as tiny
+from seeds import fresh_seed
 
 from z1_jax.config.schema import Config, EnvConfig, GroupConfig, OptimConfig, RewardConfig, TrainConfig, UpdateConfig
 from z1_jax.metrics import MetricsWriter, read_records
@@ -15,7 +16,7 @@ from z1_jax.policy import Policy, named
 from z1_jax.rl.loop import train_grpo
 from z1_jax.rl.trainer import GrpoTrainer
 
-SEED = int(np.random.SeedSequence().generate_state(1)[0]) % 10_000
+SEED = fresh_seed(__name__) % 10_000
 CONFIG = Config(
     seed=SEED,
     env=EnvConfig(parallel=16),

@@ -1,0 +1,33 @@
+"""How a model computes, whatever its shape."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from z1_jax.models.choices import ATTENTION, DTYPES, REMAT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compute:
+    """Settings of the computation: they move no number but by rounding.
+
+    Raises:
+        ValueError: a setting that is not among its choices, or attention cudnn without bfloat16.
+    """
+
+    dtype: str = "bfloat16"  # of the computation
+    remat: str = "none"  # activations kept for the backward pass: none (all) | dots | full (recompute all)
+    unroll: bool = False  # write the layers out instead of looping: faster for a few small layers on a CPU
+    attention: str = "einsum"  # of vision and prefix: einsum | xla | cudnn
+
+    def __post_init__(self):
+        for name, allowed in (("dtype", DTYPES), ("remat", REMAT), ("attention", ATTENTION)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ValueError(f"attention cudnn computes in bfloat16 only; got dtype {self.dtype}")
+
+    @property
+    def compute(self) -> Compute:
+        """These settings alone, of a configuration that has them among others."""
+        return Compute(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Compute)})
