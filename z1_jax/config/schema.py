@@ -28,9 +28,8 @@ class ConfigError(UserError):
 class EnvConfig:
     """The environments that rollouts and evaluations run in."""
 
-    # kitchen: built in; robocasa: v0.2 or v1.0.1, as installed (docs/robocasa.md); libero
-    # (docs/libero.md); gym:ENV_ID, or package.module:name
-    # of your own (docs/own-environment.md)
+    # kitchen: built in; robocasa: v0.2 or v1.0.1, as installed (docs/robocasa.md); libero (docs/libero.md);
+    # gym:ENV_ID, or package.module:name of your own (docs/own-environment.md)
     suite: str = "kitchen"
     options: tuple[str, ...] = ()  # gym: NAME=VALUE, where picture, state, success and words are; image, once a camera
     version: str = ""  # robocasa, libero: its version, e.g. 1.0.1; empty: the one that is installed
@@ -305,9 +304,8 @@ class Config:
     def directory(self) -> pathlib.Path:
         """The run directory, absolute."""
         which = fingerprint(self)[:8] if self.algorithm == "eval" else f"seed{self.seed}"  # one of each set of policies
-        named = self.env.suite.rpartition(":")[2].replace(
-            "/", "-"
-        )  # a class or function of the user's own, by its name
+        # A class or function of the user's own, by its name.
+        named = self.env.suite.rpartition(":")[2].replace("/", "-")
         suite = f"{named}-" * (self.env.suite != "kitchen") + "standins-" * self.env.standins
         name = self.run_dir or f"runs/{self.algorithm}-{suite}{self.task.replace('/', '-')}-{which}"
         return absolute(name)
