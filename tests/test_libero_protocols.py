@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import importlib.util
-import sys
 
 import pytest
 

@@ -1,0 +1,115 @@
+"""Privileged poses of a LIBERO simulation, for experts: a function of the joint positions alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mujoco
+import numpy as np
+
+
+class World:
+    """Where the hand and the things are, metres in the world's frame."""
+
+    def __init__(self, raw: Any):
+        self._raw, self._model = raw, raw.sim.model._model
+        self._data = mujoco.MjData(self._model)
+        self._points: dict[str, np.ndarray] = {}
+
+    def update(self) -> None:
+        """Takes the positions of now. What MuJoCo left in its own data may be a substep old."""
+        self._data.qpos[:] = self._raw.sim.data._data.qpos
+        mujoco.mj_kinematics(self._model, self._data)
+
+    @property
+    def eef(self) -> np.ndarray:
+        """The point between the finger tips [3]."""
+        return self._data.site_xpos[self._raw.robots[0].eef_site_id].copy()
+
+    @property
+    def hand(self) -> np.ndarray:
+        """The hand's rotation [3, 3]: columns are along the palm, along the fingers' opening, and where they point."""
+        name = self._raw.robots[0].robot_model.eef_name
+        return self._data.xmat[self._model.body(name).id].reshape(3, 3).copy()
+
+    @property
+    def gap(self) -> float:
+        """Metres between the fingers."""
+        one, other = self._raw.robots[0]._ref_gripper_joint_pos_indexes
+        return float(self._data.qpos[one] - self._data.qpos[other])
+
+    def joint(self, region: str) -> float:
+        """Position of the joint that moves a fixture's part: a drawer, a door, a knob."""
+        return float(self._data.qpos[self._model.joint(self._joint(region)).qposadr[0]])
+
+    def joint_axis(self, region: str) -> tuple[np.ndarray, np.ndarray]:
+        """(a point of the joint's axis, its direction) in the world."""
+        joint = self._model.joint(self._joint(region))
+        body = joint.bodyid[0]
+        turn = self._data.xmat[body].reshape(3, 3)
+        return self._data.xpos[body] + turn @ joint.pos, turn @ joint.axis
+
+    def _joint(self, region: str) -> str:
+        sites, things = self._raw.object_sites_dict, self._raw.fixtures_dict
+        joints = sites[region].joints if region in sites else things[region].joints
+        return next(iter(joints))
+
+    def position(self, name: str) -> np.ndarray:
+        """Of a thing's origin, or of a region's middle [3]."""
+        if name in self._raw.obj_body_id:
+            return self._data.xpos[self._raw.obj_body_id[name]].copy()
+        return self._data.site_xpos[self._model.site(name).id].copy()
+
+    def box(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The lowest and highest coordinates [3] of what can be touched of a thing."""
+        body = self._raw.obj_body_id[name]
+        if name not in self._points:
+            self._points[name] = self._touchable(body)
+        points = self._points[name] @ self._data.xmat[body].reshape(3, 3).T + self._data.xpos[body]
+        return points.min(0), points.max(0)
+
+    def body(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """As `box`, of a part of a fixture that MuJoCo knows by this name."""
+        body = self._model.body(name).id
+        points = [self._data.geom_xpos[g] + p @ self._data.geom_xmat[g].reshape(3, 3).T for g, p in self._geoms(body)]
+        return np.concatenate(points).min(0), np.concatenate(points).max(0)
+
+    def _touchable(self, body: int) -> np.ndarray:
+        """Corners of the colliding shapes of a body and its parts [P, 3], in the body's frame."""
+        at, turn = self._data.xpos[body], self._data.xmat[body].reshape(3, 3)
+        found = []
+        for geom, points in self._geoms(body):
+            world = self._data.geom_xpos[geom] + points @ self._data.geom_xmat[geom].reshape(3, 3).T
+            found.append((world - at) @ turn)
+        return np.concatenate(found)
+
+    def _geoms(self, body: int) -> list[tuple[int, np.ndarray]]:
+        model = self._model
+        inside = {body}
+        for child in range(body + 1, model.nbody):  # parents come before their children
+            if model.body_parentid[child] in inside:
+                inside.add(child)
+        touchable = (model.geom_contype | model.geom_conaffinity) != 0
+        return [
+            (geom, _corners(model, geom))
+            for geom in range(model.ngeom)
+            if model.geom_bodyid[geom] in inside and touchable[geom]
+        ]
+
+
+_UNIT = np.array([[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)])
+
+
+def _corners(model: mujoco.MjModel, geom: int) -> np.ndarray:
+    """Points around a shape [P, 3], in its own frame: the vertices of a mesh, else the corners of a box around it."""
+    kind, size = model.geom_type[geom], model.geom_size[geom]
+    if kind == mujoco.mjtGeom.mjGEOM_MESH:
+        mesh = model.geom_dataid[geom]
+        start = model.mesh_vertadr[mesh]
+        return model.mesh_vert[start : start + model.mesh_vertnum[mesh]].astype(float)
+    if kind == mujoco.mjtGeom.mjGEOM_SPHERE:
+        return _UNIT * size[0]
+    if kind in (mujoco.mjtGeom.mjGEOM_CYLINDER, mujoco.mjtGeom.mjGEOM_CAPSULE):
+        cap = size[0] if kind == mujoco.mjtGeom.mjGEOM_CAPSULE else 0.0
+        return _UNIT * [size[0], size[0], size[1] + cap]
+    return _UNIT * size
