@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from envs.libero.env import LiberoEnv
 
 
-def make(task: str, **options: Any) -> Any:
+def make(task: str, **options: Any) -> LiberoEnv:
     """The environment of a task; `options` are LiberoEnv's. Raises ValueError as it does."""
     from envs.libero.env import LiberoEnv
 

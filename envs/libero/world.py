@@ -38,6 +38,11 @@ class World:
         one, other = self._raw.robots[0]._ref_gripper_joint_pos_indexes
         return float(self._data.qpos[one] - self._data.qpos[other])
 
+    @property
+    def table(self) -> float:
+        """Height of the table's top."""
+        return float(self._raw.workspace_offset[2])
+
     def joint(self, region: str) -> float:
         """Position of the joint that moves a fixture's part: a drawer, a door, a knob."""
         return float(self._data.qpos[self._model.joint(self._joint(region)).qposadr[0]])
@@ -68,11 +73,36 @@ class World:
         points = self._points[name] @ self._data.xmat[body].reshape(3, 3).T + self._data.xpos[body]
         return points.min(0), points.max(0)
 
-    def body(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """As `box`, of a part of a fixture that MuJoCo knows by this name."""
-        body = self._model.body(name).id
-        points = [self._data.geom_xpos[g] + p @ self._data.geom_xmat[g].reshape(3, 3).T for g, p in self._geoms(body)]
-        return np.concatenate(points).min(0), np.concatenate(points).max(0)
+    def rim(self, name: str) -> np.ndarray:
+        """Points of a dish's upper edge [P, 3]."""
+        body = self._raw.obj_body_id[name]
+        if name not in self._points:
+            self._points[name] = self._touchable(body)
+        local = self._points[name]
+        edge = local[local[:, 2] > local[:, 2].max() - 0.006]
+        return edge @ self._data.xmat[body].reshape(3, 3).T + self._data.xpos[body]
+
+    def tops_below(self, name: str, around: float) -> float:
+        """How high the fixtures reach that a thing is over or within `around` metres of; minus infinity for none."""
+        low, high = self.box(name)
+        tops = [-np.inf]
+        for fixture in self._raw.fixtures_dict:
+            if fixture not in self._raw.obj_body_id:  # the table itself
+                continue
+            start, end = self.box(fixture)
+            if ((low - around < end) & (start < high + around))[:2].all():
+                tops.append(end[2])
+        return float(max(tops))
+
+    def handle(self, region: str) -> tuple[np.ndarray, np.ndarray]:
+        """As `box`, of what moves a fixture's part: a drawer's bar, a knob's fin."""
+        body = self._model.joint(self._joint(region)).bodyid[0]
+        shapes = []
+        for geom, points in self._geoms(body):
+            world = self._data.geom_xpos[geom] + points @ self._data.geom_xmat[geom].reshape(3, 3).T
+            shapes.append((world.min(0), world.max(0)))
+        # A drawer's bar stands out furthest, towards +y; a knob's fin is the highest.
+        return max(shapes, key=lambda box: box[1][1] if region in self._raw.object_sites_dict else box[1][2])
 
     def _touchable(self, body: int) -> np.ndarray:
         """Corners of the colliding shapes of a body and its parts [P, 3], in the body's frame."""
