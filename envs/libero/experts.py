@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -39,8 +40,7 @@ class Expert:
         if env.raw is None:
             raise ValueError("the expert needs an episode: call reset first")
         self._world = World(env.raw)
-        self._world.update()
-        self._strategy = strategy(env.raw, self._world)
+        self._strategy = strategy(env.raw)
 
     def act(self) -> np.ndarray:
         """The clean action float32 [7] for the present state."""
@@ -69,8 +69,8 @@ def _about_z(angle: float) -> np.ndarray:
     return np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
 
 
-def strategy(raw, world: World) -> Strategy:
-    """What to do for the goal of a task.
+def strategy(raw: Any) -> Strategy:
+    """What to do for the goal of a task; `raw` is its robosuite environment.
 
     Raises:
         ValueError: no expert knows this goal.
@@ -85,7 +85,7 @@ def strategy(raw, world: World) -> Strategy:
         return lambda w: turn_knob(w, thing)
     if "table" in where[0]:
         return lambda w: push(w, thing, where[0])
-    grip, place = _grip(raw, world, thing), where[0]
+    grip, place = _grip(raw, thing), where[0]
     if kind == "in" and "cabinet" in place:
         return lambda w: into_drawer(w, grip, place)
     if kind == "in":
@@ -93,20 +93,14 @@ def strategy(raw, world: World) -> Strategy:
     return lambda w: carry(w, grip, _onto(w, place))
 
 
-def _grip(raw, world: World, thing: str) -> Top | Rim:
+def _grip(raw: Any, thing: str) -> Top | Rim:
     if not any(dish in thing for dish in ("bowl", "plate")):
         return Top(thing)
-    drawer = next((where for _, name, where in _starts(raw) if name == thing and "cabinet" in where), "")
-    if not drawer.endswith("_region"):
-        return Rim(thing)
-    # Its front and the cabinet leave no room along y: on the side where there is more of it.
-    side = 1.0 if world.position(thing)[0] < world.position(drawer)[0] else -1.0
-    return Rim(thing, (side, 0.0), outwards=-0.02)
-
-
-def _starts(raw) -> list[list[str]]:
-    """(how, thing, where) of what the task says of the beginning."""
-    return [state for state in raw.parsed_problem["initial_state"] if len(state) == 3]
+    starts = [state[2] for state in raw.parsed_problem["initial_state"] if state[1] == thing and len(state) == 3]
+    if any("cabinet" in place and place.endswith("_region") for place in starts):
+        # In an open drawer its front and the cabinet leave no room along y.
+        return Rim(thing, (1.0, 0.0), outwards=-0.02)
+    return Rim(thing)
 
 
 class Top:
@@ -215,17 +209,17 @@ def open_drawer(world: World, drawer: str) -> Command:
 
 
 def into_drawer(world: World, grip: Top | Rim, drawer: str) -> Command:
-    """Opens the drawer, lets the handle go, and carries the thing into it."""
+    """Moves the thing aside, opens the drawer, lets the handle go, and carries the thing into it."""
     low, high = world.handle(drawer)
     handle, eef, opened = 0.5 * (low + high), world.eef, -world.joint(drawer)
     askew = float(np.linalg.norm(_turn(world.hand, DOWN)))
     at_handle = askew > 0.5 and bool((np.abs(eef - handle) < [0.05, 0.11, 0.05]).all())
-    left, _ = world.box(drawer.partition("_1_")[0] + "_1")
-    thing, (bottom, top) = world.position(grip.thing), world.box(grip.thing)
-    if opened < 0.02 and thing[0] > left[0] - 0.045:  # first out of where the open drawer will be over it
-        clear = np.array([left[0] - 0.06, handle[1] + 0.15, 0.0])
+    left = world.box(drawer.partition("_1_")[0] + "_1")[0][0]
+    thing, top = world.position(grip.thing), world.box(grip.thing)[1][2]
+    if opened < 0.02 and thing[0] > left - 0.045:  # first out of where the open drawer will be over it
+        clear = np.array([left - 0.06, handle[1] + 0.15, 0.0])
         return carry(world, grip, Spot(clear, world.table + 0.025, world.table + 0.015, 0.015, 0.0))
-    if opened < 0.02 and askew < 0.3 and eef[2] < top[2] + 0.05 and np.linalg.norm((eef - thing)[:2]) < 0.1:
+    if opened < 0.02 and askew < 0.3 and eef[2] < top + 0.05 and np.linalg.norm((eef - thing)[:2]) < 0.1:
         return Command(eef + 0.06 * Z, OPEN, DOWN)
     if opened < 0.11 or (at_handle and eef[1] < handle[1] + 0.03 and opened < 0.147):
         return open_drawer(world, drawer)
