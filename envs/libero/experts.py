@@ -116,11 +116,14 @@ class Top:
         low, high = world.box(self.thing)
         middle = 0.5 * (low + high)
         middle[2] = max(low[2] + 0.008, high[2] - 0.035)
+        middle[0] = world.free_x(self.thing, middle, 0.5 * (high - low)[0] - 0.012)
         return middle
 
-    def held(self, world: World, aside: float, above: float) -> bool:
-        low, high = world.box(self.thing)
-        return aside < 0.025 and abs(above) < 0.03 and world.gap < min(high[1] - low[1] + 0.008, self._neck)
+    def held(self, world: World) -> bool:
+        (low, high), eef = world.box(self.thing), world.eef
+        between = low[0] < eef[0] < high[0] and abs(eef[1] - 0.5 * (low + high)[1]) < 0.025
+        deep = abs(eef[2] - self.point(world)[2]) < 0.03
+        return between and deep and world.gap < min(high[1] - low[1] + 0.008, self._neck)
 
 
 class Rim:
@@ -137,8 +140,9 @@ class Rim:
         edge = rim[np.argmax(rim @ self._direction)]
         return edge + self._outwards * self._direction - 0.028 * Z
 
-    def held(self, world: World, aside: float, above: float) -> bool:
-        return aside < 0.03 and -0.03 < above < 0.022 and world.gap < 0.018
+    def held(self, world: World) -> bool:
+        off = world.eef - self.point(world)
+        return bool(np.hypot(*off[:2]) < 0.03 and -0.03 < off[2] < 0.022 and world.gap < 0.018)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,13 +170,11 @@ def _onto(world: World, place: str) -> Spot:
 
 def carry(world: World, grip: Top | Rim, spot: Spot) -> Command:
     """Over the thing, down, close, up, across, down over the spot, open, up."""
-    eef, point = world.eef, grip.point(world)
-    low, _ = world.box(grip.thing)
-    aside, above = float(np.linalg.norm((eef - point)[:2])), float(eef[2] - point[2])
+    eef, low = world.eef, world.box(grip.thing)[0]
     offset = (spot.at - world.position(grip.thing)) * [1, 1, 0]
     far = float(np.linalg.norm(offset))
-    if not grip.held(world, aside, above):
-        return _down_on(world, point, aside, above, grip.turn)
+    if not grip.held(world):
+        return _down_on(world, grip.point(world), grip.turn)
     if far < spot.size and low[2] < spot.low + 0.01:
         return Command(eef, OPEN, grip.turn)
     if far < spot.size + 0.02:
@@ -183,8 +185,10 @@ def carry(world: World, grip: Top | Rim, spot: Spot) -> Command:
     return Command(eef + free * offset + rise * Z, CLOSE, grip.turn)
 
 
-def _down_on(world: World, point: np.ndarray, aside: float, above: float, turn: np.ndarray) -> Command:
+def _down_on(world: World, point: np.ndarray, turn: np.ndarray) -> Command:
     """Down to a grip, the lower the better the hand is centred, and close."""
+    off = world.eef - point
+    aside, above = float(np.hypot(*off[:2])), float(off[2])
     if aside < 0.012 and abs(above) < 0.012:
         return Command(point, CLOSE, turn)
     askew = float(np.linalg.norm(_turn(world.hand, turn)))
@@ -252,8 +256,7 @@ def turn_knob(world: World, stove: str) -> Command:
     point, _ = world.joint_axis(stove)
     _, high = world.handle(stove)
     point[2] = high[2] - 0.02
-    angle, eef = world.joint(stove), world.eef
-    aside, above = float(np.linalg.norm((eef - point)[:2])), float(eef[2] - point[2])
-    if aside < 0.025 and abs(above) < 0.02 and world.gap < 0.034:
+    angle, off = world.joint(stove), world.eef - point
+    if np.hypot(*off[:2]) < 0.025 and abs(off[2]) < 0.02 and world.gap < 0.034:
         return Command(point, CLOSE, _about_z(angle + 0.5) @ DOWN)
-    return _down_on(world, point, aside, above, _about_z(angle) @ DOWN)
+    return _down_on(world, point, _about_z(angle) @ DOWN)

@@ -82,6 +82,24 @@ class World:
         edge = local[local[:, 2] > local[:, 2].max() - 0.006]
         return edge @ self._data.xmat[body].reshape(3, 3).T + self._data.xpos[body]
 
+    def free_x(self, name: str, point: np.ndarray, reach: float) -> float:
+        """The x nearest to a point's, and within `reach` of it, where the open hand meets no other thing.
+
+        The hand points down with its fingers along y; where there is no room at all, the point's own x.
+        """
+        blocked = []
+        for other in self._raw.objects_dict:
+            start, end = self.box(other)
+            for (low_x, high_x), half_y, height in _HAND:
+                if other != name and end[2] > point[2] + height and _outside(start[1], end[1], point[1]) < half_y:
+                    blocked.append((start[0] - high_x, end[0] - low_x))
+        options = [
+            float(point[0]),
+            *(edge + side * 1e-3 for pair in blocked for edge, side in zip(pair, (-1, 1), strict=True)),
+        ]
+        free = [x for x in options if abs(x - point[0]) <= reach and not any(low < x < high for low, high in blocked)]
+        return min(free, key=lambda x: abs(x - point[0]), default=options[0])
+
     def tops_below(self, name: str, around: float) -> float:
         """How high the fixtures reach that a thing is over or within `around` metres of; minus infinity for none."""
         low, high = self.box(name)
@@ -125,6 +143,15 @@ class World:
             for geom in range(model.ngeom)
             if model.geom_bodyid[geom] in inside and touchable[geom]
         ]
+
+
+# What the open hand fills around the point between its finger tips: x, half of y, and from which height on; metres.
+_HAND = (((-0.030, 0.041), 0.106, 0.030), ((-0.013, 0.017), 0.069, -0.010))
+
+
+def _outside(low: float, high: float, value: float) -> float:
+    """How far a value is outside of an interval."""
+    return max(low - value, value - high, 0.0)
 
 
 _UNIT = np.array([[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)])
