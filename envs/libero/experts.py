@@ -220,9 +220,9 @@ def into_drawer(world: World, grip: Top | Rim, drawer: str) -> Command:
     at_handle = askew > 0.5 and bool((np.abs(eef - handle) < [0.05, 0.11, 0.05]).all())
     left = world.box(drawer.partition("_1_")[0] + "_1")[0][0]
     thing, top = world.position(grip.thing), world.box(grip.thing)[1][2]
-    if opened < 0.02 and thing[0] > left - 0.045:  # first out of where the open drawer will be over it
-        clear = np.array([left - 0.06, handle[1] + 0.15, 0.0])
-        return carry(world, grip, Spot(clear, world.table + 0.025, world.table + 0.015, 0.015, 0.0))
+    if opened < 0.02 and thing[0] > left - 0.035:  # first out of where the open drawer will be over it
+        clear = np.array([left - 0.05, handle[1] + 0.14, 0.0])
+        return carry(world, grip, Spot(clear, world.table + 0.025, world.table + 0.015, 0.010, 0.0))
     if opened < 0.02 and askew < 0.3 and eef[2] < top + 0.05 and np.linalg.norm((eef - thing)[:2]) < 0.1:
         return Command(eef + 0.06 * Z, OPEN, DOWN)
     if opened < 0.11 or (at_handle and eef[1] < handle[1] + 0.03 and opened < 0.147):
