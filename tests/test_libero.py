@@ -355,6 +355,22 @@ def test_every_task_of_every_suite_has_its_files_and_fifty_states():
         tables.task_name("libero_object/10")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", tables.SUITES)
+def test_a_task_of_every_suite_runs_and_branches(suite, rng):
+    env = libero.make(tables.tasks(suite)[int(rng.integers(10))], image_size=SIZE)
+    env.reset(HELDOUT + int(rng.integers(50)))
+    env.step_chunk(random_actions(rng, 3))
+    snapshot, look = env.snapshot(), env.observe()
+    actions = random_actions(rng, 5)
+    expected = trace(env, actions)
+    env.reset(fresh_seed(rng))
+    env.restore(snapshot)
+    assert_same_look(env.observe(), look)
+    assert trace(env, actions) == expected
+    env.close()
+
+
 def test_the_words_are_the_benchmarks_and_of_changed_words_the_files():
     from bddl.parsing import scan_tokens
 

@@ -14,7 +14,7 @@ class World:
     def __init__(self, raw: Any):
         self._raw, self._model = raw, raw.sim.model._model
         self._data = mujoco.MjData(self._model)
-        self._points: dict[str, np.ndarray] = {}
+        self._shapes: dict[str, np.ndarray] = {}
 
     def update(self) -> None:
         """Takes the positions of now. What MuJoCo left in its own data may be a substep old."""
@@ -67,20 +67,13 @@ class World:
 
     def box(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """The lowest and highest coordinates [3] of what can be touched of a thing."""
-        body = self._raw.obj_body_id[name]
-        if name not in self._points:
-            self._points[name] = self._touchable(body)
-        points = self._points[name] @ self._data.xmat[body].reshape(3, 3).T + self._data.xpos[body]
+        points = self._placed(name, self._shape(name))
         return points.min(0), points.max(0)
 
     def rim(self, name: str) -> np.ndarray:
         """Points of a dish's upper edge [P, 3]."""
-        body = self._raw.obj_body_id[name]
-        if name not in self._points:
-            self._points[name] = self._touchable(body)
-        local = self._points[name]
-        edge = local[local[:, 2] > local[:, 2].max() - 0.006]
-        return edge @ self._data.xmat[body].reshape(3, 3).T + self._data.xpos[body]
+        shape = self._shape(name)
+        return self._placed(name, shape[shape[:, 2] > shape[:, 2].max() - 0.006])
 
     def free_x(self, name: str, point: np.ndarray, reach: float) -> float:
         """The x nearest to a point's, and within `reach` of it, where the open hand meets no other thing.
@@ -93,10 +86,7 @@ class World:
             for (low_x, high_x), half_y, height in _HAND:
                 if other != name and end[2] > point[2] + height and _outside(start[1], end[1], point[1]) < half_y:
                     blocked.append((start[0] - high_x, end[0] - low_x))
-        options = [
-            float(point[0]),
-            *(edge + side * 1e-3 for pair in blocked for edge, side in zip(pair, (-1, 1), strict=True)),
-        ]
+        options = [float(point[0]), *(x for low, high in blocked for x in (low - 1e-3, high + 1e-3))]
         free = [x for x in options if abs(x - point[0]) <= reach and not any(low < x < high for low, high in blocked)]
         return min(free, key=lambda x: abs(x - point[0]), default=options[0])
 
@@ -122,14 +112,23 @@ class World:
         # A drawer's bar stands out furthest, towards +y; a knob's fin is the highest.
         return max(shapes, key=lambda box: box[1][1] if region in self._raw.object_sites_dict else box[1][2])
 
-    def _touchable(self, body: int) -> np.ndarray:
-        """Corners of the colliding shapes of a body and its parts [P, 3], in the body's frame."""
-        at, turn = self._data.xpos[body], self._data.xmat[body].reshape(3, 3)
-        found = []
-        for geom, points in self._geoms(body):
-            world = self._data.geom_xpos[geom] + points @ self._data.geom_xmat[geom].reshape(3, 3).T
-            found.append((world - at) @ turn)
-        return np.concatenate(found)
+    def _shape(self, name: str) -> np.ndarray:
+        """Corners of what can be touched of a thing [P, 3], in its own frame, drawers and doors as they were built."""
+        if name not in self._shapes:
+            body, model = self._raw.obj_body_id[name], self._model
+            rest = mujoco.MjData(model)
+            mujoco.mj_kinematics(model, rest)
+            at, turn = rest.xpos[body], rest.xmat[body].reshape(3, 3)
+            found = []
+            for geom, points in self._geoms(body):
+                world = rest.geom_xpos[geom] + points @ rest.geom_xmat[geom].reshape(3, 3).T
+                found.append((world - at) @ turn)
+            self._shapes[name] = np.concatenate(found)
+        return self._shapes[name]
+
+    def _placed(self, name: str, points: np.ndarray) -> np.ndarray:
+        body = self._raw.obj_body_id[name]
+        return points @ self._data.xmat[body].reshape(3, 3).T + self._data.xpos[body]
 
     def _geoms(self, body: int) -> list[tuple[int, np.ndarray]]:
         model = self._model
