@@ -504,12 +504,12 @@ def test_physics_that_breaks_is_a_failure_and_the_next_episode_is_whole(damage, 
     whole = env.snapshot()
     env.raw.sim.data._data.qvel[:] = damage
     result = env.step_chunk(np.zeros((6, 7)))
-    assert result.done and not result.success and result.steps <= 2 and env.unstable
+    assert result.done and not result.success and result.steps <= 2 and result.unstable and env.broken
     broken = env.snapshot()
     assert env.step_chunk(np.zeros((6, 7))).steps == 0
     env.restore(whole)
-    assert not env.unstable and env.step_chunk(np.zeros((2, 7))).steps == 2
+    assert not env.broken and env.step_chunk(np.zeros((2, 7))).steps == 2
     env.restore(broken)
-    assert env.unstable and env.step_chunk(np.zeros((2, 7))).done
+    assert env.broken and env.step_chunk(np.zeros((2, 7))).unstable
     env.reset(5)
-    assert env.snapshot().physics.tobytes() == whole.physics.tobytes() and not env.unstable
+    assert env.snapshot().physics.tobytes() == whole.physics.tobytes() and not env.broken

@@ -15,6 +15,7 @@ from typing import Any
 import mujoco
 import numpy as np
 
+from envs import stability
 from envs.base import ChunkResult, EnvObservation, EnvSpec, Snapshot, checked_actions
 from envs.libero import compat, protocols, state, tables
 
@@ -73,12 +74,13 @@ class LiberoEnv:
             version=", ".join(f"{name} {version}" for name, version in compat.versions().items() if name != "numpy"),
             label="" if train_on == "placements" else "trained on the evaluation's own initial states",
         )
+        stability.keep_no_log()
         self._instruction = tables.instruction(self._task)
         self._raw: Any = None
         self._look = state.Look()
         self._observed: Mapping[str, np.ndarray] = {}
         self._episode: tuple[int, int | None] | None = None
-        self._steps, self._succeeded, self._unstable = 0, False, False
+        self._steps, self._succeeded, self._broken = 0, False, ""
 
     @property
     def spec(self) -> EnvSpec:
@@ -101,9 +103,14 @@ class LiberoEnv:
         return self._succeeded
 
     @property
-    def unstable(self) -> bool:
-        """Whether the physics broke in this episode, which then is a failure."""
-        return self._unstable
+    def broken(self) -> str:
+        """What MuJoCo reported when this episode's simulation broke down; empty where it did not."""
+        return self._broken
+
+    @property
+    def done(self) -> bool:
+        """Whether the episode has ended: in success, at the horizon, or because the simulation broke down."""
+        return self._succeeded or bool(self._broken) or self._steps >= self._spec.horizon
 
     @functools.cached_property
     def initial_states(self) -> np.ndarray:
@@ -148,10 +155,10 @@ class LiberoEnv:
         raw = self._simulation()
         with _seeded(seed):
             self._observed = _reset(raw)
-        state.forget_warnings(raw.sim.data._data)
+        stability.forgive(raw.sim.data._data)
         if initial_state is not None:
             self._observed = _set(raw, self.initial_states[initial_state])
-        self._steps, self._succeeded, self._unstable = 0, False, False
+        self._steps, self._succeeded, self._broken = 0, False, ""
         for _ in range(self.protocol.settle_steps):
             self._control(np.array(tables.NO_OP))
         self._episode = (seed, initial_state)
@@ -180,7 +187,7 @@ class LiberoEnv:
     def step_chunk(self, actions: np.ndarray) -> ChunkResult:
         """Executes actions [E, 7] in [-1, 1] (clipped), checking success after every control step.
 
-        An episode whose physics breaks ends there, as a failure.
+        A control step in which physics breaks down ends the episode as a failure, `unstable`.
 
         Raises:
           ValueError: a wrong shape, a value that is not finite, or no episode yet.
@@ -189,13 +196,14 @@ class LiberoEnv:
         actions = checked_actions(actions, tables.ACTION_DIM)
         executed, started = 0, time.perf_counter()
         for action in np.clip(actions, -1.0, 1.0):
-            if self._over():
+            if self.done:
                 break
             success = self._control(action)
             self._steps += 1
             executed += 1
-            self._succeeded = success and not self._unstable
-        return ChunkResult(executed, self._succeeded, self._over(), time.perf_counter() - started)
+            self._succeeded = success and not self._broken
+        spent = time.perf_counter() - started
+        return ChunkResult(executed, self._succeeded, self.done, spent, unstable=bool(self._broken))
 
     def snapshot(self) -> Snapshot:
         """The full state: physics, controller, gripper, fixtures, observables, the last look, counters."""
@@ -205,7 +213,7 @@ class LiberoEnv:
             "episode": self._episode,
             "steps": self._steps,
             "succeeded": self._succeeded,
-            "unstable": self._unstable,
+            "broken": self._broken,
         }
         return Snapshot(self._identity, physics, extra)
 
@@ -220,7 +228,7 @@ class LiberoEnv:
         extra, raw = snapshot.extra, self._simulation()
         state.apply(raw, self._look, snapshot.physics, extra)
         self._observed = raw._get_observations()  # the observables' restored values: nothing is measured anew
-        self._episode, self._unstable = extra["episode"], extra["unstable"]
+        self._episode, self._broken = extra["episode"], extra["broken"]
         self._steps, self._succeeded = extra["steps"], extra["succeeded"]
 
     def close(self) -> None:
@@ -241,9 +249,6 @@ class LiberoEnv:
             raise ValueError("no episode yet: call reset or restore first")
         return self._raw
 
-    def _over(self) -> bool:
-        return self._succeeded or self._unstable or self._steps >= self._spec.horizon
-
     def _simulation(self) -> Any:
         if self._raw is None:
             self._raw = _build(self._found.task_file(self._suite, self._name), self._look)
@@ -255,9 +260,9 @@ class LiberoEnv:
         try:
             self._observed, _, success, _ = raw.step(action.copy())
         except np.linalg.LinAlgError:  # the controller inverts matrices that hold NaN
-            self._unstable = True
+            self._broken = "numbers that are not finite in the controller"
             return False
-        self._unstable = self._unstable or state.unstable(raw.sim.data._data)
+        self._broken = self._broken or stability.breakdown(raw.sim.model._model, raw.sim.data._data)
         return bool(success)
 
     def _proprioception(self) -> np.ndarray:

@@ -13,6 +13,8 @@ from typing import Any
 import mujoco
 import numpy as np
 
+from envs import stability
+
 PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
 
 # Fields of the model that resets and steps write: where fixtures stand, and which sites show (a burner that glows).
@@ -26,8 +28,6 @@ DERIVED = (
 _SCALARS = (bool, int, float, str, type(None), np.generic)
 _TIMES = ("timestep", "cur_time", "done")
 _SAMPLING = ("_time_since_last_sample", "_current_delay", "_current_observed_value", "_sampled")
-
-_BAD = (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC)
 
 
 class Look:
@@ -86,22 +86,12 @@ def apply(raw: Any, look: Look, physics: np.ndarray, rest: Mapping[str, Any]) ->
     for name, value in rest["model"].items():
         getattr(model, name)[...] = value
     mujoco.mj_setState(model, data, physics, PHYSICS)
-    forget_warnings(data)
+    stability.forgive(data)
     vars(robot.controller).update(copy.deepcopy(rest["controller"]))
     robot.gripper.current_action = rest["gripper"].copy()
     for name, values in rest["observables"].items():
         vars(raw._observables[name]).update(copy.deepcopy(values))
     vars(raw).update(rest["times"])
-
-
-def unstable(data: mujoco.MjData) -> bool:
-    """Whether MuJoCo met a bad number since `forget_warnings`; it then begins anew from the model's own pose."""
-    return any(data.warning[kind].number for kind in _BAD)
-
-
-def forget_warnings(data: mujoco.MjData) -> None:
-    for kind in _BAD:
-        data.warning[kind].number = 0
 
 
 def _plain(holder: Any) -> dict[str, Any]:
