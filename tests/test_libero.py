@@ -6,7 +6,10 @@ import functools
 import importlib.metadata
 import io
 import os
+import pathlib
 import pickle
+import subprocess
+import sys
 
 os.environ.setdefault("MUJOCO_GL", "egl")
 
@@ -28,6 +31,7 @@ pytestmark = pytest.mark.skipif(FOUND is None, reason=WHY)
 MUG = "libero_10/KITCHEN_SCENE6_put_the_yellow_and_white_mug_in_the_microwave_and_close_it"
 STOVE = "libero_goal/turn_on_the_stove"
 SIZE = 48
+ROOT = pathlib.Path(__file__).parent.parent
 HELDOUT = 900_000_000
 
 
@@ -513,3 +517,13 @@ def test_physics_that_breaks_is_a_failure_and_the_next_episode_is_whole(damage, 
     assert env.broken and env.step_chunk(np.zeros((2, 7))).unstable
     env.reset(5)
     assert env.snapshot().physics.tobytes() == whole.physics.tobytes() and not env.broken
+
+
+def test_a_process_that_closes_nothing_ends_quietly():
+    script = (
+        f"from envs import libero\nenv = libero.make({STOVE!r}, image_size=16)\nenv.reset(0)\nenv.render(size=16)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and done.stdout + done.stderr == ""

@@ -12,16 +12,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import mujoco
 import numpy as np
 
 from envs import stability
 from envs.base import ChunkResult, EnvObservation, EnvSpec, Snapshot, checked_actions
-from envs.libero import compat, protocols, state, tables
+from envs.libero import compat, protocols, simulation, state, tables
 
-_NO_LIMIT = 10**9  # control steps: the horizon is this adapter's
 _TRAIN_ON = ("placements", "initial_states")
-_SEEN = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
 
 
 class LiberoEnv:
@@ -153,11 +150,11 @@ class LiberoEnv:
             raise ValueError(f"got initial state {initial_state}: expected 0 to {tables.INITIAL_STATES - 1}")
         self._episode = None  # until all went well
         raw = self._simulation()
-        with _seeded(seed):
-            self._observed = _reset(raw)
+        with simulation.seeded(seed):
+            self._observed = simulation.reset(raw)
         stability.forgive(raw.sim.data._data)
         if initial_state is not None:
-            self._observed = _set(raw, self.initial_states[initial_state])
+            self._observed = simulation.set_state(raw, self.initial_states[initial_state])
         self._steps, self._succeeded, self._broken = 0, False, ""
         for _ in range(self.protocol.settle_steps):
             self._control(np.array(tables.NO_OP))
@@ -234,6 +231,7 @@ class LiberoEnv:
     def close(self) -> None:
         """Frees the simulation and its renderer."""
         if self._raw is not None:
+            simulation.close_renderer(self._raw.sim)
             self._raw.close()
             self._raw = None
         self._episode = None
@@ -251,7 +249,7 @@ class LiberoEnv:
 
     def _simulation(self) -> Any:
         if self._raw is None:
-            self._raw = _build(self._found.task_file(self._suite, self._name), self._look)
+            self._raw = simulation.build(self._found.task_file(self._suite, self._name), self._look)
         return self._raw
 
     def _control(self, action: np.ndarray) -> bool:
@@ -268,13 +266,13 @@ class LiberoEnv:
     def _proprioception(self) -> np.ndarray:
         from robosuite.utils.transform_utils import quat2axisangle
 
-        position, turn, fingers = (self._observed[name] for name in _SEEN)
+        position, turn, fingers = (self._observed[name] for name in simulation.SEEN)
         return np.concatenate([position, quat2axisangle(turn.copy()), fingers]).astype(np.float32)
 
     def _draw(self, camera: str, size: int) -> np.ndarray:
         sim = self._raw.sim
         if sim._render_context_offscreen is None:
-            _open_renderer(sim, size)
+            simulation.open_renderer(sim, size)
         sim._render_context_offscreen.gl_ctx.make_current()  # another environment of this process may have drawn last
         return np.ascontiguousarray(sim.render(camera_name=camera, width=size, height=size)[::-1])
 
@@ -288,115 +286,6 @@ class LiberoEnv:
             yield
         finally:
             present.put(sim)
-
-
-def _build(task_file: Any, look: state.Look) -> Any:
-    """LIBERO's environment of a task, which from now on is only reset softly.
-
-    LIBERO by itself builds the whole model anew at each reset: 1 to 2 seconds, and the list of what to draw for
-    drawers and doors grows each time, so that equal seeds give other scenes. Here `sim.reset` leaves the simulation as
-    a new model's would be, to the bit.
-    """
-    domain = compat.load()
-    import robosuite
-    from libero.libero.envs.bddl_utils import get_problem_info
-
-    base = domain.TASK_MAPPING[get_problem_info(str(task_file))["problem_name"]]
-    pristine: dict[str, np.ndarray] = {}
-
-    def initialize(self: Any, xml_string: str | None = None) -> None:
-        base._initialize_sim(self, xml_string)
-        pristine.update({name: getattr(self.sim.model._model, name).copy() for name in state.MODEL_FIELDS})
-
-    recording = type(base.__name__, (base,), {"_initialize_sim": initialize})  # LIBERO compares the name
-    with _seeded(0):
-        raw = recording(
-            bddl_file_name=str(task_file),
-            robots=["Panda"],
-            controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
-            gripper_types="default",
-            initialization_noise=None,
-            use_camera_obs=False,
-            has_renderer=False,
-            has_offscreen_renderer=False,  # `_open_renderer` does: robosuite's own would draw at every control step
-            control_freq=tables.CONTROL_HZ,
-            horizon=_NO_LIMIT,
-            ignore_done=True,
-            hard_reset=False,
-        )
-    for name, observable in raw._observables.items():
-        if name not in _SEEN:
-            observable.set_enabled(False)
-    _note_look(raw, look)
-    raw.sim.reset = functools.partial(_fresh, raw, pristine)
-    return raw
-
-
-def _fresh(raw: Any, pristine: Mapping[str, np.ndarray]) -> None:
-    """The simulation as it is when LIBERO has just compiled the model."""
-    model, data = raw.sim.model._model, raw.sim.data._data
-    for name, value in pristine.items():
-        getattr(model, name)[...] = value
-    mujoco.mj_resetData(model, data)
-    mujoco.mj_forward(model, data)  # LIBERO does, and the solver starts from what it leaves
-    raw.robots[0].gripper.current_action = np.zeros_like(raw.robots[0].gripper.current_action)
-
-
-def _note_look(raw: Any, look: state.Look) -> None:
-    """Has the first observable that samples also take the look."""
-    observable = raw._observables[_SEEN[0]]
-    sensor = observable._sensor
-
-    @functools.wraps(sensor)
-    def sample(cache: dict) -> np.ndarray:
-        look.take(raw.sim)
-        return sensor(cache)
-
-    observable._sensor = sample
-
-
-def _reset(raw: Any) -> Mapping[str, np.ndarray]:
-    """A reset of LIBERO, repeated until the things find room, as its own wrapper does."""
-    from robosuite.utils.errors import RandomizationError
-
-    while True:
-        try:
-            return raw.reset()
-        except RandomizationError:
-            continue
-
-
-def _set(raw: Any, flat: np.ndarray) -> Mapping[str, np.ndarray]:
-    """Puts a fixed initial state in, as LIBERO's own `set_init_state` does."""
-    raw.sim.set_state_from_flattened(flat)
-    raw.sim.forward()
-    raw._check_success()
-    raw._post_process()
-    raw._update_observables(force=True)
-    return raw._get_observations()
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """np.random's global generator, which LIBERO draws from, seeded; afterwards as it was."""
-    theirs = np.random.get_state()
-    np.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        np.random.set_state(theirs)
-
-
-def _open_renderer(sim: Any, size: int) -> None:
-    """Opens robosuite's own renderer. It brings the scene up to date by itself, which here must not happen."""
-    from robosuite.utils.binding_utils import MjRenderContextOffscreen
-
-    sim.forward = lambda: None
-    try:
-        context = MjRenderContextOffscreen(sim, device_id=-1, max_width=size, max_height=size)
-    finally:
-        del sim.forward
-    context.vopt.geomgroup[0], context.vopt.geomgroup[1] = 0, 1  # what is seen, not what collides
 
 
 def _known(kind: str, name: str, table: Any) -> None:
