@@ -108,11 +108,9 @@ def test_no_module_imports_itself_by_way_of_others():
 def test_environments_draw_from_explicit_generators(module):
     """No global random state: `np.random.normal()`, `random.random()` and the like."""
     allowed = {"default_rng", "Generator", "SeedSequence", "Philox", "PCG64", "BitGenerator"}
-    if module in (
-        "envs.robocasa.env",
-        "envs.libero.simulation",
-    ):  # these simulators draw from the global generator: their
-        allowed |= {"RandomState", "seed", "get_state", "set_state"}  # adapters seed it and put back what was there
+    # These simulators draw from the global generator: their adapters seed it, and put back what was there.
+    if module in ("envs.robocasa.env", "envs.libero.simulation"):
+        allowed |= {"RandomState", "seed", "get_state", "set_state"}
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("np.random", "numpy.random"):
             assert node.attr in allowed, f"{module}:{node.lineno} uses np.random.{node.attr}"

@@ -97,9 +97,9 @@ def _grip(raw: Any, thing: str) -> Top | Rim:
     if not any(dish in thing for dish in ("bowl", "plate")):
         return Top(thing)
     starts = [state[2] for state in raw.parsed_problem["initial_state"] if state[1] == thing and len(state) == 3]
-    if any("cabinet" in place and place.endswith("_region") for place in starts):
-        # In an open drawer its front and the cabinet leave no room along y.
-        return Rim(thing, (1.0, 0.0), outwards=-0.02)
+    if any("cabinet" in place for place in starts):
+        # High up and far away: on the side that the arm reaches best. In an open drawer there is room along x alone.
+        return Rim(thing, (-0.9, 0.44), outwards=-0.015)
     return Rim(thing)
 
 
@@ -133,7 +133,7 @@ class Rim:
         self.thing = thing
         self._direction = np.array([*direction, 0.0])
         self._outwards = outwards  # metres from the rim to between the fingers: less room inside, or less outside
-        self.turn = _about_z(0.5 * np.pi * abs(direction[0])) @ DOWN
+        self.turn = _about_z(np.arctan2(-direction[0], direction[1])) @ DOWN
 
     def point(self, world: World) -> np.ndarray:
         rim = world.rim(self.thing)
