@@ -18,6 +18,7 @@ import numpy as np
 from figures import result_line
 
 from envs import libero
+from envs.base import Episode
 from envs.libero import tables
 
 
@@ -43,9 +44,9 @@ def measure(task: str, repeats: int) -> dict[str, list[float]]:
     seeds = itertools.count()
     found: dict[str, list[float]] = {}
     began = time.process_time()
-    env.reset(next(seeds))
+    env.reset(Episode(next(seeds)))
     found["first reset, which builds the model"] = [1e3 * (time.process_time() - began)]
-    found["reset with the protocol's no-ops"] = milliseconds(lambda: env.reset(next(seeds)), repeats)
+    found["reset with the protocol's no-ops"] = milliseconds(lambda: env.reset(Episode(next(seeds))), repeats)
     actions = np.random.default_rng(0).uniform(-1, 1, (20, tables.ACTION_DIM))
     found["control step"] = [t / len(actions) for t in milliseconds(lambda: env.step_chunk(actions), repeats)]
     found["without pictures, megabytes"] = [megabytes()]
@@ -57,7 +58,7 @@ def measure(task: str, repeats: int) -> dict[str, list[float]]:
     found["snapshot, kilobytes"] = [len(pickle.dumps(snapshot)) / 1e3]
     found["process, megabytes"] = [megabytes()]
     second = libero.make(task)
-    second.reset(0)
+    second.reset(Episode(0))
     second.render()
     found["process with a second environment, megabytes"] = [megabytes()]
     second.close()

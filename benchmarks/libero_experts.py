@@ -15,6 +15,7 @@ import numpy as np
 from figures import result_line
 
 from envs import libero
+from envs.base import Episode
 from envs.libero import tables
 from envs.libero.env import LiberoEnv
 from envs.libero.experts import make_expert
@@ -25,7 +26,7 @@ GOAL = 0.9
 
 def run_episode(env: LiberoEnv, seed: int) -> tuple[bool, int]:
     """Success and control steps of the expert's episode, without frames."""
-    env.reset(seed)
+    env.reset(Episode(seed))
     expert, done = make_expert(env), False
     while not done:
         done = env.step_chunk(expert.act()[None]).done

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from envs import libero
+from envs.base import Episode
 from envs.libero import compat, state, tables
 from envs.pool import EnvPool
 
@@ -32,7 +33,6 @@ MUG = "libero_10/KITCHEN_SCENE6_put_the_yellow_and_white_mug_in_the_microwave_an
 STOVE = "libero_goal/turn_on_the_stove"
 SIZE = 48
 ROOT = pathlib.Path(__file__).parent.parent
-HELDOUT = 900_000_000
 
 
 def fresh_seed(rng: np.random.Generator) -> int:
@@ -97,7 +97,7 @@ def trace(env, actions: np.ndarray) -> list:
 @pytest.mark.parametrize("task", [MUG, STOVE])
 def test_a_snapshot_restores_bit_for_bit_here_in_a_twin_and_in_another_process(task, rng, envs):
     env, twin, seed = envs(task), envs(task, 1), fresh_seed(rng)
-    env.reset(seed)
+    env.reset(Episode(seed))
     first = env.observe()
     env.step_chunk(random_actions(rng, 9))
     snapshot, look = pickle.loads(pickle.dumps(env.snapshot())), env.observe()
@@ -110,7 +110,7 @@ def test_a_snapshot_restores_bit_for_bit_here_in_a_twin_and_in_another_process(t
     assert trace(env, actions) == expected
     assert_same_look(env.observe(), final)
 
-    twin.reset(seed + 1)  # another episode, where fixtures stand elsewhere
+    twin.reset(Episode(seed + 1))  # another episode, where fixtures stand elsewhere
     twin.step_chunk(random_actions(rng, 3))
     twin.restore(snapshot)
     assert_same_look(twin.observe(), look)
@@ -119,8 +119,8 @@ def test_a_snapshot_restores_bit_for_bit_here_in_a_twin_and_in_another_process(t
 
     make = functools.partial(libero.make, task, image_size=SIZE)
     with EnvPool(make, 1, 1, timeout_s=900, start_timeout_s=900) as pool:
-        assert_same_look(pool.reset([0], [seed])[0], first)  # equal seeds, equal episodes, in any process
-        pool.reset([0], [seed + 1])
+        assert_same_look(pool.reset([0], [Episode(seed)])[0], first)  # equal seeds, equal episodes, in any process
+        pool.reset([0], [Episode(seed + 1)])
         pool.restore([0], [snapshot])
         for start in range(0, 40, 10):
             results, looks = pool.step([0], actions[None, start : start + 10])
@@ -133,16 +133,16 @@ def test_a_snapshot_restores_bit_for_bit_here_in_a_twin_and_in_another_process(t
 def test_each_part_of_a_snapshot_is_needed(part, rng, envs):
     """Without it a copy goes another way, or shows something else."""
     env, twin = envs(MUG), envs(MUG, 1)
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     turn = np.zeros((4, 7))
     turn[:, 4], turn[:, 6] = 1.0, 0.3
     env.step_chunk(turn)
     snapshot, still = env.snapshot(), np.zeros((8, 7))  # still: the orientation last told is held
     expected, final = trace(env, still), env.observe()
-    twin.reset(fresh_seed(rng))
+    twin.reset(Episode(fresh_seed(rng)))
     less = {key: value for key, value in twin.snapshot().extra.items() if key == part}
     if part == "observables":  # of an initial state, whose start counts as one substep more
-        twin.begin(7, 0)
+        twin.reset(Episode(7, init_state=0))
         less = {part: twin.snapshot().extra[part]}
     twin.restore(dataclasses.replace(snapshot, extra={**snapshot.extra, **less}))
     goes_on = trace(twin, still)
@@ -155,7 +155,7 @@ def test_each_part_of_a_snapshot_is_needed(part, rng, envs):
 
 def test_a_glowing_burner_is_restored(rng, envs):
     env, twin = envs(STOVE), envs(STOVE, 1)
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     cold = env.observe()
     model, data = env.raw.sim.model._model, env.raw.sim.data._data
     knob = next(i for i in range(model.njnt) if "flat_stove" in model.joint(i).name)
@@ -167,10 +167,10 @@ def test_a_glowing_burner_is_restored(rng, envs):
     hot = env.observe()
     assert np.abs(hot.images["agentview"].astype(int) - cold.images["agentview"]).max() > 20
     snapshot = env.snapshot()
-    twin.reset(fresh_seed(rng))
+    twin.reset(Episode(fresh_seed(rng)))
     twin.restore(snapshot)
     assert_same_look(twin.observe(), hot)
-    twin.reset(fresh_seed(rng))
+    twin.reset(Episode(fresh_seed(rng)))
     assert twin.raw.sim.model._model.site_rgba.tobytes() != snapshot.extra["model"]["site_rgba"].tobytes()
 
 
@@ -181,7 +181,7 @@ def test_episodes_can_take_turns_in_one_simulation(rng, envs):
     chunks = np.stack([random_actions(rng, 15).reshape(3, 5, 7) for _ in seeds])
     slots = []
     for seed in seeds:
-        env.reset(seed)
+        env.reset(Episode(seed))
         slots.append(env.snapshot())
     for number in range(3):
         for i in rng.permutation(3):
@@ -189,7 +189,7 @@ def test_episodes_can_take_turns_in_one_simulation(rng, envs):
             env.step_chunk(chunks[i, number])
             slots[i] = env.snapshot()
     for seed, chunk, slot in zip(seeds, chunks, slots, strict=True):
-        twin.reset(seed)
+        twin.reset(Episode(seed))
         twin.step_chunk(chunk.reshape(15, 7))
         assert pickle.dumps(twin.snapshot()) == pickle.dumps(slot)
         env.restore(slot)
@@ -198,7 +198,7 @@ def test_episodes_can_take_turns_in_one_simulation(rng, envs):
 
 def test_a_snapshot_of_something_else_is_refused(rng, envs):
     env = envs(STOVE)
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     snapshot = env.snapshot()
     with pytest.raises(ValueError, match="cannot be restored here: expected"):
         env.restore(dataclasses.replace(snapshot, env=snapshot.env.replace("mujoco ", "mujoco 1")))
@@ -220,17 +220,17 @@ def test_the_versions_that_move_success_stand_in_the_spec(envs):
 
 def test_an_episode_depends_on_its_seed_and_on_nothing_before(rng, envs):
     env, twin, seed = envs(MUG), envs(MUG, 1), fresh_seed(rng)
-    env.reset(seed)
+    env.reset(Episode(seed))
     first, physics = env.observe(), env.snapshot().physics
     for other in range(3):
-        env.reset(seed + 1 + other)
+        env.reset(Episode(seed + 1 + other))
         assert not np.array_equal(env.snapshot().physics, physics)
         env.step_chunk(random_actions(rng, 3))
     np.random.random(3)  # somebody else's draws
     outside = np.random.get_state()[1].copy()
-    twin.begin(7, 5)
+    twin.reset(Episode(7, init_state=5))
     for member in (env, twin):
-        member.reset(seed)
+        member.reset(Episode(seed))
         assert member.snapshot().physics.tobytes() == physics.tobytes()
         assert_same_look(member.observe(), first)
     np.testing.assert_array_equal(np.random.get_state()[1], outside)  # ours do not disturb theirs
@@ -240,16 +240,16 @@ def test_an_episode_depends_on_its_seed_and_on_nothing_before(rng, envs):
 def test_no_reset_leaves_a_trace_in_the_model(rng, envs):
     """Whatever a reset or an episode writes into the model is written anew by the next."""
     env = envs(STOVE)
-    env.reset(5)
+    env.reset(Episode(5))
     model = env.raw.sim.model._model
     fields = [name for name in dir(model) if isinstance(getattr(model, name, None), np.ndarray)]
     before = {name: getattr(model, name).tobytes() for name in fields}
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     env.step_chunk(random_actions(rng, 5))
     env.observe()
     changed = {name for name in fields if getattr(model, name).tobytes() != before[name]}
     assert "body_pos" in changed and changed <= set(state.MODEL_FIELDS)
-    env.reset(5)
+    env.reset(Episode(5))
     assert {name for name in fields if getattr(model, name).tobytes() != before[name]} == set()
 
 
@@ -270,9 +270,9 @@ def test_a_soft_reset_is_the_benchmarks_own_and_its_growing_list_is_not(rng, env
     raw.object_property_initializers.clear()
     benchmarks_own.seed(seed)
     benchmarks_own.reset()
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     env.step_chunk(random_actions(rng, 5))
-    env.reset(seed)
+    env.reset(Episode(seed))
     for action in [tables.NO_OP] * 10:
         raw.step(np.array(action))
     for action in random_actions(rng, 30):
@@ -292,7 +292,7 @@ def test_openpis_loop_sees_the_same_pictures_states_and_words(rng, envs, benchma
     obs = benchmarks_own.set_init_state(env.initial_states[number])
     for _ in range(10):
         obs, *_ = benchmarks_own.step([0.0] * 6 + [-1.0])
-    env.reset(HELDOUT + number)
+    env.reset(env.protocol.evaluation(MUG)[number])
     for _ in range(3):
         ours = env.observe()
         for camera, image in ours.images.items():
@@ -319,26 +319,34 @@ def test_evaluations_start_from_the_fixed_states_and_training_never_does(rng, en
     number = int(rng.integers(50))
     env.protocol = dataclasses.replace(env.protocol, settle_steps=0)
     try:
-        env.reset(HELDOUT + number)
-        assert env._episode == (7, number)
+        env.reset(env.protocol.evaluation(STOVE)[number])
+        assert env._episode == Episode(7, STOVE, init_state=number)
         np.testing.assert_array_equal(env.raw.sim.data.qpos, fixed[number, 1 : 1 + env.raw.sim.model.nq])
         starts = []
         for _ in range(20):
-            env.reset(fresh_seed(rng))
+            env.reset(Episode(fresh_seed(rng)))
             starts.append(env.raw.sim.data.qpos.copy())
     finally:
         env.protocol = dataclasses.replace(env.protocol, settle_steps=10)
     qpos = fixed[:, 1 : 1 + env.raw.sim.model.nq]
     assert not any(np.array_equal(start, state) for start in starts for state in qpos)
     assert len({start.tobytes() for start in starts}) == 20
-    with pytest.raises(ValueError, match="initial state 50 of .*: LIBERO has 0 to 49"):
-        env.reset(HELDOUT + 50)
-    with pytest.raises(ValueError, match="got initial state -1: expected 0 to 49"):
-        env.begin(0, -1)
+    for number in (50, -1):
+        with pytest.raises(ValueError, match=f"got initial state {number} of .*: LIBERO has 0 to 49"):
+            env.reset(Episode(0, init_state=number))
+    with pytest.raises(ValueError, match="got an episode of 'libero_goal/put_the_bowl_on_the_stove': expected one of"):
+        env.reset(Episode(0, "libero_goal/1"))
+    with pytest.raises(ValueError, match="scene of an episode has no effect"):
+        env.reset(Episode(0, "libero_goal/7", scene="1/1"))
     on_fixed = libero.make(STOVE, train_on="initial_states")
     assert "evaluation's own initial states" in on_fixed.spec.label and envs(STOVE).spec.label == ""
-    drawn = {on_fixed.episode_of(seed) for seed in range(200)}
-    assert {seed for seed, _ in drawn} == {7} and {number for _, number in drawn} > set(range(20))
+    starts = set()
+    for seed in range(12):
+        on_fixed.reset(Episode(seed))
+        assert on_fixed._episode.seed == 7
+        starts.add(on_fixed._episode.init_state)
+    assert len(starts) > 6 and starts <= set(range(50))
+    on_fixed.close()
 
 
 # --- names and words ---
@@ -363,12 +371,12 @@ def test_every_task_of_every_suite_has_its_files_and_fifty_states():
 @pytest.mark.parametrize("suite", tables.SUITES)
 def test_a_task_of_every_suite_runs_and_branches(suite, rng):
     env = libero.make(tables.tasks(suite)[int(rng.integers(10))], image_size=SIZE)
-    env.reset(HELDOUT + int(rng.integers(50)))
+    env.reset(Episode(7, init_state=int(rng.integers(50))))
     env.step_chunk(random_actions(rng, 3))
     snapshot, look = env.snapshot(), env.observe()
     actions = random_actions(rng, 5)
     expected = trace(env, actions)
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     env.restore(snapshot)
     assert_same_look(env.observe(), look)
     assert trace(env, actions) == expected
@@ -401,13 +409,13 @@ def test_the_words_are_the_benchmarks_and_of_changed_words_the_files():
 
 def test_frames_are_drawn_when_the_policy_looks_and_never_else(rng, envs, monkeypatch):
     env = envs(STOVE)
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     env.observe()
     from robosuite.utils.binding_utils import MjRenderContext
 
     drawn, real = [], MjRenderContext.render
     monkeypatch.setattr(MjRenderContext, "render", lambda *args, **kw: drawn.append(kw) or real(*args, **kw))
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     env.step_chunk(random_actions(rng, 5))
     env.restore(env.snapshot())
     assert drawn == []
@@ -419,7 +427,7 @@ def test_frames_are_drawn_when_the_policy_looks_and_never_else(rng, envs, monkey
 
 def test_people_see_the_scene_upright_and_policies_see_it_mirrored(rng, envs):
     env = envs(MUG)
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     env._look.put(env.raw.sim)  # what MuJoCo's own renderer is to draw
     model, data = env.raw.sim.model._model, env.raw.sim.data._data
     option = mujoco.MjvOption()
@@ -441,7 +449,7 @@ def test_each_number_of_an_action_moves_what_the_table_says(rng, envs):
     from scipy.spatial.transform import Rotation
 
     env = envs(STOVE)
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     start = env.snapshot()
 
     def state_after(index: int, value: float, steps: int) -> np.ndarray:
@@ -467,7 +475,7 @@ def test_each_number_of_an_action_moves_what_the_table_says(rng, envs):
 
 def test_a_chunk_is_clipped_copied_latched_and_ends_at_the_horizon(rng, envs, monkeypatch):
     env = envs(STOVE)
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     start = env.snapshot()
     wild = 3 * random_actions(rng, 4)
     kept = wild.copy()
@@ -504,7 +512,7 @@ def test_a_chunk_is_clipped_copied_latched_and_ends_at_the_horizon(rng, envs, mo
 @pytest.mark.parametrize("damage", [1e12, np.nan])
 def test_physics_that_breaks_is_a_failure_and_the_next_episode_is_whole(damage, rng, envs):
     env = envs(STOVE)
-    env.reset(5)
+    env.reset(Episode(5))
     whole = env.snapshot()
     env.raw.sim.data._data.qvel[:] = damage
     result = env.step_chunk(np.zeros((6, 7)))
@@ -515,13 +523,14 @@ def test_physics_that_breaks_is_a_failure_and_the_next_episode_is_whole(damage, 
     assert not env.broken and env.step_chunk(np.zeros((2, 7))).steps == 2
     env.restore(broken)
     assert env.broken and env.step_chunk(np.zeros((2, 7))).unstable
-    env.reset(5)
+    env.reset(Episode(5))
     assert env.snapshot().physics.tobytes() == whole.physics.tobytes() and not env.broken
 
 
 def test_a_process_that_closes_nothing_ends_quietly():
     script = (
-        f"from envs import libero\nenv = libero.make({STOVE!r}, image_size=16)\nenv.reset(0)\nenv.render(size=16)\n"
+        "from envs import libero\nfrom envs.base import Episode\n"
+        f"env = libero.make({STOVE!r}, image_size=16)\nenv.reset(Episode(0))\nenv.render(size=16)\n"
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from envs import libero
+from envs.base import Episode
 from envs.libero import compat, tables
 from envs.libero.experts import make_expert
 from envs.libero.world import World
@@ -43,7 +44,7 @@ def envs():
 
 
 def succeeds(env, seed: int) -> bool:
-    env.reset(seed)
+    env.reset(Episode(seed))
     expert, done = make_expert(env), False
     while not done:
         done = env.step_chunk(expert.act()[None]).done
@@ -70,7 +71,7 @@ def test_every_task_has_an_expert(suite, rng, envs):
 def test_an_action_follows_from_the_state_alone(rng, envs):
     """It can be asked on a branch of the episode, and again after a restore, by an expert made only then."""
     env = envs("libero_goal/3")
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     expert = make_expert(env)
     for _ in range(int(rng.integers(5, 200))):
         env.step_chunk(expert.act()[None])
@@ -80,7 +81,7 @@ def test_an_action_follows_from_the_state_alone(rng, envs):
     for _ in range(8):
         env.step_chunk(expected[-1][None])
         expected.append(expert.act())
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     env.restore(snapshot)
     other = make_expert(env)
     for action in expected:
@@ -90,7 +91,7 @@ def test_an_action_follows_from_the_state_alone(rng, envs):
 
 def test_the_privileged_poses_are_mujocos(rng, envs):
     env = envs("libero_goal/0")
-    env.reset(fresh_seed(rng))
+    env.reset(Episode(fresh_seed(rng)))
     env.step_chunk(rng.uniform(-1, 1, (5, 7)))
     raw, world = env.raw, World(env.raw)
     world.update()
@@ -111,6 +112,6 @@ def test_what_no_expert_knows_is_refused(envs):
     with pytest.raises(ValueError, match="the expert needs an episode: call reset first"):
         make_expert(env)
     env = envs("libero_10/0")
-    env.reset(0)
+    env.reset(Episode(0))
     with pytest.raises(ValueError, match="there is no expert for the goal"):
         make_expert(env)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from envs.base import Episode
+
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
@@ -24,6 +26,10 @@ class Protocol:
     mirrored: bool  # pictures are turned by 180 degrees as they come, so that they are upright and mirrored
     episodes: int  # initial states 0, 1, … of each task that are evaluated
     seed: int  # draws the fixtures' poses, which initial states do not hold
+
+    def evaluation(self, task: str) -> list[Episode]:
+        """The episodes that a task is evaluated on."""
+        return [Episode(self.seed, task, init_state=number) for number in range(self.episodes)]
 
     def horizon(self, suite: str) -> int:
         """Control steps of an episode in a suite, or in the base of a perturbed one.
