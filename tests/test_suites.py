@@ -39,6 +39,7 @@ def installed(request, monkeypatch, tmp_path) -> compat.Installation:
     ("file", "arguments", "parts"),
     [
         ("grpo.py", ["--config.env.scenes=1/1"], ["env.scenes", "only env.suite=robocasa has"]),
+        ("grpo.py", ["--config.env.protocol=rlinf"], ["env.protocol", "only env.suite=libero has"]),
         ("grpo.py", ["--config.env.standins=true"], ["env.standins", "only env.suite=robocasa has"]),
         ("grpo.py", ["--config.eval.objects=heldout"], ["eval.objects", "only env.suite=robocasa has"]),
         ("grpo.py:robocasa", ["--config.env.layouts=train"], ["env.layouts", "only env.suite=kitchen has"]),
@@ -48,7 +49,7 @@ def installed(request, monkeypatch, tmp_path) -> compat.Installation:
         ("grpo.py:robocasa", ["--config.init="], ["demos.dataset", "no scripted expert", "collect --from"]),
         ("sft.py:robocasa", ["--config.demos.dataset="], ["demos.dataset", "no scripted expert"]),
         ("sft.py:robocasa", ["--config.init=random"], ["init: got random with algorithm=sft", "expected grpo"]),
-        ("grpo.py", ["--config.env.suite=libero"], ["env.suite", "'libero'", "kitchen, robocasa"]),
+        ("grpo.py", ["--config.env.suite=metaworld"], ["env.suite", "'metaworld'", "kitchen, robocasa, libero"]),
     ],
 )
 def test_what_a_suite_does_not_offer_is_refused(file, arguments, parts):
@@ -205,3 +206,68 @@ def test_an_untrained_policy_takes_the_ranges_of_state_and_action(rng):
     assert mask.sum() < tokens.shape[1]
     with pytest.raises(ConfigError, match="env.suite=kitchen has an expert"):
         suites.assumed_statistics(Config(init="random"))
+
+
+# --- LIBERO ---
+
+
+def libero_config(*arguments: str) -> Config:
+    return parse("grpo.py:libero_smoke", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("env.protocol=openvla", ["env.protocol", "'openvla'", "openpi, rlinf, lerobot"]),
+        ("env.train_on=all", ["env.train_on", "'all'", "placements, initial_states"]),
+        ("env.cameras=robot0_agentview_left", ["env.cameras", "agentview, robot0_eye_in_hand"]),
+        ("env.objects=heldout", ["env.objects", "leave it out"]),
+        ("eval.episodes=51", ["eval.episodes", "got 51", "at most the 50 initial states"]),
+        ("env.layouts=train", ["env.layouts", "only env.suite=kitchen has"]),
+        ("env.standins=true", ["env.standins", "only env.suite=robocasa has"]),
+        ("task=libero_10/0", ["demos.dataset", "no scripted expert"]),
+    ],
+)
+def test_what_libero_does_not_offer_is_refused_without_it(argument, parts):
+    with pytest.raises(ConfigError) as error:
+        libero_config(f"--config.{argument}")
+    assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)
+
+
+def test_held_out_seeds_are_liberos_initial_states():
+    config = libero_config()
+    episode_of, first = suites.episode_of(config), config.eval.first_seed
+    assert [episode_of(first + n).init_state for n in (0, 49)] == [0, 49]
+    assert len({episode_of(first + n).seed for n in range(50)}) == 50  # each has its own noise of the sampler
+    assert episode_of(first - 1).init_state is None
+    with pytest.raises(ValueError, match="initial state 50: LIBERO has 0 to 49"):
+        episode_of(first + 50)
+
+
+def test_a_plan_needs_no_libero():
+    horizons = {
+        protocol: suites.planned(
+            libero_config("--config.env.horizon=0", f"--config.env.protocol={protocol}")
+        ).env.horizon
+        for protocol in ("openpi", "rlinf", "lerobot")
+    }
+    assert horizons == {"openpi": 280, "rlinf": 240, "lerobot": 280}
+
+
+def test_a_label_says_what_training_starts_from():
+    assert suites.label(libero_config()) == ""
+    label = suites.label(libero_config("--config.env.train_on=initial_states"))
+    assert label == "trained on the evaluation's own initial states"
+
+
+def test_a_missing_libero_is_one_line(monkeypatch):
+    from envs.libero import compat as libero_compat
+
+    def absent():
+        raise ValueError(f"LIBERO is not installed: {libero_compat.INSTALL}")
+
+    monkeypatch.setattr(libero_compat, "find", absent)
+    for check in (stages.check_inputs, suites.settled):
+        with pytest.raises(ConfigError, match=r"config key env.suite: .*pip install 'z1-jax\[libero\]'") as error:
+            check(libero_config())
+        assert "\n" not in str(error.value)

@@ -142,8 +142,11 @@ def demonstrations_source(config: Config) -> dict[str, Any]:
         "objects": list(config.env.objects),
         "seed": config.seed,
     }
+    suite = resolve(config)
+    own = (key.partition(".")[2] for key in suite.own_keys if key.startswith("env."))
+    source |= {key: getattr(config.env, key) for key in own if key not in source}
     if rate_of(source) is None:
-        source["fps"] = resolve(config).control_hz
+        source["fps"] = suite.control_hz
     return source
 
 

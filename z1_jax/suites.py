@@ -27,6 +27,7 @@ from z1_jax.data.normalize import NormStats
 BUILT_IN = {
     "kitchen": "envs.kitchen.suite:KitchenSuite",
     "robocasa": "envs.robocasa.suite:RoboCasaSuite",
+    "libero": "envs.libero.suite:LiberoSuite",
 }
 _OWNED = {"env.options": "gym:ENV_ID"}  # keys of suites that are not built in
 

@@ -92,6 +92,29 @@ PRESETS = {
         "train__iterations": 1,
         "train__checkpoint_every": 1,
     },
+    # The real LIBERO with its experts, a few minutes long: it shows that everything works, and learns next to nothing.
+    "libero_smoke": {
+        **common.SMOKE,
+        "task": "libero_object/0",
+        "env__suite": "libero",
+        "env__cameras": ("agentview", "robot0_eye_in_hand"),
+        "env__horizon": 100,  # an expert takes 85 to 87
+        "env__executed": 5,
+        "env__parallel": 2,  # each is a gigabyte
+        "env__workers": 1,
+        "env__timeout_s": 600.0,
+        "demos__episodes": 2,
+        "demos__stride": 5,
+        "sft__steps": 20,
+        "eval__episodes": 2,
+        "group__count": 1,
+        "group__size": 2,
+        "reward__keep_low": 0.0,  # a policy of so little SFT fails: keep its groups, so that the update runs
+        "update__batch_size": 32,
+        "update__micro_batch": 32,
+        "train__iterations": 1,
+        "train__checkpoint_every": 1,
+    },
 }
 
 
