@@ -27,6 +27,7 @@ class EnvSpec:
     horizon: int  # control steps after which an episode ends
     version: str = ""  # of the simulation, where success depends on it, e.g. "robocasa 0.2.0"
     label: str = ""  # what must stand beside every figure, e.g. that assets are stand-ins
+    copies: bool = True  # it has snapshot and restore; workers say so where it has not
 
 
 @dataclasses.dataclass(frozen=True)

@@ -130,7 +130,8 @@ class SlotServer:
 
     def _make(self, slot: int, payload: None) -> Any:
         self._envs[slot] = self._make_env()
-        self._specs[slot] = check_spec(self._envs[slot].spec)
+        copies = all(callable(getattr(self._envs[slot], name, None)) for name in ("snapshot", "restore"))
+        self._specs[slot] = dataclasses.replace(check_spec(self._envs[slot].spec), copies=copies)
         return self._specs[slot]
 
     def _reset(self, slot: int, episode: Episode) -> EnvObservation:

@@ -161,7 +161,7 @@ class _Walk:
             acted = self._decide(observations, groups, children, chunk, executed)
             slots = self._slots(groups[:, None], children)
             if children.shape[1] > 1:
-                self.pool.branch(np.repeat(slots[:, 0], children.shape[1] - 1).tolist(), slots[:, 1:].ravel().tolist())
+                self._part(slots, groups, chunk)
             actions = acted.actions.reshape(-1, *acted.actions.shape[2:])
             results, following = self.pool.step(slots.ravel().tolist(), actions)
             self._record(groups, children, chunk, cluster, acted.chain, results)
@@ -169,6 +169,14 @@ class _Walk:
             groups, members = np.repeat(groups, children.shape[1])[alive], children.ravel()[alive]
             observations = [following[i] for i in alive]
             chunk += 1
+
+    def _part(self, slots: np.ndarray, groups: np.ndarray, chunk: int) -> None:
+        """Brings the members that part here to where their leader is: slots [n, M], the leader's first."""
+        others, times = slots[:, 1:].ravel().tolist(), slots.shape[1] - 1
+        if chunk == 0 and not self.pool.spec.copies:  # where an episode began it can be begun again
+            self.pool.reset(others, [self.episodes[group] for group in np.repeat(groups, times)])
+        else:
+            self.pool.branch(np.repeat(slots[:, 0], times).tolist(), others)
 
     def _slots(self, groups: np.ndarray, members: np.ndarray) -> np.ndarray:
         """Environment slots, turned by one from group to group: the pool deals slots round-robin to its workers, and
