@@ -18,7 +18,16 @@ GRPO = f"--config={ROOT / 'configs' / 'grpo.py'}"
 # Leaves that take any text here: their values are checked where the things they name are known.
 FREE_TEXT = {"task", "run_dir", "init", "checkpoint", "compare", "model.preset", "env.cameras", "demos.dataset"}
 FREE_TEXT |= {"inputs.tokenizer", "inputs.slots", "env.layouts", "env.styles", "env.objects"}
-FREE_TEXT |= {"allow", "env.version", "env.scenes", "eval.scenes", "eval.objects", "eval.film_seeds", "log.profile"}
+FREE_TEXT |= {
+    "env.suite",
+    "allow",
+    "env.version",
+    "env.scenes",
+    "eval.scenes",
+    "eval.objects",
+    "eval.film_seeds",
+    "log.profile",
+}
 
 
 def parse(*arguments: str) -> Config:

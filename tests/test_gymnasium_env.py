@@ -8,6 +8,7 @@ import gymnasium
 import numpy as np
 import pytest
 from dot_gym import Push
+from seeds import fresh_seed
 
 from envs import demos, kitchen
 from envs.base import Episode, episodes
@@ -33,7 +34,7 @@ def config_of(name: str, *keys: str):
 
 
 def test_the_kitchen_by_way_of_gymnasium_is_the_kitchen(seed=None):
-    seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
+    seed = fresh_seed(__name__) if seed is None else seed
     cameras = kitchen.CAMERAS[:2]
     places = read_options(
         [f"image={cameras[0]}", f"image={cameras[1]}", "state=state", "success=success", "instruction=instruction"]
