@@ -20,6 +20,9 @@ FREE_TEXT = {"task", "run_dir", "init", "checkpoint", "compare", "model.preset",
 FREE_TEXT |= {"inputs.tokenizer", "inputs.slots", "env.layouts", "env.styles", "env.objects"}
 FREE_TEXT |= {
     "env.suite",
+    "env.options",
+    "env.protocol",
+    "env.train_on",
     "allow",
     "env.version",
     "env.scenes",

@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from envs.libero.env import LiberoEnv
 
-TRAIN_ON = ("placements", "initial_states")  # what training episodes start from
-ON_INITIAL_STATES = "trained on the evaluation's own initial states"  # label of the latter
-
 
 def make(task: str, **options: Any) -> LiberoEnv:
     """The environment of a task; `options` are LiberoEnv's. Raises ValueError as it does."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from envs import stability
 from envs.base import EnvObservation, EnvSpec, Episode, Snapshot, check_episode
-from envs.libero import ON_INITIAL_STATES, TRAIN_ON, compat, protocols, simulation, state, tables
+from envs.libero import compat, protocols, simulation, state, tables
 from envs.stepping import SteppedEnv
 
 
@@ -50,7 +50,7 @@ class LiberoEnv(SteppedEnv):
         self._suite, _, self._name = self._task.partition("/")
         self._found = compat.check(self._suite, self._name)
         self.protocol = protocols.protocol(protocol)
-        _known("train_on", train_on, TRAIN_ON)
+        _known("train_on", train_on, protocols.TRAIN_ON)
         for camera in cameras:
             _known("camera", camera, tables.CAMERAS)
         size = self.protocol.image_size if image_size is None else image_size
@@ -66,7 +66,7 @@ class LiberoEnv(SteppedEnv):
             control_hz=tables.CONTROL_HZ,
             horizon=horizon or self.protocol.horizon(self._suite),
             version=", ".join(f"{name} {version}" for name, version in compat.versions().items() if name != "numpy"),
-            label="" if train_on == "placements" else ON_INITIAL_STATES,
+            label="" if train_on == "placements" else protocols.ON_INITIAL_STATES,
         )
         stability.keep_no_log()
         self._instruction = tables.instruction(self._task)

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 
 from envs.base import Episode
 
+TRAIN_ON = ("placements", "initial_states")  # what training episodes start from
+ON_INITIAL_STATES = "trained on the evaluation's own initial states"  # label of the latter
+
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:

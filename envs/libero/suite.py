@@ -40,7 +40,7 @@ class LiberoSuite:
 
     def __init__(self, env: Any, evaluation: Any):
         self._env, self._evaluation = env, evaluation
-        self.label = "" if env.train_on == "placements" else libero.ON_INITIAL_STATES
+        self.label = "" if env.train_on == "placements" else protocols.ON_INITIAL_STATES
 
     @property
     def _protocol(self) -> protocols.Protocol:
@@ -59,7 +59,7 @@ class LiberoSuite:
         """What can be refused without a look at the installation."""
         env, evaluation = self._env, self._evaluation
         check_names("env.protocol", [env.protocol], list(protocols.PROTOCOLS))
-        check_names("env.train_on", [env.train_on], libero.TRAIN_ON)
+        check_names("env.train_on", [env.train_on], protocols.TRAIN_ON)
         check_names("env.cameras", list(env.cameras), tables.CAMERAS)
         if tuple(env.objects) != ("train",):
             got = ", ".join(env.objects)
