@@ -2,8 +2,6 @@
 
 import dataclasses
 import pathlib
-import pickle
-import re
 import subprocess
 import sys
 import time
@@ -12,7 +10,6 @@ import numpy as np
 import pytest
 
 from envs.base import ChunkResult, EnvObservation, EnvSpec, Episode, episodes
-from envs.demos import run_episode
 from envs.pool import EnvPool
 from envs.suite import Suite
 from examples.reach import Reach
@@ -177,21 +174,6 @@ def test_frames_for_people_are_what_the_policy_sees_where_there_is_no_render():
         (look,) = pool.reset([0], [Episode(5)])
         (frame,) = pool.render([0], "top", 128)
     np.testing.assert_array_equal(frame[::2, ::2], look.images["top"])
-
-
-def test_the_example_of_the_docs_is_a_suite(tmp_path, monkeypatch):
-    """Its expert succeeds through it, and it does not branch."""
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own-environment.md").read_text(), re.DOTALL)
-    (tmp_path / "my_world.py").write_text(example)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    keys = ("--config.env.executed=4", "--config.demos.labels=recorded", "--config.group.branching=none")
-    apart = ("--config.group.prefix_chunks=0", "--config.group.prefix_chunks_end=0")
-    config = suites.settled(config_of("my_world:MyWorld", *keys, *apart))
-    assert not suites.resolve(config).branches
-    demonstrator = suites.demonstrator(config)
-    assert pickle.loads(pickle.dumps(demonstrator)) == demonstrator  # workers get it
-    shown = [run_episode(demonstrator, demonstrator.make_env(), Episode(seed), labels="recorded") for seed in range(8)]
-    assert all(one.success and one.actions.shape[1:] == (8, 1) for one in shown)
 
 
 @pytest.mark.slow
