@@ -131,6 +131,7 @@ class OrbaxWriter:
         kvstore = {"driver": "ocdbt", "base": f"file://{self.folder}/", "path": path}
         complete = {"store_data_equal_to_fill_value": True}  # Orbax takes an absent block for damage, not for zeros
         shape = list(info.shape)
+        metadata: dict[str, Any]
         if self._zarr == 2:
             codes = {"float32": "<f4", "bfloat16": "bfloat16", "float16": "<f2", "float64": "<f8"}
             metadata = {"shape": shape, "chunks": list(chunk), "dtype": codes[str(info.dtype)], "compressor": None}

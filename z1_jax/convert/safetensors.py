@@ -54,7 +54,7 @@ class SafetensorsReader:
         offset, shape = _block(info.shape, index)
         out = np.empty(shape, info.dtype)
         file, start = self._places[name]
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         position, got = start + offset * info.dtype.itemsize, 0
         while got < len(view):
             count = os.preadv(file, [view[got:]], position + got)
@@ -118,7 +118,7 @@ class SafetensorsWriter:
         offset, shape = _block(info.shape, index)
         if values.dtype != info.dtype or math.prod(shape) != values.size:
             raise ValueError(f"{name}: got {values.dtype} {values.shape}, expected {info.dtype} {shape}")
-        data = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+        data = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         _write_all(self._file, data, self._start + self._offsets[name] + offset * info.dtype.itemsize)
 
     def close(self) -> None:

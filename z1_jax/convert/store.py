@@ -45,7 +45,8 @@ class TensorInfo:
 class Reader(Protocol):
     """Arrays of a checkpoint."""
 
-    tensors: Mapping[str, TensorInfo]
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         """An array, or a block of it. Raises FormatError when the file is damaged."""

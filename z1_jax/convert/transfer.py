@@ -117,8 +117,8 @@ def transfer(
         require_finite(values, source.rename(name))
         out = None
         if writer is not None:
-            turned = target.style == "torch" and piece.layout is not None
-            out = contiguous(piece.layout.to_torch(values)) if turned else values
+            layout = piece.layout if target.style == "torch" else None
+            out = values if layout is None else contiguous(layout.to_torch(values))
         return raw, values, out
 
     jobs = _jobs(pieces, source.style, target.style)

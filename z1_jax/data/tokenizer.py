@@ -206,7 +206,7 @@ def _model_file(source: str) -> pathlib.Path:
     from transformers.utils import cached_file  # a second to import
 
     try:
-        return pathlib.Path(cached_file(source, "tokenizer.model"))
+        return pathlib.Path(str(cached_file(source, "tokenizer.model")))
     except (OSError, ValueError) as error:
         raise UserError(
             f"no file or directory {source}, and the hub gives no tokenizer.model of that name ({first_line(error)}); "

@@ -60,7 +60,7 @@ class Einsum(nnx.Module):
             self.bias = None
         else:
             self.bias = param(*bias, ZEROS, layers=layers, keep_float32=keep_float32)
-        self.kernel_lora = nnx.data(None)
+        self.kernel_lora: Adapter | None = nnx.data(None)
 
     def adapt(self, rank: int, alpha: float) -> None:
         """Adds a low-rank adapter to the kernel, declared but not filled."""
@@ -169,7 +169,8 @@ class GatedMlp(nnx.Module):
         by_width, by_hidden = Init(width**-0.5), Init(hidden**-0.5)
         self.gate_up = param((2, width, hidden), (None, "embed", "mlp"), by_width, layers=layers, pattern=self._GATE_UP)
         self.down = param((hidden, width), ("mlp", "embed"), by_hidden, layers=layers, pattern=self._DOWN)
-        self.gate_up_lora, self.down_lora = nnx.data(None), nnx.data(None)
+        self.gate_up_lora: Adapter | None = nnx.data(None)
+        self.down_lora: Adapter | None = nnx.data(None)
 
     def adapt(self, rank: int, alpha: float) -> None:
         """Adds low-rank adapters to gate, up and down."""
@@ -209,7 +210,7 @@ def time_embedding(t: Float[Array, "..."], width: int) -> Float[Array, "... W"]:
 
 def scan_layers(
     stack: nnx.Module,
-    step: Callable[[nnx.Module, Array, Any], tuple[Array, Any]],
+    step: Callable[[Any, Array, Any], tuple[Array, Any]],
     x: Array,
     compute: Compute,
     inputs: Any = None,

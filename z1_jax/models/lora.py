@@ -82,7 +82,7 @@ def fold(state: nnx.State) -> nnx.State:
     adapters = [path[:-1] for path in flat if is_adapter(path) and path[-1] == "b"]
     if not adapters:
         return state
-    targets = [(*path[:-1], path[-1].removesuffix(SUFFIX)) for path in adapters]
+    targets = [(*path[:-1], str(path[-1]).removesuffix(SUFFIX)) for path in adapters]
     recipes = [(flat[(*path, "b")].get_metadata("fold"), flat[(*path, "b")].get_metadata("scale")) for path in adapters]
     parts = [
         (flat[target].get_value(), flat[(*path, "a")].get_value(), flat[(*path, "b")].get_value())

@@ -90,7 +90,7 @@ def initialise(state: nnx.State, seed: int | jax.Array, mesh: Mesh | None = None
     for path, variable in nnx.to_flat_state(state):
         if isinstance(variable.get_value(), jax.ShapeDtypeStruct):
             value = _initial_value(variable, [*words, *"/".join(map(str, path)).encode()])
-            sharding = None if mesh is None else param_sharding(variable, mesh).get_value()
+            sharding = None if mesh is None else param_sharding(variable, mesh).get_value()  # type: ignore[operator]
             variable = variable.replace(jax.device_put(value, sharding))
         filled.append((path, variable))
     return nnx.from_flat_state(filled)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -155,10 +155,10 @@ def count_parameters(model: Pi05 | nnx.State) -> int:
 
 def part_of(path: tuple) -> Part:
     """Which part of the model a parameter path belongs to; "expert" includes action and time projections."""
-    part = str(path[0])
-    if part not in ("vision", "language", "expert"):
-        raise ValueError(f"path {path} does not start at a part of the model: vision, language or expert")
-    return part
+    for part in get_args(Part):
+        if path[0] == part:
+            return part
+    raise ValueError(f"path {path} does not start at a part of the model: vision, language or expert")
 
 
 def reaches_actions(path: tuple) -> bool:
@@ -215,7 +215,7 @@ def split_model(model: Pi05, scope: str, frozen_dtype: str | None = None) -> tup
     adapted = {part_of(path) for path, _ in nnx.to_flat_state(nnx.state(model)) if is_adapter(path)}
     if scope == "lora" and not adapted:
         raise ValueError("scope lora needs adapters; add them to the model first")
-    graphdef, trainable, frozen = nnx.split(model, lambda path, _: is_trained(tuple(path), scope, adapted), ...)
+    graphdef, trainable, frozen = nnx.split(model, lambda path, _: is_trained(tuple(path), scope, adapted), ...)  # type: ignore[misc]
     trainable = _cast(trainable, "float32", lambda variable: True)
     return graphdef, trainable, frozen if frozen_dtype is None else cast_state(frozen, frozen_dtype)
 

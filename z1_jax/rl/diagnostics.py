@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,8 @@ def save_broken(run_dir: pathlib.Path, iteration: int, evidence: Mapping[str, np
     """Writes the arrays of a broken iteration to RUN_DIR/broken/iteration-N.npz."""
     path = run_dir / "broken" / f"iteration-{iteration}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **evidence)
+    arrays: dict[str, Any] = dict(evidence)
+    np.savez(path, **arrays)
     return path
 
 
