@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 from z1_jax.convert.store import FormatError, Index, TensorInfo
 
@@ -157,7 +158,7 @@ class OrbaxWriter:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
             raise FormatError(f"{self.folder.parent} cannot be written: {_one_line(error)}") from None
 
-    def write(self, name: str, index: Index, values: np.ndarray) -> None:
+    def write(self, name: str, index: Index, values: Shaped[np.ndarray, "..."]) -> None:
         """Stores a block of an array, which must be whole chunks."""
         with self._told():
             store = self._stores[name].with_transaction(self._transaction)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 from z1_jax.convert.store import DTYPES, FormatError, Index, TensorInfo
 
@@ -112,7 +113,7 @@ class SafetensorsWriter:
         _write_all(self._file, memoryview(struct.pack("<Q", len(text)) + text), 0)
         os.ftruncate(self._file, self._start + offset)
 
-    def write(self, name: str, index: Index, values: np.ndarray) -> None:
+    def write(self, name: str, index: Index, values: Shaped[np.ndarray, "..."]) -> None:
         """Stores a block that is contiguous in the file; `values` in the declared dtype."""
         info = self._tensors[name]
         offset, shape = _block(info.shape, index)

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Shaped
 
 from z1_jax.errors import UserError
 
@@ -58,7 +59,7 @@ class Reader(Protocol):
 class Writer(Protocol):
     """A checkpoint that is being written: all arrays are declared first."""
 
-    def write(self, name: str, index: Index, values: np.ndarray) -> None:
+    def write(self, name: str, index: Index, values: Shaped[np.ndarray, "..."]) -> None:
         """Stores a block of an array."""
         ...
 

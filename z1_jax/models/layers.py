@@ -66,7 +66,7 @@ class Einsum(nnx.Module):
         """Adds a low-rank adapter to the kernel, declared but not filled."""
         self.kernel_lora = Adapter(self.pattern, self.kernel, rank, alpha)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "..."]) -> Array:
         """Applies the map in the dtype of `x`."""
         kept = self.pattern.index(",") - len("...")  # dimensions of the input that are not tokens
         at = self.pattern.split("->")[1].index("...")  # where the tokens stand in the output
@@ -210,8 +210,8 @@ def time_embedding(t: Float[Array, "..."], width: int) -> Float[Array, "... W"]:
 
 def scan_layers(
     stack: nnx.Module,
-    step: Callable[[Any, Array, Any], tuple[Array, Any]],
-    x: Array,
+    step: Callable[[Any, Float[Array, "B ..."], Any], tuple[Float[Array, "B ..."], Any]],
+    x: Float[Array, "B ..."],
     compute: Compute,
     inputs: Any = None,
 ) -> tuple[Array, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 from z1_jax.rl import flow
 from z1_jax.rl.rollout import BrokenIteration, Rollouts
@@ -35,7 +36,9 @@ def check_step(stats: Mapping[str, float], first: bool, gate: float) -> None:
         )
 
 
-def save_broken(run_dir: pathlib.Path, iteration: int, evidence: Mapping[str, np.ndarray]) -> pathlib.Path:
+def save_broken(
+    run_dir: pathlib.Path, iteration: int, evidence: Mapping[str, Shaped[np.ndarray, "..."]]
+) -> pathlib.Path:
     """Writes the arrays of a broken iteration to RUN_DIR/broken/iteration-N.npz."""
     path = run_dir / "broken" / f"iteration-{iteration}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
