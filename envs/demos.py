@@ -21,7 +21,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class Demonstrator:
     """Who demonstrates a task, and where. All of it is sent to worker processes: importable functions, or partials."""
 
     make_env: Callable[[], Env]
-    make_expert: Callable[[Env], Expert]
+    make_expert: Callable[[Any], Expert]  # of an environment of `make_env`
     noise_profile: tuple[float, ...]  # [action_dim], how much of the noise each action takes
 
 

@@ -60,15 +60,17 @@ def read_options(options: Sequence[str]) -> Places:
     for name, values in given.items():
         if (len(values) > 1 and name != "image") or len(set(values)) < len(values):
             raise SettingError("env.options", f"got {name}={values[-1]} twice, expected each once")
-    values: dict[str, Any] = {name: values[0] for name, values in given.items() if name != "image"}
-    if "hz" in values:
+    chosen: dict[str, Any] = {name: values[0] for name, values in given.items() if name != "image"}
+    if "hz" in chosen:
         try:
-            values["hz"] = float(values["hz"])
+            chosen["hz"] = float(chosen["hz"])
         except ValueError:
-            raise SettingError("env.options", f"got hz={values['hz']}, expected a number above 0") from None
+            raise SettingError("env.options", f"got hz={chosen['hz']}, expected a number above 0") from None
     if "text" in given and "instruction" in given:
         raise SettingError("env.options", "got text and instruction, expected one of them")
-    return Places(**values, **({"image": tuple(given["image"])} if "image" in given else {}))
+    if "image" in given:
+        chosen["image"] = tuple(given["image"])
+    return Places(**chosen)
 
 
 class GymnasiumEnv:
@@ -220,13 +222,13 @@ def _gymnasium() -> Any:
 class GymnasiumSuite(SingleEnv):
     """One environment of gymnasium as a suite of one task, with its name for the task's."""
 
-    own_keys = ("env.options",)
+    own_keys: tuple[str, ...] = ("env.options",)
 
     def __init__(self, name: str, places: Places, image_size: int, horizon: int):
         """Args: `name`: gym:ENV_ID; the others as `GymnasiumEnv`'s. Raises SettingError where it cannot be made."""
         env_id = name.partition(":")[2]
-        make = functools.partial(GymnasiumEnv, env_id, places, image_size, horizon)
-        super().__init__(make, name, places.expert and _imported(places.expert))
+        make: Any = functools.partial(GymnasiumEnv, env_id, places, image_size, horizon)
+        super().__init__(make, name, _imported(places.expert) if places.expert else None)
 
 
 def _imported(where: str) -> Any:

@@ -195,6 +195,7 @@ class EnvPool:
         replies: dict[int, Reply] = {}
         faults: dict[int, _Fault] = {}
         waiting: dict[Any, int] = {}
+        asked: dict[int, _ProcessWorker] = {}
         late: list[int] = []  # a message to or from them stood still
         deadline = time.monotonic() + timeout_s
         for index, request in requests.items():
@@ -202,6 +203,7 @@ class EnvPool:
             if isinstance(member, _LocalWorker):
                 replies[index] = member.serve(request)
                 continue
+            asked[index] = member
             try:
                 member.send(request)
                 waiting[member.connection] = index
@@ -210,7 +212,7 @@ class EnvPool:
             except OSError:
                 faults[index] = _Fault(member.death())
         while waiting:
-            ready = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            ready: list[Any] = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
                 break
             for connection in ready:
@@ -220,7 +222,7 @@ class EnvPool:
                 except BlockingIOError:
                     late.append(index)
                 except (EOFError, OSError):
-                    faults[index] = _Fault(self._workers[index].death())
+                    faults[index] = _Fault(asked[index].death())
         for index in [*late, *waiting.values()]:
             self._workers[index].kill()
             faults[index] = _Fault(f"no answer within {timeout_s:g} s")

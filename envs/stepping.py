@@ -16,8 +16,12 @@ class SteppedEnv:
     A subclass has `spec`, begins episodes with `_begin_count` and says in `_control_step` what one step does.
     """
 
-    spec: EnvSpec
     _steps, _succeeded, _broken = 0, False, ""
+
+    @property
+    def spec(self) -> EnvSpec:
+        """The environment's constants."""
+        raise NotImplementedError
 
     @property
     def steps(self) -> int:

@@ -107,7 +107,8 @@ class SingleEnv:
             )
             raise SettingError("env.suite", f"{name} failed: {text}") from error
         spec = self._spec
-        self.tasks, self.instructions = (spec.task,), tuple(getattr(factory, "instructions", words))
+        self.tasks: tuple[str, ...] = (spec.task,)
+        self.instructions: tuple[str, ...] = tuple(getattr(factory, "instructions", words))
         self.action_dim, self.state_dim, self.control_hz = spec.action_dim, spec.state_dim, spec.control_hz
         self.label = spec.label
 

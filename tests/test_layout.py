@@ -125,3 +125,38 @@ def test_random_inputs_of_tests_come_from_the_runs_seed():
                 assert ast.unparse(node.func) not in ("np.random.default_rng", "np.random.SeedSequence"), path
             if isinstance(node, ast.Import):
                 assert path.name == "seeds.py" or node.names[0].name != "secrets", path
+
+
+ARRAYS = {"np.ndarray", "jax.Array", "Array"}
+
+
+def without_shape(source: str) -> list[str]:
+    """Parameters of public functions that take arrays and do not say of what shape."""
+    found = []
+
+    def shaped(node: ast.AST) -> bool:  # Float[np.ndarray, "B D"]
+        parts = node.slice.elts if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Tuple) else []
+        return len(parts) == 2 and isinstance(parts[1], ast.Constant) and isinstance(parts[1].value, str)
+
+    def bare(node: ast.AST) -> bool:
+        if shaped(node):
+            return False
+        return ast.unparse(node) in ARRAYS or any(bare(child) for child in ast.iter_child_nodes(node))
+
+    def visit(body: list[ast.stmt]) -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                visit(node.body)
+            if isinstance(node, ast.FunctionDef) and (not node.name.startswith("_") or node.name == "__call__"):
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                found.extend(f"{node.name}: {a.arg}" for a in arguments if a.annotation and bare(a.annotation))
+
+    visit(ast.parse(source).body)
+    return found
+
+
+def test_public_functions_give_the_shapes_of_the_arrays_that_they_take():
+    assert without_shape("def f(a: np.ndarray | None, *, b: Mapping[str, Array]): ...") == ["f: a", "f: b"]
+    assert without_shape("def f(a: Float[Array, 'B D'], b: int): ...\ndef _g(a: Array): ...") == []
+    assert {name: bad for name, path in MODULES.items() if under(name, "z1_jax")
+            if (bad := without_shape(path.read_text()))} == {}  # fmt: skip

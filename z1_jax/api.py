@@ -80,7 +80,7 @@ class ActingPolicy:
         looks = self.policy.processor.observation([_observation(observation)])
         with jax.default_matmul_precision("float32"):  # as the commands: accelerators would round factors otherwise
             cache, _ = self._actor.encode(self._params, looks)
-            ids = stack_ids([[seed]], chunk, [[0]])
+            ids = stack_ids(np.array([[seed]]), chunk, np.array([[0]]))
             chain = self._actor.sample(self._params, cache, ids, (noise_seed,), stochastic=False)
         if not np.isfinite(chain.x).all():
             raise BrokenIteration("the policy drew numbers that are not finite", {"x": chain.x})

@@ -70,7 +70,7 @@ def evaluate(
     held_out = [episode_of(int(seed)) for seed in seeds]
     done = _read_results(results, held_out)
     if len(done) < len(seeds):
-        if actor is None:
+        if actor is None or params is None:
             graphdef, trainable, frozen = policy.split("expert")
             params = (trainable, frozen)
             actor = make_actor(policy, graphdef, flow, mesh, pool.num_envs)

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from z1_jax.checkpoint import Checkpoints
 from z1_jax.config.schema import RANDOM, Config, ConfigError, InputsConfig, ModelConfig
 from z1_jax.data import tokenizer
 from z1_jax.data.dataset import Dataset
-from z1_jax.data.normalize import NormStats, Rule
+from z1_jax.data.normalize import NormMode, NormStats, Rule
 from z1_jax.files import absolute
 from z1_jax.models.pi05 import Pi05Config
 from z1_jax.models.presets import PRESETS, get_preset
@@ -91,7 +91,7 @@ def _new_policy(
         tokenizer.PromptTokenizer(prompts.model_bytes, length),
         stats,
         _slots(config),
-        norm_mode=config.inputs.norm,
+        norm_mode=cast(NormMode, config.inputs.norm),  # checked
         state_in_prompt=config.inputs.state_in_prompt,
     )
     return fresh_policy(
@@ -268,7 +268,7 @@ def _check_same_model(config: Config, known: dict[str, Any], path: str) -> None:
 def _check_same_inputs(config: Config, document: dict[str, Any], path: str) -> None:
     """Refuses an input setting that the policy at `path`, which brings its own, would ignore."""
     given, default = config.inputs, InputsConfig()
-    theirs = {"norm": document.get("norm_mode"), "state_in_prompt": document.get("state_in_prompt")}
+    theirs: dict[str, Any] = {"norm": document.get("norm_mode"), "state_in_prompt": document.get("state_in_prompt")}
     asked = {key: getattr(given, key) for key in theirs if getattr(given, key) != getattr(default, key)}
     if given.slots:
         theirs["slots"], asked["slots"] = tuple(document.get("cameras", ())), _slots(config)

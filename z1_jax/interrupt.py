@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType, TracebackType
+from typing import Any
 
 INTERRUPTED = "\ninterrupted: the same command continues where it stopped"
 
@@ -67,7 +68,7 @@ def _deliver_again(caught: sys.UnraisableHookArgs) -> None:
     # Python drops what is raised in a finaliser or a callback of the garbage collector (jax has one), Ctrl-C too.
     # Raised again from here it would be dropped again, so it comes a moment later, when the callback has returned.
     if issubclass(caught.exc_type, KeyboardInterrupt):
-        main = threading.main_thread().ident
+        main = threading.main_thread().ident or 0  # a running thread has one
         threading.Timer(0.01, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
     else:
         sys.__unraisablehook__(caught)
@@ -81,7 +82,7 @@ class GracefulStop:
 
     def __init__(self) -> None:
         self.requested = False
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> GracefulStop:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -31,8 +31,10 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 def make_optimizer(config: OptimConfig, lr: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """clip(global norm) → AdamW, as openpi, or Muon: weight decay on every trained parameter, float32 moments."""
-    muon_too = isinstance(config, SftOptimConfig) and config.name == "muon"
-    rule = make_muon(config, lr) if muon_too else make_adamw(config, lr)
+    if isinstance(config, SftOptimConfig) and config.name == "muon":
+        rule = make_muon(config, lr)
+    else:
+        rule = make_adamw(config, lr)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
 
 

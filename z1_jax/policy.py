@@ -80,12 +80,12 @@ class Policy:
 
     def _adapted(self, model: pi05.Pi05, adapters: LoraConfig, seed: int) -> pi05.Pi05:
         vlm, expert = (adapters.vlm_rank, adapters.vlm_alpha), (adapters.expert_rank, adapters.expert_alpha)
-        wanted = {"vision": vlm, "language": vlm, "expert": expert}
+        wanted: dict[pi05.Part, tuple[int, float]] = {"vision": vlm, "language": vlm, "expert": expert}
         graphdef, params = nnx.split(
             pi05.add_adapters(model, {part: size for part, size in wanted.items() if size[0] > 0})
         )
         like = jax.tree.leaves(self.params)[0]
-        mesh = like.sharding.mesh if isinstance(like.sharding, jax.sharding.NamedSharding) else None
+        mesh: Any = like.sharding.mesh if isinstance(like.sharding, jax.sharding.NamedSharding) else None
         if isinstance(like, jax.ShapeDtypeStruct):  # a plan: nothing is drawn
             return nnx.merge(graphdef, _placed(params, mesh))
         return nnx.merge(graphdef, initialise(params, seed, mesh))

@@ -101,7 +101,7 @@ def start_jax() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {_SAME_ORDER}=true".strip()
     if not any(name in os.environ for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(USABLE_MEMORY)
-    if jax.config.jax_default_matmul_precision is None:
+    if jax.config.jax_default_matmul_precision is None:  # type: ignore[attr-defined]
         jax.config.update("jax_default_matmul_precision", "float32")
     cache = os.environ.get("Z1_JAX_CACHE", "~/.cache/z1_jax/xla")
     with contextlib.suppress(UserError):  # who has no home has no cache

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import Float, Key, Shaped
 
 from z1_jax import distributed
 from z1_jax.checkpoint import Checkpoints, Keep
@@ -32,16 +33,16 @@ from z1_jax.types import Observation
 def flow_matching_loss(
     model: Any,
     observation: Observation,
-    actions: jax.Array,
-    key: jax.Array,
+    actions: Float[jax.Array, "B H A"],
+    key: Key[jax.Array, ""],
     flows: int,
-    counted: jax.Array,
+    counted: Shaped[jax.Array, " A"],
 ) -> jax.Array:
     """Mean squared error of the velocity over `flows` times and noises per observation, each encoded once.
 
     Args:
         actions: [B, H, A], normalised and padded.
-        counted: bool [A], the dimensions that the loss averages.
+        counted: 0 or 1 [A], the dimensions that the loss averages.
     """
     batch = actions.shape[0]
     time_key, noise_key = jax.random.split(key)
@@ -53,7 +54,7 @@ def flow_matching_loss(
     return jnp.sum(jnp.square(velocity - target) * weight)
 
 
-def augmented(observation: Observation, key: jax.Array, moved_slots: tuple[int, ...]) -> Observation:
+def augmented(observation: Observation, key: Key[jax.Array, ""], moved_slots: tuple[int, ...]) -> Observation:
     """The observation (uint8 images) with every image randomly changed, as openpi trains: float32 in [-1, 1]."""
     images = observation.images.astype(jnp.float32) / 255.0 * 2.0 - 1.0
     return dataclasses.replace(observation, images=augment(key, images, moved_slots))
@@ -85,14 +86,14 @@ class SftTrainer:
     def _moved(self) -> tuple[Any, Any, Any]:
         return self.state.trainable, self.state.opt_state, self.state.average
 
-    def step(self, batch: dict[str, np.ndarray], step: int) -> dict[str, jax.Array]:
+    def step(self, batch: dict[str, Shaped[np.ndarray, "B ..."]], step: int) -> dict[str, jax.Array]:
         """One optimiser step; returns device scalars, so that the host need not wait."""
         with distributed.explicit_transfers():
             (trainable, opt_state, average), stats = self._step(*self._inputs(batch, step))
         self.state = TrainState(trainable, self.state.frozen, opt_state, average)
         return stats
 
-    def lower(self, batch: dict[str, np.ndarray]) -> jax.stages.Lowered:
+    def lower(self, batch: dict[str, Shaped[np.ndarray, "B ..."]]) -> jax.stages.Lowered:
         """The step as it would be compiled for such a batch."""
         return self._step.lower(*self._inputs(batch, 0))
 
@@ -107,7 +108,7 @@ class SftTrainer:
             distributed.put_scalar(np.uint32(step), self._mesh),
         )
 
-    def trace(self, observation: Observation, actions: jax.Array) -> jax.stages.Traced:
+    def trace(self, observation: Observation, actions: Float[jax.Array, "B H A"]) -> jax.stages.Traced:
         """The step traced for a batch that may be abstract, as may be the parameters: nothing is computed."""
         step = jax.ShapeDtypeStruct((), jnp.uint32)
         return self._step.trace(self._moved(), self.state.frozen, observation, actions, step)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Shaped
 
 from z1_jax.errors import UserError
 
@@ -126,7 +127,7 @@ def on_one_device() -> bool:
     return mesh.empty or mesh.size == 1
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+def constrain(x: Shaped[jax.Array, "..."], *axes: str | None) -> jax.Array:
     """Pins the sharding of an activation whose leading dimensions have the logical names `axes`.
 
     Does nothing outside `jax.set_mesh`. Put on every layer's output: left alone, the compiler may choose a layout

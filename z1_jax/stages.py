@@ -198,7 +198,7 @@ def _successful_episodes(config: Config, journal: EpisodeJournal) -> Iterator[An
     if journal.kept >= wanted:
         return
     start = episode_of(config)
-    episodes = demos.collect(
+    episodes: Any = demos.collect(
         demonstrator(config),
         (start(seed) for seed in range(first + journal.tried, first + 3 * wanted)),
         noise=config.demos.noise,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Bool, Shaped
 from scipy import stats
 
 Interval = tuple[float, float]  # lower and upper end
@@ -27,7 +28,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
     return low, high
 
 
-def mcnemar_exact(before: np.ndarray, after: np.ndarray) -> float:
+def mcnemar_exact(before: Bool[np.ndarray, " n"], after: Bool[np.ndarray, " n"]) -> float:
     """Two-sided exact McNemar test: the binomial test at 1/2 on the pairs that differ (McNemar 1947).
 
     Args:
@@ -48,7 +49,11 @@ def mcnemar_exact(before: np.ndarray, after: np.ndarray) -> float:
 
 
 def paired_difference_interval(
-    before: np.ndarray, after: np.ndarray, seed: int, confidence: float = 0.95, resamples: int = 10_000
+    before: Shaped[np.ndarray, " n"],
+    after: Shaped[np.ndarray, " n"],
+    seed: int,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
 ) -> Interval:
     """Percentile bootstrap interval of mean(after) - mean(before), resampling whole pairs.
 
@@ -83,7 +88,7 @@ def _alike(difference: float, n: int, confidence: float) -> Interval:
 
 
 def clustered_interval(
-    values: np.ndarray,
+    values: Shaped[np.ndarray, " n"],
     tasks: Sequence[str],
     seeds: Sequence[int],
     seed: int,
@@ -114,7 +119,7 @@ def clustered_interval(
     return _percentiles(means / len(cells), confidence)
 
 
-def clustered_mean(values: np.ndarray, tasks: Sequence[str], seeds: Sequence[int]) -> float:
+def clustered_mean(values: Shaped[np.ndarray, " n"], tasks: Sequence[str], seeds: Sequence[int]) -> float:
     """The mean over tasks of the mean over seeds of each cell's mean: what `clustered_interval` is about."""
     return float(np.mean([cell.mean() for cell in _cell_means(values, tasks, seeds)]))
 

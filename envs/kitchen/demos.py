@@ -25,7 +25,8 @@ def demonstrator(task: str, **options: Any) -> Demonstrator:
 
 def run_episode(env: KitchenEnv, seed: int, *args: Any, **kwargs: Any) -> Demonstration:
     """`envs.demos.run_episode` in a kitchen that is there."""
-    return demos.run_episode(demonstrator(env.spec.task), env, *episodes([seed]), *args, **kwargs)
+    (episode,) = episodes([seed])
+    return demos.run_episode(demonstrator(env.spec.task), env, episode, *args, **kwargs)
 
 
 def collect(

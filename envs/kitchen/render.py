@@ -76,7 +76,7 @@ def render(model: mujoco.MjModel, data: mujoco.MjData, camera: int, size: int, l
         tiles = np.floor((eye[:2] + rays[floor, :2] * distance[floor, None] - data.geom_xpos[geom[floor], :2]) / TILE)
         bright[floor] *= 0.8 + 0.2 * (tiles.sum(axis=1) % 2)
     # Colours by geom, the sky's last: where a ray meets nothing its geom is -1.
-    palette = np.concatenate([model.geom_rgba[:, :3], np.float32([_SKY])]) * np.float32(255.0 * light.intensity)
+    palette = np.vstack([model.geom_rgba[:, :3], np.array(_SKY, np.float32)]) * np.float32(255.0 * light.intensity)
     bright[geom < 0] = 1.0
     image = palette[geom] * bright[:, None]
     return np.minimum(image + np.float32(0.5), 255.0).astype(np.uint8).reshape(size, size, 3)

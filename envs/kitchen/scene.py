@@ -112,7 +112,10 @@ def material_rgb(material: str, style: Style) -> tuple[float, float, float]:
     return getattr(style, material, None) or COLOURS[material]
 
 
-def look_at(eye: Sequence[float], target: Sequence[float]) -> np.ndarray:
+Point = Sequence[float] | np.ndarray  # [3], metres
+
+
+def look_at(eye: Point, target: Point) -> np.ndarray:
     """Quaternion wxyz [4] of a MuJoCo camera (looks along -z, y up) at `eye` that sees `target` in the centre."""
     back = np.asarray(eye, float) - np.asarray(target, float)
     back /= np.linalg.norm(back)
@@ -213,7 +216,7 @@ class SceneBuilder:
             ctrllimited=1,
         )
 
-    def camera(self, body: Any, name: str, eye: Sequence[float], target: Sequence[float], fov: float) -> None:
+    def camera(self, body: Any, name: str, eye: Point, target: Point, fov: float) -> None:
         """A camera at `eye` looking at `target`, both in the body's frame; vertical field of view in degrees."""
         body.add_camera(name=name, pos=list(eye), quat=look_at(eye, target).tolist(), fovy=fov)
 

@@ -123,7 +123,8 @@ class World:
 
     def colour(self, geom: str) -> tuple[float, float, float]:
         """The present RGB of one geom."""
-        return tuple(float(channel) for channel in self.model.geom(geom).rgba[:3])
+        red, green, blue = self.model.geom(geom).rgba[:3].tolist()
+        return red, green, blue
 
     def show(self, geom: str, visible: bool) -> None:
         """Shows or hides a geom."""

@@ -20,7 +20,7 @@ def speed_up() -> None:
     for name in _MODULES:
         module = importlib.import_module(f"robocasa.models.scenes.{name}")
         if hasattr(module, "yaml"):
-            module.yaml = types.SimpleNamespace(safe_load=safe_load)
+            module.yaml = types.SimpleNamespace(safe_load=safe_load)  # type: ignore[attr-defined]
 
 
 def safe_load(source: TextIO | str) -> Any:

@@ -329,7 +329,7 @@ def check_given(config: Config, keys: Iterable[str]) -> None:
         raise ConfigError("config key eval.videos: it has no effect beside eval.film_seeds; leave one of them out")
     films = ("eval.video", "eval.film_seeds")  # eval.videos and eval.video_size
     if config.algorithm == "eval":
-        unused = (*_RL, "sft.", "demos.", "lora.", "log.", "init", "seed")
+        unused: tuple[str, ...] = (*_RL, "sft.", "demos.", "lora.", "log.", "init", "seed")
         why = "algorithm=eval trains and draws nothing"
     elif config.algorithm == "sft":
         unused, why = (*_RL, *films, "checkpoint", "compare"), "algorithm=sft neither trains by RL, compares nor films"

@@ -364,7 +364,7 @@ def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
         if key not in values:
             continue
         value = values[key]
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             if not isinstance(value, dict):
                 raise ConfigError(f"config key {name}: got {value!r}, expected a section of keys")
             built[key] = build(kind, value, name + ".")

@@ -206,7 +206,7 @@ def read_tokenizer(
     where = given.tokenizer or companions.find_tokenizer(source.folder)
     if where is not None:
         try:
-            content = load_tokenizer(where, config.prompt_length, config.vocab_size).model_bytes
+            content: bytes | None = load_tokenizer(where, config.prompt_length, config.vocab_size).model_bytes
         except ValueError as error:
             raise FormatError(str(error)) from None
     elif source.document is not None:

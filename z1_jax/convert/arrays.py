@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 from flax import nnx
+from jaxtyping import Shaped
 
 from z1_jax.convert.openpi_names import openpi_names
 from z1_jax.models.pi05 import Pi05Config, abstract_model
@@ -50,11 +51,11 @@ class Layout:
         view = self.view(shape)
         return tuple(math.prod(view[axis] for axis in group) for group in self.groups)
 
-    def to_ours(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    def to_ours(self, tensor: Shaped[np.ndarray, "..."], shape: tuple[int, ...]) -> np.ndarray:
         """A view of the PyTorch tensor with our axes."""
         return tensor.reshape(self.view(shape)).transpose(self.axes)
 
-    def to_torch(self, array: np.ndarray) -> np.ndarray:
+    def to_torch(self, array: Shaped[np.ndarray, "..."]) -> np.ndarray:
         """A view of our array with the PyTorch tensor's axes, merged ones still apart."""
         return array.transpose(np.argsort(self.axes))
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Shaped
 
 from z1_jax.models.lora import has_adapters
 from z1_jax.models.pi05 import Pi05Config, abstract_model
@@ -84,7 +85,7 @@ def openpi_shapes(config: Pi05Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def from_openpi(flat: Mapping[str, np.ndarray], config: Pi05Config) -> nnx.State:
+def from_openpi(flat: Mapping[str, Shaped[np.ndarray, "..."]], config: Pi05Config) -> nnx.State:
     """Our state from openpi's arrays (paths joined by "/", layers stacked).
 
     Strict: raises one ValueError that lists every missing, surplus and wrongly shaped array. Arrays keep their dtype

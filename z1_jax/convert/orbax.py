@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 from z1_jax.convert.store import FormatError, Index, TensorInfo
 
@@ -131,6 +132,7 @@ class OrbaxWriter:
         kvstore = {"driver": "ocdbt", "base": f"file://{self.folder}/", "path": path}
         complete = {"store_data_equal_to_fill_value": True}  # Orbax takes an absent block for damage, not for zeros
         shape = list(info.shape)
+        metadata: dict[str, Any]
         if self._zarr == 2:
             codes = {"float32": "<f4", "bfloat16": "bfloat16", "float16": "<f2", "float64": "<f8"}
             metadata = {"shape": shape, "chunks": list(chunk), "dtype": codes[str(info.dtype)], "compressor": None}
@@ -156,7 +158,7 @@ class OrbaxWriter:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
             raise FormatError(f"{self.folder.parent} cannot be written: {_one_line(error)}") from None
 
-    def write(self, name: str, index: Index, values: np.ndarray) -> None:
+    def write(self, name: str, index: Index, values: Shaped[np.ndarray, "..."]) -> None:
         """Stores a block of an array, which must be whole chunks."""
         with self._told():
             store = self._stores[name].with_transaction(self._transaction)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 from z1_jax.convert.store import DTYPES, FormatError, Index, TensorInfo
 
@@ -54,7 +55,7 @@ class SafetensorsReader:
         offset, shape = _block(info.shape, index)
         out = np.empty(shape, info.dtype)
         file, start = self._places[name]
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         position, got = start + offset * info.dtype.itemsize, 0
         while got < len(view):
             count = os.preadv(file, [view[got:]], position + got)
@@ -112,13 +113,13 @@ class SafetensorsWriter:
         _write_all(self._file, memoryview(struct.pack("<Q", len(text)) + text), 0)
         os.ftruncate(self._file, self._start + offset)
 
-    def write(self, name: str, index: Index, values: np.ndarray) -> None:
+    def write(self, name: str, index: Index, values: Shaped[np.ndarray, "..."]) -> None:
         """Stores a block that is contiguous in the file; `values` in the declared dtype."""
         info = self._tensors[name]
         offset, shape = _block(info.shape, index)
         if values.dtype != info.dtype or math.prod(shape) != values.size:
             raise ValueError(f"{name}: got {values.dtype} {values.shape}, expected {info.dtype} {shape}")
-        data = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+        data = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         _write_all(self._file, data, self._start + self._offsets[name] + offset * info.dtype.itemsize)
 
     def close(self) -> None:

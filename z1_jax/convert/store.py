@@ -9,6 +9,7 @@ from typing import Protocol
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Shaped
 
 from z1_jax.errors import UserError
 
@@ -45,7 +46,8 @@ class TensorInfo:
 class Reader(Protocol):
     """Arrays of a checkpoint."""
 
-    tensors: Mapping[str, TensorInfo]
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         """An array, or a block of it. Raises FormatError when the file is damaged."""
@@ -57,7 +59,7 @@ class Reader(Protocol):
 class Writer(Protocol):
     """A checkpoint that is being written: all arrays are declared first."""
 
-    def write(self, name: str, index: Index, values: np.ndarray) -> None:
+    def write(self, name: str, index: Index, values: Shaped[np.ndarray, "..."]) -> None:
         """Stores a block of an array."""
         ...
 

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Shaped
 
 from z1_jax.convert.arrays import Piece, Style
 from z1_jax.convert.store import DTYPES, FormatError, Index, Reader, TensorInfo, Writer
@@ -117,8 +118,8 @@ def transfer(
         require_finite(values, source.rename(name))
         out = None
         if writer is not None:
-            turned = target.style == "torch" and piece.layout is not None
-            out = contiguous(piece.layout.to_torch(values)) if turned else values
+            layout = piece.layout if target.style == "torch" else None
+            out = values if layout is None else contiguous(layout.to_torch(values))
         return raw, values, out
 
     jobs = _jobs(pieces, source.style, target.style)
@@ -175,7 +176,7 @@ def _ahead(work: Callable, jobs: Iterator) -> Iterator:
                 future.cancel()
 
 
-def contiguous(view: np.ndarray) -> np.ndarray:
+def contiguous(view: Shaped[np.ndarray, "..."]) -> np.ndarray:
     """The array in C order. In tiles: a plain copy of a large transposed matrix misses the cache at every entry."""
     if view.flags.c_contiguous:
         return view
@@ -200,7 +201,7 @@ def _copy_tiles(out: np.ndarray, view: np.ndarray) -> None:
             out[i : i + 512, j : j + 16] = view[i : i + 512, j : j + 16]
 
 
-def require_finite(values: np.ndarray, name: str) -> None:
+def require_finite(values: Shaped[np.ndarray, "..."], name: str) -> None:
     """Raises FormatError when a value is NaN or infinite."""
     if values.dtype == DTYPES["bfloat16"]:
         if not values.size or (values.view(np.uint16) & 0x7FFF).max() < 0x7F80:  # no exponent of ones

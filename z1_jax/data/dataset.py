@@ -263,7 +263,7 @@ class _EpisodeWriter:
         )
         self.count += number
         for step in range(number):
-            example = {
+            example: dict[str, Any] = {
                 "images": {camera: _encode(frames[step], self.jpeg) for camera, frames in episode.images.items()},
                 "state": np.asarray(episode.state[step], np.float32),
                 "actions": np.asarray(episode.actions[step], np.float32),

@@ -175,7 +175,7 @@ def _pack(episode: Episode) -> bytes:
     if not episode.success:
         return line
     out = io.BytesIO()
-    images = {f"images/{camera}": frames for camera, frames in episode.images.items()}
+    images: dict[str, Any] = {f"images/{camera}": frames for camera, frames in episode.images.items()}
     np.savez(out, state=episode.state, actions=episode.actions, **images)
     return line + zlib.compress(out.getvalue(), level=1)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from jaxtyping import Int, Shaped
 
 from z1_jax.data.dataset import Dataset
 from z1_jax.data.transforms import InputProcessor
@@ -137,7 +138,7 @@ class _ShuffledBatches:
         return np.random.default_rng([self._seed, epoch]).permutation(self._records)
 
 
-def collate(dataset: Dataset, processor: InputProcessor, indices: Sequence[int] | np.ndarray) -> Batch:
+def collate(dataset: Dataset, processor: InputProcessor, indices: Sequence[int] | Int[np.ndarray, " B"]) -> Batch:
     """The records at `indices` as model inputs and normalised actions (see `Loader`)."""
     records = dataset.records(indices)
     observation = processor.observation(records)
@@ -152,7 +153,7 @@ def collate(dataset: Dataset, processor: InputProcessor, indices: Sequence[int] 
     }
 
 
-def batch_observation(batch: Mapping[str, np.ndarray]) -> Observation:
+def batch_observation(batch: Mapping[str, Shaped[np.ndarray, "B ..."]]) -> Observation:
     """The model inputs of a batch."""
     return Observation(batch["images"], batch["image_mask"], batch["tokens"], batch["token_mask"])
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
+from jaxtyping import Float
 
 NormMode = Literal["quantile", "z_score"]
 NORM_MODES: tuple[str, ...] = get_args(NormMode)
@@ -114,7 +115,7 @@ class NormStats:
         """The mean by openpi's quantile formula, in [-1, 1]: where a constant dimension is held for the model."""
         return np.clip((self.mean - self.q01) / (self.q99 - self.q01 + EPSILON) * 2.0 - 1.0, -1.0, 1.0)
 
-    def normalise(self, values: np.ndarray, mode: NormMode = "quantile") -> np.ndarray:
+    def normalise(self, values: Float[np.ndarray, "... d"], mode: NormMode = "quantile") -> np.ndarray:
         """Raw values [..., d], d <= D, to normalised ones (not clipped; constant dimensions are held).
 
         Quantile: (x - q01) / (q99 - q01 + 1e-6) * 2 - 1; z_score: (x - mean) / (std + 1e-6), as in openpi.
@@ -135,7 +136,7 @@ class NormStats:
             return np.where(constant, self._mean_in_quantiles[:width], out)
         return np.where(constant, 0.0, (values - self.mean[:width]) / (self.std[:width] + EPSILON))
 
-    def unnormalise(self, values: np.ndarray, mode: NormMode = "quantile") -> np.ndarray:
+    def unnormalise(self, values: Float[np.ndarray, "... d"], mode: NormMode = "quantile") -> np.ndarray:
         """The inverse of `normalise` for values [..., d]; constant dimensions become their constant.
 
         Dimensions beyond D are the model's padding. As in openpi, the quantile map leaves them as they are and the
@@ -181,7 +182,7 @@ class StatsAccumulator:
         self._kept = 0
         self._bound = np.uint64(2**64 - 1)  # hashes up to this one are kept
 
-    def update(self, values: np.ndarray) -> None:
+    def update(self, values: Float[np.ndarray, "... D"]) -> None:
         """Adds values [..., D].
 
         Raises:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import sentencepiece
+from jaxtyping import Float
 
 from z1_jax.errors import UserError, first_line
 from z1_jax.files import absolute
@@ -56,12 +57,12 @@ _PLACES = (
 _BURNERS = tuple(f"{row}{column}" for row in ("front ", "rear ", "back ", "") for column in ("left", "right", "center"))
 
 
-def discretise_state(state: np.ndarray) -> np.ndarray:
+def discretise_state(state: Float[np.ndarray, "... D"]) -> np.ndarray:
     """Bins of a normalised state [..., D]: int64, 0..255 over [-1, 1), -1 below and 255 above (openpi)."""
     return np.digitize(state, _EDGES) - 1
 
 
-def prompt_text(instruction: str, state: np.ndarray | None) -> str:
+def prompt_text(instruction: str, state: Float[np.ndarray, " D"] | None) -> str:
     """The prompt of π0.5; without a state, the bare instruction and a line break (openpi's LIBERO setting)."""
     text = _clean(instruction)
     return text + "\n" if state is None else _with_bins(text, discretise_state(state))
@@ -108,12 +109,14 @@ class PromptTokenizer:
         """The tokenizer that a checkpoint holds."""
         return cls(model_bytes, prompt_length, "the checkpoint's tokenizer")
 
-    def encode(self, instruction: str, state: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, instruction: str, state: Float[np.ndarray, " D"] | None) -> tuple[np.ndarray, np.ndarray]:
         """One prompt: (ids int32 [L], mask bool [L]); `state` [D] is normalised and unpadded, or None."""
         tokens, mask = self.encode_batch([instruction], None if state is None else state[None])
         return tokens[0], mask[0]
 
-    def encode_batch(self, instructions: Sequence[str], states: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    def encode_batch(
+        self, instructions: Sequence[str], states: Float[np.ndarray, "B D"] | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Prompts of instructions [B] and normalised states [B, D]: (ids int32 [B, L], mask bool [B, L]).
 
         As in openpi, a prompt of more than L tokens loses its end, the state's last numbers first; the first time this
@@ -129,7 +132,7 @@ class PromptTokenizer:
         self._warn_of_cut(instructions, ids)
         return tokens, mask
 
-    def prompt_ids(self, instructions: Sequence[str], states: np.ndarray | None) -> list[list[int]]:
+    def prompt_ids(self, instructions: Sequence[str], states: Float[np.ndarray, "B D"] | None) -> list[list[int]]:
         """The ids of each whole prompt, BOS first, of any length: what `encode_batch` cuts and pads."""
         texts = [_clean(instruction) for instruction in instructions]
         if states is None:
@@ -206,7 +209,7 @@ def _model_file(source: str) -> pathlib.Path:
     from transformers.utils import cached_file  # a second to import
 
     try:
-        return pathlib.Path(cached_file(source, "tokenizer.model"))
+        return pathlib.Path(str(cached_file(source, "tokenizer.model")))
     except (OSError, ValueError) as error:
         raise UserError(
             f"no file or directory {source}, and the hub gives no tokenizer.model of that name ({first_line(error)}); "

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
+from jaxtyping import Float, Shaped
 from PIL import Image
 
 from z1_jax.data.normalize import NormMode, NormStats
@@ -31,7 +32,7 @@ class RawObservation(Protocol):
     def instruction(self) -> str: ...
 
 
-def parse_image(image: np.ndarray) -> np.ndarray:
+def parse_image(image: Shaped[np.ndarray, "_ _ _"]) -> np.ndarray:
     """uint8 [h, w, 3] of an image of any kind: channels first or last, integers 0..255 or floats 0..1 (LeRobot's).
 
     Floats are scaled by 255 and truncated, as in openpi.
@@ -56,7 +57,7 @@ def parse_image(image: np.ndarray) -> np.ndarray:
     return (image * 255 if highest == 1.0 else image).astype(np.uint8)
 
 
-def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def resize_with_pad(image: Shaped[np.ndarray, "h w 3"], height: int, width: int) -> np.ndarray:
     """[h, w, 3] to [height, width, 3]: bilinear, aspect kept, centred on black.
 
     uint8 0..255 gives openpi-client's pixels; float32 in [-1, 1] those of openpi's model, black being -1. An image that
@@ -157,7 +158,7 @@ class InputProcessor:
         tokens, token_mask = self.prompts([o.instruction for o in raw], np.stack([o.state for o in raw]))
         return Observation(images, np.ones(images.shape[:2], bool), tokens, token_mask)
 
-    def prompts(self, instructions: Sequence[str], states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def prompts(self, instructions: Sequence[str], states: Float[np.ndarray, "B D"]) -> tuple[np.ndarray, np.ndarray]:
         """(tokens int32 [B, L], mask bool [B, L]) of instructions [B] and raw states [B, state_dim]."""
         if not self.state_in_prompt:
             return self.tokenizer.encode_batch(instructions, None)
@@ -166,7 +167,7 @@ class InputProcessor:
         padding = max(0, (self.prompt_state_dim or 0) - values.shape[1])
         return self.tokenizer.encode_batch(instructions, np.pad(values, ((0, 0), (0, padding))))
 
-    def model_states(self, states: np.ndarray) -> np.ndarray:
+    def model_states(self, states: Float[np.ndarray, "B D"]) -> np.ndarray:
         """Raw states [B, state_dim] normalised, float32.
 
         Raises:
@@ -184,7 +185,7 @@ class InputProcessor:
             raise ValueError(f"states of rows {np.flatnonzero(~np.isfinite(states).all(1)).tolist()} are not finite")
         return self.stats["state"].normalise(states, self.norm_mode)
 
-    def model_actions(self, raw: np.ndarray) -> np.ndarray:
+    def model_actions(self, raw: Float[np.ndarray, "*N H A_env"]) -> np.ndarray:
         """Raw actions [..., H, A_env] normalised and padded with zeros: float32 [..., H, A]."""
         if raw.shape[-1] != self.env_action_dim:
             raise ValueError(f"actions have width {raw.shape[-1]}; expected {self.env_action_dim} as in the statistics")
@@ -192,7 +193,7 @@ class InputProcessor:
         out[..., : self.env_action_dim] = self.stats["actions"].normalise(raw, self.norm_mode)
         return out
 
-    def env_actions(self, actions: np.ndarray) -> np.ndarray:
+    def env_actions(self, actions: Float[np.ndarray, "*N H A"]) -> np.ndarray:
         """The model's actions [..., H, A] in raw units: float32 [..., H, A_env]; constant ones are held."""
         real = np.asarray(actions, np.float64)[..., : self.env_action_dim]
         out = self.stats["actions"].unnormalise(real, self.norm_mode)

@@ -25,7 +25,7 @@ def attend(
         full_mask = None
         if mask is not None:  # cuDNN wants a row of it for every query
             full_mask = jnp.broadcast_to(mask[:, None, None, :], (mask.shape[0], 1, q.shape[1], mask.shape[1]))
-        return jax.nn.dot_product_attention(q, k, v, mask=full_mask, scale=1.0, implementation=implementation)
+        return jax.nn.dot_product_attention(q, k, v, mask=full_mask, scale=1.0, implementation=implementation)  # type: ignore[call-overload]
     grouped = _group(q, k.shape[2])
     logits = _logits("bkxd,bskd->bkxs", grouped, k)
     if mask is not None:

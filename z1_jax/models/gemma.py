@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ class GemmaBlock(nnx.Module):
 
     def __init__(self, config: GemmaConfig, *, adaptive: bool, layers: int | None = None):
         width, heads, kv_heads, head_dim = config.width, config.heads, config.kv_heads, config.head_dim
-        norm = AdaRMSNorm if adaptive else RMSNorm
+        norm: Any = AdaRMSNorm if adaptive else RMSNorm
         self.norm_attention = norm(width, layers=layers)
         self.norm_mlp = norm(width, layers=layers)
         by_input = Init(width**-0.5)

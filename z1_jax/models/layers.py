@@ -60,13 +60,13 @@ class Einsum(nnx.Module):
             self.bias = None
         else:
             self.bias = param(*bias, ZEROS, layers=layers, keep_float32=keep_float32)
-        self.kernel_lora = nnx.data(None)
+        self.kernel_lora: Adapter | None = nnx.data(None)
 
     def adapt(self, rank: int, alpha: float) -> None:
         """Adds a low-rank adapter to the kernel, declared but not filled."""
         self.kernel_lora = Adapter(self.pattern, self.kernel, rank, alpha)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "..."]) -> Array:
         """Applies the map in the dtype of `x`."""
         kept = self.pattern.index(",") - len("...")  # dimensions of the input that are not tokens
         at = self.pattern.split("->")[1].index("...")  # where the tokens stand in the output
@@ -169,7 +169,8 @@ class GatedMlp(nnx.Module):
         by_width, by_hidden = Init(width**-0.5), Init(hidden**-0.5)
         self.gate_up = param((2, width, hidden), (None, "embed", "mlp"), by_width, layers=layers, pattern=self._GATE_UP)
         self.down = param((hidden, width), ("mlp", "embed"), by_hidden, layers=layers, pattern=self._DOWN)
-        self.gate_up_lora, self.down_lora = nnx.data(None), nnx.data(None)
+        self.gate_up_lora: Adapter | None = nnx.data(None)
+        self.down_lora: Adapter | None = nnx.data(None)
 
     def adapt(self, rank: int, alpha: float) -> None:
         """Adds low-rank adapters to gate, up and down."""
@@ -209,8 +210,8 @@ def time_embedding(t: Float[Array, "..."], width: int) -> Float[Array, "... W"]:
 
 def scan_layers(
     stack: nnx.Module,
-    step: Callable[[nnx.Module, Array, Any], tuple[Array, Any]],
-    x: Array,
+    step: Callable[[Any, Float[Array, "B ..."], Any], tuple[Float[Array, "B ..."], Any]],
+    x: Float[Array, "B ..."],
     compute: Compute,
     inputs: Any = None,
 ) -> tuple[Array, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from z1_jax.models.params import ZEROS, Init, Pattern, param
 from z1_jax.sharding import constrain
@@ -55,7 +55,7 @@ class Adapter(nnx.Module):
         self.b.set_metadata("fold", fold)
         self.b.set_metadata("scale", self.scale)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "..."]) -> Array:
         """The change of the kernel's output for its input `x`, in the dtype of `x`."""
         low = jnp.einsum(self.down, x, self.a[...].astype(x.dtype))
         low = constrain(low, *(None,) * self.several, "batch")
@@ -82,7 +82,7 @@ def fold(state: nnx.State) -> nnx.State:
     adapters = [path[:-1] for path in flat if is_adapter(path) and path[-1] == "b"]
     if not adapters:
         return state
-    targets = [(*path[:-1], path[-1].removesuffix(SUFFIX)) for path in adapters]
+    targets = [(*path[:-1], str(path[-1]).removesuffix(SUFFIX)) for path in adapters]
     recipes = [(flat[(*path, "b")].get_metadata("fold"), flat[(*path, "b")].get_metadata("scale")) for path in adapters]
     parts = [
         (flat[target].get_value(), flat[(*path, "a")].get_value(), flat[(*path, "b")].get_value())

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Key
 
 from z1_jax.sharding import param_sharding
 
@@ -80,7 +81,7 @@ def param(
     return nnx.Param(value, logical_axes=axes, init=init, keep_float32=keep_float32, matrix=matrix)
 
 
-def initialise(state: nnx.State, seed: int | jax.Array, mesh: Mesh | None = None) -> nnx.State:
+def initialise(state: nnx.State, seed: int | Key[jax.Array, ""], mesh: Mesh | None = None) -> nnx.State:
     """`state` with every parameter that is still abstract drawn; `seed` is an int or a JAX key.
 
     With `mesh`, each goes straight onto its shards: neither the host nor a device holds more than one whole array.
@@ -90,7 +91,7 @@ def initialise(state: nnx.State, seed: int | jax.Array, mesh: Mesh | None = None
     for path, variable in nnx.to_flat_state(state):
         if isinstance(variable.get_value(), jax.ShapeDtypeStruct):
             value = _initial_value(variable, [*words, *"/".join(map(str, path)).encode()])
-            sharding = None if mesh is None else param_sharding(variable, mesh).get_value()
+            sharding = None if mesh is None else param_sharding(variable, mesh).get_value()  # type: ignore[operator]
             variable = variable.replace(jax.device_put(value, sharding))
         filled.append((path, variable))
     return nnx.from_flat_state(filled)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from z1_jax.models.choices import DTYPES, SCOPES
 from z1_jax.models.compute import Compute
@@ -86,7 +86,7 @@ class Pi05(nnx.Module):
         self.language = LanguageModel(config.language, config.vocab_size, config.compute)
         self.expert = ActionExpert(config.expert, config.action_dim, config.compute)
 
-    def image_tokens(self, images: Array) -> Float[Array, "B C P W"]:
+    def image_tokens(self, images: Shaped[Array, "B C S S 3"]) -> Float[Array, "B C P W"]:
         """Tokens of every camera slot of `images` [B, C, S, S, 3], by one pass of the vision tower.
 
         uint8 images are mapped from 0..255 to [-1, 1]; float images are taken to be there already.
@@ -136,7 +136,7 @@ class Pi05(nnx.Module):
         return self.expert(cache, x_t, t)
 
 
-def init_model(config: Pi05Config, seed: int | Array, mesh: Mesh | None = None) -> Pi05:
+def init_model(config: Pi05Config, seed: int | Key[Array, ""], mesh: Mesh | None = None) -> Pi05:
     """A freshly initialised model; `seed` is an int or a JAX key. With `mesh`, parameters are created sharded."""
     graphdef, abstract = nnx.split(abstract_model(config))
     return nnx.merge(graphdef, initialise(abstract, seed, mesh))
@@ -155,10 +155,10 @@ def count_parameters(model: Pi05 | nnx.State) -> int:
 
 def part_of(path: tuple) -> Part:
     """Which part of the model a parameter path belongs to; "expert" includes action and time projections."""
-    part = str(path[0])
-    if part not in ("vision", "language", "expert"):
-        raise ValueError(f"path {path} does not start at a part of the model: vision, language or expert")
-    return part
+    for part in get_args(Part):
+        if path[0] == part:
+            return part
+    raise ValueError(f"path {path} does not start at a part of the model: vision, language or expert")
 
 
 def reaches_actions(path: tuple) -> bool:
@@ -215,7 +215,7 @@ def split_model(model: Pi05, scope: str, frozen_dtype: str | None = None) -> tup
     adapted = {part_of(path) for path, _ in nnx.to_flat_state(nnx.state(model)) if is_adapter(path)}
     if scope == "lora" and not adapted:
         raise ValueError("scope lora needs adapters; add them to the model first")
-    graphdef, trainable, frozen = nnx.split(model, lambda path, _: is_trained(tuple(path), scope, adapted), ...)
+    graphdef, trainable, frozen = nnx.split(model, lambda path, _: is_trained(tuple(path), scope, adapted), ...)  # type: ignore[misc]
     trainable = _cast(trainable, "float32", lambda variable: True)
     return graphdef, trainable, frozen if frozen_dtype is None else cast_state(frozen, frozen_dtype)
 
@@ -237,7 +237,7 @@ def _cast(state: nnx.State, dtype: str, chosen: Callable[[nnx.Variable], bool]) 
 
 
 def smooth_number_embedding(
-    embedding: Float[Array, "V W"], token_ids: Int[Array, " N"], key: Array
+    embedding: Float[Array, "V W"], token_ids: Int[Array, " N"], key: Key[Array, ""]
 ) -> Float[Array, "V W"]:
     """`embedding` with the rows of consecutive numbers replaced by random Fourier features of their value.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from z1_jax.models.gemma import GemmaConfig
 from z1_jax.models.pi05 import Pi05Config
@@ -60,7 +61,7 @@ PRESETS: dict[str, Pi05Config] = {
 }
 
 
-def get_preset(name: str, **overrides: object) -> Pi05Config:
+def get_preset(name: str, **overrides: Any) -> Pi05Config:
     """The preset of that name with some of its own fields replaced. Raises ValueError for an unknown name or field."""
     if name not in PRESETS:
         raise ValueError(f"unknown model preset {name!r}; known: {', '.join(PRESETS)}")

@@ -70,8 +70,9 @@ class Row:
     @property
     def temporary(self) -> int:
         """Bytes to plan with: the compiler's where it is the target's own, else the estimate with an allowance."""
-        known = self.compiled and self.compiled.target != "cpu"
-        return self.compiled.temporary if known else int(ALLOWANCE * self.temporary_estimate)
+        if self.compiled and self.compiled.target != "cpu":
+            return self.compiled.temporary
+        return int(ALLOWANCE * self.temporary_estimate)
 
     @property
     def activations(self) -> int:

@@ -152,7 +152,8 @@ class _Sweep:
 
     def peak(self) -> float:
         """The most bytes alive at once."""
-        kept, roots = self._in_memory(), {}
+        roots: dict[Any, Any] = {}
+        kept = self._in_memory()
         sources: list[set[int]] = []  # by operation: the values in memory that it reads
         last: dict[int, int] = {}
         for index, operation in enumerate(self._operations):

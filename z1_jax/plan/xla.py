@@ -89,7 +89,7 @@ def compile_only_mesh(mesh: jax.sharding.Mesh, card: str) -> jax.sharding.Mesh:
             f"XLA's GPU compiler is not there ({type(error).__name__}: {error}); install jax[cuda12], "
             "or use --compile=cpu"
         ) from error
-    devices = np.array(topology.devices).reshape(mesh.devices.shape)
+    devices: np.ndarray = np.array(topology.devices).reshape(mesh.devices.shape)
     return jax.sharding.Mesh(devices, MESH_AXES, axis_types=mesh.axis_types)
 
 

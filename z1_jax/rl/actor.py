@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Bool, Float, Int, Shaped
 
 from z1_jax import distributed
 from z1_jax.config.schema import FlowConfig
@@ -20,7 +21,7 @@ from z1_jax.rl import flow
 from z1_jax.types import Observation, PrefixCache
 
 
-def counted_coordinates(horizon: int, executed: int, dims: np.ndarray, coords: str) -> np.ndarray:
+def counted_coordinates(horizon: int, executed: int, dims: Bool[np.ndarray, " A"], coords: str) -> np.ndarray:
     """bool [H, A]: which coordinates of a chunk enter the log-probability.
 
     `executed`: steps h < E that the environment runs; `horizon`: all H. Either way only dimensions that are real and
@@ -66,7 +67,7 @@ class Actor:
         self,
         params: tuple[Any, Any],
         cache: PrefixCache,
-        ids: np.ndarray,
+        ids: Int[np.ndarray, "B M I"],
         noise_key: tuple[int, ...],
         stochastic: bool,
         noise_level: float | None = None,
@@ -92,7 +93,11 @@ class Actor:
         return self._encode.trace(*params, observation)
 
     def trace_sample(
-        self, params: tuple[Any, Any], cache: PrefixCache, noise: jax.Array, steps: jax.Array
+        self,
+        params: tuple[Any, Any],
+        cache: PrefixCache,
+        noise: Float[jax.Array, "B M K+1 H A"],
+        steps: Bool[jax.Array, "B M K"],
     ) -> jax.stages.Traced:
         """`sample` traced for noise [B, M, K + 1, H, A] and stochastic steps [B, M, K] that may be abstract."""
         return self._sample.trace(*params, cache, noise, steps, jax.ShapeDtypeStruct((), jnp.float32))
@@ -157,7 +162,7 @@ def act(
     params: tuple[Any, Any],
     processor: InputProcessor,
     observations: Sequence[Any],
-    ids: np.ndarray,
+    ids: Int[np.ndarray, "B M I"],
     noise_key: tuple[int, ...],
     *,
     executed: int,
@@ -177,7 +182,7 @@ def act(
     return Acted(chain, processor.env_actions(chain.x[:, :, -1, :executed]), looks, cache)
 
 
-def pad_rows(x: np.ndarray, size: int) -> np.ndarray:
+def pad_rows(x: Shaped[np.ndarray, "n ..."], size: int) -> np.ndarray:
     """`x` with its last row repeated up to `size` rows."""
     missing = size - x.shape[0]
     return x if missing == 0 else np.concatenate([x, np.repeat(x[-1:], missing, axis=0)])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
 
 REWARDS = ("decay", "penalty", "sparse")
 STDS = ("population", "sample", "none")
 
 
-def calibrated_return(success: np.ndarray, chunks: np.ndarray, discount: float) -> np.ndarray:
+def calibrated_return(success: Bool[np.ndarray, "..."], chunks: Int[np.ndarray, "..."], discount: float) -> np.ndarray:
     """R = γ^d for a success, d the number of chunks until it (the one in which it happens counts), else 0.
 
     Args:
@@ -17,7 +18,9 @@ def calibrated_return(success: np.ndarray, chunks: np.ndarray, discount: float) 
     return np.where(success, np.power(float(discount), chunks), 0.0)
 
 
-def returns_of(reward: str, success: np.ndarray, chunks: np.ndarray, discount: float, penalty: float) -> np.ndarray:
+def returns_of(
+    reward: str, success: Bool[np.ndarray, "..."], chunks: Int[np.ndarray, "..."], discount: float, penalty: float
+) -> np.ndarray:
     """Returns [...] of one kind of reward (method: section 5).
 
     `decay`: `calibrated_return`. `penalty`: 1 for a success, else 0, less `penalty` for each executed chunk of either.
@@ -34,8 +37,8 @@ def returns_of(reward: str, success: np.ndarray, chunks: np.ndarray, discount: f
 
 
 def group_advantages(
-    returns: np.ndarray,
-    success: np.ndarray,
+    returns: Float[np.ndarray, "groups G"],
+    success: Bool[np.ndarray, "groups G"],
     epsilon: float = 1e-6,
     *,
     std: str = "population",
@@ -56,7 +59,7 @@ def group_advantages(
     return np.where(success.all(axis=1, keepdims=True), undivided, standardised)
 
 
-def kept_groups(values: np.ndarray, low: float, high: float) -> np.ndarray:
+def kept_groups(values: Shaped[np.ndarray, "groups G"], low: float, high: float) -> np.ndarray:
     """bool [groups]: low ≤ mean of a group's values ≤ high. Groups outside teach little and are left out.
 
     Args:

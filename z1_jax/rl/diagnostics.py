@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 from z1_jax.rl import flow
 from z1_jax.rl.rollout import BrokenIteration, Rollouts
@@ -34,11 +36,14 @@ def check_step(stats: Mapping[str, float], first: bool, gate: float) -> None:
         )
 
 
-def save_broken(run_dir: pathlib.Path, iteration: int, evidence: Mapping[str, np.ndarray]) -> pathlib.Path:
+def save_broken(
+    run_dir: pathlib.Path, iteration: int, evidence: Mapping[str, Shaped[np.ndarray, "..."]]
+) -> pathlib.Path:
     """Writes the arrays of a broken iteration to RUN_DIR/broken/iteration-N.npz."""
     path = run_dir / "broken" / f"iteration-{iteration}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **evidence)
+    arrays: dict[str, Any] = dict(evidence)
+    np.savez(path, **arrays)
     return path
 
 

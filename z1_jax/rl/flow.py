@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Key
 
 Velocity = Callable[[Array, Array], Array]  # (x [..., H, A], t [...]) -> v [..., H, A]
 
@@ -32,12 +32,14 @@ def times(steps: int) -> Float[Array, " K"]:
     return 1.0 - jnp.arange(steps, dtype=jnp.float32) / steps
 
 
-def noise_scale(t: Array, steps: int, noise_level: float) -> Array:
+def noise_scale(t: Float[Array, "*N"], steps: int, noise_level: float) -> Array:
     """σ_t = a·√(t / (1 − t)); at t = 1 the denominator is that of the next grid time, so σ_1 = a·√K."""
     return noise_level * jnp.sqrt(t / jnp.maximum(1.0 - t, 1.0 / steps))
 
 
-def transition(x: Array, v: Array, t: Array, steps: int, noise_level: float) -> tuple[Array, Array]:
+def transition(
+    x: Float[Array, "*N H A"], v: Float[Array, "*N H A"], t: Float[Array, "*N"], steps: int, noise_level: float
+) -> tuple[Array, Array]:
     """Mean and standard deviation of one stochastic step from t to t − Δ, which keeps every marginal of the ODE.
 
     Args:
@@ -66,7 +68,12 @@ def stochastic_steps(rng: np.random.Generator, steps: int, sde_steps: str, last_
     return index == rng.integers(candidates)
 
 
-def step_logp(x_next: Array, mean: Array, std: Array, counted: Bool[Array, "H A"]) -> Float[Array, "*N"]:
+def step_logp(
+    x_next: Float[Array, "*N H A"],
+    mean: Float[Array, "*N H A"],
+    std: Float[Array, "*N 1 1"],
+    counted: Bool[Array, "H A"],
+) -> Float[Array, "*N"]:
     """log N(x_next; mean, std²), summed over the counted coordinates."""
     per_coordinate = -0.5 * ((x_next - mean) / std) ** 2 - jnp.log(std) - 0.5 * jnp.log(2.0 * jnp.pi)
     return jnp.sum(jnp.where(counted, per_coordinate, 0.0), axis=(-2, -1))
@@ -221,13 +228,15 @@ def entropy(stochastic: Bool[np.ndarray, "*N K"], counted: int, noise_level: flo
     return counted * np.sum(np.where(stochastic, 0.5 * np.log(2.0 * np.pi * np.e * variance), 0.0), axis=-1)
 
 
-def training_pair(actions: Array, noise: Array, t: Array) -> tuple[Array, Array]:
+def training_pair(
+    actions: Float[Array, "*N H A"], noise: Float[Array, "*N H A"], t: Float[Array, "*N"]
+) -> tuple[Array, Array]:
     """x_t and the target velocity of flow matching: t·ε + (1 − t)·a and ε − a (method: section 1)."""
     wide = t[..., None, None]
     return wide * noise + (1.0 - wide) * actions, noise - actions
 
 
-def training_times(key: Array, shape: tuple[int, ...]) -> Array:
+def training_times(key: Key[Array, ""], shape: tuple[int, ...]) -> Array:
     """t ~ Beta(1.5, 1)·0.999 + 0.001, as openpi trains."""
     # Beta(1.5, 1) has the distribution function t^1.5, so its quantile function is u^(2/3).
     return jax.random.uniform(key, shape) ** (1.0 / 1.5) * 0.999 + 0.001

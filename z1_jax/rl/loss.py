@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 # An algorithm's loss: (logp, logp_old, inputs, valid, normaliser) → (loss, statistics of the batch).
 #   logp, logp_old: float32 [N], of each node's chunk, now and under the policy that acted.
@@ -59,8 +59,8 @@ def grpo_loss(
     logp_old: Float[Array, " N"],
     positive: Float[Array, " N"],
     negative: Float[Array, " N"],
-    valid: Array,
-    normaliser: Array,
+    valid: Bool[Array, " N"],
+    normaliser: Float[Array, ""],
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     ratio_max: float = 0.0,
@@ -96,7 +96,7 @@ def grpo_loss(
 
 
 def reference_penalty(
-    kl: Float[Array, " N"], members: Float[Array, " N"], valid: Array, normaliser: Array
+    kl: Float[Array, " N"], members: Float[Array, " N"], valid: Bool[Array, " N"], normaliser: Float[Array, ""]
 ) -> Float[Array, ""]:
     """The mean KL to the reference over members' chunks: a node counts once for each member that shares it.
 

@@ -60,7 +60,8 @@ class PartOptimizer:
     def update(self, grads: Any, state: dict[str, Any], params: Any) -> tuple[Any, dict[str, Any]]:
         """Updates of `params` and the new states."""
         clipped, _ = self._clip.update(grads, optax.EmptyState())
-        weights, updates, new = by_part(params), {}, {}
+        updates: dict[str, Any] = {}
+        weights, new = by_part(params), {}
         for part, leaves in by_part(clipped).items():
             step, new[part] = self._adamw.update(leaves, state[part], weights[part])
             factor = 1.0 if part == EXPERT else self._factor

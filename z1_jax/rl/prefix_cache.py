@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from z1_jax import distributed
 from z1_jax.config.checks import stale_cache
@@ -42,7 +43,7 @@ class PrefixStore:
         self._coming.append((cache, rows))
         self.rows += rows
 
-    def take(self, rows: np.ndarray) -> PrefixCache:
+    def take(self, rows: Int[np.ndarray, " N"]) -> PrefixCache:
         """The caches of observations `rows` (NumPy)."""
         self._settle()
         first = np.cumsum([0] + [part.mask.shape[0] for part in self._parts])
@@ -95,7 +96,7 @@ class DevicePrefixStore:
         self._all = self._write(self._all, cache, jnp.int32(self.rows))
         self.rows += rows
 
-    def take(self, rows: np.ndarray) -> PrefixCache:
+    def take(self, rows: Int[np.ndarray, " N"]) -> PrefixCache:
         """The caches of observations `rows`, on the device, spread like a batch."""
         if self._all is None or rows.max(initial=0) >= self.rows:
             raise ValueError(f"observation {rows.max(initial=0)} asked for, {self.rows} are stored")

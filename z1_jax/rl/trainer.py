@@ -302,6 +302,7 @@ class GrpoTrainer:
     def enter(self, scope: str) -> None:
         """Changes the scope for good: what was trained stays as it is, the rest is the start's own."""
         start, self._whole = self._whole, None
+        assert start is not None, "the scope changes once"
         leaves = {**named(start.params), **named(self.trainable)}
         self._earlier_traces.append({**self.actor.traces, "update": self._updater.traces})
         self._enter(scope, start.with_params(unnamed(start.params, leaves)), start)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from z1_jax.rl.schedules import scheduled
 
@@ -87,7 +88,10 @@ def prefix_schedule(start: int, end: int, iteration: int, iterations: int, kind:
 
 
 def signed_advantage_sums(
-    advantages: np.ndarray, group: np.ndarray, leader: np.ndarray, size: np.ndarray
+    advantages: Float[np.ndarray, "groups G"],
+    group: Int[np.ndarray, " nodes"],
+    leader: Int[np.ndarray, " nodes"],
+    size: Int[np.ndarray, " nodes"],
 ) -> tuple[np.ndarray, np.ndarray]:
     """A⁺ = Σ max(A_i, 0) and A⁻ = Σ min(A_i, 0) over the members of each node.
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import Bool
 
 from z1_jax import distributed
 from z1_jax.config.schema import FlowConfig, UpdateConfig
@@ -231,7 +232,7 @@ def _split_rows(batch: NodeBatch, parts: int) -> NodeBatch:
 def mini_batches(
     nodes: NodeTable,
     inputs: Any,
-    usable: np.ndarray,
+    usable: Bool[np.ndarray, " nodes"],
     seen: AnyStore | Observation,
     batch_size: int,
     rng: np.random.Generator,

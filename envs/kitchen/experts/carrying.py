@@ -6,11 +6,12 @@ import numpy as np
 
 from envs.kitchen.experts.base import CLOSE, OPEN, Command, X, Z, gap
 from envs.kitchen.fixtures import SINK_HALF
-from envs.kitchen.tasks import Task
+from envs.kitchen.tasks.pick_and_place import PickAndPlace, _OntoDish
+from envs.kitchen.tasks.shelves import Shelf
 from envs.kitchen.world import World
 
 
-def into_sink(world: World, task: Task) -> Command:
+def into_sink(world: World, task: PickAndPlace) -> Command:
     """Above the object, down, close, up, across, down over the basin, open, up."""
     eef, thing, sink = world.eef, world.position(world.memory["target"]), world.position("sink")
     half = world.half(world.memory["target"])
@@ -29,7 +30,7 @@ def into_sink(world: World, task: Task) -> Command:
     return np.array([goal[0], goal[1], carry]), CLOSE
 
 
-def onto_dish(world: World, task: Task) -> Command:
+def onto_dish(world: World, task: _OntoDish) -> Command:
     """From above: down on the thing, close, up, across, down on the dish, open, up."""
     eef, name = world.eef, world.memory["target"]
     thing, half, spot = world.position(name), world.half(name), task.spot(world)
@@ -85,7 +86,7 @@ def _level_grip(world: World, reach: float) -> Command | None:
     return grip - min(reach, 6.0 * astray) * X, OPEN
 
 
-def _take_or_leave(world: World, task: Task, reach: float) -> Command | None:
+def _take_or_leave(world: World, task: PickAndPlace, reach: float) -> Command | None:
     """Before the carrying: takes the target (`_level_grip`). After it: opens the fingers and backs off. Else None."""
     name = world.memory["target"]
     approach = _level_grip(world, reach)
@@ -96,7 +97,7 @@ def _take_or_leave(world: World, task: Task, reach: float) -> Command | None:
     return world.eef * [0, 1, 1] + (world.position(name)[0] - 0.32) * X, OPEN
 
 
-def into(world: World, task: Task) -> Command:
+def into(world: World, task: Shelf) -> Command:
     """From the counter through a fixture's front: take, lift, before the opening, in, down, open, back."""
     name = world.memory["target"]
     if (command := _take_or_leave(world, task, 0.14)) is not None:
@@ -115,7 +116,7 @@ def into(world: World, task: Task) -> Command:
     return world.eef + free * np.array([ahead, offset[1], 0.0]) + high * Z, CLOSE
 
 
-def out_of(world: World, task: Task) -> Command:
+def out_of(world: World, task: Shelf) -> Command:
     """Out of a fixture's front to the counter: in, take, lift, out, across, down, open, back."""
     name = world.memory["target"]
     if (command := _take_or_leave(world, task, 0.25)) is not None:

@@ -192,6 +192,7 @@ def _fridge(split: str) -> Model:
     if split == "side":
         body += _solid([box(bars, (front, half[1] - wall), (low + wall, half[2] - wall))], _BODY)
         rooms = {"freezer": (inner_x[0], bars[0], low + wall), "fridge": (bars[1], inner_x[1], low + wall)}
+        edges: tuple[tuple[str, str, float, float], ...]
         edges = ("freezer_door", "left", -half[0], -0.002), ("fridge_door", "right", 0.002, half[0])
         doors_z = (low, half[2])
     else:

@@ -133,9 +133,9 @@ class _Redirect(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            module.assets_root = self.assets
+            module.assets_root = self.assets  # type: ignore[attr-defined]
 
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 

@@ -56,14 +56,14 @@ class Source(Protocol):
     """A file or directory of demonstrations."""
 
     path: pathlib.Path
-    episodes: Sequence[EpisodeRef]
-    cameras: Sequence[str]
+    episodes: tuple[EpisodeRef, ...]
+    cameras: tuple[str, ...]
     action_dim: int
     state_dim: int
     fps: float | None  # control steps a second; None: the source does not say
     order: str  # what was done to the parts of actions and state, in words
-    pictures: Sequence[str]  # where frames lie under names that are not read
-    flaws: Sequence[str]  # one line for each thing that is broken in it and not in a listed episode
+    pictures: tuple[str, ...]  # where frames lie under names that are not read
+    flaws: tuple[str, ...]  # one line for each thing that is broken in it and not in a listed episode
 
     def facts(self) -> dict[str, Any]:
         """Its identity as JSON: path, format, version, counts, checksum."""

@@ -48,7 +48,7 @@ class LeRobotDirectory:
         UserError: pyarrow is not installed, or there is no such split.
     """
 
-    pictures = ()
+    pictures: tuple[str, ...] = ()
 
     def __init__(self, path: pathlib.Path, split: str = "", columns: Columns = LEROBOTS):
         self.path = path

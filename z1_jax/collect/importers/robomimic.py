@@ -36,7 +36,8 @@ class RobomimicFile:
     order = "actions raw as stored; state from the five observations of RoboCasa"
 
     def __init__(self, path: pathlib.Path, split: str = ""):
-        self.path, self.flaws = path, ()
+        self.path = path
+        self.flaws: tuple[str, ...] = ()
         h5py = need("h5py", "h5py", path)
         try:
             self._file = h5py.File(path, "r")
