@@ -130,6 +130,8 @@ class EnvPool:
 
     def snapshot(self, slots: Sequence[int]) -> list[Snapshot]:
         """The full state of each slot, restorable into any slot of any pool of the same environment."""
+        if not self.spec.copies:
+            raise ValueError("the environments of this pool cannot be copied: they have no snapshot and restore")
         slots = self._require_started(slots)
         return self._call("snapshot", slots, [None] * len(slots))
 

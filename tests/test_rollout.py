@@ -11,6 +11,7 @@ from flax import nnx
 from seeds import fresh_seed
 
 from envs.base import Episode, episodes
+from envs.pool import EnvPool
 from z1_jax.models import pi05
 from z1_jax.rl import flow, rollout
 from z1_jax.rl.prefix_cache import PrefixStore
@@ -108,6 +109,34 @@ def test_each_look_is_what_the_member_saw(name):
                 np.testing.assert_array_equal(out.looks.images[at], look.images[0])
                 np.testing.assert_array_equal(out.looks.tokens[at], look.tokens[0])
                 env.step_chunk(tiny.processor().env_actions(out.nodes.x[row, -1]))
+
+
+class Uncopied:
+    """The easier kitchen behind the least interface: it can be neither copied nor restored."""
+
+    def __init__(self):
+        self._env = tiny.make_env()
+
+    def __getattr__(self, name):
+        if name in ("snapshot", "restore"):
+            raise AttributeError(name)
+        return getattr(self._env, name)
+
+
+def test_groups_that_share_nothing_need_no_copies():
+    actor, params = tiny.acting()
+    started = episodes(block())
+    with EnvPool(Uncopied, 16, 0) as pool:
+        assert not pool.spec.copies and tiny.pool(16).spec.copies
+        plan = PLANS["none"]
+        out = rollout.collect(pool, actor, params, tiny.processor(), plan, started, (base_seed(),), executed=8)
+        same = collect(plan)
+        for name in ("success", "steps", "chunks"):
+            np.testing.assert_array_equal(getattr(out, name), getattr(same, name))
+        np.testing.assert_array_equal(out.nodes.x, same.nodes.x)
+        np.testing.assert_array_equal(out.looks.images, same.looks.images)
+        with pytest.raises(ValueError, match="cannot be copied: they have no snapshot and restore"):
+            rollout.collect(pool, actor, params, tiny.processor(), PLANS["tree"], started, (0,), executed=8)
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -17,7 +17,7 @@ from z1_jax.checkpoint import Checkpoints
 from z1_jax.config.checks import check
 from z1_jax.config.schema import Config, ConfigError, FlowConfig, build
 from z1_jax.evaluation import make_actor
-from z1_jax.rl.actor import stack_ids
+from z1_jax.rl.actor import act, stack_ids
 from z1_jax.rl.rollout import BrokenIteration
 
 _OF_A_RUN = ("executed", "parallel", "workers", "timeout_s")  # keys of env that say nothing of one environment
@@ -77,14 +77,14 @@ class ActingPolicy:
         """
         if min(seed, chunk, noise_seed) < 0:
             raise ValueError(f"got seed={seed}, chunk={chunk}, noise_seed={noise_seed}: expected 0 or more")
-        looks = self.policy.processor.observation([_observation(observation)])
+        looks, ids = [_observation(observation)], stack_ids(np.array([[seed]]), chunk, np.array([[0]]))
         with jax.default_matmul_precision("float32"):  # as the commands: accelerators would round factors otherwise
-            cache, _ = self._actor.encode(self._params, looks)
-            ids = stack_ids(np.array([[seed]]), chunk, np.array([[0]]))
-            chain = self._actor.sample(self._params, cache, ids, (noise_seed,), stochastic=False)
-        if not np.isfinite(chain.x).all():
-            raise BrokenIteration("the policy drew numbers that are not finite", {"x": chain.x})
-        return self.policy.processor.env_actions(chain.x[0, 0, -1, : self.executed])
+            acted = act(
+                self._actor, self._params, self.policy.processor, looks, ids, (noise_seed,), executed=self.executed
+            )
+        if not np.isfinite(acted.chain.x).all():
+            raise BrokenIteration("the policy drew numbers that are not finite", {"x": acted.chain.x})
+        return acted.actions[0, 0]
 
 
 def _observation(given: EnvObservation | Mapping[str, Any]) -> EnvObservation:
