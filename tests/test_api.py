@@ -160,10 +160,11 @@ def test_the_documents_least_environment_is_one():
     code = code_of("docs/own-environment.md", "class Push")
     assert len([line for line in code.splitlines() if line.strip()]) <= 26
     module = types.ModuleType("least")
-    exec(code, module.__dict__)
-    suite = SingleEnv(module.Push, "least:Push")
+    exec(code + code_of("docs/own-environment.md", "class Copied"), module.__dict__)
+    assert not SingleEnv(module.Push, "least:Push").branches
+    suite = SingleEnv(module.Copied, "least:Copied")
     assert suite.branches and suite.tasks == ("Push",) and suite.instructions == ("push the line to the right",)
-    with EnvPool(module.Push, 4, 0) as pool:
+    with EnvPool(module.Copied, 4, 0) as pool:
         pool.reset(range(4), episodes(range(4)))
         for _ in range(2):
             pool.branch([0, 2], [1, 3])

@@ -2,14 +2,16 @@
 
 import dataclasses
 import pathlib
+import pickle
+import re
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 
 from envs.base import ChunkResult, EnvObservation, EnvSpec, Episode, episodes
+from envs.demos import run_episode
 from envs.pool import EnvPool
 from envs.suite import Suite
 from examples.reach import Reach
@@ -120,7 +122,7 @@ class Whim(Reach):
     expert = Reach.expert
 
     def reset(self, episode: Episode) -> None:
-        super().reset(Episode(time.time_ns() % 2**31))
+        super().reset(Episode(int(np.random.default_rng().integers(2**31))))
 
 
 class Greyish(Reach):
@@ -150,12 +152,12 @@ def test_settings_that_it_decides_itself_are_not_overruled():
 
 
 def test_the_working_directory_is_looked_in(tmp_path):
-    (tmp_path / "my_world.py").write_text("from examples.reach import Reach\n")
+    (tmp_path / "their_world.py").write_text("from examples.reach import Reach\n")
     code = (
         f"import sys; sys.path[:] = [p for p in sys.path if p] + [{str(ROOT)!r}]\n"  # as a console script
         "from z1_jax import suites\nfrom z1_jax.config.command_line import parse_command_line\n"
         "from envs.pool import EnvPool\n"
-        "config = parse_command_line(['', '--config.env.suite=my_world:Reach'])\n"
+        "config = parse_command_line(['', '--config.env.suite=their_world:Reach'])\n"
         "with EnvPool(suites.make_env(config, 'Reach'), 1, 1) as pool: print(pool.spec.task)\n"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
@@ -174,6 +176,21 @@ def test_frames_for_people_are_what_the_policy_sees_where_there_is_no_render():
         (look,) = pool.reset([0], [Episode(5)])
         (frame,) = pool.render([0], "top", 128)
     np.testing.assert_array_equal(frame[::2, ::2], look.images["top"])
+
+
+def test_the_example_of_the_docs_is_a_suite(tmp_path, monkeypatch):
+    """Its expert succeeds through it, and it does not branch."""
+    example, _ = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own-environment.md").read_text(), re.DOTALL)
+    (tmp_path / "my_world.py").write_text(example)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    keys = ("--config.env.executed=4", "--config.demos.labels=recorded", "--config.group.branching=none")
+    apart = ("--config.group.prefix_chunks=0", "--config.group.prefix_chunks_end=0")
+    config = suites.settled(config_of("my_world:Push", *keys, *apart))
+    assert not suites.resolve(config).branches
+    demonstrator = suites.demonstrator(config)
+    assert pickle.loads(pickle.dumps(demonstrator)) == demonstrator  # workers get it
+    shown = [run_episode(demonstrator, demonstrator.make_env(), Episode(seed), labels="recorded") for seed in range(8)]
+    assert all(one.success and one.actions.shape[1:] == (8, 1) for one in shown)
 
 
 @pytest.mark.slow
