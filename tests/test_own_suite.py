@@ -72,8 +72,8 @@ def test_a_class_of_an_environment_is_a_suite():
     config = suites.settled(config_of("examples.reach:Reach"))
     suite = suites.resolve(config)
     assert isinstance(suite, Suite) and suite.branches
-    assert (config.task, config.env.cameras, config.env.image_size, config.env.horizon) == ("Reach", ("top",), 64, 24)
-    assert suites.widths(config) == {"actions": 2, "state": 2} and suites.episode_steps(config) == 24
+    assert (config.task, config.env.cameras, config.env.image_size, config.env.horizon) == ("Reach", ("top",), 64, 20)
+    assert suites.widths(config) == {"actions": 2, "state": 2} and suites.episode_steps(config) == 20
     assert suites.episode_of(config)(7) == Episode(7, "Reach")
     with EnvPool(suites.make_env(config, "Reach"), 2, 1) as pool:  # a worker imports it too
         looks = pool.reset([0, 1], episodes([3, 4], "Reach"))
@@ -148,7 +148,7 @@ def test_settings_that_it_decides_itself_are_not_overruled():
     for key, value in (("image_size", 32), ("cameras", "side"), ("horizon", 9)):
         with pytest.raises(ConfigError, match=f"env.{key}: got {value}, but environments of .* have"):
             suites.settled(config_of("examples.reach:Reach", f"--config.env.{key}={value}"))
-    assert suites.settled(config_of("examples.reach:Reach", "--config.env.horizon=24")).env.horizon == 24
+    assert suites.settled(config_of("examples.reach:Reach", "--config.env.horizon=20")).env.horizon == 20
     with pytest.raises(ConfigError, match="config key task: 'Grasp' does not exist; known: Reach"):
         suites.make_env(config_of("examples.reach:Reach"), "Grasp")
 

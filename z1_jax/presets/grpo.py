@@ -46,10 +46,14 @@ PRESETS = {
         **LONG,
         **APART,
         "env__executed": 4,
-        "demos__episodes": 3000,
-        "demos__labels": "undisturbed",
-        "sft__steps": 300,
-        "train__iterations": 60,
+        "env__parallel": 96,
+        "demos__episodes": 1500,
+        "demos__stride": 2,
+        "demos__noise": 0.3,
+        "sft__steps": 100,
+        "sft__batch_size": 48,
+        "group__count": 12,
+        "train__iterations": 100,
     },
     # The default, a minute or two long: it shows that everything works, and learns next to nothing. Its task is the
     # easiest: so little SFT brings it to where some members of a group succeed and some fail.
