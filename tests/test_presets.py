@@ -28,7 +28,7 @@ def parsed(name: str, preset: str, *more: str) -> Config:
 
 @pytest.mark.parametrize(("name", "preset"), EVERY)
 def test_a_preset_passes_the_checks_of_its_run(name, preset):
-    """But for what is not here: a checkpoint, a dataset, RoboCasa."""
+    """But for what is not here: a checkpoint, a dataset, RoboCasa, LIBERO."""
     config = parsed(name, preset)
     if config.algorithm != "eval":
         plan.checked(config)
@@ -36,7 +36,9 @@ def test_a_preset_passes_the_checks_of_its_run(name, preset):
     if not any(absent) and config.env.suite == "kitchen":
         check_inputs(config)
     else:
-        with pytest.raises(UserError, match="no policy at .*(checkpoints/pi05|/nowhere)|[Rr]obo[Cc]asa|does not exist"):
+        with pytest.raises(
+            UserError, match="no policy at .*(checkpoints/pi05|/nowhere)|[Rr]obo[Cc]asa|LIBERO|does not exist"
+        ):
             check_inputs(config)
 
 
