@@ -99,8 +99,10 @@ def test_settings_of_the_process_give_way_to_the_users(given, memory, precision,
     code = "import os, jax; from z1_jax import process; process.start_jax(); jax.devices()"
     code += "; print(os.environ.get('XLA_CLIENT_MEM_FRACTION'), jax.config.jax_default_matmul_precision)"
     code += "; print(os.environ['XLA_FLAGS'])"
+    # Commands that tests ran in this process have left settings of their own behind.
+    ours = {name: value for name, value in os.environ.items() if name != "XLA_CLIENT_MEM_FRACTION"}
     out = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | given, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=ROOT, env=ours | given, capture_output=True, text=True, check=True
     )
     assert out.stdout.splitlines() == [f"{memory} {precision}", flags]
 
