@@ -138,3 +138,8 @@ class Env(Protocol):
     def restore(self, snapshot: Snapshot) -> None: ...
 
     def close(self) -> None: ...
+
+
+def copies(env: object) -> bool:
+    """Whether an environment can be copied: it has snapshot and restore."""
+    return all(callable(getattr(env, name, None)) for name in ("snapshot", "restore"))

@@ -13,15 +13,16 @@ from envs.base import ChunkResult, EnvSpec, checked_actions
 class SteppedEnv:
     """An environment that steps MuJoCo: counts control steps, latches success, ends what breaks down.
 
-    A subclass has `spec`, begins episodes with `_begin_count` and says in `_control_step` what one step does.
+    A subclass sets `_spec`, begins episodes with `_begin_count` and says in `_control_step` what one step does.
     """
 
+    _spec: EnvSpec
     _steps, _succeeded, _broken = 0, False, ""
 
     @property
     def spec(self) -> EnvSpec:
         """The environment's constants."""
-        raise NotImplementedError
+        return self._spec
 
     @property
     def steps(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from envs.base import Env, EnvSpec, Episode
+from envs.base import Env, EnvSpec, Episode, copies
 from envs.contract import ContractError, check_observation, check_result, check_spec
 from envs.demos import Demonstrator, Expert
 
@@ -164,5 +164,4 @@ def _tried(factory: Callable[[], Env]) -> tuple[EnvSpec, tuple[str, ...], bool]:
         check_result(env.step_chunk(np.zeros((1, spec.action_dim))), 1, spec.horizon)
     finally:
         env.close()
-    branches = all(callable(getattr(env, name, None)) for name in ("snapshot", "restore"))
-    return spec, tuple(dict.fromkeys(look.instruction for look in looks)), branches
+    return spec, tuple(dict.fromkeys(look.instruction for look in looks)), copies(env)

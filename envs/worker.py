@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.base import ChunkResult, Env, EnvObservation, EnvSpec, Episode, Snapshot
+from envs.base import ChunkResult, Env, EnvObservation, EnvSpec, Episode, Snapshot, copies
 from envs.contract import (
     ContractError,
     check_frame,
@@ -130,8 +130,8 @@ class SlotServer:
 
     def _make(self, slot: int, payload: None) -> Any:
         self._envs[slot] = self._make_env()
-        copies = all(callable(getattr(self._envs[slot], name, None)) for name in ("snapshot", "restore"))
-        self._specs[slot] = dataclasses.replace(check_spec(self._envs[slot].spec), copies=copies)
+        env = self._envs[slot]
+        self._specs[slot] = dataclasses.replace(check_spec(env.spec), copies=copies(env))
         return self._specs[slot]
 
     def _reset(self, slot: int, episode: Episode) -> EnvObservation:

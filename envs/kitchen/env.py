@@ -108,11 +108,6 @@ class KitchenEnv(SteppedEnv):
         self.reset(Episode(0))
 
     @property
-    def spec(self) -> EnvSpec:
-        """The environment's constants."""
-        return self._spec
-
-    @property
     def world(self) -> World:
         """The scene of the present episode: privileged, for tasks, experts and tests."""
         key = (self.layout, self.objects)

@@ -76,11 +76,6 @@ class LiberoEnv(SteppedEnv):
         self._episode: Episode | None = None  # seed and initial state as they were used
 
     @property
-    def spec(self) -> EnvSpec:
-        """The environment's constants."""
-        return self._spec
-
-    @property
     def raw(self) -> Any:
         """The robosuite environment, for experts, tests and tools; None before the first episode."""
         return self._raw

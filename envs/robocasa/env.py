@@ -86,11 +86,6 @@ class RoboCasaEnv(SteppedEnv):
         self._instruction = ""
 
     @property
-    def spec(self) -> EnvSpec:
-        """The environment's constants."""
-        return self._spec
-
-    @property
     def raw(self) -> Any:
         """The robosuite environment, for tests and tools; None before the first episode."""
         return self._raw
