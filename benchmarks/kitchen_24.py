@@ -21,11 +21,14 @@ from kitchen_gain import Cell, preset_of, run_all
 
 from envs.kitchen import TASKS
 from z1_jax.config.schema import Config, build, identity
+from z1_jax.metrics import read_records
 from z1_jax.presets.grpo import get_config
 from z1_jax.statistics import clustered_interval, clustered_mean
 
 MEAN_GOAL = 0.25
 SIGNIFICANT = 0.05
+_COLUMNS = ("task, seed", "preset", "after SFT", "after GRPO", "gain in points", "McNemar p", "unstable", "physics")
+_COLUMNS += ("simulated steps", "minutes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,19 @@ class Row:
         return not low <= 0 <= high
 
     @property
+    def physics(self) -> int:
+        """Of the kitchen it was measured in; see docs/kitchen-tasks.md."""
+        return self.summary.get("protocol", {}).get("physics", 1)
+
+    @property
+    def unstable(self) -> str:
+        """Episodes in which physics broke down: in training, and in both evaluations. Physics 1 did not look."""
+        if "training_unstable" not in self.summary:
+            return "not counted"
+        evaluated = sum(self.summary[part].get("unstable", 0) for part in ("before", "after"))
+        return f"{self.summary['training_unstable']}, {evaluated}"
+
+    @property
     def worse(self) -> bool:
         """Whether RL made the task significantly worse."""
         return self.summary["difference"] < 0 and self.summary["mcnemar_p"] < SIGNIFICANT
@@ -76,6 +92,8 @@ def finished(rows: list[Cell], out: pathlib.Path, stored: dict[str, dict]) -> li
         path = out / cell.name / "summary.json"
         if path.exists():
             head = {"config": cell.config, "arguments": arguments_of(path.with_name("config.json"), cell)}
+            records = read_records(path.with_name("metrics.jsonl"))
+            head["training_unstable"] = sum(record.get("unstable", 0) for record in records)
             found.append(Row(cell, {**head, **json.loads(path.read_text())}))
         elif cell.name in stored:
             found.append(Row(dataclasses.replace(cell, config=stored[cell.name]["config"]), stored[cell.name]))
@@ -115,8 +133,12 @@ def table(rows: list[Row], missing: list[str]) -> str:
         "after GRPO on the same seeds: Wilson and paired bootstrap intervals at 95 %, exact McNemar test. Presets were "
         "chosen task by task with these very seeds in view. Written by `python benchmarks/kitchen_24.py`.",
         "",
-        "| task, seed | preset | after SFT | after GRPO | gain in points | McNemar p | simulated steps | minutes |",
-        "|---|---|---|---|---|---|---|---|",
+        "Rows of physics 1 are of the old physics, before the wrist had an armature (docs/kitchen-tasks.md); they may "
+        "not compare with rows of physics 2. Unstable: episodes of training, and of both evaluations, that ended "
+        "because physics broke down; physics 1 did not look.",
+        "",
+        f"| {' | '.join(_COLUMNS)} |",
+        "|---" * len(_COLUMNS) + "|",
         *map(_line, rows),
         "",
     ]
@@ -150,7 +172,7 @@ def _line(row: Row) -> str:
     return (
         f"| {row.cell.task}, {row.cell.seed} | {preset} | {_rate(before)} | {_rate(after)} | "
         f"{100 * summary['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] | {summary['mcnemar_p']:.2g} | "
-        f"{summary['simulated_steps']:,} | {row.minutes:.1f} |"
+        f"{row.unstable} | {row.physics} | {summary['simulated_steps']:,} | {row.minutes:.1f} |"
     )
 
 

@@ -78,6 +78,7 @@ class KitchenSuite:
     def facts(self, task: str) -> dict[str, Any]:
         env = self._env
         return {
+            "physics": robot.PHYSICS,
             "horizon": env.horizon or "the task's own",
             "layouts": list(env.layouts),
             "styles": list(env.styles),
