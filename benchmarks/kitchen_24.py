@@ -93,7 +93,8 @@ def finished(rows: list[Cell], out: pathlib.Path, stored: dict[str, dict]) -> li
         if path.exists():
             head = {"config": cell.config, "arguments": arguments_of(path.with_name("config.json"), cell)}
             records = read_records(path.with_name("metrics.jsonl"))
-            head["training_unstable"] = sum(record.get("unstable", 0) for record in records)
+            if counted := [record["unstable"] for record in records if "unstable" in record]:
+                head["training_unstable"] = sum(counted)
             found.append(Row(cell, {**head, **json.loads(path.read_text())}))
         elif cell.name in stored:
             found.append(Row(dataclasses.replace(cell, config=stored[cell.name]["config"]), stored[cell.name]))
