@@ -75,7 +75,7 @@ def test_the_mean_weighs_tasks_alike_and_names_what_went_wrong(kitchen_24, tmp_p
     page = kitchen_24.table(rows, ["TurnOnStove-seed1"])
     assert "| OpenDrawer, 0 | long | 0.0 % [10.0, 90.0] | 50.0 % [10.0, 90.0] | +50.0 [-10.0, +20.0] | 0.5 |" in page
     assert "| not counted | 1 | 12,345 | 3.0 |" in page
-    rows[0].summary |= {"training_unstable": 2, "protocol": {"physics": 2}}
+    rows[0].summary.update(training_unstable=2, protocol={"physics": 2})
     rows[0].summary["after"]["unstable"] = 1
     assert "| 2, 1 | 2 | 12,345 | 3.0 |" in kitchen_24.table(rows, [])
     assert "Mean gain over 2 tasks: **+25.0 points**" in page
