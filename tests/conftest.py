@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 # Unoptimised code: nearly all the time of these tests would go into compiling what then runs for milliseconds.
 os.environ.setdefault(
@@ -29,6 +30,8 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from seeds import fresh_seed, run_seed  # noqa: E402
 
+from z1_jax import suites  # noqa: E402
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="draw the random inputs of an earlier run, whose failures named its seed")
@@ -48,6 +51,15 @@ def pytest_runtest_makereport(item: pytest.Item):
     if report.failed:
         report.sections.append(("random inputs", f"drawn again by --seed={item.config.option.seed}"))
     return report
+
+
+@pytest.fixture(autouse=True)
+def as_at_the_start() -> Iterator[None]:
+    """What commands set for the whole process, such as the precision of products, does not reach other tests."""
+    precision = jax.config.jax_default_matmul_precision
+    yield
+    jax.config.update("jax_default_matmul_precision", precision)
+    suites.build.cache_clear()
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import z1_jax
 from envs.base import ChunkResult, Episode, episodes
 from envs.pool import EnvPool
 from envs.suite import SingleEnv
+from z1_jax.api import ActingPolicy
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.config.schema import ConfigError, EvalConfig, FlowConfig
 from z1_jax.errors import UserError
@@ -115,9 +116,8 @@ def test_mistakes_are_one_line(acting, tmp_path):
         z1_jax.load_policy(tmp_path)
 
 
-def test_a_policy_that_draws_no_numbers_says_so(acting, monkeypatch):
-    broken = jax.tree.map(lambda x: x * np.nan, acting._params)
-    monkeypatch.setattr(acting, "_params", broken)
+def test_a_policy_that_draws_no_numbers_says_so(acting):
+    acting = ActingPolicy(acting.policy.with_params(jax.tree.map(lambda x: x * np.nan, acting.policy.params)))
     env = tiny_policy.make_env()
     env.reset(Episode(5))
     with pytest.raises(BrokenIteration, match="drew numbers that are not finite"):

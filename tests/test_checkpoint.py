@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from z1_jax import sft
 from z1_jax.checkpoint import CheckpointError, Checkpoints, Keep
@@ -210,14 +211,14 @@ OLD = {"rl": {"iteration": 5}, "sft": {"loader": {"position": {"next_index": 5}}
 def test_a_number_that_is_not_its_content_s_is_refused(tmp_path, capsys, age, monkeypatch):
     """A folder that was copied under a later number: old checkpoints hold their iteration or position alone."""
     checkpoints = Checkpoints(tmp_path)
-    write = checkpoints._checkpointer.save_checkpointables
+    write = ocp.training.Checkpointer.save_checkpointables
 
-    def as_before(step, parts, custom_metadata, metrics):
+    def as_before(orbax, step, parts, custom_metadata, metrics):
         del custom_metadata["step"]
-        return write(step, parts, custom_metadata=custom_metadata)
+        return write(orbax, step, parts, custom_metadata=custom_metadata)
 
     if age != "new":
-        monkeypatch.setattr(checkpoints._checkpointer, "save_checkpointables", as_before)
+        monkeypatch.setattr(ocp.training.Checkpointer, "save_checkpointables", as_before)
     checkpoints.save(4, parts(4), {})
     checkpoints.save(5, parts(5), OLD.get(age, {}))
     checkpoints.close()
@@ -242,7 +243,7 @@ def test_ctrl_c_while_a_checkpoint_is_read_comes_afterwards(tmp_path, monkeypatc
     checkpoints.save(2, {"params": {"w": np.arange(3.0)}}, {})
     abstract, finished = {"params": {"w": np.zeros(3)}}, []
     for name in ("load_checkpointables", "checkpointables_metadata"):
-        call = getattr(checkpoints._checkpointer, name)
+        call = getattr(ocp.training.Checkpointer, name)
 
         def interrupted(*arguments, call=call, name=name):
             signal.raise_signal(signal.SIGINT)
@@ -251,7 +252,7 @@ def test_ctrl_c_while_a_checkpoint_is_read_comes_afterwards(tmp_path, monkeypatc
             return result
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(checkpoints._checkpointer, name, interrupted)
+            patch.setattr(ocp.training.Checkpointer, name, interrupted)
             checkpoints.load_newest(abstract)
     assert set(finished) == {"load_checkpointables", "checkpointables_metadata"}
     step, loaded, _ = checkpoints.load_newest(abstract)

@@ -202,7 +202,7 @@ def test_missing_dataset(tmp_path):
 @pytest.mark.parametrize("damage", ["missing", "cut", "garbled"])
 def test_damage_is_one_clear_line(broken_copy, pattern, damage, monkeypatch):
     if "array_record" in pattern:  # as for files too large to be hashed at each opening
-        monkeypatch.setattr("z1_jax.data.dataset._HASHED_BYTES", 0)
+        monkeypatch.setattr("z1_jax.data.dataset.HASHED_BYTES", 0)
     file = next(iter(broken_copy.glob(pattern)))
     content = file.read_bytes()
     middle = len(content) // 2

@@ -480,7 +480,7 @@ def test_pictures_are_the_same_on_an_older_mujoco(seed, monkeypatch):
     env.reset(Episode(seed))
     newer = [env.render(camera, 48).astype(int) for camera in CAMERAS]
     with_normals = mujoco.mj_multiRay
-    monkeypatch.setattr(renderer, "_RETURNS_NORMALS", False)
+    monkeypatch.setattr(renderer, "RETURNS_NORMALS", False)
     monkeypatch.setattr(mujoco, "mj_multiRay", lambda **arguments: with_normals(**arguments, normal=None))
     for before, camera in zip(newer, CAMERAS, strict=True):
         differs = np.abs(env.render(camera, 48) - before).max(axis=-1) > 1

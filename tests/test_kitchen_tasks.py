@@ -416,7 +416,7 @@ def test_frames_lose_nothing_of_the_tasks_things(task, kitchens, seed):
     env.reset(Episode(seed))
     env.render(size=8)
     model, data, count = env.world.model, env.world.data, 40**2
-    normal = {"normal": None} if renderer._RETURNS_NORMALS else {}
+    normal = {"normal": None} if renderer.RETURNS_NORMALS else {}
     groups, one = np.array([1, 1, 0, 0, 0, 0], np.uint8), np.empty(1, np.int32)
     for camera in env.spec.cameras:
         index = model.camera(camera).id

@@ -14,9 +14,10 @@ import pytest
 from envs.base import ChunkResult, EnvObservation, EnvSpec, Episode, episodes
 from envs.demos import run_episode
 from envs.pool import EnvPool
-from envs.suite import Suite
+from envs.suite import SingleEnv, Suite
 from examples.reach import Reach
-from z1_jax import suites
+from z1_jax import stages, suites
+from z1_jax.agreement import check_worlds
 from z1_jax.config.command_line import parse_command_line
 from z1_jax.config.schema import Config, ConfigError
 
@@ -59,6 +60,29 @@ class Half:
 
     def make_env(self, task):
         return Reach
+
+
+class Counted(SingleEnv):
+    """A suite that says how often it was made."""
+
+    made = 0
+
+    def __init__(self, env, evaluation):
+        super().__init__(Reach, "counted", Reach.expert)
+        type(self).made += 1
+
+
+def test_the_suite_of_a_run_is_made_once():
+    """All that a run asks on its way: the checks of its config, its inputs and worlds, its environments."""
+    config = suites.settled(config_of("test_own_suite:Counted"))
+    before = Counted.made
+    assert before <= 2  # once as the command line has it, once with what it settles itself
+    config = stages.check_inputs(config)
+    assert check_worlds(config) == [] and suites.facts(config)["horizon"] == 20
+    suites.demonstrator(config), suites.episode_of(config)(3), stages.demonstrations_source(config)
+    with stages.make_pool(config) as pool:
+        assert pool.spec.task == "Reach"
+    assert Counted.made == before + 1 and suites.resolve(config) is suites.resolve(config)
 
 
 def test_a_new_suite_touches_one_file():

@@ -95,7 +95,7 @@ def test_a_host_store_holds_no_padding(rng):
 @pytest.mark.parametrize("page_locked", [False, True])
 def test_batches_arrive_by_either_way(page_locked, rng, monkeypatch):
     """A CPU has no need of page-locked memory, but it has it: the way of a GPU is walked here too."""
-    monkeypatch.setattr(prefix_cache, "_page_locked", lambda mesh: page_locked)
+    monkeypatch.setattr(prefix_cache, "page_locked_first", lambda mesh: page_locked)
     cache = batch(rng, 8)
     placed = put_taken(cache, eight())
     for got, expected in zip(jax.tree.leaves(placed), jax.tree.leaves(cache), strict=True):

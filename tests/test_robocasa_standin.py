@@ -177,7 +177,7 @@ def test_a_whole_scene_is_left_alone(tmp_path):
 
 def test_paths_that_robocasa_would_rewrite_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(compat, "find", lambda: compat.Installation("v0.2", "0.2.0", tmp_path))
-    monkeypatch.setattr(standin.assets, "_digest", lambda found: "0")
+    monkeypatch.setattr(standin.assets, "digest_of", lambda found: "0")
     with pytest.raises(ValueError, match="expected a path without a folder named robocasa"):
         standin.prepare(tmp_path / "robocasa")
     (tmp_path / "file").write_text("")

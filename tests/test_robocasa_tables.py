@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import importlib.metadata
 import pickle
 import sys
 import textwrap
@@ -128,7 +129,13 @@ def test_what_is_missing_is_one_line_that_says_how_to_install_it(site, monkeypat
 def test_leftovers_of_another_mujoco_are_told(site, monkeypatch):
     install(site, "atomic", "1.0.1")
     versions = {"mujoco": "3.3.1", "mujoco-core": "4.0.0"}
-    monkeypatch.setattr(compat, "_version", versions.get)
+
+    def version(package):
+        if versions.get(package) is None:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return versions[package]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(ValueError, match="MuJoCo 3.3.1 lies over parts of 4.0.0: pip uninstall -y mujoco mujoco-core"):
         compat.find()
     versions["mujoco"] = "4.0.0"

@@ -25,10 +25,9 @@ from z1_jax.run_dir import claim_directory, claim_policy, dataset_identity, poli
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def test_a_killed_stage_has_noted_its_time_and_a_later_one_adds_to_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_dir, "_CLOCK_S", 0.05)
+def test_a_killed_stage_has_noted_its_time_and_a_later_one_adds_to_it(tmp_path):
     path = tmp_path / "wall_seconds.json"
-    with run_dir.StageClock(path).stage("sft"):
+    with run_dir.StageClock(path, every_s=0.05).stage("sft"):
         time.sleep(0.5)
         noted = json.loads(path.read_text())["sft"]  # what a kill at this moment would leave
         killed = path.read_text()

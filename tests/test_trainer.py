@@ -300,13 +300,13 @@ def test_entering_joint_keeps_the_experts_moments_and_starts_the_rest_afresh():
 
 def test_a_scope_that_was_left_is_decided_once(monkeypatch):
     made = trainer(SELECTIVE)
-    enter, entered = made._enter, []
+    enter, entered = made.enter, []
 
-    def watched(scope, *policies):
+    def watched(scope):
         entered.append(scope)
-        enter(scope, *policies)
+        enter(scope)
 
-    monkeypatch.setattr(made, "_enter", watched)
+    monkeypatch.setattr(made, "enter", watched)
     assert made.observe(0.3) is None and made.observe(0.5) is None and entered == []
     decision = made.observe(0.1)
     assert decision.scope == "joint" and entered == ["joint"] and decision.trend.slope == pytest.approx(-0.1)

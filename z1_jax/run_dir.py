@@ -42,7 +42,6 @@ REPEATS = (
     "order, and training ends elsewhere: the default run's seed 0 was seen between 33.6 and 44.1 % after SFT and "
     "between 96.1 and 99.2 % after GRPO"
 )
-_CLOCK_S = 5.0  # how often a running stage's time is noted
 
 
 def claim_directory(config: Config) -> pathlib.Path:
@@ -236,8 +235,9 @@ def results_of(run_dir: pathlib.Path, name: str, stage: str | None) -> pathlib.P
 class StageClock:
     """Wall seconds of each stage, kept over interruptions."""
 
-    def __init__(self, path: pathlib.Path):
-        self._path = path
+    def __init__(self, path: pathlib.Path, every_s: float = 5.0):
+        """Args: every_s: how often a running stage's time is noted."""
+        self._path, self._every_s = path, every_s
         self.seconds: dict[str, float] = {}
         with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged file costs only the times it held
             self.seconds = dict(json.loads(path.read_text()))
@@ -252,7 +252,7 @@ class StageClock:
             write_json(self._path, self.seconds)
 
         def note_now_and_then() -> None:
-            while not over.wait(_CLOCK_S):
+            while not over.wait(self._every_s):
                 with contextlib.suppress(OSError):  # the stage itself will say what is wrong with the directory
                     note()
 

@@ -48,24 +48,29 @@ def resolve(config: Config) -> Suite:
 
 
 def _made(env: EnvConfig, evaluation: EvalConfig) -> Suite:
-    if env.suite in BUILT_IN:
-        return _found(BUILT_IN[env.suite])(env, evaluation)
     if env.suite.startswith("gym:"):
         return gymnasium_suite(env.suite, env.options, env.image_size, env.horizon)
-    found = _found(env.suite)
-    if isinstance(found, type) and hasattr(found, "make_env"):
-        try:
-            found = found(env, evaluation)
-        except SettingError:
+    found = _found(BUILT_IN.get(env.suite, env.suite))
+    if not hasattr(found, "make_env"):
+        return _single(found, env.suite)
+    suite = build(found, env, evaluation) if isinstance(found, type) else found
+    lacking = [name for name in _PROTOCOL if not hasattr(suite, name)]
+    if lacking:
+        raise SettingError("env.suite", f"{env.suite} is no suite: it lacks {', '.join(lacking)} (envs/suite.py)")
+    return suite
+
+
+# A run asks for the suite of its config wherever the config goes: it is built once.
+@functools.lru_cache(maxsize=16)
+def build(suite: Callable[[EnvConfig, EvalConfig], Suite], env: EnvConfig, evaluation: EvalConfig) -> Suite:
+    try:
+        return suite(env, evaluation)
+    except SettingError:
+        raise
+    except Exception as error:  # noqa: BLE001 - it is the user's code: anything can be wrong in it
+        if env.suite in BUILT_IN:
             raise
-        except Exception as error:  # noqa: BLE001 - it is the user's code: anything can be wrong in it
-            raise SettingError("env.suite", f"{env.suite} failed: {_told(error)}") from error
-    if hasattr(found, "make_env"):
-        lacking = [name for name in _PROTOCOL if not hasattr(found, name)]
-        if lacking:
-            raise SettingError("env.suite", f"{env.suite} is no suite: it lacks {', '.join(lacking)} (envs/suite.py)")
-        return found
-    return _single(found, env.suite)
+        raise SettingError("env.suite", f"{env.suite} failed: {_told(error)}") from error
 
 
 @functools.cache  # it builds an environment, to see what it is

@@ -15,7 +15,7 @@ import numpy as np
 from envs.kitchen.scene import GEOM, VISIBLE_GROUPS
 
 _GROUPS = np.array([group in VISIBLE_GROUPS for group in range(6)], np.uint8)
-_RETURNS_NORMALS = "normal" in (mujoco.mj_multiRay.__doc__ or "")
+RETURNS_NORMALS = "normal" in (mujoco.mj_multiRay.__doc__ or "")
 TILE = 0.3  # metres, side of the floor's tiles
 _SKY = np.array([0.75, 0.82, 0.90])
 
@@ -61,7 +61,7 @@ def render(model: mujoco.MjModel, data: mujoco.MjData, camera: int, size: int, l
     rays = np.einsum("ij,nj->ni", data.cam_xmat[camera].reshape(3, 3), _rays(size, float(model.cam_fovy[camera])))
     count = size * size
     geom, distance = np.empty(count, np.int32), np.empty(count)
-    normals = np.zeros((count, 3)) if _RETURNS_NORMALS else None
+    normals = np.zeros((count, 3)) if RETURNS_NORMALS else None
     mujoco.mj_multiRay(
         m=model, d=data, pnt=eye, vec=rays.ravel(), geomgroup=_GROUPS, flg_static=1, bodyexclude=-1,
         geomid=geom, dist=distance, nray=count, cutoff=20.0, **({} if normals is None else {"normal": normals.ravel()}),

@@ -28,7 +28,7 @@ from z1_jax.files import clear
 FORMAT = 2
 _MANIFEST, _EPISODES, _STATS = "manifest.json", "episodes.jsonl", "norm_stats.json"
 _RECORDS, _DOWNLOADS = "demonstrations", "downloads"  # folders that TFDS makes
-_HASHED_BYTES = 1 << 20  # files up to this size are hashed when opened; array_record checks the records when read
+HASHED_BYTES = 1 << 20  # files up to this size are hashed when opened; array_record checks the records when read
 _PNG_LEVEL = 1  # half the time of the default for a tenth more bytes
 
 
@@ -397,5 +397,5 @@ def _check_file(path: pathlib.Path, entry: Mapping[str, Any]) -> None:
     size = path.stat().st_size
     if size != entry["bytes"]:
         raise ValueError(f"{path.name} has {size} bytes, expected {entry['bytes']}")
-    if size <= _HASHED_BYTES and _file_entry(path)["sha256"] != entry["sha256"]:
+    if size <= HASHED_BYTES and _file_entry(path)["sha256"] != entry["sha256"]:
         raise ValueError(f"{path.name} was changed after it was written")

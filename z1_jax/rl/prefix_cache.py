@@ -138,14 +138,14 @@ def _axes(cache: PrefixCache) -> tuple[tuple[jax.Array, int], ...]:
 
 def put_taken(cache: PrefixCache, mesh: Mesh) -> PrefixCache:
     """A batch of caches on the device, sent without waiting: through page-locked memory where the device has it."""
-    if isinstance(cache.k, np.ndarray) and _page_locked(mesh):
+    if isinstance(cache.k, np.ndarray) and page_locked_first(mesh):
         cache = jax.device_put(
             cache, jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), distributed.cache_sharding(mesh))
         )
     return distributed.put_cache(cache, mesh)
 
 
-def _page_locked(mesh: Mesh) -> bool:
+def page_locked_first(mesh: Mesh) -> bool:
     device = mesh.devices.flat[0]  # a CPU's memory is the host's: a copy on the way would only cost
     return device.platform != "cpu" and any(m.kind == "pinned_host" for m in device.addressable_memories())
 

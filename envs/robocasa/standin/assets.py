@@ -41,7 +41,7 @@ def prepare(directory: str | os.PathLike[str]) -> pathlib.Path:
         ValueError: RoboCasa is not installed, or the folder cannot be written.
     """
     found = compat.find()
-    target = pathlib.Path(directory).expanduser().absolute() / f"{found.api}-{_digest(found)}"
+    target = pathlib.Path(directory).expanduser().absolute() / f"{found.api}-{digest_of(found)}"
     if "robosuite" in target.parts or "robocasa" in target.parts:
         # Both rewrite file names that hold a folder of their own name.
         raise ValueError(f"stand-ins in {target}: expected a path without a folder named robocasa or robosuite")
@@ -83,7 +83,7 @@ def install(directory: str | os.PathLike[str]) -> pathlib.Path:
     return target
 
 
-def _digest(found: compat.Installation) -> str:
+def digest_of(found: compat.Installation) -> str:
     """Changes with whatever the assets depend on: the generator, and the package's tables."""
     digest = hashlib.sha256()
     tables = [found.root / "models" / "objects" / "kitchen_objects.py"]
