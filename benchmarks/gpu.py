@@ -105,8 +105,8 @@ class Bench:
         import numpy as np
 
         from z1_jax.config.schema import FlowConfig
-        from z1_jax.evaluation import make_actor
         from z1_jax.plan import analytic
+        from z1_jax.rl.actor import make_actor
 
         cameras = min(cameras, self.model.cameras)
         policy = self.policy()

@@ -28,7 +28,6 @@ from z1_jax import sharding
 from z1_jax.config.schema import Config, FlowConfig, OptimConfig, UpdateConfig
 from z1_jax.data.normalize import NormStats
 from z1_jax.data.tokenizer import PromptTokenizer, kitchen_instructions, train_small_tokenizer
-from z1_jax.evaluation import make_actor
 from z1_jax.initial_policy import given_policy
 from z1_jax.models.pi05 import Pi05, Pi05Config, abstract_model, count_parameters, init_model, split_model
 from z1_jax.models.presets import get_preset
@@ -36,7 +35,7 @@ from z1_jax.optim import make_optimizer
 from z1_jax.policy import Policy, fresh_policy, make_processor
 from z1_jax.process import start_jax
 from z1_jax.rl import flow, loss, rollout
-from z1_jax.rl.actor import Actor, counted_coordinates, stack_ids
+from z1_jax.rl.actor import Actor, counted_coordinates, make_actor, stack_ids
 from z1_jax.rl.prefix_cache import PrefixStore
 from z1_jax.rl.rollout import NodeTable
 from z1_jax.rl.tree import BranchPlan, branch_plan, signed_advantage_sums

@@ -30,7 +30,9 @@ def dot(**given) -> GymnasiumEnv:
 
 
 def config_of(name: str, *keys: str):
-    return parse_command_line(["", "--config=configs/grpo.py", f"--config.env.suite=gym:{name}", *keys])
+    config = parse_command_line(["", "--config=configs/grpo.py", f"--config.env.suite=gym:{name}", *keys])
+    suites.check_settings(config)
+    return config
 
 
 def test_the_kitchen_by_way_of_gymnasium_is_the_kitchen(seed=None):
@@ -157,7 +159,7 @@ def test_what_cannot_be_copied_branches_nowhere():
 
 def test_options_are_gymnasiums():
     with pytest.raises(ConfigError, match="env.options: got .'state=x'., which only env.suite=gym:ENV_ID has"):
-        parse_command_line(["", "--config=configs/grpo.py", "--config.env.options=state=x"])
+        suites.settled(parse_command_line(["", "--config=configs/grpo.py", "--config.env.options=state=x"]))
 
 
 def test_a_worker_that_dies_is_replayed_without_snapshots(tmp_path):

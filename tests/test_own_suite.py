@@ -25,7 +25,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def config_of(name: str, *keys: str) -> Config:
-    return parse_command_line(["", "--config=configs/grpo.py", f"--config.env.suite={name}", *keys])
+    config = parse_command_line(["", "--config=configs/grpo.py", f"--config.env.suite={name}", *keys])
+    suites.check_settings(config)
+    return config
 
 
 class NoCopies:

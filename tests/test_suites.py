@@ -18,7 +18,9 @@ CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 
 def parse(file: str, *arguments: str) -> Config:
-    return parse_command_line(["main", f"--config={CONFIGS / file}", *arguments])
+    config = parse_command_line(["main", f"--config={CONFIGS / file}", *arguments])
+    suites.check_settings(config)
+    return config
 
 
 def standin_config(*arguments: str) -> Config:

@@ -57,7 +57,9 @@ def test_evaluate_films_any_checkpoint_and_seed(tmp_path, capsys):
     evaluate.main([*command, "--config.eval.film_seeds=5"])
     film = run_dir / "videos" / "checkpoint_seed5.webp"
     with Image.open(film) as image:
-        assert image.n_frames == 17 and image.size == (32, 32)
+        # The start and 16 control steps at 20 a second, the last for a second; what looks alike may be one frame.
+        durations = [(image.seek(n), image.load(), image.info["duration"])[-1] for n in range(image.n_frames)]
+        assert sum(durations) == 16 * 50 + 1000 and image.size == (32, 32)
     results, written = run_dir / "evaluation" / "checkpoint.jsonl", film.stat().st_mtime_ns
     before = results.stat().st_mtime_ns
     evaluate.main([*command, "--config.eval.film_seeds=5,900000001"])

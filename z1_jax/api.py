@@ -16,8 +16,7 @@ from z1_jax import sharding, suites
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.config.checks import check
 from z1_jax.config.schema import Config, ConfigError, FlowConfig, build
-from z1_jax.evaluation import make_actor
-from z1_jax.rl.actor import act, stack_ids
+from z1_jax.rl.actor import act, make_actor, stack_ids
 from z1_jax.rl.rollout import BrokenIteration
 
 _OF_A_RUN = ("executed", "parallel", "workers", "timeout_s")  # keys of env that say nothing of one environment

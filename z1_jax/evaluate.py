@@ -17,7 +17,6 @@ from z1_jax.evaluation import (
     compare,
     evaluate,
     instructions,
-    make_actor,
     rate_sentence,
     versus_sentence,
 )
@@ -25,6 +24,7 @@ from z1_jax.initial_policy import given_policy
 from z1_jax.opening import Run, open_run
 from z1_jax.policy import Policy, find_policy
 from z1_jax.process import run_main
+from z1_jax.rl.actor import make_actor
 from z1_jax.run_dir import conclude
 from z1_jax.stages import make_pool
 from z1_jax.suites import episode_of

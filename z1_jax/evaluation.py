@@ -18,7 +18,7 @@ from z1_jax.errors import UserError
 from z1_jax.metrics import ALARMS, Progress, drop_half_line, read_records
 from z1_jax.policy import Policy
 from z1_jax.rl import rollout
-from z1_jax.rl.actor import Actor, counted_coordinates
+from z1_jax.rl.actor import Actor, make_actor
 from z1_jax.rl.tree import BranchPlan
 from z1_jax.statistics import mcnemar_exact, paired_difference_interval, wilson_interval
 
@@ -144,14 +144,6 @@ def _read_results(path: pathlib.Path, episodes: Sequence[Episode]) -> list[dict[
             raise UserError(f"{path} holds other episodes than this evaluation's; move it away to evaluate anew")
     drop_half_line(path)  # what comes next is appended
     return rows
-
-
-def make_actor(policy: Policy, graphdef: Any, flow: FlowConfig, mesh: jax.sharding.Mesh, largest: int) -> Actor:
-    """The actor of a policy for up to `largest` observations at once."""
-    counted = counted_coordinates(
-        policy.config.horizon, policy.executed, policy.processor.counted_dims, flow.logprob_coords
-    )
-    return Actor(graphdef, flow, counted, mesh, largest)
 
 
 def compare(before: Evaluation, after: Evaluation, confidence: float) -> dict[str, Any]:

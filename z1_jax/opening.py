@@ -22,13 +22,13 @@ from z1_jax.run_dir import (
     claim_policy,
     dataset_identity,
     finished_sentence,
+    missing_clips,
     note_command,
     note_environments,
     policy_identity,
 )
 from z1_jax.stages import check_inputs, make_mesh
 from z1_jax.suites import label, settled
-from z1_jax.videos import missing_clips
 
 
 @dataclasses.dataclass(frozen=True)

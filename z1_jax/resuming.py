@@ -19,7 +19,7 @@ from z1_jax.config.schema import Config, TrainConfig
 from z1_jax.errors import UserError
 from z1_jax.metrics import EPISODES, METRICS, read_records
 from z1_jax.policy import Policy, load_policy
-from z1_jax.videos import missing_clips
+from z1_jax.run_dir import missing_clips
 
 
 @dataclasses.dataclass(frozen=True)

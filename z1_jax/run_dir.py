@@ -36,6 +36,7 @@ from z1_jax.report.write import COMMANDS, REPORT, best_sentence, write_report
 
 SUMMARY = "summary.json"
 DATASET = "demos.dataset"
+OUTCOMES = "outcomes.json"  # in the folder of videos: of each file, whether its episode succeeded
 # What was seen in repetitions of the default run on one core, on two and on other machines; see README.md.
 REPEATS = (
     "the same seed gives the same digits on one machine with one number of cores; elsewhere sums are made in another "
@@ -230,6 +231,28 @@ def results_of(run_dir: pathlib.Path, name: str, stage: str | None) -> pathlib.P
     results.parent.mkdir(parents=True, exist_ok=True)
     write_json(claims, {**known, name: identity})
     return results
+
+
+def clip_paths(config: Config, run_dir: pathlib.Path, name: str) -> dict[int, pathlib.Path]:
+    """Where the videos of a policy lie, by seed."""
+    return {seed: run_dir / "videos" / f"{name}_seed{seed}.webp" for seed in config.eval.filmed}
+
+
+def missing_clips(config: Config, run_dir: pathlib.Path, name: str) -> list[int]:
+    """Seeds that have yet to be filmed, or whose outcome is not known."""
+    known = known_outcomes(run_dir)
+    return [
+        seed
+        for seed, path in clip_paths(config, run_dir, name).items()
+        if not (path.exists() and isinstance(known.get(path.name), bool))
+    ]
+
+
+def known_outcomes(run_dir: pathlib.Path) -> dict[str, bool]:
+    """Of each video, whether its episode succeeded."""
+    with contextlib.suppress(FileNotFoundError, ValueError):  # damaged: the episodes are filmed again
+        return dict(json.loads((run_dir / "videos" / OUTCOMES).read_text()))
+    return {}
 
 
 class StageClock:

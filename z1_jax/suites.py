@@ -191,6 +191,7 @@ def settled(config: Config) -> Config:
     Raises:
         ConfigError: the suite is not installed, or in another version.
     """
+    check_settings(config)
     suite = resolve(config)
     task = _task(config, suite)
     known = _asked(suite.settle, task)
@@ -212,6 +213,7 @@ def planned(config: Config) -> Config:
     Raises:
         ConfigError: the suite has no such task, camera, scene, layout, style or objects.
     """
+    check_settings(config)
     suite = resolve(config)
     if not hasattr(suite, "planned"):
         _asked(suite.check, config.task)

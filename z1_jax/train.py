@@ -22,10 +22,10 @@ from z1_jax.policy import Policy, policy_steps
 from z1_jax.process import run_main
 from z1_jax.resuming import check_records, concluded, goes_on_alone, own_policy
 from z1_jax.rl.loop import GrpoTrainer, train_grpo
-from z1_jax.run_dir import conclude, results_of
+from z1_jax.run_dir import clip_paths, conclude, results_of
 from z1_jax.stages import demonstrations, make_pool, supervised_policy
 from z1_jax.suites import episode_of
-from z1_jax.videos import clip_paths, clips_of, record_clips
+from z1_jax.videos import clips_of, record_clips
 
 HARDLY = 0.05  # success after SFT, below which RL seldom starts
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,13 +15,10 @@ from envs.video import write_video
 from z1_jax.config.schema import Config, EvalConfig
 from z1_jax.policy import Policy
 from z1_jax.rl.actor import Actor, act, stack_ids
-from z1_jax.run_dir import write_json
+from z1_jax.run_dir import OUTCOMES, clip_paths, known_outcomes, missing_clips, write_json
 from z1_jax.suites import episode_of
 
 Params = tuple[Any, Any]  # trained and frozen
-
-
-OUTCOMES = "outcomes.json"  # in the folder of videos: of each file, whether its episode succeeded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,30 +45,9 @@ def record_clips(
         clips = film(policy, pool, actor, params, missing, config.eval, camera, size, episode_of(config))
         for seed, clip in zip(missing, clips, strict=True):
             write_video(paths[seed], clip.frames, fps=20)
-            write_json(run_dir / "videos" / OUTCOMES, {**_outcomes(run_dir), paths[seed].name: clip.success})
-    known = _outcomes(run_dir)
+            write_json(run_dir / "videos" / OUTCOMES, {**known_outcomes(run_dir), paths[seed].name: clip.success})
+    known = known_outcomes(run_dir)
     return {seed: known[path.name] for seed, path in paths.items()}
-
-
-def clip_paths(config: Config, run_dir: pathlib.Path, name: str) -> dict[int, pathlib.Path]:
-    """Where the videos of a policy lie, by seed."""
-    return {seed: run_dir / "videos" / f"{name}_seed{seed}.webp" for seed in config.eval.filmed}
-
-
-def missing_clips(config: Config, run_dir: pathlib.Path, name: str) -> list[int]:
-    """Seeds that have yet to be filmed, or whose outcome is not known."""
-    known = _outcomes(run_dir)
-    return [
-        seed
-        for seed, path in clip_paths(config, run_dir, name).items()
-        if not (path.exists() and isinstance(known.get(path.name), bool))
-    ]
-
-
-def _outcomes(run_dir: pathlib.Path) -> dict[str, bool]:
-    with contextlib.suppress(FileNotFoundError, ValueError):  # damaged: the episodes are filmed again
-        return dict(json.loads((run_dir / "videos" / OUTCOMES).read_text()))
-    return {}
 
 
 def clips_of(config: Config, sides: Mapping[str, tuple[str, Mapping[int, bool]]]) -> dict[str, Any]:

@@ -16,12 +16,11 @@ from z1_jax import sharding
 from z1_jax.config.schema import FlowConfig
 from z1_jax.data.normalize import NormStats
 from z1_jax.data.tokenizer import PromptTokenizer, kitchen_instructions, train_small_tokenizer
-from z1_jax.evaluation import make_actor
 from z1_jax.models.gemma import GemmaConfig
 from z1_jax.models.pi05 import Pi05Config
 from z1_jax.models.siglip import SiglipConfig
 from z1_jax.policy import Policy, fresh_policy, make_processor
-from z1_jax.rl.actor import Actor
+from z1_jax.rl.actor import Actor, make_actor
 
 TASK = "TurnOnSinkFaucet"
 CAMERA = "robot0_agentview_left"

@@ -23,7 +23,7 @@ from z1_jax.data.normalize import held_line
 from z1_jax.files import absolute
 from z1_jax.process import run_main
 from z1_jax.stages import check_inputs, demonstrations, demonstrations_source
-from z1_jax.suites import training_statistics
+from z1_jax.suites import check_settings, training_statistics
 
 # Suits SFT alone, which a dataset of its own is mostly for; before RL it takes `recorded`, as the first command does.
 SFT_LABELS = "undisturbed"
@@ -93,6 +93,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, pathlib.Path]:
         ),
     )
     check(config)
+    check_settings(config)
     return config, absolute(given.out)
 
 

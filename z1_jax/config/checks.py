@@ -13,7 +13,6 @@ from z1_jax.models import choices
 from z1_jax.rl.advantage import REWARDS, STDS
 from z1_jax.rl.schedules import SCHEDULES
 from z1_jax.rl.tree import BRANCHING
-from z1_jax.suites import check_settings
 from z1_jax.worlds import MUST_AGREE
 
 PLACEMENTS = ("device", "host", "recompute")  # of the prefix caches: see rl/prefix_cache
@@ -192,7 +191,6 @@ def _check_combinations(config: Config) -> None:
     if config.algorithm == "grpo":
         _check_switches(config)
     _check_slots(config)
-    check_settings(config)
     if config.init == RANDOM and config.algorithm != "grpo":
         raise ConfigError(f"config key init: got random with algorithm={config.algorithm}, expected grpo")
     if config.mesh.data == 0:

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from z1_jax.config.schema import Config
-from z1_jax.evaluation import make_actor
 from z1_jax.models.pi05 import Pi05Config, count_parameters, vlm_is_frozen
 from z1_jax.plan import analytic, jaxpr
 from z1_jax.policy import Policy, abstract_params
 from z1_jax.rl import loss
+from z1_jax.rl.actor import make_actor
 from z1_jax.rl.flow import most_stochastic
 from z1_jax.rl.parts import PartOptimizer
 from z1_jax.rl.update import NodeBatch, Updater

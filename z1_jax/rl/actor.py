@@ -17,6 +17,7 @@ from z1_jax import distributed
 from z1_jax.config.schema import FlowConfig
 from z1_jax.data.transforms import InputProcessor
 from z1_jax.models.pi05 import cast_state
+from z1_jax.policy import Policy
 from z1_jax.rl import flow
 from z1_jax.types import Observation, PrefixCache
 
@@ -29,6 +30,14 @@ def counted_coordinates(horizon: int, executed: int, dims: Bool[np.ndarray, " A"
     """
     rows = np.arange(horizon) < (executed if coords == "executed" else horizon)
     return rows[:, None] & np.asarray(dims)[None, :]
+
+
+def make_actor(policy: Policy, graphdef: Any, flow: FlowConfig, mesh: jax.sharding.Mesh, largest: int) -> Actor:
+    """The actor of a policy for up to `largest` observations at once."""
+    counted = counted_coordinates(
+        policy.config.horizon, policy.executed, policy.processor.counted_dims, flow.logprob_coords
+    )
+    return Actor(graphdef, flow, counted, mesh, largest)
 
 
 class Actor:

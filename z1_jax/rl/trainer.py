@@ -15,13 +15,12 @@ from z1_jax import distributed
 from z1_jax.config.checks import check_horizon
 from z1_jax.config.schema import Config, ConfigError, UpdateConfig
 from z1_jax.errors import UserError
-from z1_jax.evaluation import make_actor
 from z1_jax.host_memory import free_host_bytes
 from z1_jax.models.pi05 import cache_bytes, vlm_is_frozen
 from z1_jax.optim import schedule
 from z1_jax.policy import Policy, named, unnamed
 from z1_jax.rl import advantage, diagnostics, loss, rollout, selective, tree
-from z1_jax.rl.actor import Actor
+from z1_jax.rl.actor import Actor, make_actor
 from z1_jax.rl.parts import EXPERT, PartOptimizer
 from z1_jax.rl.prefix_cache import (
     AnyStore,
