@@ -13,6 +13,7 @@ import sys
 
 import pytest
 
+import z1_jax
 from z1_jax.config.command_line import parse_command_line
 from z1_jax.config.schema import Config, flat
 
@@ -44,6 +45,11 @@ def commands(path: pathlib.Path) -> list[str]:
     inline = re.findall(r"`((?:JAX_\S+ )*python -m (?:z1_jax|envs)[^`]*)`", text.replace("\n", " "))
     lines = "\n".join(blocks).replace("\\\n", "").splitlines() + inline
     return [line.strip() for line in lines if "python -m " in line or "python benchmarks/" in line]
+
+
+def test_citation_names_the_version():
+    told = (ROOT / "CITATION.cff").read_text()
+    assert f"version: {z1_jax.__version__}\n" in told and "arXiv:2606.31846" in told
 
 
 def test_references_to_the_method_lead_to_a_section():
