@@ -147,8 +147,8 @@ def test_environments_by_name():
             z1_jax.make_env(**given)
 
 
-def test_the_readmes_example_runs(run, monkeypatch, capsys):
-    code = code_of("README.md", "load_policy")
+def test_the_documents_example_runs(run, monkeypatch, capsys):
+    code = code_of("docs/python.md", "load_policy")
     assert "runs/grpo-TurnOnSinkFaucet-seed0" in code
     made = z1_jax.make_env
     monkeypatch.setattr(z1_jax, "make_env", lambda task: made(task, horizon=16), raising=False)

@@ -126,7 +126,8 @@ def test_console_scripts_are_the_commands(tmp_path):
 def test_a_preset_is_what_it_was(name, preset):
     """A run directory belongs to its config, and a default that moves must not stop the runs that are there.
 
-    The values of 0.1.0 at d698625, but for smoke, full's env.executed, and eval.videos of evaluations.
+    The values of 0.1.0 at d698625, but for smoke, full's env.executed, eval.videos of evaluations, and
+    sft:robocasa, which is for one device.
     """
     kept = json.loads((ROOT / "tests" / "reference" / "presets.json").read_text())
     values = flat(parsed(name, preset)) | ({"checkpoint": ""} if name == "eval" else {})

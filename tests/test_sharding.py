@@ -298,7 +298,8 @@ def test_make_mesh():
     [
         ({"fsdp": 3}, "needs a multiple of 3 devices; there are 8"),
         ({"fsdp": 16}, "needs a multiple of 16 devices; there are 8"),
-        ({"data": 3, "fsdp": 2}, "needs 6 devices; there are 8"),
+        ({"fsdp": 3, "tensor": 2}, "choose mesh.fsdp and mesh.tensor so that their product divides 8"),
+        ({"data": 3, "fsdp": 2}, "needs 6 devices; there are 8: set mesh.data=-1"),
         ({"data": 0}, "data must be a positive size, or -1 for the rest; got 0"),
         ({"tensor": -1}, "tensor must be a positive size; got -1"),
     ],
@@ -306,6 +307,18 @@ def test_make_mesh():
 def test_meshes_that_do_not_fit_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         sharding.make_mesh(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "cure"),
+    [
+        ({"fsdp": 2}, "set --config.mesh.fsdp=1 to"),
+        ({"fsdp": 2, "tensor": 4}, "set --config.mesh.fsdp=1 and --config.mesh.tensor=1 to"),
+    ],
+)
+def test_one_device_is_told_which_keys_to_set(sizes, cure):
+    with pytest.raises(ValueError, match=cure):
+        sharding.make_mesh(**sizes, devices=jax.devices()[:1])
 
 
 def test_constrain_needs_no_mesh():

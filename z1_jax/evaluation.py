@@ -1,4 +1,7 @@
-"""Paired evaluation under a frozen protocol: ODE sampler, fixed noise, held-out seeds; intervals and exact tests."""
+"""Paired evaluation under a fixed protocol (method: section 7).
+
+ODE sampler, fixed noise, held-out seeds; intervals and exact tests.
+"""
 
 from __future__ import annotations
 

@@ -137,8 +137,11 @@ def _prompt_length(
     return -(-(longest + 2) // 4) * 4
 
 
-def given_policy(config: Config, path: str, mesh: jax.sharding.Mesh) -> Policy:
+def given_policy(config: Config, path: str, mesh: jax.sharding.Mesh, dataset: Dataset | None = None) -> Policy:
     """The policy at `path`, checked against the environments of this run.
+
+    Args:
+        dataset: what it will be trained on; a policy that was converted without statistics takes those of the dataset.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -148,7 +151,11 @@ def given_policy(config: Config, path: str, mesh: jax.sharding.Mesh) -> Policy:
     _check_attention(config)
     directory, step = find_policy(path)
     checkpoints = Checkpoints(directory)
-    policy = load_policy(checkpoints, step, mesh)
+    missing = None
+    if dataset is not None and not policy_document(path).get("norm_stats"):
+        print(f"the policy at {path} has no normalisation statistics: it takes those of the dataset {dataset.path}")
+        missing = training_statistics(dataset.source, dataset.stats)
+    policy = load_policy(checkpoints, step, mesh, missing)
     checkpoints.close()
     policy = dataclasses.replace(
         policy,
@@ -222,6 +229,13 @@ def check_policy(config: Config, path: str) -> None:
         raise ConfigError(
             f"config key env.cameras: got {', '.join(config.env.cameras)}; the policy at {path} wants "
             f"{', '.join(wanted) or 'none'}: set --config.env.cameras={','.join(wanted)}"
+            + f", or convert it again with --cameras={','.join(config.env.cameras)}" * (not document.get("world"))
+        )
+    if not document.get("norm_stats", True) and config.algorithm != "sft":
+        raise ConfigError(
+            f"config key {'init' if config.init else 'checkpoint'}: the policy at {path} was converted without "
+            "normalisation statistics: fine-tune it first (configs/sft.py, which takes those of the dataset), or "
+            "convert it again with --norm-stats=FILE"
         )
     _check_same_inputs(config, document, path)
     if config.eval.episodes:

@@ -189,8 +189,16 @@ def _placed(state: nnx.State, mesh: jax.sharding.Mesh) -> nnx.State:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
-def load_policy(checkpoints: Checkpoints, step: int, mesh: jax.sharding.Mesh) -> Policy:
+def load_policy(
+    checkpoints: Checkpoints,
+    step: int,
+    mesh: jax.sharding.Mesh,
+    missing_stats: Mapping[str, NormStats] | None = None,
+) -> Policy:
     """The policy of a checkpoint, each parameter placed straight onto its shards, in the dtype that it was saved in.
+
+    Args:
+        missing_stats: the statistics of a policy that was converted without any.
 
     Raises:
         CheckpointError: absent, damaged, or not a policy of this project.
@@ -198,15 +206,15 @@ def load_policy(checkpoints: Checkpoints, step: int, mesh: jax.sharding.Mesh) ->
     document = checkpoints.document(step)
     try:
         config = architecture(document["architecture"])
-        stats = stats_from_json(document["norm_stats"])
+        stats = stats_from_json(document["norm_stats"]) or dict(missing_stats or {})
         graphdef, abstract = abstract_params(config, mesh)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {checkpoints.directory / str(step)} holds no policy ({error})") from error
     folder = checkpoints.directory / str(step)
     if not stats:
         raise CheckpointError(
-            f"checkpoint {folder} was converted without normalisation statistics: train it on data of your own, or "
-            "convert it again with --norm-stats=FILE"
+            f"checkpoint {folder} was converted without normalisation statistics: fine-tune it first (configs/sft.py, "
+            "which takes those of the dataset), or convert it again with --norm-stats=FILE"
         )
     tokenizer = _tokenizer(checkpoints, step, config, document)
     stored = checkpoints.arrays(step, "params")

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: flow matching on demonstrations."""
+"""Supervised fine-tuning: flow matching on demonstrations (method: section 1)."""
 
 from __future__ import annotations
 

@@ -47,16 +47,24 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
         if rest or data == 0:
             raise UserError(
                 f"a mesh with fsdp={fsdp} and tensor={tensor} needs a multiple of {fsdp * tensor} devices; "
-                f"there are {len(devices)}: choose sizes whose product divides {len(devices)}"
+                f"there are {len(devices)}: {_smaller(fsdp, tensor, len(devices))}"
             )
     shape = (data, fsdp, tensor)
     if math.prod(shape) != len(devices):
         raise UserError(
             f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs {math.prod(shape)} devices; "
-            f"there are {len(devices)}: set data=-1, or pass that many devices"
+            f"there are {len(devices)}: set mesh.data=-1, or use that many devices"
         )
     # Auto is stated because the default of jax.make_mesh differs between versions.
     return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _smaller(fsdp: int, tensor: int, devices: int) -> str:
+    """How to set the mesh's keys for so many devices."""
+    if devices == 1:
+        keys = [f"mesh.{name}=1" for name, size in (("fsdp", fsdp), ("tensor", tensor)) if size > 1]
+        return f"set {' and '.join(f'--config.{key}' for key in keys)} to train on one device"
+    return f"choose mesh.fsdp and mesh.tensor so that their product divides {devices}"
 
 
 def partition_spec(shape: Sequence[int], axes: Sequence[str | None], mesh_shape: Mapping[str, int]) -> PartitionSpec:

@@ -92,7 +92,7 @@ def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 
 def make_pool(config: Config) -> EnvPool:
-    """The worker processes of a run, not started twice."""
+    """Starts the worker processes of a run; call it once."""
     timeout_s = config.env.timeout_s
     return EnvPool(
         make_env(config, config.task),
@@ -179,6 +179,8 @@ def _check_widths(config: Config, dataset: Dataset) -> None:
         wanted, whose = widths(config), f"the environments of env.suite={config.env.suite}"
     elif config.init and config.init != RANDOM:
         stats = initial_policy.policy_document(config.init)["norm_stats"]
+        if not stats:  # it takes the dataset's
+            return
         wanted, whose = {key: len(stats[key]["mean"]) for key in got}, f"the policy at {config.init}"
     else:
         return
@@ -245,7 +247,7 @@ def supervised_policy(
     world = dataset_world(dataset)
     return train_sft(
         # No name for the policy here: what SFT freezes in bfloat16 must not stay in memory in float32 too.
-        trained_in(initial_policy.given_policy(config, config.init, mesh), world)
+        trained_in(initial_policy.given_policy(config, config.init, mesh, dataset), world)
         if config.init
         else trained_in(initial_policy.new_policy(config, dataset, mesh, rules), world),
         dataset,

@@ -4,19 +4,22 @@ import ml_collections
 
 from z1_jax.presets import common
 
+ROBOCASA = {
+    "algorithm": "sft",
+    **common.ROBOCASA,
+    "init": "checkpoints/pi05",
+    "demos__dataset": "data/robocasa",
+}
+
 PRESETS = {
     "kitchen": {"algorithm": "sft", **common.EVERY_STEP},
     "smoke": {"algorithm": "sft", **common.EVERY_STEP, **common.SMOKE},
     # π0.5 at full size: see what it costs with python -m z1_jax.plan
     "full": {"algorithm": "sft", **common.FULL, "mesh__fsdp": 2},
-    # π0.5 on RoboCasa's public demonstrations (z1_jax.collect --from=…), from a converted checkpoint
-    "robocasa": {
-        "algorithm": "sft",
-        **common.ROBOCASA,
-        "init": "checkpoints/pi05",
-        "demos__dataset": "data/robocasa",
-        "mesh__fsdp": 2,
-    },
+    # π0.5 on RoboCasa's public demonstrations, from a converted checkpoint, on one device of 80 GB (docs/one-gpu.md)
+    "robocasa": ROBOCASA,
+    # The same on one device of 24 GB: adapters instead of all parameters, and half the batch
+    "robocasa_lora": {**ROBOCASA, "sft__scope": "lora", "sft__batch_size": 16},
 }
 
 

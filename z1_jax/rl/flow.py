@@ -1,4 +1,4 @@
-"""The flow-matching sampler as a policy with a density (Flow-SDE).
+"""The flow-matching sampler as a policy with a density: Flow-SDE (method: sections 1 and 2).
 
 Pure functions, arrays in, arrays out. openpi's time: t = 1 is noise, t = 0 is data; x_t = t·ε + (1 − t)·a, v = ε − a.
 Means, scales and log-probabilities are float32 whatever the model computes in.
@@ -41,6 +41,8 @@ def transition(
     x: Float[Array, "*N H A"], v: Float[Array, "*N H A"], t: Float[Array, "*N"], steps: int, noise_level: float
 ) -> tuple[Array, Array]:
     """Mean and standard deviation of one stochastic step from t to t − Δ, which keeps every marginal of the ODE.
+
+    μ = x − Δ·[v + σ²/(2t)·(x + (1 − t)·v)], std = σ·√Δ (method: section 2).
 
     Args:
         x, v: [..., H, A] the state and its velocity.

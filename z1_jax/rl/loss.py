@@ -1,4 +1,7 @@
-"""What an update minimises: a loss over deduplicated nodes, here that of clipped GRPO. Pure functions."""
+"""What an update minimises: a loss over deduplicated nodes, here that of clipped GRPO (method: section 3).
+
+Pure functions.
+"""
 
 from __future__ import annotations
 

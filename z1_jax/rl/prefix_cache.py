@@ -1,7 +1,8 @@
 """The prefix caches of one iteration's observations, kept for its updates: on the device, or in host memory.
 
 While the VLM is frozen they are the same in the rollout and in every update, so the update runs the action expert
-alone. They are of one iteration's observations: a new iteration, and a resumed one, fills its store anew.
+alone (method: section 6). They belong to one iteration's observations: a new iteration, and a resumed one, fills its
+store anew.
 """
 
 from __future__ import annotations

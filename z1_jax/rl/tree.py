@@ -60,7 +60,7 @@ def branch_plan(branching: str, group_size: int, prefix_chunks: int) -> BranchPl
     """The plan of a group.
 
     `none`: G separate rollouts from one start state. `prefix`: one leader runs chunks [0, P), then all separate.
-    `tree`: G = 2^k; at b_ℓ = ⌊P / 2^(k−ℓ)⌋, ℓ = 1…k, every cluster splits in two.
+    `tree`: G = 2^k; at b_ℓ = ⌊P / 2^(k−ℓ)⌋, ℓ = 1…k, every cluster splits in two (method: section 4).
 
     Raises:
         ValueError: unknown branching, G below 2, a negative P, or a tree whose G is no power of two.

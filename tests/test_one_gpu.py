@@ -1,0 +1,110 @@
+"""docs/one-gpu.md, command by command: with tiny weights of the published layout, and in the kitchen or on stand-ins.
+
+Sizes and lengths are overridden; what a command reads and where it writes is the page's own.
+"""
+
+import importlib
+import json
+import pathlib
+import re
+import shlex
+
+import demo_files
+import numpy as np
+import pi05_checkpoints as made
+import pytest
+import tiny_policy as tiny
+
+from envs.robocasa import compat
+from z1_jax import opening
+from z1_jax.data.tokenizer import load_tokenizer, train_small_tokenizer
+from z1_jax.initial_policy import policy_document
+from z1_jax.models import presets
+from z1_jax.policy import architecture
+
+PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "one-gpu.md").read_text()
+INSTRUCTIONS = ("open the drawer", "close the drawer", "open the left drawer", "open the right drawer")
+PRESET = {"24 GB": "sft.py:robocasa_lora", "80 GB": "sft.py:robocasa"}
+SHORT = {
+    "sft": "sft.steps=2 sft.batch_size=2",
+    "grpo": "group.count=1 group.prefix_chunks=1 train.iterations=1 reward.keep_low=0 update.batch_size=4 "
+    "update.micro_batch=4 flow.steps=2 eval.video_size=32",
+    "eval": "flow.steps=2 eval.video_size=32",
+}
+ALL = "env.horizon=20 env.parallel=4 env.workers=0 env.image_size=32 eval.episodes=2"
+WORLDS = {
+    "kitchen": "env.suite=kitchen env.scenes= eval.scenes= eval.objects=",
+    "robocasa": "env.standins=true env.scenes=1/1 eval.scenes=1/1",
+}
+
+
+def commands(card: str) -> list[list[str]]:
+    """The page's commands of this project for a card, in their order, each as its words from the module on."""
+    code = "\n".join(re.findall(r"^```bash\n(.*?)^```", PAGE, flags=re.M | re.S)).replace("\\\n", "")
+    lines = [line for line in code.splitlines() if "-m z1_jax." in line]
+    other = [preset for size, preset in PRESET.items() if size != card][0]
+    mine = [line for line in lines if f"train --config=configs/{other} " not in line]
+    assert len(mine) == len(lines) - 1
+    return [shlex.split(line)[2:] for line in mine]
+
+
+def published(folder: pathlib.Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the page downloads: weights with statistics of another robot, a tokenizer, demonstrations."""
+    tokenizer = folder / "paligemma_tokenizer.model"
+    train_small_tokenizer(INSTRUCTIONS, tokenizer)
+    monkeypatch.setattr(made, "ACTIONS", 32)
+    monkeypatch.setattr(made, "VOCABULARY", load_tokenizer(tokenizer, 1).vocab_size)
+    made.save_openpi(folder / "pi05_base", made.jax_weights(rng), made.statistics(rng))
+    (folder / "robocasa-demos").mkdir()
+    demos = demo_files.make_demos(rng, steps=(60, 55, 70))
+    for demo in demos:
+        demo.instruction = "open the drawer"
+    demo_files.write_lerobot(folder / "robocasa-demos" / "lerobot", demos)
+
+
+def require(world: str) -> None:
+    if world == "robocasa":
+        try:
+            compat.find()
+        except ValueError as error:
+            pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(
+    ("card", "world"),
+    [
+        ("24 GB", "kitchen"),
+        pytest.param("80 GB", "kitchen", marks=pytest.mark.slow),
+        pytest.param("24 GB", "robocasa", marks=pytest.mark.slow),
+        pytest.param("80 GB", "robocasa", marks=pytest.mark.slow),
+    ],
+)
+def test_the_page_works_command_by_command(card, world, tmp_path, monkeypatch, rng, capfd):
+    require(world)
+    monkeypatch.chdir(tmp_path)
+    published(tmp_path, rng, monkeypatch)
+    monkeypatch.setattr(opening, "make_mesh", lambda config: tiny.one_device())  # the tests have eight devices
+    told: dict[str, str] = {}
+    for module, *arguments in commands(card):
+        name = module.removeprefix("z1_jax.")
+        if arguments[:2] == ["pi05_base", "checkpoints/pi05"]:
+            arguments += ["--heads=4", "--vision-heads=3", "--prompt-length=96"]
+            arguments += ["--dtype=bfloat16"] * (card == "24 GB")
+        if name in ("train", "evaluate", "plan"):
+            kind = arguments[0].removeprefix("--config=configs/").partition(".")[0]
+            arguments += [f"--config.{setting}" for setting in f"{ALL} {SHORT[kind]} {WORLDS[world]}".split()]
+        main = importlib.import_module(f"{module}.__main__" if name in ("convert", "collect", "plan") else module).main
+        assert not main([module, *arguments]), f"{module} {' '.join(arguments)}"
+        out = told[name] = told.get(name, "") + capfd.readouterr().out
+        assert "error" not in out
+        if name == "convert" and not (tmp_path / "data").exists():
+            monkeypatch.setitem(
+                presets.PRESETS, "pi05", architecture(policy_document("checkpoints/pi05")["architecture"])
+            )
+    assert "it takes those of the dataset" in told["train"]
+    summary = json.loads((tmp_path / "runs/drawer-grpo/summary.json").read_text())
+    assert summary["task"] == "OpenDrawer" and summary["after"]["episodes"] == 2
+    compared = json.loads((tmp_path / "runs/drawer-evaluation/summary.json").read_text())
+    assert (tmp_path / "drawer-openpi/params").is_dir() and compared["after"]["episodes"] == 2
+    own = json.loads((tmp_path / "drawer-openpi" / "z1_jax.json").read_text())
+    assert own["executed"] == 5 and len(own["cameras"]) == 3
