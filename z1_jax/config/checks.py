@@ -9,11 +9,12 @@ from typing import Any
 from envs.base import LABELS
 from z1_jax.config.schema import RANDOM, Config, ConfigError, LoraConfig, SelectiveConfig, build, flat
 from z1_jax.data.normalize import NORM_MODES
+from z1_jax.data.relative import parse_relative
 from z1_jax.models import choices
 from z1_jax.rl.advantage import REWARDS, STDS
 from z1_jax.rl.schedules import SCHEDULES
 from z1_jax.rl.tree import BRANCHING
-from z1_jax.suites import check_settings
+from z1_jax.suites import check_settings, widths
 from z1_jax.worlds import MUST_AGREE
 
 PLACEMENTS = ("device", "host", "recompute")  # of the prefix caches: see rl/prefix_cache
@@ -192,6 +193,7 @@ def _check_combinations(config: Config) -> None:
     if config.algorithm == "grpo":
         _check_switches(config)
     _check_slots(config)
+    _check_relative(config)
     check_settings(config)
     if config.init == RANDOM and config.algorithm != "grpo":
         raise ConfigError(f"config key init: got random with algorithm={config.algorithm}, expected grpo")
@@ -379,3 +381,14 @@ def _check_slots(config: Config) -> None:
             f"config key inputs.slots: got {', '.join(config.inputs.slots)}, "
             f"expected each of env.cameras = {', '.join(config.env.cameras)} once, and none for a missing camera"
         )
+
+
+def _check_relative(config: Config) -> None:
+    """The mask can be read, and its dimensions are there where the environments tell their widths."""
+    try:
+        relative = parse_relative(config.inputs.relative_actions)
+        if relative and (config.eval.episodes or config.algorithm != "sft"):
+            size = widths(config)
+            relative.check(size["actions"], size["state"])
+    except ValueError as error:
+        raise ConfigError(f"config key inputs.relative_actions: {error}") from None

@@ -31,7 +31,7 @@ _LEROBOT_KEYS = {"state": STATE, "actions": "action"}
 _SIDECAR_KEYS = (
     "norm_mode", "cameras", "state_in_prompt", "prompt_state_dim", "clip", "tokenizer_sha256", "tokenizer_name",
     "executed", "denoising_steps", "asset_id", "heads", "vision_heads", "horizon", "prompt_length", "compute",
-    "ignored", "world", "norm_rules",
+    "ignored", "world", "norm_rules", "relative_actions",
 )  # fmt: skip
 _OPENPI_READ = (
     "paligemma_variant", "action_expert_variant", "action_dim", "action_horizon", "max_token_len", "pi05",
@@ -247,7 +247,7 @@ def require_lerobot(document: Mapping[str, Any], asked_padding: bool) -> None:
 def write_lerobot(
     folder: pathlib.Path, config: Pi05Config, stats: Stats | None, document: Mapping[str, Any], precision: str
 ) -> None:
-    """config.json and the two processors, as LeRobot 0.4 saves them."""
+    """config.json and the two processors, as LeRobot 0.4 saves them; relative actions as since 0.5.1."""
     mode = {theirs: ours for ours, theirs in MODES.items()}[document["norm_mode"]]
     norm_map = {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode}
     size = config.vision.image_size
@@ -273,6 +273,7 @@ def write_lerobot(
         "image_resolution": [size, size],
         "empty_cameras": sum(camera is None for camera in document["cameras"]),
         "tokenizer_max_length": config.prompt_length,
+        **lerobot.relative_config(document["relative_actions"], action_dim),
     }
     (folder / "config.json").write_text(json.dumps(content, indent=2))
     _write_processors(folder, config, content, stats)
@@ -294,9 +295,16 @@ def _write_processors(folder: pathlib.Path, config: Pi05Config, content: dict[st
         "truncation": True,
         "tokenizer_name": "google/paligemma-3b-pt-224",
     }
+    relative = content.get("use_relative_actions", False)
+    offsets = {
+        "enabled": True,
+        "exclude_joints": content.get("relative_exclude_joints"),
+        "action_names": content.get("action_feature_names"),
+    }
     steps = [
         ("rename_observations_processor", {"rename_map": {}}),
         ("to_batch_processor", {}),
+        *[("relative_actions_processor", offsets)] * relative,
         ("normalizer_processor", {**common, "features": features}),
         ("pi05_prepare_state_tokenizer_processor_step", {"max_state_dim": content["max_state_dim"]}),
         ("tokenizer_processor", tokenizer),
@@ -304,6 +312,7 @@ def _write_processors(folder: pathlib.Path, config: Pi05Config, content: dict[st
     ]
     after = [
         ("unnormalizer_processor", {**common, "features": content["output_features"]}),
+        *[("absolute_actions_processor", {"enabled": True})] * relative,
         ("device_processor", {"device": "cpu", "float_dtype": None}),
     ]
     for name, chosen in ((PREPROCESSOR, steps), (POSTPROCESSOR, after)):
