@@ -108,7 +108,7 @@ def test_the_keys_of_every_version_are_known(tmp_path):
     [
         ({"use_visual_memory": True}, "use_visual_memory=True.*images of earlier steps"),
         ({"use_proprioceptive_memory": True}, "use_proprioceptive_memory=True"),
-        ({"use_peft": True}, "use_peft=True.*merge them"),
+        ({"use_peft": True}, "use_peft=True.*has no adapter_config.json"),
         ({"min_period": 0.02}, "min_period=0.02.*expected 0.004"),
         ({"max_period": 8.0}, "max_period=8.0.*expected 4.0"),
         ({"n_obs_steps": 2}, "n_obs_steps=2.*expected 1"),

@@ -67,7 +67,7 @@ def convert(given: argparse.Namespace) -> int:
     source_path, place = (absolute(path) for path in (given.src, given.dst))
     if place.resolve().is_relative_to(source_path.resolve()):
         raise FormatError(f"DST {place} lies in SRC {source_path}, which stays as it is; choose another DST")
-    source = open_source(source_path)
+    source = open_source(source_path, given.base and absolute(given.base), given.lora_alpha)
     try:
         format = target_format(given.to, source)
         model = read_model(source, given)
@@ -201,7 +201,7 @@ def read_statistics(
     if given.norm_stats == "none":
         return None, asset_id
     if given.norm_stats is not None:
-        return companions.read_norm_stats(absolute(given.norm_stats), ignored), asset_id
+        return companions.read_norm_stats(absolute(given.norm_stats), settings["norm_mode"], ignored), asset_id
     if source.document is not None:
         return stats_from_json(source.document["norm_stats"]) or None, asset_id
     stats, asset_id = companions.read_stats(source.folder, given.asset_id, settings["norm_mode"], ignored)
@@ -340,6 +340,8 @@ def print_table(
     if arrays.UNUSED_HEAD in source.tensors:
         shape = list(source.tensors[arrays.UNUSED_HEAD].shape)
         print(f"not used: {arrays.UNUSED_HEAD} {shape}: the action expert predicts no tokens")
+    for note in source.notes:
+        print(note)
     config, document = model.config, model.document
     print(
         f"architecture: heads {config.language.heads} of {config.language.head_dim}, {config.cameras} cameras of "

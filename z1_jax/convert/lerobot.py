@@ -12,6 +12,7 @@ from typing import Any
 
 from z1_jax.convert.architecture import variant_heads
 from z1_jax.convert.keys import Ignored, read_count, read_json
+from z1_jax.convert.merging import PEFT_CONFIG
 from z1_jax.convert.store import FormatError
 from z1_jax.data.tokenizer import PALIGEMMA
 
@@ -24,14 +25,13 @@ _READ = (
     "type", "input_features", "output_features", "normalization_mapping", "paligemma_variant",
     "action_expert_variant", "chunk_size", "n_action_steps", "max_state_dim", "max_action_dim", "num_inference_steps",
     "image_resolution", "empty_cameras", "tokenizer_max_length", "use_relative_actions", "relative_exclude_joints",
-    "action_feature_names",
+    "action_feature_names", "use_peft",
 )  # fmt: skip
 # Key -> (the only value that this project's policy can have, what another one means).
 _FIXED: dict[str, tuple[Any, str]] = {
     "n_obs_steps": (1, "the policy looks at one observation"),
     "use_visual_memory": (False, "it needs the images of earlier steps"),
     "use_proprioceptive_memory": (False, "it needs the states of earlier steps, and none in the prompt"),
-    "use_peft": (False, "its weights are adapters: merge them into the model first"),
     "min_period": (4e-3, "it embeds the flow time in other waves"),
     "max_period": (4.0, "it embeds the flow time in other waves"),
 }
@@ -104,6 +104,11 @@ def read_config(folder: pathlib.Path, config: Mapping[str, Any], ignored: Ignore
     for key, (value, meaning) in _FIXED.items():
         if key in config and config[key] != value:
             raise FormatError(f"{path} has {key}={config[key]!r}, which is not supported ({meaning}); expected {value}")
+    if config.get("use_peft") and not (folder / PEFT_CONFIG).is_file():
+        raise FormatError(
+            f"{path} has use_peft={config['use_peft']!r}, but {folder} has no {PEFT_CONFIG}, which says how its "
+            "adapters are merged; fetch the folder anew"
+        )
     before, after = (_read_steps(folder / f"{name}.json", _STEPS[name], ignored) for name in _STEPS)
     settings: dict[str, Any] = variant_heads(path, config)
     settings |= {

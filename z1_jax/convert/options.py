@@ -51,6 +51,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
                         help="whether the prompt holds the state; asked where nothing in SRC tells")  # fmt: skip
     parser.add_argument("--pad-state", type=width_or_none, metavar="N", help="width that the state in the prompt is "
                         "padded to (LeRobot 0.4.4 and older), or none; asked where nothing in SRC tells")  # fmt: skip
+    parser.add_argument("--base", type=pathlib.Path, metavar="PATH", help="the checkpoint that a PEFT folder's "
+                        "adapters belong to, where its adapter_config.json names no folder that is there")  # fmt: skip
+    parser.add_argument("--lora-alpha", type=float, metavar="N", help="of openpi's adapters of other ranks than its "
+                        "own sizes have (alpha is the rank there)")  # fmt: skip
     parser.add_argument("--relative-actions", metavar="MASK", help="action dimensions that are offsets from the state, "
                         "as in openpi's make_bool_mask: 6,-1 is six relative ones, then an absolute one")  # fmt: skip
     parser.add_argument("--ignore", type=lambda text: text.split(","), default=[], metavar="KEY,…",
