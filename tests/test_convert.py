@@ -343,7 +343,10 @@ def inf(case: Case) -> np.ndarray:
         (lambda case: {LAYER: case.torch[LAYER].astype("i4")}, "has dtype I32; expected one of F32"),
         (lambda case: {"state_proj.weight": np.zeros((3, 3), "f")}, "π0 checkpoint, not π0.5"),
         (lambda case: {"action_in_proj.weight": None, "action_in_proj.bias": None}, "π0-FAST"),
-        (lambda case: {LAYER.replace("weight", "lora_a"): np.zeros((3, 3), "f")}, "LoRA checkpoint"),
+        (
+            lambda case: {LAYER.replace("weight", "lora_a"): np.zeros((3, 3), "f")},
+            "1 arrays of adapters among .*save_pretrained",
+        ),
         (lambda case: dict.fromkeys(case.torch), "no π0.5 weights"),
     ],
 )
@@ -509,6 +512,34 @@ def test_statistics_of_an_unknown_input_are_refused(case, tmp_path):
         run(source, tmp_path / "out", *made.FLAGS)
     run(source, tmp_path / "out", *made.FLAGS, "--ignore=torque")
     assert set(Checkpoints(tmp_path / "out").document(0)["norm_stats"]) == {"state", "actions"}
+
+
+def test_statistics_of_mean_and_std_alone(case, tmp_path):
+    """openpi's of policies without quantile normalisation: q01 and q99 are null or absent."""
+    source = tmp_path / "source"
+    shutil.copytree(case.folder / "pytorch", source)
+    [path] = source.rglob("norm_stats.json")
+    moments = {key: {name: value[name] for name in ("mean", "std")} for key, value in case.stats.items()}
+    for number, extra in enumerate(({}, {"q01": None, "q99": None})):
+        path.write_text(json.dumps({"norm_stats": {key: {**value, **extra} for key, value in moments.items()}}))
+        with pytest.raises(UserError, match="mean and std alone.*needs q01 and q99; give --norm-mode=z_score"):
+            run(source, tmp_path / "quantile", *made.FLAGS)
+        run(source, tmp_path / f"ours{number}", *made.FLAGS, "--norm-mode=z_score")
+        stats = Checkpoints(tmp_path / f"ours{number}").document(0)["norm_stats"]
+        for key, value in moments.items():
+            np.testing.assert_allclose(stats[key]["mean"], value["mean"])
+            np.testing.assert_allclose(stats[key]["std"], value["std"])
+        run(
+            case.folder / "pytorch",
+            tmp_path / f"flag{number}",
+            *made.FLAGS,
+            "--norm-mode=z_score",
+            f"--norm-stats={path}",
+        )
+        assert Checkpoints(tmp_path / f"flag{number}").document(0)["norm_stats"] == stats
+    path.write_text(json.dumps({"norm_stats": {"state": {"mean": [0.0]}}}))
+    with pytest.raises(UserError, match="is not a norm_stats.json"):
+        run(source, tmp_path / "broken", *made.FLAGS)
 
 
 def test_paths_that_do_not_fit(case, ours, tmp_path):

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.convert import __main__ as convert
 from z1_jax.convert.keys import Ignored, read_json
-from z1_jax.convert.lerobot import read_config
+from z1_jax.convert.lerobot import read_config, relative_config, relative_mask
 from z1_jax.data.normalize import stats_from_json
 from z1_jax.data.transforms import InputProcessor
 from z1_jax.errors import UserError
@@ -106,10 +106,9 @@ def test_the_keys_of_every_version_are_known(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_relative_actions": True}, "use_relative_actions=True.*offsets from the state"),
         ({"use_visual_memory": True}, "use_visual_memory=True.*images of earlier steps"),
         ({"use_proprioceptive_memory": True}, "use_proprioceptive_memory=True"),
-        ({"use_peft": True}, "use_peft=True.*merge them"),
+        ({"use_peft": True}, "use_peft=True.*has no adapter_config.json"),
         ({"min_period": 0.02}, "min_period=0.02.*expected 0.004"),
         ({"max_period": 8.0}, "max_period=8.0.*expected 4.0"),
         ({"n_obs_steps": 2}, "n_obs_steps=2.*expected 1"),
@@ -157,7 +156,8 @@ def moved_last(steps: list) -> None:
         (moved_last, "has its steps in the order .*expected .*normalizer_processor, pi05_prepare"),
         (lambda steps: steps.append(step("tokenizer_processor")), "tokenizer_processor without pi05_prepare"),
         (norm_map("MEAN_STD"), "preprocessor.json normalises .*MEAN_STD.*config.json says .*QUANTILES"),
-        (changed("relative_actions_processor", enabled=True), "relative_actions_processor has enabled=True"),
+        (changed("relative_actions_processor", enabled=True), "says that actions are relative to the state"),
+        (changed("relative_actions_processor", enabled="yes"), "relative_actions_processor has enabled='yes'"),
         (changed(PREPARE, include_state_in_prompt=False), "include_state_in_prompt=False"),
         (changed(PREPARE, task_key="words"), "task_key='words'"),
         (changed(PREPARE, bins=1024), f"--ignore={PREPARE}.bins"),
@@ -181,7 +181,7 @@ def test_postprocessors_that_are_refused(tmp_path):
     with pytest.raises(UserError, match="policy_postprocessor.json normalises"):
         settings(source)
     source = made(tmp_path / "b", after=lambda steps: steps.append(step("absolute_actions_processor", enabled=True)))
-    with pytest.raises(UserError, match="absolute_actions_processor has enabled=True"):
+    with pytest.raises(UserError, match="absolute_actions_processor. says that actions are"):
         settings(source)
     source = made(tmp_path / "c")
     file = source / "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
@@ -320,3 +320,97 @@ def test_the_export_keeps_how_prompts_are_made_or_is_refused(tmp_path, capsys):
         run(tmp_path / "ours", tmp_path / "none", "--to=lerobot")
     with pytest.raises(UserError, match="is LeRobot's, whose prompts hold the state"):
         run(tmp_path / "source", tmp_path / "none", *HEADS, "--no-state-in-prompt")
+
+
+JOINTS = ["j1", "j2", "j3", "j4", "gripper"]
+
+
+def relative(folder: pathlib.Path, exclude=("gripper",), names=tuple(JOINTS), **config) -> pathlib.Path:
+    """The reference with relative actions, as LeRobot 0.5.1 and later save such a policy."""
+    settings = {"use_relative_actions": True, "relative_exclude_joints": list(exclude), "action_feature_names": names}
+    offsets = step("relative_actions_processor", enabled=True, exclude_joints=list(exclude), action_names=names)
+
+    def before(steps: list) -> None:
+        as_0_6_2(steps)
+        steps[2] = offsets
+
+    def after(steps: list) -> None:
+        steps.insert(1, step("absolute_actions_processor", enabled=True))
+
+    return made(folder, {**settings, **config}, before, after)
+
+
+@pytest.mark.parametrize(
+    ("exclude", "names", "expected"),
+    [
+        (("gripper",), JOINTS, [True] * 4 + [False]),
+        (("J",), JOINTS, [False] * 4 + [True]),  # a part of a name counts, in any case
+        (("j1", "GRIP"), JOINTS, [False] + [True] * 3 + [False]),
+        ((), JOINTS, [True] * 5),
+        (("gripper",), None, [True] * 5),  # LeRobot leaves nothing out where it has no names
+    ],
+)
+def test_relative_actions_are_read_as_lerobot_runs_them(tmp_path, exclude, names, expected):
+    got = settings(relative(tmp_path / "source", exclude, names))["relative_actions"]
+    assert got == {"mask": expected, "names": names or []}
+
+
+def test_relative_actions_travel_there_and_back(tmp_path, capsys):
+    source = relative(tmp_path / "source")
+    run(source, tmp_path / "ours", *HEADS)
+    assert "actions: action dimensions 0..3 are offsets from the state" in capsys.readouterr().out
+    assert document(tmp_path / "ours")["relative_actions"]["mask"] == [True] * 4 + [False]
+    run(tmp_path / "ours", tmp_path / "back", "--to=lerobot")
+    assert settings(tmp_path / "back") == {**settings(source), "max_state_dim": 6}  # nothing is padded
+    for name in ("policy_preprocessor", "policy_postprocessor"):
+        steps = [s["registry_name"] for s in json.loads((tmp_path / "back" / f"{name}.json").read_text())["steps"]]
+        expected = [s["registry_name"] for s in json.loads((source / f"{name}.json").read_text())["steps"]]
+        assert [s for s in steps if "device" not in s] == [s for s in expected if "device" not in s]
+    run(tmp_path / "ours", tmp_path / "openpi", "--to=openpi")
+    assert "DeltaActions and AbsoluteActions with the mask (True, True, True, True, False)" in (capsys.readouterr().out)
+    run(tmp_path / "openpi", tmp_path / "again")  # the sidecar tells what openpi's files have no place for
+    assert document(tmp_path / "again")["relative_actions"] == document(tmp_path / "ours")["relative_actions"]
+
+
+def test_names_that_do_not_tell_dimensions_apart_are_made_up(tmp_path):
+    """Leaving out j1 would leave out j10 as well."""
+    values = {"mask": [True, False], "names": ["j10", "j1"]}
+    written = relative_config(values, 2)
+    assert written["action_feature_names"] == ["relative_0", "absolute_1"]
+    for content in (written, relative_config({"mask": [False, True], "names": []}, 3)):
+        mask = relative_mask(content["action_feature_names"], content["relative_exclude_joints"], 3)
+        assert mask[:2] in ([True, False], [False, True])
+    assert relative_config(None, 7) == {}
+
+
+def test_relative_actions_that_the_files_tell_in_two_ways_are_refused(tmp_path):
+    source = relative(tmp_path / "a")
+    rewrite(source / "policy_postprocessor.json", lambda content: content["steps"].pop(1))
+    with pytest.raises(
+        UserError, match=r"config.json, policy_preprocessor.json .* says that actions are relative.*not"
+    ):
+        settings(source)
+    with pytest.raises(UserError, match="policy_preprocessor.json .* says that actions are relative"):
+        settings(relative(tmp_path / "b", use_relative_actions=False))
+    with pytest.raises(UserError, match="leave out all of"):
+        settings(relative(tmp_path / "c", exclude=("j", "gripper")))
+    with pytest.raises(
+        UserError, match="--relative-actions was given, .* says that action dimensions 0..3 are offsets"
+    ):
+        run(relative(tmp_path / "d"), tmp_path / "ours", *HEADS, "--relative-actions=5")
+    run(relative(tmp_path / "e"), tmp_path / "ours", *HEADS, "--relative-actions=4,-1")  # the same again does no harm
+
+
+def test_openpis_checkpoints_need_the_flag(tmp_path, capsys):
+    """Nothing in them tells; the table says what was assumed."""
+    source = REFERENCE.parent / "openpi_pytorch"
+    flags = (*HEADS, "--horizon=6", "--no-state-in-prompt")
+    run(source, tmp_path / "a", *flags)
+    assert (
+        "actions: absolute; nothing in openpi's checkpoints tells: give --relative-actions" in capsys.readouterr().out
+    )
+    run(source, tmp_path / "b", *flags, "--relative-actions=2,-1,2")
+    assert document(tmp_path / "b")["relative_actions"]["mask"] == [True, True, False, True, True]
+    for mask, message in (("9", "dimension 8 is relative"), ("six", "is no mask"), ("-6", "no dimension is relative")):
+        with pytest.raises(UserError, match=f"--relative-actions.*{message}"):
+            run(source, tmp_path / "c", *flags, f"--relative-actions={mask}")

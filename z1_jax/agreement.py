@@ -114,6 +114,7 @@ def policy_world(path: str, document: Mapping[str, Any]) -> World:
             executed=document.get("executed"),
             images={camera: _size(known.get("images", {}), camera) for camera in document["cameras"] if camera},
             stats=stats_from_json(document["norm_stats"]),
+            offsets=bool(document.get("relative_actions")),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {absolute(path)} holds no policy ({error})") from error

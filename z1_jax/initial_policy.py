@@ -17,6 +17,7 @@ from z1_jax.config.schema import RANDOM, Config, ConfigError, InputsConfig, Mode
 from z1_jax.data import tokenizer
 from z1_jax.data.dataset import Dataset
 from z1_jax.data.normalize import NormMode, NormStats, Rule
+from z1_jax.data.relative import RelativeActions, parse_relative, relative_from_json
 from z1_jax.files import absolute
 from z1_jax.models.pi05 import Pi05Config
 from z1_jax.models.presets import PRESETS, get_preset
@@ -64,9 +65,25 @@ def new_policy(
         rules: what counts as constant in "state" and "actions", for a run that began under others than today's.
     """
     instructions = sorted({episode.instruction for episode in dataset.episodes})
-    stats = training_statistics(dataset.source, dataset.stats)
+    stats = dataset_statistics(dataset, parse_relative(config.inputs.relative_actions))
     stats |= {key: dataclasses.replace(stats[key], rule=rule) for key, rule in (rules or {}).items()}
     return _new_policy(config, stats, instructions, mesh)
+
+
+def dataset_statistics(dataset: Dataset, relative: RelativeActions | None) -> dict[str, NormStats]:
+    """The statistics of a dataset for a policy that is trained on it.
+
+    Raises:
+        ConfigError: the dataset has not all of the dimensions that are relative.
+    """
+    stats = training_statistics(dataset.source, dataset.stats)
+    if relative:
+        try:
+            relative.check(dataset.action_dim, dataset.state_dim)
+        except ValueError as error:
+            raise ConfigError(f"the dataset {dataset.path} does not fit relative actions: {error}") from None
+        stats["actions"] = dataset.relative_statistics(relative)
+    return stats
 
 
 def untrained_policy(config: Config, mesh: jax.sharding.Mesh) -> Policy:
@@ -93,6 +110,7 @@ def _new_policy(
         _slots(config),
         norm_mode=cast(NormMode, config.inputs.norm),  # checked
         state_in_prompt=config.inputs.state_in_prompt,
+        relative=parse_relative(config.inputs.relative_actions),
     )
     return fresh_policy(
         shapes,
@@ -229,7 +247,8 @@ def check_policy(config: Config, path: str) -> None:
         raise ConfigError(
             f"config key env.cameras: got {', '.join(config.env.cameras)}; the policy at {path} wants "
             f"{', '.join(wanted) or 'none'}: set --config.env.cameras={','.join(wanted)}"
-            + f", or convert it again with --cameras={','.join(config.env.cameras)}" * (not document.get("world"))
+            + f", or convert it again with --cameras={','.join(config.env.cameras)}"
+            * (not document.get("world"))
         )
     if not document.get("norm_stats", True) and config.algorithm != "sft":
         raise ConfigError(
@@ -284,6 +303,10 @@ def _check_same_inputs(config: Config, document: dict[str, Any], path: str) -> N
     given, default = config.inputs, InputsConfig()
     theirs: dict[str, Any] = {"norm": document.get("norm_mode"), "state_in_prompt": document.get("state_in_prompt")}
     asked = {key: getattr(given, key) for key in theirs if getattr(given, key) != getattr(default, key)}
+    if given.relative_actions:
+        known, asked_for = relative_from_json(document.get("relative_actions")), parse_relative(given.relative_actions)
+        theirs["relative_actions"] = known.dims if known else ()
+        asked["relative_actions"] = asked_for.dims if asked_for else ()
     if given.slots:
         theirs["slots"], asked["slots"] = tuple(document.get("cameras", ())), _slots(config)
         asked["slots"] += (None,) * (len(theirs["slots"]) - len(asked["slots"]))

@@ -18,6 +18,7 @@ from flax import nnx
 from z1_jax.checkpoint import CheckpointError, Checkpoints
 from z1_jax.config.schema import LoraConfig
 from z1_jax.data.normalize import NormMode, NormStats, stats_from_json, stats_to_json
+from z1_jax.data.relative import RelativeActions, relative_from_json
 from z1_jax.data.tokenizer import PromptTokenizer, load_tokenizer
 from z1_jax.data.transforms import InputProcessor
 from z1_jax.files import absolute
@@ -100,6 +101,7 @@ class Policy:
             "cameras": list(processor.cameras),
             "state_in_prompt": processor.state_in_prompt,
             "prompt_state_dim": processor.prompt_state_dim,
+            "relative_actions": processor.relative.to_json() if processor.relative else None,
             "clip": processor.clip,
             "tokenizer_sha256": processor.tokenizer.identity,
             "executed": self.executed,
@@ -160,6 +162,7 @@ def make_processor(
     *,
     norm_mode: NormMode = "quantile",
     state_in_prompt: bool = True,
+    relative: RelativeActions | None = None,
 ) -> InputProcessor:
     """The processor of a policy on RoboCasa's action interface (raw actions within [−1, 1]).
 
@@ -174,6 +177,7 @@ def make_processor(
         norm_mode=norm_mode,
         state_in_prompt=state_in_prompt,
         clip=(-1.0, 1.0),
+        relative=relative,
     )
 
 
@@ -230,6 +234,7 @@ def load_policy(
             norm_mode=document["norm_mode"],
             state_in_prompt=document["state_in_prompt"],
             prompt_state_dim=document.get("prompt_state_dim"),
+            relative=relative_from_json(document.get("relative_actions")),
             clip=tuple(document["clip"]) if document["clip"] else None,
         )
         executed, denoising_steps = document["executed"], document["denoising_steps"]

@@ -22,6 +22,7 @@ from envs.suite import SettingError, SingleEnv, Suite
 from envs.suite import check_names as _check_names
 from z1_jax.config.schema import Config, ConfigError, EnvConfig, EvalConfig, flat
 from z1_jax.data.normalize import NormStats
+from z1_jax.data.relative import parse_relative
 
 # A suite is called with the config's sections env and eval. A new one is a folder envs/NAME and a line here.
 BUILT_IN = {
@@ -133,6 +134,7 @@ def check_settings(config: Config) -> None:
             )
     if hasattr(suite, "check_settings"):
         _asked(suite.check_settings)
+    _check_relative(config)
     if not suite.branches:
         needs = (
             ("group.branching", config.group.branching, "none", config.algorithm == "grpo"),
@@ -152,6 +154,17 @@ def check_settings(config: Config) -> None:
                 f"config key demos.dataset: got '', but env.suite={config.env.suite} has no scripted expert; expected "
                 "a dataset of demonstrations (python -m z1_jax.collect --from=…), or for grpo a policy in init"
             )
+
+
+def _check_relative(config: Config) -> None:
+    """The mask can be read, and its dimensions are there where the environments tell their widths."""
+    try:
+        relative = parse_relative(config.inputs.relative_actions)
+        if relative and (config.eval.episodes or config.algorithm != "sft"):
+            size = widths(config)
+            relative.check(size["actions"], size["state"])
+    except ValueError as error:
+        raise ConfigError(f"config key inputs.relative_actions: {error}") from None
 
 
 def _task(config: Config, suite: Suite) -> str:

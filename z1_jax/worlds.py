@@ -33,6 +33,7 @@ class World:
     executed: int | None = None  # steps of each chunk that a policy runs before it looks again
     images: Mapping[str, tuple[int, int] | None] = dataclasses.field(default_factory=dict)  # camera -> (height, width)
     stats: Mapping[str, NormStats] = dataclasses.field(default_factory=dict)  # of "state" and "actions", raw units
+    offsets: bool = False  # of a policy: "actions" are offsets from the state, which are compared with nothing
     states: np.ndarray | None = None  # of an environment: [n, state_dim], at the start of a few episodes
 
 
@@ -116,7 +117,7 @@ def _images(one: World, other: World) -> str:
 def _actions(one: World, other: World) -> str:
     """Against [-1, 1], the environments' interface, or against the actions of a policy."""
     ours, theirs = one.stats.get("actions"), other.stats.get("actions")
-    if ours is None:
+    if ours is None or one.offsets or other.offsets:
         return ""
     if theirs is not None:
         return _ranges(one.name, ours, other.name, theirs)

@@ -66,6 +66,9 @@ class InputsConfig:
     tokenizer: str = ""  # a SentencePiece .model, its directory, or a hub name; empty: a small one is made
     state_in_prompt: bool = True  # false: the instruction alone, as openpi's LIBERO policies
     norm: str = "quantile"  # of states and actions
+    # Action dimensions that the policy predicts as offsets from the same dimensions of the state, as openpi writes its
+    # masks: 6,-1 is six relative ones, then an absolute one; empty: all absolute.
+    relative_actions: tuple[str, ...] = ()
     slots: tuple[str, ...] = ()  # camera of each image slot, "none" for a missing one; empty: env.cameras in order
 
 
@@ -331,7 +334,10 @@ FREE_KEYS = (
 )
 
 
-_YOUNGER: dict[str, Any] = {"env.options": []}  # keys that fingerprints did not know, and their defaults
+_YOUNGER: dict[str, Any] = {
+    "env.options": [],
+    "inputs.relative_actions": [],
+}  # keys that fingerprints did not know, and their defaults
 
 
 def defaults(**overrides: Any) -> ml_collections.ConfigDict:

@@ -29,6 +29,7 @@ from z1_jax.convert.sources import FORMATS, Format, Source, describe, open_sourc
 from z1_jax.convert.store import DTYPES, FormatError, TensorInfo, Writer
 from z1_jax.convert.transfer import End, PartSummary, chunks, target_tensors, transfer
 from z1_jax.data.normalize import stats_from_json, stats_to_json
+from z1_jax.data.relative import relative_from_json
 from z1_jax.data.tokenizer import PALIGEMMA, PALIGEMMA_VOCAB_SIZE, load_tokenizer
 from z1_jax.files import absolute
 from z1_jax.models.pi05 import Pi05Config
@@ -66,7 +67,7 @@ def convert(given: argparse.Namespace) -> int:
     source_path, place = (absolute(path) for path in (given.src, given.dst))
     if place.resolve().is_relative_to(source_path.resolve()):
         raise FormatError(f"DST {place} lies in SRC {source_path}, which stays as it is; choose another DST")
-    source = open_source(source_path)
+    source = open_source(source_path, given.base and absolute(given.base), given.lora_alpha)
     try:
         format = target_format(given.to, source)
         model = read_model(source, given)
@@ -125,6 +126,7 @@ def read_model(source: Source, given: argparse.Namespace) -> Model:
     expected = arrays.shapes(pieces, source.end.style)
     check_tensors(source.shapes, expected, [arrays.UNUSED_HEAD], str(source.path))
     stats, asset_id = read_statistics(source, given, settings, ignored)
+    check_relative(source, found, asked, settings, stats)
     settings |= prompt_settings(source, settings, asked, stats, asset_id)
     settings["ignored"] = sorted({*settings.get("ignored", ()), *ignored.finish()})
     tokenizer = read_tokenizer(source, given, settings, config)
@@ -141,6 +143,22 @@ def refuse_contradictions(
             raise FormatError(
                 f"--{name.replace('_', '-')}={asked[name]} was given, {source.path} has {found[name]}; leave it out"
             )
+
+
+def check_relative(
+    source: Source, found: Mapping[str, Any], asked: Mapping[str, Any], settings: Mapping[str, Any], stats: Stats | None
+) -> None:
+    """Raises FormatError where the flag contradicts the source, or actions or state lack a relative dimension."""
+    known, relative = (relative_from_json(values.get("relative_actions")) for values in (found, settings))
+    if "relative_actions" in asked and "relative_actions" in found:
+        if (known.dims if known else ()) != (relative.dims if relative else ()):
+            told = known.words if known else "all actions are absolute"
+            raise FormatError(f"--relative-actions was given, {source.path} says that {told}; leave it out")
+    if relative and stats:
+        try:
+            relative.check(stats["actions"].dim, stats["state"].dim)
+        except ValueError as error:
+            raise FormatError(f"--relative-actions: {error}") from None
 
 
 def prompt_settings(
@@ -183,7 +201,7 @@ def read_statistics(
     if given.norm_stats == "none":
         return None, asset_id
     if given.norm_stats is not None:
-        return companions.read_norm_stats(absolute(given.norm_stats), ignored), asset_id
+        return companions.read_norm_stats(absolute(given.norm_stats), settings["norm_mode"], ignored), asset_id
     if source.document is not None:
         return stats_from_json(source.document["norm_stats"]) or None, asset_id
     stats, asset_id = companions.read_stats(source.folder, given.asset_id, settings["norm_mode"], ignored)
@@ -255,6 +273,7 @@ def make_document(
         "state_in_prompt": settings["state_in_prompt"],
         "prompt_state_dim": settings["prompt_state_dim"],
         "clip": settings["clip"],
+        "relative_actions": settings.get("relative_actions"),
         "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest() if tokenizer else settings.get("tokenizer_sha256"),
         "tokenizer_name": settings.get("tokenizer_name", published),
         "executed": executed,
@@ -321,6 +340,8 @@ def print_table(
     if arrays.UNUSED_HEAD in source.tensors:
         shape = list(source.tensors[arrays.UNUSED_HEAD].shape)
         print(f"not used: {arrays.UNUSED_HEAD} {shape}: the action expert predicts no tokens")
+    for note in source.notes:
+        print(note)
     config, document = model.config, model.document
     print(
         f"architecture: heads {config.language.heads} of {config.language.head_dim}, {config.cameras} cameras of "
@@ -330,6 +351,7 @@ def print_table(
     width = document["prompt_state_dim"]
     padded = f", padded to {width} numbers" if width else ""
     print(f"prompt: {f'holds the state{padded}' if document['state_in_prompt'] else 'holds no state'}")
+    print(f"actions: {relative_words(source, document)}")
     if document["ignored"]:
         print(f"ignored as without effect: {', '.join(document['ignored'])}")
     if model.stats:
@@ -340,6 +362,15 @@ def print_table(
     identity = document["tokenizer_sha256"]
     name = document["tokenizer_name"] or f"a SentencePiece model of {config.vocab_size} tokens"
     print(f"tokenizer: {name}, {f'SHA-256 {identity[:12]}…' if identity else 'its file does not travel with it'}")
+
+
+def relative_words(source: Source, document: Mapping[str, Any]) -> str:
+    """What the actions are, and whether that is known."""
+    if relative := relative_from_json(document["relative_actions"]):
+        return relative.words
+    untold = source.format in ("openpi", "openpi-pytorch") and not (source.folder / companions.SIDECAR).is_file()
+    hint = "; nothing in openpi's checkpoints tells: give --relative-actions=6,-1 if it was trained with DeltaActions"
+    return f"absolute{hint * untold}"
 
 
 def advice(format: Format, place: pathlib.Path, model: Model) -> str:
@@ -363,6 +394,8 @@ def openpi_advice(document: Mapping[str, Any]) -> str:
     """What openpi keeps in its own training config, and not in a checkpoint."""
     config = f"action_horizon={document['horizon']}, discrete_state_input={document['state_in_prompt']}"
     quantile = "" if document["norm_mode"] == "quantile" else ", use_quantile_norm=False"
+    if relative := relative_from_json(document["relative_actions"]):
+        config += f", and its data DeltaActions and AbsoluteActions with the mask {relative.mask}"
     width = document["prompt_state_dim"]
     padded = f"; openpi cannot pad the state in the prompt to {width} numbers, as this policy has it" if width else ""
     return f"; openpi's config must say pi05=True, {config}{quantile}{padded}"

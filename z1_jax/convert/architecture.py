@@ -43,8 +43,6 @@ def variant_heads(path: pathlib.Path, config: Mapping[str, Any]) -> dict[str, in
 def refuse_other_models(names: Iterable[str]) -> None:
     """Raises FormatError, with the reason, for what looks like π0.5 and is not."""
     names = list(names)
-    if any("lora" in name for name in names):
-        raise FormatError("this is a LoRA checkpoint: merge its adapters into the weights first, then convert")
     if any("state_proj" in name or "action_time_mlp" in name for name in names):
         raise FormatError(
             "this is a π0 checkpoint, not π0.5: it feeds the state through state_proj and has no adaptive norms, so "

@@ -17,6 +17,7 @@ from z1_jax.convert import lerobot
 from z1_jax.convert.architecture import variant_heads
 from z1_jax.convert.keys import Ignored, read_count, read_json
 from z1_jax.convert.lerobot import IMAGES, MODES, POSTPROCESSOR, PREPROCESSOR, STATE
+from z1_jax.convert.merging import PEFT_CONFIG, PEFT_KEYS
 from z1_jax.convert.safetensors import SafetensorsReader, SafetensorsWriter
 from z1_jax.convert.store import FormatError, TensorInfo
 from z1_jax.data.normalize import NormStats, load_norm_stats, save_norm_stats
@@ -31,7 +32,7 @@ _LEROBOT_KEYS = {"state": STATE, "actions": "action"}
 _SIDECAR_KEYS = (
     "norm_mode", "cameras", "state_in_prompt", "prompt_state_dim", "clip", "tokenizer_sha256", "tokenizer_name",
     "executed", "denoising_steps", "asset_id", "heads", "vision_heads", "horizon", "prompt_length", "compute",
-    "ignored", "world", "norm_rules",
+    "ignored", "world", "norm_rules", "relative_actions",
 )  # fmt: skip
 _OPENPI_READ = (
     "paligemma_variant", "action_expert_variant", "action_dim", "action_horizon", "max_token_len", "pi05",
@@ -51,6 +52,8 @@ def read_settings(folder: pathlib.Path, ignored: Ignored) -> dict[str, Any]:
         FormatError: damaged, or a key or step that is neither known nor ignored, or not supported.
     """
     settings: dict[str, Any] = {}
+    if (folder / PEFT_CONFIG).is_file():
+        ignored.check(folder / PEFT_CONFIG, read_json(folder / PEFT_CONFIG), PEFT_KEYS)
     path = folder / "config.json"
     if path.is_file():
         config = read_json(path)
@@ -104,19 +107,53 @@ def read_stats(
     if not by_id:
         return None, asset_id
     chosen = asset_id if asset_id is not None else next(iter(by_id))
-    return read_norm_stats(by_id[chosen] / "norm_stats.json", ignored), chosen
+    return read_norm_stats(by_id[chosen] / "norm_stats.json", norm_mode, ignored), chosen
 
 
-def read_norm_stats(path: pathlib.Path, ignored: Ignored) -> Stats:
+def read_norm_stats(path: pathlib.Path, norm_mode: str, ignored: Ignored) -> Stats:
     """openpi's norm_stats.json. Raises FormatError, also for statistics of an input that π0.5 does not have."""
     try:
-        stats = load_norm_stats(path, "openpi")
+        stats = _without_quantiles(path, norm_mode) or load_norm_stats(path, "openpi")
     except ValueError as error:
         raise FormatError(str(error)) from None
     if not {"state", "actions"} <= stats.keys():
         raise FormatError(f"{path} holds statistics of {sorted(stats)}; expected state and actions")
     ignored.check(path, stats, ("state", "actions"))
     return {key: stats[key] for key in ("state", "actions")}
+
+
+def _without_quantiles(path: pathlib.Path, norm_mode: str) -> Stats | None:
+    """Statistics of mean and std alone, which openpi writes for policies that normalise by them; None for others.
+
+    Raises:
+        ValueError: quantiles are needed.
+    """
+    try:
+        content = read_json(path)
+        values = content.get("norm_stats", content)
+        if any(key in value and value[key] is not None for value in values.values() for key in ("q01", "q99")):
+            return None
+        moments = {
+            key: {name: np.asarray(value[name], np.float64) for name in ("mean", "std")}
+            for key, value in values.items()
+        }
+    except (FormatError, KeyError, TypeError, ValueError, AttributeError):
+        return None  # whatever it is, it is told where statistics are read
+    if norm_mode == "quantile":
+        raise ValueError(
+            f"{path} holds mean and std alone, and quantile normalisation needs q01 and q99; give --norm-mode=z_score "
+            "if the policy was trained so (openpi: use_quantile_norm=False), or --norm-stats=FILE with all four"
+        )
+    return {key: NormStats(**_filled(value), rule="openpi") for key, value in moments.items()}
+
+
+def _filled(got: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The pair that the normalisation does not use may be absent: a normal distribution's stands for it."""
+    if "mean" not in got or "std" not in got:
+        got |= {"mean": (got["q01"] + got["q99"]) / 2, "std": (got["q99"] - got["q01"]) / 4.65}
+    if "q01" not in got or "q99" not in got:
+        got |= {"q01": got["mean"] - 2.33 * got["std"], "q99": got["mean"] + 2.33 * got["std"]}
+    return got
 
 
 def with_rules(folder: pathlib.Path, stats: Stats, settings: Mapping[str, Any]) -> Stats:
@@ -182,13 +219,8 @@ def _lerobot_one(path: pathlib.Path, values: Mapping[str, np.ndarray], key: str,
     if missing:
         raise FormatError(f"{path} lacks {key}.{missing[0]}, which {norm_mode} normalisation needs")
     got = {name: values[f"{key}.{name}"] for name in ("mean", "std", "q01", "q99") if f"{key}.{name}" in values}
-    # The pair that the mode does not use may be absent: a normal distribution's stands for it.
-    if "mean" not in got or "std" not in got:
-        got |= {"mean": (got["q01"] + got["q99"]) / 2, "std": (got["q99"] - got["q01"]) / 4.65}
-    if "q01" not in got or "q99" not in got:
-        got |= {"q01": got["mean"] - 2.33 * got["std"], "q99": got["mean"] + 2.33 * got["std"]}
     try:
-        return NormStats(**got, rule="openpi")
+        return NormStats(**_filled(got), rule="openpi")
     except ValueError as error:
         raise FormatError(f"{path}: {key}: {error}") from None
 
@@ -247,7 +279,7 @@ def require_lerobot(document: Mapping[str, Any], asked_padding: bool) -> None:
 def write_lerobot(
     folder: pathlib.Path, config: Pi05Config, stats: Stats | None, document: Mapping[str, Any], precision: str
 ) -> None:
-    """config.json and the two processors, as LeRobot 0.4 saves them."""
+    """config.json and the two processors, as LeRobot 0.4 saves them; relative actions as since 0.5.1."""
     mode = {theirs: ours for ours, theirs in MODES.items()}[document["norm_mode"]]
     norm_map = {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode}
     size = config.vision.image_size
@@ -273,6 +305,7 @@ def write_lerobot(
         "image_resolution": [size, size],
         "empty_cameras": sum(camera is None for camera in document["cameras"]),
         "tokenizer_max_length": config.prompt_length,
+        **lerobot.relative_config(document["relative_actions"], action_dim),
     }
     (folder / "config.json").write_text(json.dumps(content, indent=2))
     _write_processors(folder, config, content, stats)
@@ -294,9 +327,16 @@ def _write_processors(folder: pathlib.Path, config: Pi05Config, content: dict[st
         "truncation": True,
         "tokenizer_name": "google/paligemma-3b-pt-224",
     }
+    relative = content.get("use_relative_actions", False)
+    offsets = {
+        "enabled": True,
+        "exclude_joints": content.get("relative_exclude_joints"),
+        "action_names": content.get("action_feature_names"),
+    }
     steps = [
         ("rename_observations_processor", {"rename_map": {}}),
         ("to_batch_processor", {}),
+        *[("relative_actions_processor", offsets)] * relative,
         ("normalizer_processor", {**common, "features": features}),
         ("pi05_prepare_state_tokenizer_processor_step", {"max_state_dim": content["max_state_dim"]}),
         ("tokenizer_processor", tokenizer),
@@ -304,6 +344,7 @@ def _write_processors(folder: pathlib.Path, config: Pi05Config, content: dict[st
     ]
     after = [
         ("unnormalizer_processor", {**common, "features": content["output_features"]}),
+        *[("absolute_actions_processor", {"enabled": True})] * relative,
         ("device_processor", {"device": "cpu", "float_dtype": None}),
     ]
     for name, chosen in ((PREPROCESSOR, steps), (POSTPROCESSOR, after)):

@@ -12,6 +12,7 @@ from typing import Any
 
 from z1_jax.convert.architecture import variant_heads
 from z1_jax.convert.keys import Ignored, read_count, read_json
+from z1_jax.convert.merging import PEFT_CONFIG
 from z1_jax.convert.store import FormatError
 from z1_jax.data.tokenizer import PALIGEMMA
 
@@ -23,15 +24,14 @@ MODES = {"QUANTILES": "quantile", "MEAN_STD": "z_score"}
 _READ = (
     "type", "input_features", "output_features", "normalization_mapping", "paligemma_variant",
     "action_expert_variant", "chunk_size", "n_action_steps", "max_state_dim", "max_action_dim", "num_inference_steps",
-    "image_resolution", "empty_cameras", "tokenizer_max_length",
+    "image_resolution", "empty_cameras", "tokenizer_max_length", "use_relative_actions", "relative_exclude_joints",
+    "action_feature_names", "use_peft",
 )  # fmt: skip
 # Key -> (the only value that this project's policy can have, what another one means).
 _FIXED: dict[str, tuple[Any, str]] = {
     "n_obs_steps": (1, "the policy looks at one observation"),
-    "use_relative_actions": (False, "its actions are offsets from the state, which would be executed as targets"),
     "use_visual_memory": (False, "it needs the images of earlier steps"),
     "use_proprioceptive_memory": (False, "it needs the states of earlier steps, and none in the prompt"),
-    "use_peft": (False, "its weights are adapters: merge them into the model first"),
     "min_period": (4e-3, "it embeds the flow time in other waves"),
     "max_period": (4.0, "it embeds the flow time in other waves"),
 }
@@ -48,7 +48,6 @@ _NO_EFFECT: dict[str, str] = {
         [f"optimizer_{name}" for name in ("lr", "betas", "eps", "weight_decay", "grad_clip_norm")], _TRAINING
     ),
     **dict.fromkeys([f"scheduler_{name}" for name in ("warmup_steps", "decay_steps", "decay_lr")], _TRAINING),
-    **dict.fromkeys(("relative_exclude_joints", "action_feature_names"), "read only with use_relative_actions"),
     **dict.fromkeys(
         ("memory_frames", "memory_stride", "memory_temporal_attention_every"), "read only with use_*_memory"
     ),
@@ -75,8 +74,8 @@ _STEPS = {
 }
 # (step, key) -> the values that this project's policy can have.
 _FIXED_IN_STEPS: dict[tuple[str, str], tuple[Any, ...]] = {
-    ("relative_actions_processor", "enabled"): (False,),
-    ("absolute_actions_processor", "enabled"): (False,),
+    ("relative_actions_processor", "enabled"): (False, True),
+    ("absolute_actions_processor", "enabled"): (False, True),
     ("pi05_prepare_state_tokenizer_processor_step", "task_key"): ("task",),
     ("pi05_prepare_state_tokenizer_processor_step", "include_state_in_prompt"): (True,),
     ("tokenizer_processor", "task_key"): ("task",),
@@ -105,6 +104,11 @@ def read_config(folder: pathlib.Path, config: Mapping[str, Any], ignored: Ignore
     for key, (value, meaning) in _FIXED.items():
         if key in config and config[key] != value:
             raise FormatError(f"{path} has {key}={config[key]!r}, which is not supported ({meaning}); expected {value}")
+    if config.get("use_peft") and not (folder / PEFT_CONFIG).is_file():
+        raise FormatError(
+            f"{path} has use_peft={config['use_peft']!r}, but {folder} has no {PEFT_CONFIG}, which says how its "
+            "adapters are merged; fetch the folder anew"
+        )
     before, after = (_read_steps(folder / f"{name}.json", _STEPS[name], ignored) for name in _STEPS)
     settings: dict[str, Any] = variant_heads(path, config)
     settings |= {
@@ -116,6 +120,7 @@ def read_config(folder: pathlib.Path, config: Mapping[str, Any], ignored: Ignore
         "max_state_dim": read_count(path, config, "max_state_dim"),
         "state_in_prompt": True,
         "pads_state": _pads_state(folder, config, {**before, **after}),
+        "relative_actions": _relative_actions(folder, config, before, after),
     }
     # LeRobot runs what the processors say; config.json is what they were made from.
     if "max_length" in (tokenizer := before.get("tokenizer_processor", {})):
@@ -193,6 +198,60 @@ def _pads_state(folder: pathlib.Path, config: Mapping[str, Any], steps: Steps) -
         if version := re.search(r"LeRobot version\s*\|\s*v?(\d+)\.(\d+)", card):
             clues.add((int(version[1]), int(version[2])) < (0, 5))
     return clues.pop() if len(clues) == 1 else None
+
+
+def _relative_actions(
+    folder: pathlib.Path, config: Mapping[str, Any], before: Steps, after: Steps
+) -> dict[str, Any] | None:
+    """The relative dimensions as JSON (see `RelativeActions`); None where actions are absolute.
+
+    LeRobot leaves out the dimensions in whose names one of `relative_exclude_joints` stands; without names none.
+    """
+    step = before.get("relative_actions_processor", {})
+    told = {"config.json": bool(config.get("use_relative_actions", False))}
+    for file, name, steps in (
+        (PREPROCESSOR, "relative_actions_processor", before),
+        (POSTPROCESSOR, "absolute_actions_processor", after),
+    ):
+        if (folder / f"{file}.json").is_file():
+            told[f"{file}.json ({name})"] = bool(steps.get(name, {}).get("enabled", False))
+    if len(set(told.values())) > 1:
+        yes, no = (", ".join(file for file, is_so in told.items() if is_so is wanted) for wanted in (True, False))
+        raise FormatError(
+            f"{folder}: {yes} says that actions are relative to the state, {no} that they are not; make them say the "
+            "same"
+        )
+    if not told["config.json"]:
+        return None
+    names = [str(name) for name in step.get("action_names", config.get("action_feature_names")) or ()]
+    left_out = step.get("exclude_joints", config.get("relative_exclude_joints", ["gripper"])) or ()
+    mask = relative_mask(names, [str(name) for name in left_out], config["output_features"]["action"]["shape"][0])
+    if not any(mask):
+        raise FormatError(f"{folder}: relative actions leave out all of {', '.join(names)}; expected some to be left")
+    return {"mask": mask, "names": names[: len(mask)] if len(names) >= len(mask) else []}
+
+
+def relative_mask(names: Sequence[str], left_out: Sequence[str], action_dim: int) -> list[bool]:
+    """Which dimensions LeRobot makes relative, by their names and those that it leaves out."""
+    wanted = [token.lower() for token in left_out if token]
+    named = [not any(token in name.lower() for token in wanted) for name in names[:action_dim]]
+    return named + [True] * (action_dim - len(named))
+
+
+def relative_config(values: Mapping[str, Any] | None, action_dim: int) -> dict[str, Any]:
+    """The keys of config.json for relative dimensions (as JSON); nothing for a policy with absolute actions.
+
+    Names that tell the absolute dimensions apart are kept; others are made up.
+    """
+    if not values:
+        return {}
+    mask = [*values["mask"], *[False] * action_dim][:action_dim]
+    names = list(values["names"])
+    left_out = [name for name, relative in zip(names, mask, strict=False) if not relative]
+    if len(names) != action_dim or relative_mask(names, left_out, action_dim) != mask:  # one stands in another
+        names = [f"{'relative' if relative else 'absolute'}_{dim}" for dim, relative in enumerate(mask)]
+        left_out = [name for name, relative in zip(names, mask, strict=True) if not relative]
+    return {"use_relative_actions": True, "relative_exclude_joints": left_out, "action_feature_names": names}
 
 
 def _cameras(path: pathlib.Path, config: Mapping[str, Any], rename_map: Mapping[str, str]) -> list[str | None]:

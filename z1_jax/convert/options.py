@@ -12,6 +12,7 @@ from z1_jax.convert.sources import FORMATS
 from z1_jax.convert.store import FormatError
 from z1_jax.convert.transfer import DTYPE_CHOICES
 from z1_jax.data.normalize import NORM_MODES
+from z1_jax.data.relative import parse_relative
 
 DESCRIPTION = "π0.5 checkpoints of openpi (Orbax, PyTorch) and LeRobot → ours, and back with --to."
 _MOST = {  # of numbers that the command line gives; heads must divide a width
@@ -50,6 +51,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
                         help="whether the prompt holds the state; asked where nothing in SRC tells")  # fmt: skip
     parser.add_argument("--pad-state", type=width_or_none, metavar="N", help="width that the state in the prompt is "
                         "padded to (LeRobot 0.4.4 and older), or none; asked where nothing in SRC tells")  # fmt: skip
+    parser.add_argument("--base", type=pathlib.Path, metavar="PATH", help="the checkpoint that a PEFT folder's "
+                        "adapters belong to, where its adapter_config.json names no folder that is there")  # fmt: skip
+    parser.add_argument("--lora-alpha", type=float, metavar="N", help="of openpi's adapters of other ranks than its "
+                        "own sizes have (alpha is the rank there)")  # fmt: skip
+    parser.add_argument("--relative-actions", metavar="MASK", help="action dimensions that are offsets from the state, "
+                        "as in openpi's make_bool_mask: 6,-1 is six relative ones, then an absolute one")  # fmt: skip
     parser.add_argument("--ignore", type=lambda text: text.split(","), default=[], metavar="KEY,…",
                         help="keys or processor steps of SRC that are known to you to be without effect")  # fmt: skip
     return parser.parse_args(list(arguments))
@@ -69,6 +76,12 @@ def given_settings(given: argparse.Namespace) -> dict[str, Any]:
     if given.pad_state is not None:
         settings["prompt_state_dim"] = None if given.pad_state == "none" else int(given.pad_state)
     numbers = {name: value for name, value in settings.items() if name not in ("norm_mode", "state_in_prompt")}
+    if given.relative_actions is not None:
+        try:
+            relative = parse_relative(given.relative_actions.split(","))
+        except ValueError as error:
+            raise FormatError(f"--relative-actions={given.relative_actions}: {error}") from None
+        settings["relative_actions"] = relative.to_json() if relative else None
     for name, value in numbers.items():
         option = "pad-state" if name == "prompt_state_dim" else name.replace("_", "-")
         most = _MOST.get(option.replace("-", "_"))

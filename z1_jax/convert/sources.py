@@ -10,10 +10,13 @@ from typing import Any, Literal
 from z1_jax.checkpoint import CheckpointError, Checkpoints
 from z1_jax.convert import arrays, companions
 from z1_jax.convert.architecture import refuse_other_models, style_of
-from z1_jax.convert.keys import Ignored
+from z1_jax.convert.keys import Ignored, read_json
+from z1_jax.convert.merging import PEFT_CONFIG, PEFT_WEIGHTS, MergedReader, openpi_adapters, peft_adapters
 from z1_jax.convert.orbax import TREE, OrbaxReader
 from z1_jax.convert.safetensors import INDEX, SafetensorsReader, open_sharded
 from z1_jax.convert.store import FormatError, Reader, TensorInfo
+from z1_jax.convert.torch_files import SUFFIXES, TorchReader
+from z1_jax.convert.torch_names import plain_names
 from z1_jax.convert.transfer import End
 from z1_jax.files import absolute
 from z1_jax.models.compute import Compute
@@ -21,7 +24,9 @@ from z1_jax.policy import find_policy
 
 Format = Literal["ours", "openpi", "openpi-pytorch", "lerobot"]
 FORMATS: tuple[Format, ...] = ("ours", "openpi", "openpi-pytorch", "lerobot")
-LEROBOT_PREFIX = "model."
+
+
+_PEFT_NOTE, _OPENPI_NOTE = "merged: PEFT's adapters into", "merged: openpi's adapters into"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Source:
         folder: where its configs and statistics stand.
         document: of our own checkpoints.
         crcs: CRC-32 of our own checkpoints' arrays.
+        notes: what was done to names and weights, in words.
     """
 
     format: Format
@@ -43,28 +49,47 @@ class Source:
     tensors: Mapping[str, TensorInfo]
     document: Mapping[str, Any] | None = None
     crcs: Mapping[str, int | None] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: info.shape for name, info in self.tensors.items()}
 
 
-def open_source(path: pathlib.Path) -> Source:
-    """Opens what is there.
+def open_source(path: pathlib.Path, base: pathlib.Path | None = None, lora_alpha: float | None = None) -> Source:
+    """Opens what is there; adapters are merged while it is read.
+
+    Args:
+        base: the checkpoint that PEFT's adapters belong to, where their folder names none that is there.
+        lora_alpha: of openpi's adapters, where their rank does not tell.
 
     Raises:
-        FormatError: nothing that is known, a damaged file, or another model than π0.5.
+        FormatError: nothing that is known, a damaged file, another model than π0.5, or an argument without effect.
     """
     path = absolute(path)
+    found = _opened(path, base, lora_alpha)
+    for option, value, used in (
+        ("base", base, any(note.startswith(_PEFT_NOTE) for note in found.notes)),
+        ("lora-alpha", lora_alpha, any(note.startswith(_OPENPI_NOTE) for note in found.notes)),
+    ):
+        if value is not None and not used:
+            found.reader.close()
+            raise FormatError(f"--{option}={value} has no effect: {path} holds no such adapters; leave it out")
+    return found
+
+
+def _opened(path: pathlib.Path, base: pathlib.Path | None, lora_alpha: float | None) -> Source:
     if not path.exists():
         raise FormatError(f"there is nothing at {path}; expected a checkpoint")
     if path.is_file():
-        return _open_safetensors(path, path)
+        return _open_torch(path, path)
     for folder in (path, path / "pretrained_model"):
+        if (folder / PEFT_CONFIG).is_file():
+            return _open_peft(path, folder, base)
         if (file := _weights_file(folder)) is not None:
-            return _open_safetensors(path, file)
+            return _open_torch(path, file)
     if (path / TREE).is_file() or (path / "params" / TREE).is_file():
-        return _open_orbax(path)
+        return _open_orbax(path, lora_alpha)
     try:
         directory, step = find_policy(path)
     except CheckpointError:
@@ -73,71 +98,119 @@ def open_source(path: pathlib.Path) -> Source:
         raise FormatError(
             f"no checkpoint in {path}{hint or '; expected model.safetensors, its index, or a folder params'}"
         ) from None
-    return _open_orbax(directory / str(step))
+    return _open_orbax(directory / str(step), lora_alpha)
 
 
 def _weights_file(folder: pathlib.Path) -> pathlib.Path | None:
-    """The safetensors file or index that holds a folder's weights (LeRobot's statistics are in such files too)."""
+    """The file or index that holds a folder's weights (LeRobot's statistics are in safetensors too)."""
     for name in (INDEX, "model.safetensors"):
         if (folder / name).is_file():
             return folder / name
-    others = [path for path in sorted(folder.glob("*.safetensors")) if "processor" not in path.name]
-    if len(others) > 1:
-        raise FormatError(
-            f"{folder} holds {len(others)} safetensors files and no {INDEX}; name the one with the weights"
-        )
-    return others[0] if others else None
+    for suffixes in ((".safetensors",), SUFFIXES):
+        others = [path for path in sorted(folder.glob("*")) if path.suffix in suffixes and "processor" not in path.name]
+        if len(others) > 1:
+            raise FormatError(
+                f"{folder} holds {len(others)} files of weights ({', '.join(path.name for path in others[:4])}) and no "
+                f"{INDEX}; name the one with the weights"
+            )
+        if others:
+            return others[0]
+    return None
 
 
-def _open_safetensors(path: pathlib.Path, file: pathlib.Path) -> Source:
+def _open_torch(path: pathlib.Path, file: pathlib.Path) -> Source:
+    """A file of PyTorch's arrays, by its suffix."""
     try:
-        reader = open_sharded(file) if file.name.endswith(".json") else SafetensorsReader(file)
+        if file.suffix in SUFFIXES:
+            reader: Reader = TorchReader(file)
+        else:
+            reader = open_sharded(file) if file.name.endswith(".json") else SafetensorsReader(file)
     except OSError as error:
         raise FormatError(f"{file} cannot be read ({error.strerror})") from None
-    names = list(reader.tensors)
-    prefixed = bool(names) and all(name.startswith(LEROBOT_PREFIX) for name in names)
-    prefix = LEROBOT_PREFIX if prefixed else ""
-    found = {name.removeprefix(prefix): info for name, info in reader.tensors.items()}
+    try:
+        names = plain_names(reader.tensors)
+    except FormatError as error:
+        raise FormatError(f"{file}: {error}") from None
+    if adapters := [name for name in names.stored if "lora" in name]:
+        raise FormatError(
+            f"{file} holds {len(adapters)} arrays of adapters among its weights ({adapters[0]}); save them with PEFT's "
+            "save_pretrained, whose folder is read here, or merge them with merge_and_unload"
+        )
+    stored = dict(names.stored)
+    found = {name: reader.tensors[original] for name, original in stored.items()}
     refuse_other_models_of(found, file)
-    _merge_tied(found, reader, prefix, file)
-    end = End("torch", lambda name: _stored(name, prefix, reader.tensors))
-    return Source("lerobot" if prefixed else "openpi-pytorch", path, file.parent, reader, end, found)
+    _merge_tied(found, reader, stored, file)
+    format: Format = "lerobot" if names.lerobot else "openpi-pytorch"
+    return Source(format, path, file.parent, reader, End("torch", stored.__getitem__), found, notes=names.notes)
 
 
-def _stored(name: str, prefix: str, stored: Mapping[str, TensorInfo]) -> str:
-    """A tensor's name in the file: the embedding may stand under that of its tied twin."""
-    if name == arrays.EMBEDDING and prefix + name not in stored:
-        name = arrays.TIED_EMBEDDING
-    return prefix + name
+def _open_peft(path: pathlib.Path, folder: pathlib.Path, base: pathlib.Path | None) -> Source:
+    """A folder of PEFT: adapters, and LeRobot's configs, over the weights of another folder."""
+    named = str(read_json(folder / PEFT_CONFIG).get("base_model_name_or_path") or "")
+    if base is None and (not named or not absolute(named).is_dir()):
+        raise FormatError(
+            f"{folder} holds PEFT's adapters of {named or 'an unnamed model'}, without its weights; give the folder of "
+            "those with --base=PATH"
+        )
+    if not (folder / PEFT_WEIGHTS).is_file():
+        raise FormatError(f"{folder} has {PEFT_CONFIG} and no {PEFT_WEIGHTS}; fetch the folder anew")
+    below = _opened(base if base is not None else absolute(named), None, None)
+    if below.end.style != "torch":
+        raise FormatError(f"--base={below.path} is {describe(below)}; PEFT's adapters belong to a PyTorch model")
+    extra = SafetensorsReader(folder / PEFT_WEIGHTS)
+    found = peft_adapters(folder, {name: info.shape for name, info in extra.tensors.items()})
+    stored = {name: below.end.rename(name) for name in below.tensors}
+    plain = plain_names([*found.adapters, *found.replaced]).stored
+    if lost := [name for name in plain if name not in stored]:
+        raise FormatError(f"{folder} adapts {lost[0]}, which {below.path} does not have; give its own base with --base")
+    adapters = {stored[name]: found.adapters[told] for name, told in plain.items() if told in found.adapters}
+    replaced = {stored[name]: found.replaced[told] for name, told in plain.items() if told in found.replaced}
+    reader = MergedReader(below.reader, extra, adapters, replaced)
+    tensors = {name: reader.tensors[stored[name]] for name in stored}
+    others = f", {len(replaced)} weights replaced" * bool(replaced)
+    notes = (*below.notes, f"{_PEFT_NOTE} {len(adapters)} weights of {below.path}{others}")
+    settings = folder if (folder / "config.json").is_file() else below.folder
+    return Source(below.format, path, settings, reader, below.end, tensors, notes=notes)
 
 
-def _merge_tied(found: dict[str, TensorInfo], reader: Reader, prefix: str, file: pathlib.Path) -> None:
+def _merge_tied(found: dict[str, TensorInfo], reader: Reader, stored: dict[str, str], file: pathlib.Path) -> None:
     """Leaves one of the embedding's two names. Raises FormatError when both are there and differ."""
     twin = found.pop(arrays.TIED_EMBEDDING, None)
     if twin is None:
         return
     if arrays.EMBEDDING not in found:
         found[arrays.EMBEDDING] = twin
+        stored[arrays.EMBEDDING] = stored[arrays.TIED_EMBEDDING]
         return
     if twin != found[arrays.EMBEDDING]:
         raise FormatError(f"{file}: embed_tokens and lm_head are tied, but their shapes or dtypes differ")
     rows = max(1, (32 << 20) // (twin.nbytes // max(1, twin.shape[0])))
     for start in range(0, twin.shape[0], rows):
         block = slice(start, min(start + rows, twin.shape[0]))
-        one, other = (reader.read(prefix + n, (block,)) for n in (arrays.EMBEDDING, arrays.TIED_EMBEDDING))
+        one, other = (reader.read(stored[n], (block,)) for n in (arrays.EMBEDDING, arrays.TIED_EMBEDDING))
         if one.tobytes() != other.tobytes():
             raise FormatError(f"{file}: embed_tokens and lm_head are tied, but their values differ")
 
 
-def _open_orbax(path: pathlib.Path) -> Source:
+def _open_orbax(path: pathlib.Path, lora_alpha: float | None) -> Source:
     folder, tree = (path, path / "params") if (path / "params" / TREE).is_file() else (path.parent, path)
-    reader = OrbaxReader(tree)
+    reader: Reader = OrbaxReader(tree)
     stored = {_plain(name): name for name in reader.tensors}
     found = {plain: reader.tensors[name] for plain, name in stored.items()}
     refuse_other_models_of(found, path)
     end = End(style_of(found), stored.__getitem__)
     if end.style == "openpi":
-        return Source("openpi", path, folder, reader, end, found)
+        notes: tuple[str, ...] = ()
+        adapters, names = openpi_adapters({name: info.shape for name, info in found.items()}, lora_alpha)
+        if adapters:
+            by_name = {
+                stored[name]: dataclasses.replace(adapter, a=stored[adapter.a], b=stored[adapter.b])
+                for name, adapter in adapters.items()
+            }
+            reader = MergedReader(reader, reader, by_name, hidden=frozenset(stored[name] for name in names))
+            found = {plain: reader.tensors[name] for plain, name in stored.items() if plain not in names}
+            notes = (f"{_OPENPI_NOTE} {len(adapters)} weights",)
+        return Source("openpi", path, folder, reader, end, found, notes=notes)
     if not folder.name.isdigit():
         raise FormatError(f"{path} holds our arrays, but is no step of a checkpoint directory; give the folder <step>")
     checkpoints = Checkpoints(folder.parent)

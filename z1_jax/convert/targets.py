@@ -17,8 +17,9 @@ from z1_jax.checkpoint import Checkpoints
 from z1_jax.convert import arrays, companions
 from z1_jax.convert.orbax import OrbaxWriter, save_frame
 from z1_jax.convert.safetensors import SafetensorsWriter
-from z1_jax.convert.sources import LEROBOT_PREFIX, Format
+from z1_jax.convert.sources import Format
 from z1_jax.convert.store import FormatError, TensorInfo, Writer
+from z1_jax.convert.torch_names import LEROBOT_PREFIX
 from z1_jax.convert.transfer import End, PartSummary
 from z1_jax.files import clear, lock
 from z1_jax.models.pi05 import Pi05Config

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from z1_jax.data.normalize import NormStats, StatsAccumulator, load_norm_stats, save_norm_stats
+from z1_jax.data.relative import RelativeActions
 from z1_jax.errors import UserError, first_line
 from z1_jax.files import clear
 
@@ -117,12 +118,32 @@ class Dataset:
         wanted = [int(index) for index in indices]
         if wanted and not 0 <= min(wanted) <= max(wanted) < len(self):
             raise IndexError(f"records {min(wanted)}..{max(wanted)} asked for; the dataset has 0..{len(self) - 1}")
+        return [self._record(raw) for raw in self._raw(wanted)]
+
+    def _raw(self, wanted: Sequence[int]) -> Sequence[Mapping[str, Any]]:
         try:
-            return [self._record(raw) for raw in self._records.__getitems__(wanted)]
+            return list(self._records.__getitems__(list(wanted)))
         except Exception as error:  # array_record, protobuf and Pillow each have their own
             raise UserError(
                 f"dataset {self.path} is damaged: its records cannot be read ({first_line(error)}); make it again"
             ) from None
+
+    def numbers(self, at_once: int = 1024) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(states float32 [n, state_dim], actions float32 [n, H, action_dim]) of all records; no image is decoded.
+
+        Raises:
+            ValueError: a record cannot be read back.
+        """
+        for start in range(0, len(self), at_once):
+            rows = self._raw(range(start, min(start + at_once, len(self))))
+            yield np.stack([row["state"] for row in rows]), np.stack([row["actions"] for row in rows])
+
+    def relative_statistics(self, relative: RelativeActions) -> NormStats:
+        """Statistics of the action chunks as offsets from their states: what openpi computes behind DeltaActions."""
+        found = StatsAccumulator()
+        for states, actions in self.numbers():
+            found.update(relative.offsets(actions, states))
+        return found.result()
 
     @functools.cached_property
     def _records(self) -> Any:

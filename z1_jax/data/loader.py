@@ -142,13 +142,14 @@ def collate(dataset: Dataset, processor: InputProcessor, indices: Sequence[int] 
     """The records at `indices` as model inputs and normalised actions (see `Loader`)."""
     records = dataset.records(indices)
     observation = processor.observation(records)
+    states = np.stack([record.state for record in records])
     return {
         "images": observation.images,
         "image_mask": observation.image_mask,
         "tokens": observation.tokens,
         "token_mask": observation.token_mask,
-        "state": processor.model_states(np.stack([record.state for record in records])),
-        "actions": processor.model_actions(np.stack([record.actions for record in records])),
+        "state": processor.model_states(states),
+        "actions": processor.model_actions(np.stack([record.actions for record in records]), states),
         "index": np.asarray(indices, np.int64),
     }
 

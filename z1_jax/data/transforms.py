@@ -15,6 +15,7 @@ from jaxtyping import Float, Shaped
 from PIL import Image
 
 from z1_jax.data.normalize import NormMode, NormStats
+from z1_jax.data.relative import RelativeActions
 from z1_jax.data.tokenizer import PromptTokenizer
 from z1_jax.types import Observation
 
@@ -94,11 +95,12 @@ class InputProcessor:
     """All that stands between an environment and the model; the same object serves SFT, RL, evaluation and serving.
 
     Raises:
-        ValueError: the statistics lack a key, or the environment's actions are wider than the model's.
+        ValueError: the statistics lack a key, the environment's actions are wider than the model's, or an action is
+            relative to a state that has fewer dimensions.
     """
 
     tokenizer: PromptTokenizer
-    stats: Mapping[str, NormStats]  # keys "state" and "actions", raw units
+    stats: Mapping[str, NormStats]  # keys "state" and "actions", raw units; of relative actions: of the offsets
     cameras: tuple[str | None, ...]  # environment camera of each slot (base, left wrist, right wrist); None: missing
     image_size: int  # pixels, S
     action_dim: int  # A: the model's width, at least the environment's
@@ -106,6 +108,7 @@ class InputProcessor:
     state_in_prompt: bool = True
     clip: tuple[float, float] | None = None  # bounds of a raw action, where the environment has them
     prompt_state_dim: int | None = None  # width that the state in the prompt is padded to (as LeRobot does)
+    relative: RelativeActions | None = None  # what the model predicts as offsets from the state
 
     def __post_init__(self) -> None:
         missing = {"state", "actions"} - set(self.stats)
@@ -117,6 +120,8 @@ class InputProcessor:
             )
         if not any(self.cameras):
             raise ValueError(f"cameras={self.cameras!r} names no camera; expected at least one")
+        if self.relative:
+            self.relative.check(self.env_action_dim, self.stats["state"].dim)
 
     @property
     def env_action_dim(self) -> int:
@@ -185,18 +190,40 @@ class InputProcessor:
             raise ValueError(f"states of rows {np.flatnonzero(~np.isfinite(states).all(1)).tolist()} are not finite")
         return self.stats["state"].normalise(states, self.norm_mode)
 
-    def model_actions(self, raw: Float[np.ndarray, "*N H A_env"]) -> np.ndarray:
-        """Raw actions [..., H, A_env] normalised and padded with zeros: float32 [..., H, A]."""
+    def model_actions(
+        self, raw: Float[np.ndarray, "*N H A_env"], states: Float[np.ndarray, "*N D"] | None = None
+    ) -> np.ndarray:
+        """Raw actions [..., H, A_env] normalised and padded with zeros: float32 [..., H, A].
+
+        Args:
+            states: raw [..., state_dim], which the policy sees before each chunk; needed where actions are relative.
+
+        Raises:
+            ValueError: another width, or the states are needed and not given.
+        """
         if raw.shape[-1] != self.env_action_dim:
             raise ValueError(f"actions have width {raw.shape[-1]}; expected {self.env_action_dim} as in the statistics")
+        if self.relative:
+            raw = self.relative.offsets(raw, _needed(states))
         out = np.zeros((*raw.shape[:-1], self.action_dim), np.float32)
         out[..., : self.env_action_dim] = self.stats["actions"].normalise(raw, self.norm_mode)
         return out
 
-    def env_actions(self, actions: Float[np.ndarray, "*N H A"]) -> np.ndarray:
-        """The model's actions [..., H, A] in raw units: float32 [..., H, A_env]; constant ones are held."""
+    def env_actions(
+        self, actions: Float[np.ndarray, "*N H A"], states: Float[np.ndarray, "*N D"] | None = None
+    ) -> np.ndarray:
+        """The model's actions [..., H, A] in raw units: float32 [..., H, A_env]; constant ones are held.
+
+        Args:
+            states: raw [..., state_dim], which the policy saw; needed where actions are relative.
+
+        Raises:
+            ValueError: the states are needed and not given.
+        """
         real = np.asarray(actions, np.float64)[..., : self.env_action_dim]
         out = self.stats["actions"].unnormalise(real, self.norm_mode)
+        if self.relative:
+            out = self.relative.targets(out, _needed(states))
         return (out if self.clip is None else np.clip(out, *self.clip)).astype(np.float32)
 
     def _image(self, images: Mapping[str, np.ndarray], camera: str) -> np.ndarray:
@@ -208,3 +235,9 @@ class InputProcessor:
             return resize_with_pad(parse_image(images[camera]), self.image_size, self.image_size)
         except ValueError as error:
             raise ValueError(f"camera {camera!r}: {error}") from None
+
+
+def _needed(states: np.ndarray | None) -> np.ndarray:
+    if states is None:
+        raise ValueError("this policy's actions are relative to the state: give the raw states that it sees")
+    return states

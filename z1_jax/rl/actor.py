@@ -188,7 +188,8 @@ def act(
     looks = processor.observation(observations)
     cache, _ = actor.encode(params, looks)
     chain = actor.sample(params, cache, ids, noise_key, stochastic, noise_level)
-    return Acted(chain, processor.env_actions(chain.x[:, :, -1, :executed]), looks, cache)
+    states = np.stack([observation.state for observation in observations])[:, None]  # the same for all M chunks
+    return Acted(chain, processor.env_actions(chain.x[:, :, -1, :executed], states), looks, cache)
 
 
 def pad_rows(x: Shaped[np.ndarray, "n ..."], size: int) -> np.ndarray:
