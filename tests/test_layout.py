@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = sorted(p for top in ("envs", "z1_jax", "configs") for p in (ROOT / top).rglob("*.py"))
 ACCELERATOR = {"jax", "flax", "optax", "orbax", "chex"}
-PURE = {f"z1_jax.rl.{name}" for name in ("flow", "tree", "advantage", "loss", "schedules")}
+PURE = {f"z1_jax.rl.{name}" for name in ("flow", "tree", "advantage", "loss", "real_time", "schedules")}
 INPUT_OUTPUT = {"os", "io", "json", "pathlib", "subprocess", "multiprocessing", "shutil", "ml_collections", "mujoco"}
 
 

@@ -1,0 +1,160 @@
+"""Batched decisions against the policy acting alone, and real-time chunking against a loop over the model itself."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_policy
+from flax import nnx
+
+from envs.base import EnvObservation, Episode
+from z1_jax.api import ActingPolicy
+from z1_jax.rl import real_time
+from z1_jax.serve.engine import Engine
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(tiny_policy.policy(), 4, span_factor=math.inf)
+
+
+@pytest.fixture(scope="module")
+def looks():
+    env = tiny_policy.make_env()
+    found = []
+    for episode in range(5):
+        env.reset(Episode(episode))
+        found.append(env.observe())
+    return found
+
+
+def test_an_answer_is_what_the_policy_does(engine, looks):
+    alone = ActingPolicy(tiny_policy.policy())
+    answers = engine.decide([engine.prepare(look, (2, seed, 3)) for seed, look in enumerate(looks[:3])])
+    for seed, (look, answer) in enumerate(zip(looks, answers, strict=False)):
+        assert answer.actions.shape == (8, 12) and answer.actions.dtype == np.float32 and not answer.fault
+        np.testing.assert_allclose(answer.actions, alone.act(look, seed=seed, chunk=3, noise_seed=2), atol=1e-4)
+    (short,) = engine.decide([engine.prepare(looks[0], (9,))])
+    np.testing.assert_allclose(short.actions, alone.act(looks[0], noise_seed=9), atol=1e-4)
+
+
+def test_a_mixed_batch_answers_each_as_if_alone(engine, looks, rng):
+    left = rng.uniform(-1, 1, (5, 12))
+    requests = [
+        engine.prepare(looks[0], (1,)),
+        engine.prepare(looks[1], (2,), left, 2),
+        engine.prepare(looks[2], (3,), left[:1], 0),
+    ]
+    together = engine.decide(requests)
+    for request, answer in zip(requests, together, strict=True):
+        np.testing.assert_allclose(answer.actions, engine.decide([request])[0].actions, atol=1e-4)
+
+
+def by_hand(look, noise, left, delay, overwrite=False):
+    """Four Euler steps over the model, with the whole Jacobian where the engine takes a product with it."""
+    policy = tiny_policy.policy()
+    processor, model = policy.processor, nnx.merge(policy.graphdef, policy.params)
+    cache = model.encode_prefix(processor.observation([look]))
+    target = np.zeros((8, 16), np.float32)
+    target[: len(left)] = processor.model_actions(left)
+    weights = real_time.soft_mask(8, delay, len(left))[:, None] * processor.counted_dims
+    noise = np.random.default_rng(noise).standard_normal((5, 8, 16), np.float32)[0]
+    x = jnp.asarray(noise)
+
+    def velocity(x, t):
+        return model.velocity(cache, x[None, None], jnp.full((1, 1), t))[0, 0]
+
+    for t in (1.0, 0.75, 0.5, 0.25):
+        if overwrite:
+            x = jnp.where(weights == 1.0, t * noise + (1 - t) * target, x)
+            x = x - velocity(x, t) / 4
+            continue
+        jacobian = jax.jacrev(lambda x, t=t: x - t * velocity(x, t))(x)  # [H, A, H, A]
+        error = weights * (target - (x - t * velocity(x, t)))
+        weight = 5.0 if t == 1.0 else min(5.0, ((1 - t) ** 2 + t**2) / (t * (1 - t)))
+        x = x - (velocity(x, t) - weight * jnp.einsum("ha,haij->ij", error, jacobian)) / 4
+    x = jnp.where((weights == 1.0) & overwrite, target, x)
+    return processor.env_actions(np.asarray(x))
+
+
+def test_real_time_chunking_is_its_equations(engine, looks, rng):
+    left = rng.uniform(-1, 1, (6, 12)).astype(np.float32)
+    for delay in (0, 3, 6):
+        (got,) = engine.decide([engine.prepare(looks[0], (1, 2, 3, 4), left, delay)])
+        np.testing.assert_allclose(got.actions, by_hand(looks[0], (1, 2, 3, 4), left, delay), atol=2e-4)
+
+
+def test_guidance_brings_a_chunk_to_the_one_before_and_overwriting_makes_it_the_same(engine, looks):
+    moving = tiny_policy.processor().counted_dims[:12]
+    (before,) = engine.decide([engine.prepare(looks[0], (1,))])
+    left = before.actions[2:]
+    (free,) = engine.decide([engine.prepare(looks[1], (5,))])
+    (held,) = engine.decide([engine.prepare(looks[1], (5,), left, 3)])
+
+    def apart(answer):
+        return float(np.abs(answer.actions[:3] - left[:3])[:, moving].mean())
+
+    assert apart(held) < 0.5 * apart(free), (apart(held), apart(free))
+    hard = Engine(tiny_policy.policy(), 1, span_factor=math.inf, overwrite=True)
+    (same,) = hard.decide([hard.prepare(looks[1], (5,), left, 3)])
+    np.testing.assert_allclose(same.actions[:3, moving], left[:3, moving], atol=1e-5)
+    np.testing.assert_allclose(same.actions, by_hand(looks[1], (5, 0, 0, 0), left, 3, overwrite=True), atol=2e-4)
+
+
+def test_answers_beyond_the_span_and_numbers_that_are_none_are_faults(looks):
+    """The moving dimensions span −1 … 1, so that a factor f allows ±(1 + 2f)."""
+    policy = tiny_policy.policy()
+    shown = set()
+    for factor in (0.0, 0.5, 1.0, 100.0):
+        engine = Engine(policy, 4, span_factor=factor)
+        unclipped = Engine(
+            dataclasses.replace(policy, processor=dataclasses.replace(policy.processor, clip=None)),
+            4,
+            span_factor=factor,
+        )
+        for look in looks:
+            (answer,) = engine.decide([engine.prepare(look, (0,))])
+            (raw,) = unclipped.decide([unclipped.prepare(look, (0,))])
+            beyond = np.abs(raw.actions).max() > 1 + 2 * factor
+            assert bool(answer.fault) == bool(raw.fault) == beyond
+            shown.add(beyond)
+            if beyond:
+                assert f"more than {factor:g} spans beyond the statistics' -1 … 1" in answer.fault
+    assert shown == {True, False}
+    broken = Engine(dataclasses.replace(policy, params=jax.tree.map(lambda x: x * np.nan, policy.params)), 1)
+    (answer,) = broken.decide([broken.prepare(looks[0], (0,))])
+    assert answer.fault == "the policy's actions are not finite"
+
+
+def test_what_cannot_be_decided_is_refused_alone(engine, looks):
+    look = looks[0]
+    for arguments, told in (
+        ((EnvObservation({}, look.state, "x"), (0,)), "has no camera"),
+        ((EnvObservation(look.images, look.state[:3], "x"), (0,)), "states have shape"),
+        ((EnvObservation(look.images, look.state * np.nan, "x"), (0,)), "not finite"),
+        ((look, ()), r"noise_seed is \[\]; expected 1 to 4 numbers"),
+        ((look, (1, 2, 3, 4, 5)), "expected 1 to 4 numbers"),
+        ((look, (-1,)), "each 0 or more"),
+        ((look, (1 << 63,)), "each 0 or more"),
+        ((look, (0,), np.zeros((9, 12))), r"previous_actions have shape \[9, 12\]; expected \[1 … 8, 12\]"),
+        ((look, (0,), np.zeros((0, 12))), "expected"),
+        ((look, (0,), np.zeros((4, 7))), "expected"),
+        ((look, (0,), np.full((4, 12), np.inf)), "NaN or infinity"),
+        ((look, (0,), np.zeros((4, 12)), 5), r"delay is 5; expected 0 … 4"),
+        ((look, (0,), None, 1), "delay is 1; expected without previous_actions 0"),
+        ((look, (0,), np.zeros((4, 12)), -1), "delay is -1"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            engine.prepare(*arguments)
+
+
+def test_warming_up_leaves_nothing_to_compile(looks):
+    engine = Engine(tiny_policy.policy(), 3, span_factor=math.inf)
+    engine.warm_up()
+    for count in (1, 2, 3):
+        engine.decide([engine.prepare(looks[0], (0,))] * count)
+        engine.decide([engine.prepare(looks[0], (0,), np.zeros((3, 12)), 1)] * count)
+    assert engine.traces == {"encode": 3, "sample": 3, "onwards": 3}
