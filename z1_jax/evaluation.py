@@ -151,7 +151,7 @@ def make_actor(policy: Policy, graphdef: Any, flow: FlowConfig, mesh: jax.shardi
     counted = counted_coordinates(
         policy.config.horizon, policy.executed, policy.processor.counted_dims, flow.logprob_coords
     )
-    return Actor(graphdef, flow, counted, mesh, largest)
+    return Actor(graphdef, flow, counted, mesh, largest, policy.config.acting)
 
 
 def compare(before: Evaluation, after: Evaluation, confidence: float) -> dict[str, Any]:
