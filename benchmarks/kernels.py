@@ -111,9 +111,8 @@ def main() -> None:
     from z1_jax.plan.xla import prepare_cuda
 
     prepare_cuda(arguments.accelerator)  # before JAX starts
-    print(
-        f"{'program':<22}{'kernels':>9}{'copies':>8}{'GEMMs':>7}{'split':>7}{'GB moved':>10}{'temporary':>11}{'compiled':>10}"
-    )
+    columns = ("kernels", "copies", "GEMMs", "split", "GB moved", "temporary", "compiled")
+    print(f"{'program':<18}" + "".join(f"{column:>11}" for column in columns))
     decision = Counts()
     for name, traced in traced_programs(arguments):
         began = time.perf_counter()
@@ -133,10 +132,9 @@ def main() -> None:
 
 def report(name: str, counts: Counts, arguments: argparse.Namespace, temporary: int = 0, seconds: float = 0.0) -> None:
     """A row of the table and its RESULT line."""
-    print(
-        f"{name:<22}{counts.kernels:>9.0f}{counts.copies:>8.0f}{counts.gemms:>7.0f}{counts.split:>7.0f}{counts.bytes / 1e9:>10.2f}"
-        + (f"{temporary / 1e6:>8.0f} MB{seconds:>8.1f} s" if temporary else "")
-    )
+    numbers = (counts.kernels, counts.copies, counts.gemms, counts.split)
+    row = f"{name:<18}" + "".join(f"{number:>11.0f}" for number in numbers) + f"{counts.bytes / 1e9:>11.2f}"
+    print(row + (f"{temporary / 1e6:>8.0f} MB{seconds:>9.1f} s" if temporary else ""))
     facts = {"preset": arguments.preset, "accelerator": arguments.accelerator, "batch": arguments.batch}
     facts |= {"steps": arguments.steps, "cameras": arguments.cameras, "attention": arguments.attention}
     facts |= {
@@ -168,7 +166,7 @@ def traced_programs(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
 
     model = get_preset(arguments.preset, remat=arguments.remat, attention=arguments.attention, acting=arguments.acting)
     mesh = compile_only_mesh(sharding.make_mesh(devices=jax.devices()[:1]), arguments.accelerator)
-    flow = schema.FlowConfig(steps=arguments.steps)
+    flow = schema.FlowConfig(steps=arguments.steps, sde_steps="all", noise_level=0.5)  # each step has a density
     batch, cameras = arguments.batch, arguments.cameras
     wanted = set(arguments.programs)
     if wanted & {"encode", "denoise"}:

@@ -194,9 +194,9 @@ def denoiser(config: Pi05Config, params: Prepared, cache: PrefixCache, chunks: i
     """The velocity of M = `chunks` chunks of each observation, as `Pi05.velocity` gives it.
 
     Returns:
-        A function of what the step before handed on, x_t [B, M, H, A] and the row of `params["modulation"]` of its time,
-        to the velocity [B, M, H, A] and what it hands on; and what the first step is handed: each layer's keys and
-        values, of the prefix and, yet to be written, of the chunks. Lengths are rounded up to multiples of `ROWS`.
+        A function of what the step before handed on, x_t [B, M, H, A] and the row of `params["modulation"]` of its
+        time, to the velocity [B, M, H, A] and what it hands on; and what the first step is handed: each layer's keys
+        and values, of the prefix and, yet to be written, of the chunks. Lengths are multiples of `ROWS`.
     """
     horizon, depth = config.horizon, config.expert.depth
     padded, length = _round_up(horizon), cache.mask.shape[1]
