@@ -33,7 +33,8 @@ def configured_model(config: Config) -> Pi05Config:
     """
     check_names("model.preset", [config.model.preset], list(PRESETS))
     model = config.model
-    chosen = get_preset(model.preset, dtype=model.dtype, remat=model.remat, attention=model.attention)
+    settings = {"remat": model.remat, "attention": model.attention, "acting": model.acting}
+    chosen = get_preset(model.preset, dtype=model.dtype, **settings)
     if len(_slots(config)) > chosen.cameras:
         raise ConfigError(
             f"config key env.cameras: got {', '.join(config.env.cameras)}; model.preset={config.model.preset} sees at "
@@ -181,7 +182,7 @@ def given_policy(config: Config, path: str, mesh: jax.sharding.Mesh, dataset: Da
         denoising_steps=config.flow.steps or policy.denoising_steps,
     )
     try:
-        return policy.with_compute(config.model.remat, config.model.attention)
+        return policy.with_compute(config.model.remat, config.model.attention, config.model.acting)
     except ValueError as error:
         raise ConfigError(f"config key model.attention: {error}, which is that of the policy at {path}") from error
 

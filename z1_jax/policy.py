@@ -59,9 +59,9 @@ class Policy:
         """The same policy without its arrays, so that they can be freed."""
         return dataclasses.replace(self, params=nnx.State({}))
 
-    def with_compute(self, remat: str, attention: str) -> Policy:
+    def with_compute(self, remat: str, attention: str, acting: str = "auto") -> Policy:
         """The same policy with other settings of the computation: they move no number but by rounding."""
-        config = dataclasses.replace(self.config, remat=remat, attention=attention)
+        config = dataclasses.replace(self.config, remat=remat, attention=attention, acting=acting)
         graphdef, _ = nnx.split(pi05.abstract_model(config))
         return dataclasses.replace(self, config=config, graphdef=graphdef)
 

@@ -22,6 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": choices.DTYPES,
     "model.remat": choices.REMAT,
     "model.attention": choices.ATTENTION,
+    "model.acting": choices.ACTING,
     "sft.scope": choices.SCOPES,
     "inputs.norm": NORM_MODES,
     "sft.loss_dims": ("all", "real"),
@@ -256,6 +257,10 @@ def _check_scopes(config: Config) -> None:
             )
     if config.model.attention == "cudnn" and config.model.dtype != "bfloat16":
         raise ConfigError("config key model.attention: cudnn computes in bfloat16 only; set model.dtype=bfloat16")
+    if config.model.acting == "prepared" and config.algorithm == "grpo" and scopes[-1] == "lora":
+        raise ConfigError(
+            "config key model.acting: got prepared, which takes no adapters (train.scope=lora); expected auto or plain"
+        )
 
 
 # Where a key has no effect it must keep its default: nothing that was asked for is ignored in silence.

@@ -34,6 +34,29 @@ def attend(
     return _ungroup(jnp.einsum("bkxs,bskd->bkxd", weights, v), q.shape)
 
 
+def attend_in_order(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    mask: Bool[Array, "B X S"],
+    implementation: str = "einsum",
+) -> Float[Array, "B T N D"]:
+    """`attend` with queries left in the order of tokens: with one key head nothing is moved before or after it.
+
+    `mask` has a row for all queries (X = 1) or one for each (X = T).
+    """
+    batch, length, heads, width = q.shape
+    if implementation != "einsum":
+        wide = jnp.broadcast_to(mask[:, None], (batch, 1, length, k.shape[1]))
+        return jax.nn.dot_product_attention(q, k, v, mask=wide, scale=1.0, implementation=implementation)  # type: ignore[call-overload]
+    grouped = q.reshape(batch, length, k.shape[2], -1, width)
+    logits = _logits("btkgd,bskd->bktgs", grouped, k)
+    logits = jnp.where(mask[:, None, :, None], logits, MASKED_LOGIT)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bktgs,bskd->bktgd", weights, v)
+    return jnp.moveaxis(out, 1, 2).reshape(q.shape)
+
+
 def _logits(pattern: str, q: Array, k: Array) -> Array:
     """Products in float32. From bfloat16 their gradients meet float32 ones: to carry those in full would cost a GPU's
     SFT step a twentieth, for digits that bfloat16 drops again."""

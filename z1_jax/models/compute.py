@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from z1_jax.models.choices import ATTENTION, DTYPES, REMAT
+from z1_jax.models.choices import ACTING, ATTENTION, DTYPES, REMAT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,9 +19,12 @@ class Compute:
     remat: str = "none"  # activations kept for the backward pass: none (all) | dots | full (recompute all)
     unroll: bool = False  # write the layers out instead of looping: faster for a few small layers on a CPU
     attention: str = "einsum"  # of vision and prefix: einsum | xla | cudnn
+    # Parameters that decisions read: plain | prepared (see acting) | auto: prepared on accelerators, where there are no
+    # adapters. A CPU launches nothing, and compiling written-out layers would take it longer.
+    acting: str = "auto"
 
     def __post_init__(self):
-        for name, allowed in (("dtype", DTYPES), ("remat", REMAT), ("attention", ATTENTION)):
+        for name, allowed in (("dtype", DTYPES), ("remat", REMAT), ("attention", ATTENTION), ("acting", ACTING)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
         if self.attention == "cudnn" and self.dtype != "bfloat16":

@@ -94,7 +94,8 @@ def dense(
     return Einsum("...d,df->...f", (inputs, outputs), axes, init, bias=bias, layers=layers, keep_float32=keep_float32)
 
 
-def _rms_normalise(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+def rms_normalise(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """`x` by its root mean square, in float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + NORM_EPS)
 
@@ -107,7 +108,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"], condition: None = None) -> tuple[Float[Array, "... D"], None]:
         """Normalised `x` in its dtype, and no gate."""
-        y = _rms_normalise(x) * (1 + self.scale[...].astype(jnp.float32))
+        y = rms_normalise(x) * (1 + self.scale[...].astype(jnp.float32))
         return y.astype(x.dtype), None
 
 
@@ -126,8 +127,15 @@ class AdaRMSNorm(nnx.Module):
         """Modulated `x` in its dtype, and the gate of the residual branch that follows."""
         modulation = constrain(self.modulation(condition.astype(x.dtype)), "batch")
         scale, shift, gate = jnp.split(modulation[:, :, None, :], 3, axis=-1)
-        y = _rms_normalise(x) * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
+        y = rms_normalise(x) * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
         return y.astype(x.dtype), gate
+
+
+def layer_normalise(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """`x` without its mean and by its standard deviation, in float32."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    return y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + NORM_EPS)
 
 
 class LayerNorm(nnx.Module):
@@ -138,9 +146,7 @@ class LayerNorm(nnx.Module):
         self.bias = param((width,), (None,), ZEROS, layers=layers, keep_float32=True)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        y = x.astype(jnp.float32)
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + NORM_EPS)
+        y = layer_normalise(x)
         return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
@@ -192,10 +198,20 @@ class GatedMlp(nnx.Module):
 
 def rope(x: Float[Array, "... T N D"], positions: Int[Array, "... T"]) -> Float[Array, "... T N D"]:
     """Rotary position embedding over split halves, computed in float32, returned in the dtype of `x`."""
-    half = x.shape[-1] // 2
-    timescale = ROPE_BASE ** ((2.0 / x.shape[-1]) * jnp.arange(half, dtype=jnp.float32))
+    return rotate(x, rope_tables(positions, x.shape[-1]))
+
+
+def rope_tables(positions: Int[Array, "... T"], width: int) -> tuple[Float[Array, "... T 1 D/2"], ...]:
+    """Sines and cosines of the positions, for `rotate`."""
+    half = width // 2
+    timescale = ROPE_BASE ** ((2.0 / width) * jnp.arange(half, dtype=jnp.float32))
     radians = (positions[..., None].astype(jnp.float32) / timescale)[..., None, :]
-    sin, cos = jnp.sin(radians), jnp.cos(radians)
+    return jnp.sin(radians), jnp.cos(radians)
+
+
+def rotate(x: Float[Array, "... T N D"], tables: tuple[Array, ...]) -> Float[Array, "... T N D"]:
+    """`rope` by tables."""
+    sin, cos = tables
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 

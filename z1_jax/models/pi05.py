@@ -94,8 +94,7 @@ class Pi05(nnx.Module):
         size = self.config.vision.image_size
         if images.ndim != 5 or images.shape[2:] != (size, size, 3):
             raise ValueError(f"images must be [batch, cameras, {size}, {size}, 3]; got {images.shape}")
-        if images.dtype == jnp.uint8:
-            images = images.astype(jnp.float32) / 255.0 * 2.0 - 1.0
+        images = normalised_images(images)
         batch, cameras = images.shape[:2]
         tokens = self.vision(constrain(images.reshape(batch * cameras, size, size, 3), "batch"))
         return constrain(tokens.reshape(batch, cameras, *tokens.shape[1:]), "batch")
@@ -134,6 +133,11 @@ class Pi05(nnx.Module):
                 f"B = {expected[0]}; got {x_t.shape} and {t.shape}"
             )
         return self.expert(cache, x_t, t)
+
+
+def normalised_images(images: Shaped[Array, "..."]) -> Float[Array, "..."]:
+    """uint8 images mapped from 0..255 to [-1, 1]; float ones as they are."""
+    return images.astype(jnp.float32) / 255.0 * 2.0 - 1.0 if images.dtype == jnp.uint8 else images
 
 
 def init_model(config: Pi05Config, seed: int | Key[Array, ""], mesh: Mesh | None = None) -> Pi05:

@@ -84,6 +84,13 @@ class SiglipBlock(nnx.Module):
         return constrain(x + self.mlp(self.norm_mlp(x)), "batch")
 
 
+def split_patches(images: Float[Array, "B S S 3"], patch: int) -> Float[Array, "B P 3pp"]:
+    """Images cut into squares of `patch` pixels, in float32."""
+    side = images.shape[1] // patch
+    patches = images.reshape(-1, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
+    return patches.reshape(-1, side * side, 3 * patch**2).astype(jnp.float32)
+
+
 class Siglip(nnx.Module):
     """Patches, position embedding, encoder, norm, and the linear head to `out_width`."""
 
@@ -109,10 +116,9 @@ class Siglip(nnx.Module):
 
     def embed_patches(self, images: Float[Array, "B S S 3"]) -> Float[Array, "B P W"]:
         """Patches with their position embedding, in float32. Images in [-1, 1]."""
-        side, patch = self.config.image_size // self.config.patch, self.config.patch
-        patches = images.reshape(-1, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
+        patch = self.config.patch
         kernel = self.patch_kernel[...].reshape(3 * patch**2, self.config.width)
-        x = patches.reshape(-1, side * side, 3 * patch**2).astype(jnp.float32) @ kernel + self.patch_bias[...]
+        x = split_patches(images, patch) @ kernel + self.patch_bias[...]
         return constrain(x + self.position[...], "batch")
 
     def encode(self, images: Float[Array, "B S S 3"]) -> Float[Array, "B P W"]:

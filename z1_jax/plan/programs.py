@@ -150,13 +150,14 @@ def abstract_observation(model: Pi05Config, batch: int, mesh: jax.sharding.Mesh,
     )
 
 
-def abstract_cache(model: Pi05Config, batch: int, mesh: jax.sharding.Mesh) -> PrefixCache:
+def abstract_cache(model: Pi05Config, batch: int, mesh: jax.sharding.Mesh, cameras: int | None = None) -> PrefixCache:
     """The prefix cache of a batch, placed as `distributed.put_cache` places it."""
     language = model.language
-    shape = (language.depth, batch, model.prefix_length, language.kv_heads, language.head_dim)
+    length = (cameras or model.cameras) * model.vision.tokens + model.prompt_length
+    shape = (language.depth, batch, length, language.kv_heads, language.head_dim)
     layered = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, *batch_sharding(mesh).spec))
     keys = jax.ShapeDtypeStruct(shape, jnp.dtype(model.dtype), sharding=layered)
-    return PrefixCache(keys, keys, _rows(mesh, (batch, model.prefix_length), jnp.bool_))
+    return PrefixCache(keys, keys, _rows(mesh, (batch, length), jnp.bool_))
 
 
 def abstract_noise(model: Pi05Config, batch: int, steps: int, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:

@@ -16,9 +16,11 @@ from jaxtyping import Bool, Float, Int, Shaped
 from z1_jax import distributed
 from z1_jax.config.schema import FlowConfig
 from z1_jax.data.transforms import InputProcessor
+from z1_jax.models import acting
 from z1_jax.models.pi05 import cast_state
 from z1_jax.policy import Policy
 from z1_jax.rl import flow
+from z1_jax.rl.prepared import PreparedParams
 from z1_jax.types import Observation, PrefixCache
 
 
@@ -37,7 +39,7 @@ def make_actor(policy: Policy, graphdef: Any, flow: FlowConfig, mesh: jax.shardi
     counted = counted_coordinates(
         policy.config.horizon, policy.executed, policy.processor.counted_dims, flow.logprob_coords
     )
-    return Actor(graphdef, flow, counted, mesh, largest)
+    return Actor(graphdef, flow, counted, mesh, largest, policy.config.acting)
 
 
 class Actor:
@@ -52,9 +54,16 @@ class Actor:
     """
 
     def __init__(
-        self, graphdef: nnx.GraphDef, config: FlowConfig, counted: np.ndarray, mesh: jax.sharding.Mesh, largest: int
+        self,
+        graphdef: nnx.GraphDef,
+        config: FlowConfig,
+        counted: np.ndarray,
+        mesh: jax.sharding.Mesh,
+        largest: int,
+        form: str = "auto",
     ):
-        """Args: `counted` bool [H, A]; `largest`: the most observations that one call will bring."""
+        """Args: `counted` bool [H, A]; `largest`: the most observations that one call will bring; `form`: of
+        the parameters that it reads, see `Compute.acting`."""
         self._mesh = mesh
         self.counted = jnp.asarray(counted)
         self._config = config
@@ -63,6 +72,7 @@ class Actor:
         self._sizes = sorted({-(-max(size, 1) // devices) * devices for size in sizes})
         self.largest = self._sizes[-1]
         self.traces = {"encode": 0, "sample": 0}
+        self._prepared = PreparedParams(graphdef, config.steps, mesh, form)
         self._encode = jax.jit(functools.partial(self._encode_impl, graphdef))
         self._sample = jax.jit(functools.partial(self._sample_impl, graphdef))
 
@@ -70,7 +80,8 @@ class Actor:
         """The prefix cache of a batch of NumPy observations, padded to a known size; and the batch's real size."""
         count = observation.tokens.shape[0]
         padded = jax.tree.map(lambda x: pad_rows(x, self._size(count)), observation)
-        return self._encode(*params, distributed.put_batch(padded, self._mesh)), count
+        prepared = self._prepared.prefix(params)
+        return self._encode(prepared, *params, distributed.put_batch(padded, self._mesh)), count
 
     def sample(
         self,
@@ -94,12 +105,13 @@ class Actor:
         steps = np.stack([s for _, s in drawn]).reshape(*ids.shape[:2], -1) & stochastic
         inputs = [pad_rows(x, cache.mask.shape[0]) for x in (noise, steps)]
         level = jnp.float32(self._config.noise_level if noise_level is None else noise_level)
-        chain = self._sample(*params, cache, *distributed.put_batch(inputs, self._mesh), level)
+        prepared = self._prepared.expert(params)
+        chain = self._sample(prepared, *params, cache, *distributed.put_batch(inputs, self._mesh), level)
         return jax.tree.map(lambda x: np.asarray(x)[: ids.shape[0]], chain)
 
     def trace_encode(self, params: tuple[Any, Any], observation: Observation) -> jax.stages.Traced:
         """`encode` traced for parameters and observations that may be abstract: nothing is computed."""
-        return self._encode.trace(*params, observation)
+        return self._encode.trace(self._prepared.prefix(params), *params, observation)
 
     def trace_sample(
         self,
@@ -109,7 +121,8 @@ class Actor:
         steps: Bool[jax.Array, "B M K"],
     ) -> jax.stages.Traced:
         """`sample` traced for noise [B, M, K + 1, H, A] and stochastic steps [B, M, K] that may be abstract."""
-        return self._sample.trace(*params, cache, noise, steps, jax.ShapeDtypeStruct((), jnp.float32))
+        prepared, level = self._prepared.expert(params), jax.ShapeDtypeStruct((), jnp.float32)
+        return self._sample.trace(prepared, *params, cache, noise, steps, level)
 
     def _draw(self, key: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """One sample's noise [K + 1, H, A] and stochastic steps [K]. Drawn on the host: XLA's CPU compiler takes
@@ -127,14 +140,23 @@ class Actor:
         raise ValueError(f"{count} observations in one call, expected at most {self._sizes[-1]}")
 
     def _encode_impl(
-        self, graphdef: nnx.GraphDef, trainable: Any, frozen: Any, observation: Observation
+        self,
+        graphdef: nnx.GraphDef,
+        prepared: acting.Prepared | None,
+        trainable: Any,
+        frozen: Any,
+        observation: Observation,
     ) -> PrefixCache:
         self.traces["encode"] += 1
-        return nnx.merge(graphdef, trainable, frozen).encode_prefix(observation)
+        model = nnx.merge(graphdef, trainable, frozen)
+        if prepared is None:
+            return model.encode_prefix(observation)
+        return acting.encode_prefix(model.config, prepared, model.language.embedding[...], observation)
 
     def _sample_impl(
         self,
         graphdef: nnx.GraphDef,
+        prepared: acting.Prepared | None,
         trainable: Any,
         frozen: Any,
         cache: PrefixCache,
@@ -144,16 +166,14 @@ class Actor:
     ) -> flow.Chain:
         self.traces["sample"] += 1
         model = nnx.merge(graphdef, trainable, frozen)
+        options: Any = {"noise_level": noise_level, "reduce": self._config.logprob_reduce}
+        if prepared is not None:
+            step, held = acting.denoiser(model.config, prepared, cache, noise.shape[1])
+            rows = prepared["modulation"]
+            return flow.sample_in_steps(step, held, rows, noise, drawn, self.counted, **options)
         # Once, not in each of the K steps: a step on few chunks takes as long as reading the weights.
         model = nnx.merge(graphdef, cast_state(nnx.state(model), model.config.dtype))
-        return flow.sample(
-            lambda x, t: model.velocity(cache, x, t),
-            noise,
-            drawn,
-            self.counted,
-            noise_level=noise_level,
-            reduce=self._config.logprob_reduce,
-        )
+        return flow.sample(lambda x, t: model.velocity(cache, x, t), noise, drawn, self.counted, **options)
 
 
 @dataclasses.dataclass(frozen=True)

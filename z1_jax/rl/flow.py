@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,24 +108,51 @@ def sample(
         stochastic: which steps draw noise; all false is the ODE sampler.
         counted: coordinates that enter the log-probability.
     """
+
+    def step(held: None, x: Array, t: Array) -> tuple[Array, None]:
+        return velocity(x, jnp.broadcast_to(t, x.shape[:-2])), held
+
+    grid = times(stochastic.shape[-1])
+    return sample_in_steps(step, None, grid, noise, stochastic, counted, noise_level=noise_level, reduce=reduce)
+
+
+def sample_in_steps(
+    velocity: Callable[[Any, Array, Any], tuple[Array, Any]],
+    held: Any,
+    rows: Any,
+    noise: Float[Array, "*N K1 H A"],
+    stochastic: Bool[Array, "*N K"],
+    counted: Bool[Array, "H A"],
+    *,
+    noise_level: float,
+    reduce: str = "sum",
+) -> Chain:
+    """`sample` by a velocity that holds something from step to step and is told each step's row instead of its time.
+
+    Args:
+        velocity: (held, x, row) -> (v, held).
+        held: what the first step is handed.
+        rows: a tree of arrays [K, …].
+    """
     steps = stochastic.shape[-1]
     noise = jnp.asarray(noise, jnp.float32)
 
-    def step(carry: tuple[Array, Array], inputs: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
-        x, logp = carry
-        t_scalar, z, drawn = inputs
+    def step(carry: tuple[Any, Array, Array], inputs: tuple[Any, ...]) -> tuple[tuple[Any, Array, Array], Array]:
+        held, x, logp = carry
+        row, t_scalar, z, drawn = inputs
         t = jnp.broadcast_to(t_scalar, drawn.shape)
-        v = jnp.asarray(velocity(x, t), jnp.float32)
+        v, held = velocity(held, x, row)
+        v = jnp.asarray(v, jnp.float32)
         mean, std = transition(x, v, t, steps, noise_level)
         wide = drawn[..., None, None]
         x_next = jnp.where(wide, mean + std * z, x - v / steps)
         # A deterministic step is scored at a point of density, then left out: no NaN can reach the gradient.
         scored = step_logp(jnp.where(wide, x_next, mean), mean, std, counted)
-        return (x_next, logp + jnp.where(drawn, scored, 0.0)), x_next
+        return (held, x_next, logp + jnp.where(drawn, scored, 0.0)), x_next
 
     first = noise[..., 0, :, :]
-    inputs = (times(steps), jnp.moveaxis(noise[..., 1:, :, :], -3, 0), jnp.moveaxis(stochastic, -1, 0))
-    (_, logp), xs = jax.lax.scan(step, (first, jnp.zeros(first.shape[:-2], jnp.float32)), inputs)
+    inputs = (rows, times(steps), jnp.moveaxis(noise[..., 1:, :, :], -3, 0), jnp.moveaxis(stochastic, -1, 0))
+    (_, _, logp), xs = jax.lax.scan(step, (held, first, jnp.zeros(first.shape[:-2], jnp.float32)), inputs)
     x = jnp.concatenate([first[..., None, :, :], jnp.moveaxis(xs, 0, -3)], axis=-3)
     return Chain(x=x, stochastic=stochastic, logp=reduce_logp(logp, stochastic, counted, reduce))
 

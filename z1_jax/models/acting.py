@@ -1,0 +1,287 @@
+"""Parameters prepared for acting, and the decision made with them: the same numbers from fewer, larger kernels.
+
+A decision on few observations is many small products, and a GPU waits between them for weights to be sliced out of the
+stacks, moved and modulated. Prepared once from any policy:
+
+* one array for each layer, laid out as the products read it, in the dtype of the computation;
+* q, k and v in one array, gate and up in one;
+* the expert's adaRMS modulation for each denoising step, which depends on the time alone, as a table.
+
+The layers are written out, rotations are tabled once a call, and keys and values are written where attention reads
+them. `Pi05.encode_prefix` and `Pi05.velocity` are the reference: equal up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Bool, Float
+
+from z1_jax.models import attention
+from z1_jax.models.gemma import GemmaBlock, prefix_positions
+from z1_jax.models.layers import Einsum, layer_normalise, rms_normalise, rope_tables, rotate
+from z1_jax.models.pi05 import Pi05, Pi05Config, normalised_images
+from z1_jax.models.siglip import SiglipBlock, split_patches
+from z1_jax.sharding import constrain, partition_spec
+from z1_jax.types import Observation, PrefixCache
+
+Prepared = dict[str, Any]  # a tree of arrays
+# Logical axes by name, see sharding; what is not named here every device holds whole. Queries, keys and values of the
+# Gemma stacks are not split over heads: their one array would part in the middle of a kind.
+AXES: dict[str, tuple[str | None, ...]] = {
+    "qkv": ("embed",),
+    "kv": ("embed",),
+    "three": ("embed", None, "heads"),
+    "three_bias": (None, "heads"),
+    "out": ("heads", None, "embed"),
+    "gate_up": ("embed", None, "mlp"),
+    "up": ("embed", "mlp"),
+    "up_bias": ("mlp",),
+    "down": ("mlp", "embed"),
+    "head": ("embed",),
+}
+ROWS = 8  # products of bfloat16 want multiples of this many rows; XLA would pad each by a kernel of its own
+
+
+# --- preparing ------------------------------------------------------------------------------------------------------
+
+
+def prepare_prefix(model: Pi05) -> Prepared:
+    """What `encode_prefix` reads of a model without adapters, but for the token embedding, which stays as it is."""
+    vision, language, dtype = model.vision, model.language, jnp.dtype(model.config.dtype)
+    tower, last = vision.config, language.last
+    return {
+        "patch_kernel": vision.patch_kernel[...].reshape(3 * tower.patch**2, tower.width),
+        "position": vision.position[0] + vision.patch_bias[...],
+        "vision": [_vision_layer(vision.layers, i, dtype) for i in range(tower.depth)],
+        "vision_norm": (vision.norm.scale[...], vision.norm.bias[...]),
+        "head": vision.head.kernel[...].astype(dtype),
+        "head_bias": vision.head.bias[...].astype(dtype),
+        "language": [
+            _gemma_layer(language.layers, i, dtype) | _scales(language.layers, i)
+            for i in range(language.config.depth - 1)
+        ],
+        "last": {"norm": last.norm_attention.scale[...], "kv": _by_input(last.kv.kernel[...], dtype)},
+    }
+
+
+def prepare_expert(model: Pi05, times: Float[Array, " K"]) -> Prepared:
+    """What `denoiser` reads of a model without adapters that acts at these times."""
+    expert, dtype = model.expert, jnp.dtype(model.config.dtype)
+    condition = expert.condition(times[None])[0].astype(dtype)  # [K, W]
+
+    def table(modulation: Einsum) -> Float[Array, "K L 3W"]:
+        kernel, bias = modulation.kernel[...].astype(dtype), modulation.bias[...].astype(dtype)  # type: ignore[index]
+        kernel, bias = kernel.reshape(-1, *kernel.shape[-2:]), bias.reshape(-1, bias.shape[-1])
+        return constrain(jnp.einsum("kd,ldf->klf", condition, kernel) + bias)
+
+    norms = expert.layers.norm_attention, expert.layers.norm_mlp, expert.norm
+    return {
+        "action_in": (expert.action_in.kernel[...], expert.action_in.bias[...]),  # type: ignore[index]
+        "action_out": (expert.action_out.kernel[...], expert.action_out.bias[...]),  # type: ignore[index]
+        "layers": [_gemma_layer(expert.layers, i, dtype) for i in range(expert.config.depth)],
+        "modulation": jnp.concatenate([table(norm.modulation) for norm in norms], axis=1),
+    }
+
+
+def place(shapes: Prepared, mesh: Mesh) -> Prepared:
+    """The tree of shapes with shardings."""
+
+    def of(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+        name = next(key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey))
+        sharding = NamedSharding(mesh, partition_spec(leaf.shape, AXES.get(name, ()), mesh.shape))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(of, shapes)
+
+
+def _vision_layer(block: SiglipBlock, i: int, dtype: Any) -> Prepared:
+    def taken(parameter: Any) -> Array:
+        return parameter[i].astype(dtype)
+
+    three = block.q, block.k, block.v
+    return {
+        "norm_attention": (block.norm_attention.scale[i], block.norm_attention.bias[i]),
+        "norm_mlp": (block.norm_mlp.scale[i], block.norm_mlp.bias[i]),
+        "three": jnp.stack([taken(x.kernel) for x in three], axis=1),  # [W, 3, N, D]
+        "three_bias": jnp.stack([taken(x.bias) for x in three]),
+        "out": taken(block.out.kernel),
+        "out_bias": taken(block.out.bias),
+        "up": taken(block.mlp.up.kernel),
+        "up_bias": taken(block.mlp.up.bias),
+        "down": taken(block.mlp.down.kernel),
+        "down_bias": taken(block.mlp.down.bias),
+    }
+
+
+def _scales(block: GemmaBlock, i: int) -> Prepared:
+    return {"norm_attention": block.norm_attention.scale[i], "norm_mlp": block.norm_mlp.scale[i]}
+
+
+def _gemma_layer(block: GemmaBlock, i: int, dtype: Any) -> Prepared:
+    q = jnp.moveaxis(block.q.kernel[i].astype(dtype), 0, 1)
+    return {
+        "qkv": jnp.concatenate([q, _by_input(block.kv.kernel[i], dtype)], axis=1),  # [W, N + 2 K, D]
+        "out": block.out.kernel[i].astype(dtype),  # [N, D, W]
+        "gate_up": jnp.moveaxis(block.mlp.gate_up[i].astype(dtype), 0, 1),  # [W, 2, F]
+        "down": block.mlp.down[i].astype(dtype),
+    }
+
+
+def _by_input(kv: Float[Array, "2 K W D"], dtype: Any) -> Float[Array, "W 2K D"]:
+    kv = kv.astype(dtype)
+    return jnp.moveaxis(kv.reshape(-1, *kv.shape[2:]), 0, 1)
+
+
+# --- the prefix -----------------------------------------------------------------------------------------------------
+
+
+def encode_prefix(
+    config: Pi05Config, params: Prepared, embedding: Float[Array, "V W"], obs: Observation
+) -> PrefixCache:
+    """As `Pi05.encode_prefix`; `embedding` of the prompt's tokens."""
+    images = _image_tokens(config, params, obs.images)
+    batch, cameras, patches, width = images.shape
+    rows = embedding[obs.tokens].astype(jnp.float32)
+    prompt = (rows * width**0.5).astype(images.dtype)
+    x = constrain(jnp.concatenate([images.reshape(batch, cameras * patches, width), prompt], axis=1), "batch")
+    mask = jnp.concatenate([jnp.repeat(obs.image_mask, patches, axis=1), obs.token_mask], axis=1)
+    tables = rope_tables(prefix_positions(mask), config.language.head_dim)
+    keys, values = [], []
+    for layer in params["language"]:
+        h = _rms_norm(x, layer["norm_attention"])
+        q, k, v = _rotated(config, _product(h, layer["qkv"]), tables)
+        attended = attention.attend_in_order(q, k, v, mask[:, None], config.attention)
+        x = constrain(x + _product(attended, layer["out"], 2), "batch")
+        x = constrain(x + _gated_mlp(_rms_norm(x, layer["norm_mlp"]), layer), "batch")
+        keys.append(k)
+        values.append(v)
+    kv = _product(_rms_norm(x, params["last"]["norm"]), params["last"]["kv"])
+    keys.append(constrain(rotate(kv[:, :, : config.language.kv_heads], tables), "batch"))
+    values.append(constrain(kv[:, :, config.language.kv_heads :], "batch"))
+    return PrefixCache(constrain(jnp.stack(keys), None, "batch"), constrain(jnp.stack(values), None, "batch"), mask)
+
+
+def _image_tokens(config: Pi05Config, params: Prepared, images: Array) -> Float[Array, "B C P W"]:
+    batch, cameras = images.shape[:2]
+    flat = constrain(normalised_images(images).reshape(-1, *images.shape[2:]), "batch")
+    x = split_patches(flat, config.vision.patch) @ params["patch_kernel"] + params["position"]
+    x = constrain(x, "batch").astype(config.dtype)
+    scale = (config.vision.width // config.vision.heads) ** -0.5
+    for layer in params["vision"]:
+        h = _layer_norm(x, layer["norm_attention"])
+        qkv = _product(h, layer["three"]) + layer["three_bias"]
+        q, k, v = (constrain(qkv[:, :, i], "batch", None, "heads") for i in range(3))
+        attended = attention.attend(q * scale, k, v, None, config.attention)
+        x = constrain(x + (_product(attended, layer["out"], 2) + layer["out_bias"]), "batch")
+        hidden = _product(_layer_norm(x, layer["norm_mlp"]), layer["up"]) + layer["up_bias"]
+        hidden = jax.nn.gelu(hidden, approximate=True)
+        x = constrain(x + (_product(hidden, layer["down"]) + layer["down_bias"]), "batch")
+    tokens = _product(_layer_norm(x, params["vision_norm"]), params["head"]) + params["head_bias"]
+    return constrain(tokens.reshape(batch, cameras, *tokens.shape[1:]), "batch")
+
+
+# --- denoising ------------------------------------------------------------------------------------------------------
+
+Step = Callable[[Any, Array, Array], tuple[Array, Any]]
+
+
+def denoiser(config: Pi05Config, params: Prepared, cache: PrefixCache, chunks: int) -> tuple[Step, Any]:
+    """The velocity of M = `chunks` chunks of each observation, as `Pi05.velocity` gives it.
+
+    Returns:
+        A function of what the step before handed on, x_t [B, M, H, A] and the row of `params["modulation"]` of its
+        time, to the velocity [B, M, H, A] and what it hands on; and what the first step is handed: each layer's keys
+        and values, of the prefix and, yet to be written, of the chunks. Lengths are multiples of `ROWS`.
+    """
+    horizon, depth = config.horizon, config.expert.depth
+    padded, length = _round_up(horizon), cache.mask.shape[1]
+    room = _round_up(length + chunks * padded) - length
+    positions = jnp.sum(cache.mask, axis=1, dtype=jnp.int32)[:, None] + jnp.tile(jnp.arange(padded), chunks)
+    tables = rope_tables(positions, config.expert.head_dim)
+    allowed = _allowed(cache.mask, chunks, padded, horizon, room)
+
+    def buffers(stacked: Float[Array, "layers B T K D"]) -> list[Array]:
+        widths = [(0, 0), (0, room), (0, 0), (0, 0)]
+        return [constrain(jnp.pad(layer.astype(config.dtype), widths), "batch") for layer in stacked]
+
+    def step(held: Any, x_t: Array, modulation: Array) -> tuple[Array, Any]:
+        batch = x_t.shape[0]
+        rows = jnp.pad(x_t.astype(jnp.float32), [(0, 0), (0, 0), (0, padded - horizon), (0, 0)])
+        x = _affine(rows.reshape(batch, chunks * padded, -1), *params["action_in"]).astype(config.dtype)
+        handed = []
+        for i, (layer, (keys, values)) in enumerate(zip(params["layers"], held, strict=True)):
+            h, gate = _modulated(x, modulation[i])
+            q, k, v = _rotated(config, _product(h, layer["qkv"]), tables)
+            keys = jax.lax.dynamic_update_slice_in_dim(keys, k, length, axis=1)
+            values = jax.lax.dynamic_update_slice_in_dim(values, v, length, axis=1)
+            attended = attention.attend_in_order(q, keys, values, allowed, config.attention)
+            x = constrain(x + constrain(_product(attended, layer["out"], 2), "batch") * gate, "batch")
+            h, gate = _modulated(x, modulation[depth + i])
+            x = constrain(x + _gated_mlp(h, layer) * gate, "batch")
+            handed.append((keys, values))
+        x, _ = _modulated(x, modulation[2 * depth])
+        velocity = _affine(x.astype(jnp.float32), *params["action_out"])
+        return velocity.reshape(batch, chunks, padded, -1)[:, :, :horizon], handed
+
+    return step, list(zip(buffers(cache.k), buffers(cache.v), strict=True))
+
+
+def _allowed(prefix: Bool[Array, "B T"], chunks: int, padded: int, horizon: int, room: int) -> Bool[Array, "B X S"]:
+    """Which keys a query may attend to: the prefix's, and those of its own chunk. X: one row for all, or for each."""
+    key = jnp.arange(room)
+    chunk = jnp.arange(chunks * padded if chunks > 1 else 1) // padded
+    own = (key // padded == chunk[:, None]) & (key % padded < horizon)
+    batch = prefix.shape[0]
+    prefix = jnp.broadcast_to(prefix[:, None], (batch, len(chunk), prefix.shape[1]))
+    return jnp.concatenate([prefix, jnp.broadcast_to(own, (batch, *own.shape))], axis=2)
+
+
+def _round_up(count: int) -> int:
+    return -(-count // ROWS) * ROWS
+
+
+# --- parts of a layer -----------------------------------------------------------------------------------------------
+
+
+def _product(x: Array, kernel: Array, contracted: int = 1) -> Array:
+    """The product over the last dimensions of `x` and the first of the kernel."""
+    return jnp.tensordot(x, kernel, contracted)
+
+
+def _affine(x: Array, kernel: Array, bias: Array) -> Array:
+    return constrain(_product(x, kernel) + bias, "batch")
+
+
+def _rotated(config: Pi05Config, qkv: Float[Array, "B T X D"], tables: tuple[Array, Array]) -> tuple[Array, ...]:
+    """Rotated and scaled queries, rotated keys, and values, out of one product."""
+    heads, kv_heads = config.language.heads, config.language.kv_heads
+    q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
+    q = constrain(rotate(q, tables) * config.language.head_dim**-0.5, "batch", None, "heads")
+    return q, constrain(rotate(k, tables), "batch"), constrain(v, "batch")
+
+
+def _gated_mlp(h: Array, layer: Prepared) -> Array:
+    gate_up = _product(h, layer["gate_up"])
+    hidden = jax.nn.gelu(gate_up[..., 0, :], approximate=True) * gate_up[..., 1, :]
+    return constrain(_product(hidden, layer["down"]), "batch")
+
+
+def _rms_norm(x: Array, scale: Array) -> Array:
+    return (rms_normalise(x) * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+
+
+def _modulated(x: Float[Array, "B T W"], row: Float[Array, " 3W"]) -> tuple[Array, Array]:
+    """The norm of `AdaRMSNorm`, its condition applied already; and the gate."""
+    scale, shift, gate = jnp.split(row, 3)
+    y = rms_normalise(x) * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
+    return y.astype(x.dtype), gate
+
+
+def _layer_norm(x: Array, parameters: tuple[Array, Array]) -> Array:
+    scale, bias = (p.astype(jnp.float32) for p in parameters)
+    return (layer_normalise(x) * scale + bias).astype(x.dtype)
