@@ -7,15 +7,8 @@ all workers have answered, and a worker that may have gone ahead of it is rebuil
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import multiprocessing
 import multiprocessing.connection
-import os
-import pickle
-import socket
-import struct
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +18,8 @@ import numpy as np
 from envs import worker
 from envs.base import ChunkResult, Env, EnvObservation, EnvSpec, Episode, Snapshot
 from envs.contract import different_spec
-from envs.worker import Journal, Reply, Request, SlotServer
+from envs.pool_workers import Fault, LocalWorker, ProcessWorker
+from envs.worker import Journal, Reply, Request
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +64,7 @@ class EnvPool:
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
         self._journals = [Journal() for _ in range(num_envs)]
-        self._workers: dict[int, _ProcessWorker | _LocalWorker] = {}
+        self._workers: dict[int, ProcessWorker | LocalWorker] = {}
         self._behind: set[int] = set()  # workers whose environments may differ from the journals
         self._closed = False
         self._times = {"simulate": 0.0, "render": 0.0, "wait": 0.0}
@@ -193,16 +187,16 @@ class EnvPool:
         }
         return [answers[slot] for slot in slots]
 
-    def _exchange(self, requests: dict[int, Request], timeout_s: float) -> tuple[dict[int, Reply], dict[int, _Fault]]:
+    def _exchange(self, requests: dict[int, Request], timeout_s: float) -> tuple[dict[int, Reply], dict[int, Fault]]:
         replies: dict[int, Reply] = {}
-        faults: dict[int, _Fault] = {}
+        faults: dict[int, Fault] = {}
         waiting: dict[Any, int] = {}
-        asked: dict[int, _ProcessWorker] = {}
+        asked: dict[int, ProcessWorker] = {}
         late: list[int] = []  # a message to or from them stood still
         deadline = time.monotonic() + timeout_s
         for index, request in requests.items():
             member = self._workers[index]
-            if isinstance(member, _LocalWorker):
+            if isinstance(member, LocalWorker):
                 replies[index] = member.serve(request)
                 continue
             asked[index] = member
@@ -212,7 +206,7 @@ class EnvPool:
             except BlockingIOError:
                 late.append(index)
             except OSError:
-                faults[index] = _Fault(member.death())
+                faults[index] = Fault(member.death())
         while waiting:
             ready: list[Any] = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
@@ -224,14 +218,14 @@ class EnvPool:
                 except BlockingIOError:
                     late.append(index)
                 except (EOFError, OSError):
-                    faults[index] = _Fault(asked[index].death())
+                    faults[index] = Fault(asked[index].death())
         for index in [*late, *waiting.values()]:
             self._workers[index].kill()
-            faults[index] = _Fault(f"no answer within {timeout_s:g} s")
-        faults |= {index: _fault_of(reply) for index, reply in replies.items() if reply.error is not None}
+            faults[index] = Fault(f"no answer within {timeout_s:g} s")
+        faults |= {index: Fault.of(reply) for index, reply in replies.items() if reply.error is not None}
         return {index: reply for index, reply in replies.items() if reply.error is None}, faults
 
-    def _retry(self, requests: dict[int, Request], faults: dict[int, _Fault]) -> dict[int, Reply]:
+    def _retry(self, requests: dict[int, Request], faults: dict[int, Fault]) -> dict[int, Reply]:
         for index, fault in faults.items():
             if not fault.retry:
                 raise self._error(index, requests[index], fault)
@@ -243,7 +237,7 @@ class EnvPool:
             raise self._error(index, requests[index], fault, "twice ")
         return replies
 
-    def _error(self, index: int, request: Request, fault: _Fault, times: str = "") -> PoolError:
+    def _error(self, index: int, request: Request, fault: Fault, times: str = "") -> PoolError:
         slots = [slot for slot, _ in request[1]] if fault.slot is None else [fault.slot]
         where = f"slot{'s' if len(slots) > 1 else ''} {', '.join(map(str, slots))}"
         return PoolError(f"worker {index} failed {times}on {where} while {worker.DOING[request[0]]}: {fault.text}")
@@ -266,7 +260,7 @@ class EnvPool:
         """Starts workers and builds their environments; returns the environments' spec."""
         for index in indices:
             self._workers[index] = (
-                _ProcessWorker(self._make_env, self._timeout_s) if self.num_workers else _LocalWorker(self._make_env)
+                ProcessWorker(self._make_env, self._timeout_s) if self.num_workers else LocalWorker(self._make_env)
             )
         requests = {index: ("make", [(slot, None) for slot in self._slots_of(index)]) for index in indices}
         replies = self._must(requests)
@@ -279,7 +273,7 @@ class EnvPool:
         for slot, spec in specs.items():
             if other := different_spec(spec, first):
                 index = self._worker_of(slot)
-                raise self._error(index, requests[index], _Fault(other, slot))
+                raise self._error(index, requests[index], Fault(other, slot))
         return first
 
     def _revive(self, indices: Any) -> None:
@@ -319,97 +313,6 @@ class EnvPool:
             if not self._journals[slot].started:
                 raise ValueError(f"slot {slot} has no episode: call reset, restore or branch on it first")
         return slots
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fault:
-    text: str  # one line
-    slot: int | None = None  # None when the worker could not say
-    retry: bool = True
-
-
-class _ProcessWorker:
-    """A worker in its own interpreter."""
-
-    def __init__(self, make_env: Callable[[], Env], timeout_s: float) -> None:
-        self.connection, child = multiprocessing.Pipe()
-        _bound_waits(self.connection, timeout_s)
-        fd = child.fileno()
-        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # the processes are the parallelism
-        try:
-            self._process = subprocess.Popen(
-                worker.command(fd, os.getpid()), pass_fds=[fd], stdin=subprocess.DEVNULL, env=threads | os.environ
-            )
-        finally:
-            child.close()  # a copy kept here would hide the worker's death
-        try:
-            self.connection.send(make_env)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            self.kill()
-            self.end()
-            raise ValueError(
-                f"make_env cannot be sent to a worker ({error}): expected a function of an importable module or a "
-                "functools.partial of one"
-            ) from None
-        except OSError:
-            pass  # it died at once: the next exchange reports that
-
-    def send(self, request: Request) -> None:
-        self.connection.send(request)
-
-    def death(self) -> str:
-        """Says how the process ended; kills one that only closed its pipe."""
-        try:
-            code = self._process.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            return "the process closed its pipe"
-        return f"the process died (exit code {code})"
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def hang_up(self) -> None:
-        self.connection.close()
-
-    def end(self, patience_s: float = 2.0) -> None:
-        self.connection.close()
-        try:
-            self._process.wait(timeout=patience_s)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-
-class _LocalWorker:
-    """The same in this process, for debugging: an exception is survived, a death or a hang is not."""
-
-    def __init__(self, make_env: Callable[[], Env]) -> None:
-        self._server = SlotServer(make_env)
-
-    def serve(self, request: Request) -> Reply:
-        return self._server.serve(request)
-
-    def kill(self) -> None:
-        pass
-
-    def hang_up(self) -> None:
-        pass
-
-    def end(self) -> None:
-        self._server.close()
-
-
-def _bound_waits(connection: Any, timeout_s: float) -> None:
-    """A message that stands still for so long raises BlockingIOError: a stopped worker reads and writes no more."""
-    seconds, rest = divmod(timeout_s, 1.0)
-    with socket.socket(fileno=os.dup(connection.fileno())) as end:
-        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-            end.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(seconds), int(1e6 * rest)))
-
-
-def _fault_of(reply: Reply) -> _Fault:
-    return _Fault(reply.error or "", reply.error_slot, retry=not reply.lasting)
 
 
 def _require_pairs(name: str, slots: Sequence[Any], values: Sequence[Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from envs.pool import EnvPool
+from envs.base import Pool
 from z1_jax.config.schema import Config
 from z1_jax.evaluation import (
     Evaluation,
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     conclude(config, policies["checkpoint"], run.directory, run.clock, result, line, run.differing)
 
 
-def look_at(run: Run, policy: Policy, pool: EnvPool, name: str) -> tuple[Evaluation, dict[int, bool]]:
+def look_at(run: Run, policy: Policy, pool: Pool, name: str) -> tuple[Evaluation, dict[int, bool]]:
     """Runs the held-out seeds with one of the policies, and films it; what is there already is not done again."""
     config, mesh = run.config, run.mesh
     results = run.directory / "evaluation" / f"{name}.jsonl"

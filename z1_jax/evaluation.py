@@ -11,8 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from envs.base import Episode
-from envs.pool import EnvPool
+from envs.base import Episode, Pool
 from z1_jax.config.schema import EvalConfig, FlowConfig
 from z1_jax.errors import UserError
 from z1_jax.metrics import ALARMS, Progress, drop_half_line, read_records
@@ -49,7 +48,7 @@ class Evaluation:
 
 def evaluate(
     policy: Policy,
-    pool: EnvPool,
+    pool: Pool,
     mesh: jax.sharding.Mesh,
     config: EvalConfig,
     flow: FlowConfig,
@@ -120,7 +119,7 @@ def evaluate(
 
 
 def instructions(
-    pool: EnvPool, config: EvalConfig, most: int = 4, episode_of: Callable[[int], Episode] = Episode
+    pool: Pool, config: EvalConfig, most: int = 4, episode_of: Callable[[int], Episode] = Episode
 ) -> list[str]:
     """What the robot is told in the first held-out episodes, each text once. Starts episodes in the pool."""
     count = min(most, pool.num_envs, config.episodes)

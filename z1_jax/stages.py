@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from envs import demos
+from envs.base import Pool
 from envs.pool import EnvPool
 from z1_jax import initial_policy, sharding
 from z1_jax.agreement import dataset_world, trained_in
@@ -91,7 +92,7 @@ def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
             raise ConfigError(f"config key {key}: got {size}, expected a multiple of the {shards} shards of a batch")
 
 
-def make_pool(config: Config) -> EnvPool:
+def make_pool(config: Config) -> Pool:
     """The worker processes of a run, not started twice."""
     timeout_s = config.env.timeout_s
     return EnvPool(

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.base import Episode
-from envs.pool import EnvPool
+from envs.base import Episode, Pool
 from envs.video import write_video
 from z1_jax.config.schema import Config, EvalConfig
 from z1_jax.policy import Policy
@@ -35,7 +34,7 @@ class Clip:
 
 
 def record_clips(
-    config: Config, policy: Policy, pool: EnvPool, actor: Actor, params: Params, run_dir: pathlib.Path, name: str
+    config: Config, policy: Policy, pool: Pool, actor: Actor, params: Params, run_dir: pathlib.Path, name: str
 ) -> dict[int, bool]:
     """Films the episodes of `eval.filmed` that are not there yet, as videos/NAME_seedN.webp.
 
@@ -97,7 +96,7 @@ def clips_of(config: Config, sides: Mapping[str, tuple[str, Mapping[int, bool]]]
 
 def film(
     policy: Policy,
-    pool: EnvPool,
+    pool: Pool,
     actor: Actor,
     params: Params,
     seeds: Sequence[int],

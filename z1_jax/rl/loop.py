@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.pool import EnvPool
+from envs.base import Pool
 from z1_jax.checkpoint import Checkpoints, Keep
 from z1_jax.interrupt import GracefulStop
 from z1_jax.metrics import ALARMS, METRICS, MetricsWriter, Progress, read_records
@@ -24,7 +24,7 @@ _COLUMNS = {"success": ".1%", "groups/kept": ".0f", "ratio/max": ".3f", "clip_fr
 
 
 def train_grpo(
-    trainer: GrpoTrainer, pool: EnvPool, directory: pathlib.Path, writer: MetricsWriter, *, alone: bool = False
+    trainer: GrpoTrainer, pool: Pool, directory: pathlib.Path, writer: MetricsWriter, *, alone: bool = False
 ) -> Policy:
     """Trains to `train.iterations`, from the newest checkpoint in `directory` where there is one.
 

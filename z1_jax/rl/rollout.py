@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from envs.base import Episode
-from envs.pool import EnvPool
+from envs.base import Episode, Pool
 from z1_jax.data.transforms import InputProcessor
 from z1_jax.errors import UserError
 from z1_jax.rl.actor import Acted, Actor, act, stack_ids
@@ -73,7 +72,7 @@ class Rollouts:
 
 
 def collect(
-    pool: EnvPool,
+    pool: Pool,
     actor: Actor,
     params: tuple[Any, Any],
     processor: InputProcessor,
@@ -129,7 +128,7 @@ class _Walk:
 
     def __init__(
         self,
-        pool: EnvPool,
+        pool: Pool,
         actor: Actor,
         params: tuple[Any, Any],
         processor: InputProcessor,

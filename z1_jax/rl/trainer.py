@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from envs.base import Episode
-from envs.pool import EnvPool
+from envs.base import Episode, Pool
 from z1_jax import distributed
 from z1_jax.config.checks import check_horizon
 from z1_jax.config.schema import Config, ConfigError, UpdateConfig
@@ -150,7 +149,7 @@ class GrpoTrainer:
             config.noise_schedule, config.noise_level, config.noise_level_end, iteration, self.config.train.iterations
         )
 
-    def collect(self, pool: EnvPool, iteration: int) -> rollout.Rollouts:
+    def collect(self, pool: Pool, iteration: int) -> rollout.Rollouts:
         """One iteration's groups, on seeds and noise of this iteration alone."""
         config = self.config
         check_horizon(config, pool.spec.horizon, self._policy.executed)
