@@ -115,6 +115,7 @@ class Snapshot:
     env: str  # identity of the environment class and task that wrote it
     physics: np.ndarray  # simulator state vector
     extra: dict[str, Any]  # everything else that a replay needs (counters, targets, RNG, model fields)
+    task: str = ""  # of a pool's slot: pools note it, environments need not
 
 
 @runtime_checkable

@@ -9,11 +9,10 @@ import pickle
 import socket
 import struct
 import subprocess
-from collections.abc import Callable
 from typing import Any
 
 from envs import worker
-from envs.base import Env
+from envs.simulators import Factories
 from envs.worker import Reply, Request, SlotServer
 
 
@@ -34,7 +33,7 @@ class Fault:
 class ProcessWorker:
     """A worker in its own interpreter."""
 
-    def __init__(self, make_env: Callable[[], Env], timeout_s: float) -> None:
+    def __init__(self, factories: Factories, simulators: int, timeout_s: float) -> None:
         self.connection, child = multiprocessing.Pipe()
         _bound_waits(self.connection, timeout_s)
         fd = child.fileno()
@@ -46,7 +45,7 @@ class ProcessWorker:
         finally:
             child.close()  # a copy kept here would hide the worker's death
         try:
-            self.connection.send(make_env)
+            self.connection.send((factories, simulators))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             self.kill()
             self.end()
@@ -87,8 +86,8 @@ class ProcessWorker:
 class LocalWorker:
     """The same in this process, for debugging: an exception is survived, a death or a hang is not."""
 
-    def __init__(self, make_env: Callable[[], Env]) -> None:
-        self._server = SlotServer(make_env)
+    def __init__(self, factories: Factories, simulators: int) -> None:
+        self._server = SlotServer(factories, simulators)
 
     def serve(self, request: Request) -> Reply:
         return self._server.serve(request)
