@@ -29,6 +29,7 @@ from z1_jax.config.schema import Config, ConfigError, build, fingerprint, length
 from z1_jax.config.schema import identity as config_identity
 from z1_jax.data.dataset import open_dataset
 from z1_jax.errors import UserError
+from z1_jax.evaluation import task_lines
 from z1_jax.files import partial_path, require_plain, write_whole
 from z1_jax.metrics import drop_half_line
 from z1_jax.policy import BEST, TOKENIZER, Policy, find_policy
@@ -280,7 +281,7 @@ def conclude(
     note = suites.label(config)
     line += f" [{note}]" * bool(note)
     summary = {
-        "task": config.task,
+        "task": list(config.tasks) or config.task,
         "seeds": {"run": config.seed, "evaluation": [config.eval.first_seed, config.eval.episodes]},
         "protocol": {
             **protocol(config, policy),
@@ -298,7 +299,7 @@ def conclude(
     write_json(path, summary)
     page = write_report(run_dir)
     total = sum(clock.seconds.values())
-    print(f"\n{line}")
+    print("\n" + "\n  ".join([line, *task_lines(result, config.eval.confidence)]))
     if best := result.get("best_checkpoint"):
         print(f"best checkpoint: {best_sentence(best)}; its path is {run_dir}{BEST}")
     if config.algorithm != "eval":
@@ -312,7 +313,7 @@ def protocol(config: Config, policy: Policy) -> dict[str, Any]:
         "version": __version__,
         "revision": _revision(),
         "suite": config.env.suite,
-        "task": config.task,
+        "task": list(config.tasks) or config.task,
         "config": fingerprint(config),
         "evaluation_seeds": f"{config.eval.first_seed} … {config.eval.first_seed + config.eval.episodes - 1}"
         if config.eval.episodes
