@@ -115,6 +115,7 @@ class Snapshot:
     env: str  # identity of the environment class and task that wrote it
     physics: np.ndarray  # simulator state vector
     extra: dict[str, Any]  # everything else that a replay needs (counters, targets, RNG, model fields)
+    task: str = ""  # of a pool's slot: pools note it, environments need not
 
 
 @runtime_checkable
@@ -138,6 +139,49 @@ class Env(Protocol):
     def restore(self, snapshot: Snapshot) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Pool(Protocol):
+    """Environments (slots) that are stepped together, wherever they run: what rollouts and evaluations drive.
+
+    Slots are numbered 0 to num_envs - 1; a call names each at most once, and its answers come in their order.
+    """
+
+    @property
+    def spec(self) -> EnvSpec:
+        """Constants of the environments."""
+
+    @property
+    def num_envs(self) -> int:
+        """How many slots there are."""
+
+    def reset(self, slots: Sequence[int], episodes: Sequence[Episode]) -> list[EnvObservation]:
+        """Starts an episode in each slot; returns its first observation."""
+
+    def step(self, slots: Sequence[int], actions: np.ndarray) -> tuple[list[ChunkResult], list[EnvObservation | None]]:
+        """Executes a chunk in each slot: float [len(slots), E, action_dim]. A done episode gives no observation."""
+
+    def branch(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Makes slot targets[i] a bit-exact copy of slot sources[i] as it was before the call."""
+
+    def snapshot(self, slots: Sequence[int]) -> list[Snapshot]:
+        """The full state of each slot."""
+
+    def restore(self, slots: Sequence[int], snapshots: Sequence[Snapshot]) -> None:
+        """Puts each slot into the state of its snapshot."""
+
+    def render(self, slots: Sequence[int], camera: str, size: int) -> list[np.ndarray]:
+        """One frame of each slot, uint8 [size, size, 3]."""
+
+    def take_times(self) -> dict[str, float]:
+        """Wall seconds in calls since the last take, by what they went into: simulate, render, wait."""
+
+    def close(self) -> None:
+        """Ends the environments. Closing twice is harmless."""
+
+    def __enter__(self) -> Pool: ...
+
+    def __exit__(self, *exception: object) -> None: ...
 
 
 def copies(env: object) -> bool:

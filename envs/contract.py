@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,11 +43,15 @@ def check_spec(spec: Any) -> EnvSpec:
     return spec
 
 
-def different_spec(spec: EnvSpec, first: EnvSpec) -> str:
-    """How an environment differs from the first one of its pool, in one line; empty where it does not."""
+def different_spec(spec: EnvSpec, first: EnvSpec, but: Sequence[str] = ()) -> str:
+    """How an environment differs from the first one of its pool, in one line; empty where it does not.
+
+    Args:
+        but: fields that may differ.
+    """
     for field in dataclasses.fields(EnvSpec):
         one, other = getattr(spec, field.name), getattr(first, field.name)
-        if one != other:
+        if one != other and field.name not in but:
             expected = f"{_named(other)} as in the pool's first environment"
             return str(_broken(f"spec.{field.name}", _named(one), expected))
     return ""

@@ -9,15 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import multiprocessing
 import multiprocessing.connection
-import os
-import pickle
-import socket
-import struct
-import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,8 +19,11 @@ import numpy as np
 from envs import worker
 from envs.base import ChunkResult, Env, EnvObservation, EnvSpec, Episode, Snapshot
 from envs.contract import different_spec
-from envs.worker import Journal, Reply, Request, SlotServer
+from envs.pool_workers import Fault, LocalWorker, ProcessWorker
+from envs.simulators import Factories
+from envs.worker import Journal, Reply, Request
 
+ONLY = ""  # the task of a pool that was given one environment without a name
 _log = logging.getLogger(__name__)
 
 
@@ -39,7 +36,11 @@ class EnvPool:
 
     Args:
       make_env: builds one environment; picklable and importable in a fresh interpreter, e.g.
-        `functools.partial(envs.kitchen.make, "TurnOnSinkFaucet")`.
+        `functools.partial(envs.kitchen.make, "TurnOnSinkFaucet")`. Or several by their tasks, which episodes name; they
+        differ in task and horizon alone.
+      simulators: most that one worker keeps. 0: each slot has its own, built anew when its task changes and none of
+        that task is free. Else slots take turns in them, by snapshots: this moves no number, but environments that
+        cannot be copied must have one each.
       timeout_s: seconds that a worker may take to answer one call; a later one is replaced and the call retried once.
       start_timeout_s: seconds that a new worker may take to import, build its environments and replay their episodes.
 
@@ -51,34 +52,51 @@ class EnvPool:
 
     def __init__(
         self,
-        make_env: Callable[[], Env],
+        make_env: Callable[[], Env] | Factories,
         num_envs: int,
         num_workers: int,
         timeout_s: float = 60.0,
         start_timeout_s: float = 120.0,
+        simulators: int = 0,
     ) -> None:
         if num_envs < 1 or num_workers < 0:
             raise ValueError(
                 f"got num_envs={num_envs}, num_workers={num_workers}: expected num_envs >= 1, num_workers >= 0"
             )
+        self._factories = dict(make_env) if isinstance(make_env, Mapping) else {ONLY: make_env}
+        if simulators < 0 or not self._factories:
+            raise ValueError(f"got simulators={simulators}, {len(self._factories)} tasks: expected 0 or more of some")
         if timeout_s <= 0 or start_timeout_s <= 0:
             raise ValueError(f"got timeout_s={timeout_s}, start_timeout_s={start_timeout_s}: expected both > 0")
         self.num_envs = num_envs
         self.num_workers = min(num_workers, num_envs)
         self.replaced = 0  # workers replaced after a fault, over the pool's life
-        self._make_env = make_env
+        self._simulators = simulators
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
-        self._journals = [Journal() for _ in range(num_envs)]
-        self._workers: dict[int, _ProcessWorker | _LocalWorker] = {}
+        tasks = list(self._factories)
+        self._journals = [Journal(tasks[slot % len(tasks)]) for slot in range(num_envs)]
+        self._workers: dict[int, ProcessWorker | LocalWorker] = {}
         self._behind: set[int] = set()  # workers whose environments may differ from the journals
         self._closed = False
         self._times = {"simulate": 0.0, "render": 0.0, "wait": 0.0}
+        self._specs: dict[str, EnvSpec] = {}
         try:
-            self.spec: EnvSpec = self._start(range(max(1, self.num_workers)))
+            self._start(range(max(1, self.num_workers)), tasks[num_envs:])
         except BaseException:
             self.close()
             raise
+
+    @property
+    def spec(self) -> EnvSpec:
+        """Of the first task, with the horizon of the longest one."""
+        first, *others = self._specs.values()
+        return dataclasses.replace(first, horizon=max(spec.horizon for spec in (first, *others)))
+
+    @property
+    def specs(self) -> Mapping[str, EnvSpec]:
+        """By task, as `make_env` names them."""
+        return self._specs
 
     # --- calls -----------------------------------------------------------------------------------------------------
 
@@ -89,9 +107,10 @@ class EnvPool:
         for episode in episodes:
             if not isinstance(episode, Episode):
                 raise ValueError(f"got {episode!r} for an episode: expected an envs.base.Episode")
-        observations = self._call("reset", slots, episodes)
-        for slot, episode in zip(slots, episodes, strict=True):
-            self._journals[slot] = Journal(episode=episode)
+        tasks = [self._known(episode.task, "an episode") for episode in episodes]
+        observations = self._call("reset", slots, list(zip(tasks, episodes, strict=True)), tasks)
+        for slot, task, episode in zip(slots, tasks, episodes, strict=True):
+            self._journals[slot] = Journal(task, episode)
         return observations
 
     def step(self, slots: Sequence[int], actions: np.ndarray) -> tuple[list[ChunkResult], list[EnvObservation | None]]:
@@ -111,7 +130,7 @@ class EnvPool:
                 f"actions of slot {slots[int(np.argmin(finite))]} are not finite: check the policy's output"
             )
         journals = [self._journals[slot] for slot in slots]
-        left = [journal.left(self.spec.horizon) for journal in journals]
+        left = [journal.left(self._specs[journal.task].horizon) for journal in journals]
         answers = self._call("step", slots, list(zip(actions, left, strict=True)))
         for journal, chunk, (result, _) in zip(journals, actions, answers, strict=True):
             journal.add(chunk, result)
@@ -139,9 +158,10 @@ class EnvPool:
         """Puts each slot into the state of its snapshot."""
         slots = self._check_slots(slots)
         _require_pairs("snapshots", slots, snapshots)
-        self._call("restore", slots, list(snapshots))
-        for slot, snapshot in zip(slots, snapshots, strict=True):
-            self._journals[slot] = Journal(snapshot=snapshot, steps=None)
+        tasks = [self._known(snapshot.task, "a snapshot") for snapshot in snapshots]
+        self._call("restore", slots, list(zip(tasks, snapshots, strict=True)), tasks)
+        for slot, task, snapshot in zip(slots, tasks, snapshots, strict=True):
+            self._journals[slot] = Journal(task, snapshot=snapshot, steps=None)
 
     def render(self, slots: Sequence[int], camera: str, size: int) -> list[np.ndarray]:
         """One frame of each slot, uint8 [size, size, 3], for environments that have `render(camera, size)`."""
@@ -170,9 +190,13 @@ class EnvPool:
 
     # --- one call: to all workers at once, then all answers --------------------------------------------------------
 
-    def _call(self, operation: str, slots: list[int], payloads: list[Any]) -> list[Any]:
+    def _call(self, operation: str, slots: list[int], payloads: list[Any], tasks: Sequence[str] = ()) -> list[Any]:
+        """Args: `tasks` of the slots from here on, where they may be others than before."""
         if not slots:
             return []
+        others = any(self._journals[slot].task != task for slot, task in zip(slots, tasks, strict=False))
+        builds = others or 0 < self._simulators < len(self._factories)
+        timeout_s = max(self._timeout_s, self._start_timeout_s) if builds else self._timeout_s
         requests: dict[int, Request] = {}
         for slot, payload in zip(slots, payloads, strict=True):
             requests.setdefault(self._worker_of(slot), (operation, []))[1].append((slot, payload))
@@ -180,9 +204,9 @@ class EnvPool:
 
         start = time.perf_counter()
         self._behind |= requests.keys()  # until every answer is in: an interrupt may come at any point
-        replies, faults = self._exchange(requests, self._timeout_s)
+        replies, faults = self._exchange(requests, timeout_s)
         if faults:
-            replies |= self._retry(requests, faults)
+            replies |= self._retry(requests, faults, timeout_s)
         self._behind -= requests.keys()
         self._count(replies.values(), time.perf_counter() - start)
 
@@ -193,16 +217,16 @@ class EnvPool:
         }
         return [answers[slot] for slot in slots]
 
-    def _exchange(self, requests: dict[int, Request], timeout_s: float) -> tuple[dict[int, Reply], dict[int, _Fault]]:
+    def _exchange(self, requests: dict[int, Request], timeout_s: float) -> tuple[dict[int, Reply], dict[int, Fault]]:
         replies: dict[int, Reply] = {}
-        faults: dict[int, _Fault] = {}
+        faults: dict[int, Fault] = {}
         waiting: dict[Any, int] = {}
-        asked: dict[int, _ProcessWorker] = {}
+        asked: dict[int, ProcessWorker] = {}
         late: list[int] = []  # a message to or from them stood still
         deadline = time.monotonic() + timeout_s
         for index, request in requests.items():
             member = self._workers[index]
-            if isinstance(member, _LocalWorker):
+            if isinstance(member, LocalWorker):
                 replies[index] = member.serve(request)
                 continue
             asked[index] = member
@@ -212,7 +236,7 @@ class EnvPool:
             except BlockingIOError:
                 late.append(index)
             except OSError:
-                faults[index] = _Fault(member.death())
+                faults[index] = Fault(member.death())
         while waiting:
             ready: list[Any] = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
@@ -224,26 +248,26 @@ class EnvPool:
                 except BlockingIOError:
                     late.append(index)
                 except (EOFError, OSError):
-                    faults[index] = _Fault(asked[index].death())
+                    faults[index] = Fault(asked[index].death())
         for index in [*late, *waiting.values()]:
             self._workers[index].kill()
-            faults[index] = _Fault(f"no answer within {timeout_s:g} s")
-        faults |= {index: _fault_of(reply) for index, reply in replies.items() if reply.error is not None}
+            faults[index] = Fault(f"no answer within {timeout_s:g} s")
+        faults |= {index: Fault.of(reply) for index, reply in replies.items() if reply.error is not None}
         return {index: reply for index, reply in replies.items() if reply.error is None}, faults
 
-    def _retry(self, requests: dict[int, Request], faults: dict[int, _Fault]) -> dict[int, Reply]:
+    def _retry(self, requests: dict[int, Request], faults: dict[int, Fault], timeout_s: float) -> dict[int, Reply]:
         for index, fault in faults.items():
             if not fault.retry:
                 raise self._error(index, requests[index], fault)
         for index, fault in faults.items():
             _log.warning("%s; replacing the worker and retrying", self._error(index, requests[index], fault))
         self._revive(faults)
-        replies, again = self._exchange({index: requests[index] for index in faults}, self._timeout_s)
+        replies, again = self._exchange({index: requests[index] for index in faults}, timeout_s)
         for index, fault in again.items():
             raise self._error(index, requests[index], fault, "twice ")
         return replies
 
-    def _error(self, index: int, request: Request, fault: _Fault, times: str = "") -> PoolError:
+    def _error(self, index: int, request: Request, fault: Fault, times: str = "") -> PoolError:
         slots = [slot for slot, _ in request[1]] if fault.slot is None else [fault.slot]
         where = f"slot{'s' if len(slots) > 1 else ''} {', '.join(map(str, slots))}"
         return PoolError(f"worker {index} failed {times}on {where} while {worker.DOING[request[0]]}: {fault.text}")
@@ -262,25 +286,37 @@ class EnvPool:
     def _slots_of(self, index: int) -> list[int]:
         return [slot for slot in range(self.num_envs) if self._worker_of(slot) == index]
 
-    def _start(self, indices: Sequence[int] | set[int]) -> EnvSpec:
-        """Starts workers and builds their environments; returns the environments' spec."""
+    def _start(self, indices: Sequence[int] | set[int], others: Sequence[str] = ()) -> None:
+        """Starts workers, builds their slots' simulators and compares what they say of themselves.
+
+        Args:
+            others: tasks that no slot begins with.
+        """
         for index in indices:
             self._workers[index] = (
-                _ProcessWorker(self._make_env, self._timeout_s) if self.num_workers else _LocalWorker(self._make_env)
+                ProcessWorker(self._factories, self._simulators, self._timeout_s)
+                if self.num_workers
+                else LocalWorker(self._factories, self._simulators)
             )
-        requests = {index: ("make", [(slot, None) for slot in self._slots_of(index)]) for index in indices}
+        made: list[tuple[int, str]] = [(slot, journal.task) for slot, journal in enumerate(self._journals)]
+        made += [(number % self.num_envs, task) for number, task in enumerate(others)]
+        requests: dict[int, Request] = {index: ("make", []) for index in indices}
+        for slot, task in made:
+            if self._worker_of(slot) in requests:
+                requests[self._worker_of(slot)][1].append((slot, task))
         replies = self._must(requests)
         specs = {
-            slot: spec
-            for i, reply in replies.items()
-            for slot, spec in zip(self._slots_of(i), reply.results, strict=True)
+            (slot, task): spec
+            for index, reply in replies.items()
+            for (slot, task), spec in zip(requests[index][1], reply.results, strict=True)
         }
-        first = getattr(self, "spec", specs[min(specs)])
-        for slot, spec in specs.items():
-            if other := different_spec(spec, first):
+        for slot, task in sorted(specs, key=made.index):
+            spec = specs[slot, task]
+            first = self._specs.setdefault(task, spec)
+            different = different_spec(spec, first) or different_spec(spec, self.spec, ("task", "horizon"))
+            if different:
                 index = self._worker_of(slot)
-                raise self._error(index, requests[index], _Fault(other, slot))
-        return first
+                raise self._error(index, requests[index], Fault(f"{task}: {different}" if task else different, slot))
 
     def _revive(self, indices: Any) -> None:
         """Replaces workers and brings their slots to the journals' state."""
@@ -313,103 +349,22 @@ class EnvPool:
             raise ValueError(f"slots {slots} repeat one: expected each slot at most once in a call")
         return slots
 
+    def _known(self, task: str, what: str) -> str:
+        """The name in the pool of the task that an episode or a snapshot is of."""
+        if ONLY in self._factories:
+            return ONLY
+        if task in self._factories:
+            return task
+        if not task and len(self._factories) == 1:
+            return next(iter(self._factories))
+        raise ValueError(f"got {what} of {task!r}: expected one of {', '.join(self._factories)}")
+
     def _require_started(self, slots: Sequence[int]) -> list[int]:
         slots = self._check_slots(slots)
         for slot in slots:
             if not self._journals[slot].started:
                 raise ValueError(f"slot {slot} has no episode: call reset, restore or branch on it first")
         return slots
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fault:
-    text: str  # one line
-    slot: int | None = None  # None when the worker could not say
-    retry: bool = True
-
-
-class _ProcessWorker:
-    """A worker in its own interpreter."""
-
-    def __init__(self, make_env: Callable[[], Env], timeout_s: float) -> None:
-        self.connection, child = multiprocessing.Pipe()
-        _bound_waits(self.connection, timeout_s)
-        fd = child.fileno()
-        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # the processes are the parallelism
-        try:
-            self._process = subprocess.Popen(
-                worker.command(fd, os.getpid()), pass_fds=[fd], stdin=subprocess.DEVNULL, env=threads | os.environ
-            )
-        finally:
-            child.close()  # a copy kept here would hide the worker's death
-        try:
-            self.connection.send(make_env)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            self.kill()
-            self.end()
-            raise ValueError(
-                f"make_env cannot be sent to a worker ({error}): expected a function of an importable module or a "
-                "functools.partial of one"
-            ) from None
-        except OSError:
-            pass  # it died at once: the next exchange reports that
-
-    def send(self, request: Request) -> None:
-        self.connection.send(request)
-
-    def death(self) -> str:
-        """Says how the process ended; kills one that only closed its pipe."""
-        try:
-            code = self._process.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            return "the process closed its pipe"
-        return f"the process died (exit code {code})"
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def hang_up(self) -> None:
-        self.connection.close()
-
-    def end(self, patience_s: float = 2.0) -> None:
-        self.connection.close()
-        try:
-            self._process.wait(timeout=patience_s)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-
-class _LocalWorker:
-    """The same in this process, for debugging: an exception is survived, a death or a hang is not."""
-
-    def __init__(self, make_env: Callable[[], Env]) -> None:
-        self._server = SlotServer(make_env)
-
-    def serve(self, request: Request) -> Reply:
-        return self._server.serve(request)
-
-    def kill(self) -> None:
-        pass
-
-    def hang_up(self) -> None:
-        pass
-
-    def end(self) -> None:
-        self._server.close()
-
-
-def _bound_waits(connection: Any, timeout_s: float) -> None:
-    """A message that stands still for so long raises BlockingIOError: a stopped worker reads and writes no more."""
-    seconds, rest = divmod(timeout_s, 1.0)
-    with socket.socket(fileno=os.dup(connection.fileno())) as end:
-        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-            end.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(seconds), int(1e6 * rest)))
-
-
-def _fault_of(reply: Reply) -> _Fault:
-    return _Fault(reply.error or "", reply.error_slot, retry=not reply.lasting)
 
 
 def _require_pairs(name: str, slots: Sequence[Any], values: Sequence[Any]) -> None:

@@ -27,7 +27,11 @@ class SettingError(ValueError):
 
 @runtime_checkable
 class Suite(Protocol):
-    """Made once a run, from the sections `env` and `eval` of its config."""
+    """Made once a run, from the sections `env` and `eval` of its config.
+
+    It may also have `shares = True` where snapshots cost little beside a chunk: then the environments of a worker take
+    turns in one simulator a task.
+    """
 
     name: str
     tasks: tuple[str, ...]  # every name that there is

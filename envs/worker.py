@@ -19,15 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from envs.base import ChunkResult, Env, EnvObservation, EnvSpec, Episode, Snapshot, copies
-from envs.contract import (
-    ContractError,
-    check_frame,
-    check_observation,
-    check_result,
-    check_snapshot,
-    check_spec,
-)
+from envs.base import ChunkResult, Env, EnvObservation, EnvSpec, Episode, Snapshot
+from envs.contract import ContractError, check_frame, check_observation, check_result
+from envs.simulators import Factories, Simulators
 
 Request = tuple[str, list[tuple[int, Any]]]  # operation, then (slot, payload) in order of execution
 
@@ -48,6 +42,7 @@ DOING = {
 class Journal:
     """How one slot came to its present state: enough to bring a fresh environment there, bit for bit."""
 
+    task: str = ""  # of what is simulated, by its name in the pool
     episode: Episode | None = None  # the last one started, or None when `snapshot` is the base
     snapshot: Snapshot | None = None  # the last snapshot restored
     chunks: list[np.ndarray] = dataclasses.field(default_factory=list)  # actions [E, A] executed since the base
@@ -80,12 +75,14 @@ class Reply:
 
 
 class SlotServer:
-    """Holds the environments of some slots and executes requests on them, one item after the other."""
+    """Holds the simulators of some slots and executes requests on them, one item after the other.
 
-    def __init__(self, make_env: Callable[[], Env]) -> None:
-        self._make_env = make_env
-        self._envs: dict[int, Env] = {}
-        self._specs: dict[int, EnvSpec] = {}
+    Args:
+        factories, simulators: as `Simulators` takes them.
+    """
+
+    def __init__(self, factories: Factories, simulators: int) -> None:
+        self._simulators = Simulators(factories, simulators)
         self._simulate_s = 0.0
         self._render_s = 0.0
 
@@ -111,9 +108,7 @@ class SlotServer:
         return Reply(results, self._simulate_s, self._render_s)
 
     def close(self) -> None:
-        for env in self._envs.values():
-            env.close()
-        self._envs.clear()
+        self._simulators.close()
 
     def _simulate(self, function: Callable, *args: Any) -> Any:
         start = time.perf_counter()
@@ -123,40 +118,44 @@ class SlotServer:
             self._simulate_s += time.perf_counter() - start
 
     def _observe(self, slot: int) -> EnvObservation:
+        env = self._simulate(self._simulators.of, slot)
         start = time.perf_counter()
-        observation = self._envs[slot].observe()
+        observation = env.observe()
         self._render_s += time.perf_counter() - start
-        return check_observation(observation, self._specs[slot])
+        return check_observation(observation, self._simulators.spec(slot))
 
-    def _make(self, slot: int, payload: None) -> Any:
-        self._envs[slot] = self._make_env()
-        env = self._envs[slot]
-        self._specs[slot] = dataclasses.replace(check_spec(env.spec), copies=copies(env))
-        return self._specs[slot]
+    def _make(self, slot: int, task: str) -> EnvSpec:
+        return self._simulators.prepare(slot, task)
 
-    def _reset(self, slot: int, episode: Episode) -> EnvObservation:
-        self._simulate(self._envs[slot].reset, episode)
+    def _reset(self, slot: int, payload: tuple[str, Episode]) -> EnvObservation:
+        task, episode = payload
+        self._simulate(lambda: self._simulators.begin(slot, task).reset(episode))
         return self._observe(slot)
 
     def _step(self, slot: int, payload: tuple[np.ndarray, int | None]) -> tuple[ChunkResult, EnvObservation | None]:
         actions, left = payload
-        result = check_result(self._simulate(self._envs[slot].step_chunk, actions), len(actions), left)
+        result = self._simulate(lambda: self._simulators.of(slot).step_chunk(actions))
+        check_result(result, len(actions), left)
         return result, None if result.done else self._observe(slot)
 
     def _snapshot(self, slot: int, payload: None) -> Snapshot:
-        return check_snapshot(self._simulate(self._envs[slot].snapshot))
+        return self._simulate(self._simulators.snapshot, slot)
 
-    def _restore(self, slot: int, snapshot: Snapshot) -> None:
-        self._simulate(self._envs[slot].restore, snapshot)
+    def _restore(self, slot: int, payload: tuple[str, Snapshot]) -> None:
+        task, snapshot = payload
+        self._simulate(self._simulators.restore, slot, snapshot, task)
 
     def _render(self, slot: int, payload: tuple[str, int]) -> np.ndarray:
+        env = self._simulate(self._simulators.of, slot)
         start = time.perf_counter()
-        frame = _frame(self._envs[slot], *payload)
+        frame = _frame(env, *payload)
         self._render_s += time.perf_counter() - start
         return check_frame(frame, payload[1])
 
     def _replay(self, slot: int, journal: Journal) -> None:
-        env = self._envs[slot]
+        if not journal.started:
+            return
+        env = self._simulators.begin(slot, journal.task)
         if journal.snapshot is not None:
             env.restore(journal.snapshot)
         elif journal.episode is not None:
@@ -180,7 +179,7 @@ def main(fd: int, parent: int) -> None:
     threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
     connection = Connection(fd)
     try:
-        server = SlotServer(connection.recv())
+        server = SlotServer(*connection.recv())
     except Exception as error:  # noqa: BLE001 - an environment that cannot be imported here is the parent's to report
         connection.recv()
         connection.send(Reply([], error=" ".join(f"{type(error).__name__}: {error}".split()), lasting=True))

@@ -25,8 +25,9 @@ from z1_jax.files import absolute
 from z1_jax.initial_policy import policy_document
 from z1_jax.policy import Policy
 from z1_jax.run_dir import SUMMARY
-from z1_jax.worlds import World, differences, must_agree
+from z1_jax.worlds import Difference, World, differences, must_agree
 
+_SHOWN = 3  # tasks whose difference of one kind is told
 _RESETS = 4  # episodes of the environment that are looked at: held-out seeds, one observation each
 
 
@@ -48,8 +49,8 @@ def check_worlds(config: Config) -> list[str]:
     acting = [trained_on] if trained_on else policies
     against = []
     if acting and config.eval.episodes:
-        environment = environment_world(config)
-        against = [difference for one in acting for difference in differences(one, environment)]
+        seen = environment_worlds(config)
+        against = [found for one in acting for found in _against(one, seen)]
     if len(policies) > 1 and not config.env.executed:  # two that are compared, each with its own number
         found += [difference for difference in differences(*policies) if difference.kind == "executed"]
     goes_on = config.algorithm == "sft" and not trained_on  # on our own demonstrations: it may come from elsewhere
@@ -124,28 +125,50 @@ def _size(images: Mapping[str, Sequence[int]], camera: str) -> tuple[int, int] |
     return (int(images[camera][0]), int(images[camera][1])) if camera in images else None
 
 
-def environment_world(config: Config) -> World:
-    """What the environments of a run show at the start of a few held-out episodes."""
-    workers = min(1, config.env.workers)
+def environment_worlds(config: Config) -> list[World]:
+    """What the environments of each task of a run show at the start of a few held-out episodes."""
+    suite = suites.resolve(config)
     timeout_s = config.env.timeout_s
-    make_env = suites.make_env(config, config.task)
-    with EnvPool(make_env, 1, workers, timeout_s=timeout_s, start_timeout_s=max(120.0, 2 * timeout_s)) as pool:
+    with EnvPool(
+        suites.make_envs(config),
+        1,
+        min(1, config.env.workers),
+        timeout_s=timeout_s,
+        start_timeout_s=max(120.0, 2 * timeout_s),
+    ) as pool:
         seeds = range(config.eval.first_seed, config.eval.first_seed + min(_RESETS, config.eval.episodes))
-        looks = [pool.reset([0], [suites.episode_of(config)(seed)])[0] for seed in seeds]
-        spec = pool.spec
-    return dataclasses.replace(
-        seen_in(config.task, spec),
-        other_names=suites.resolve(config).other_names(config.task),
-        instructions=tuple(dict.fromkeys(look.instruction for look in looks)),
-        states=np.stack([look.state for look in looks]),
-    )
+        seen = {task: [pool.reset([0], [suite.episode(task, seed)])[0] for seed in seeds] for task in config.every_task}
+        specs = pool.specs
+    return [
+        dataclasses.replace(
+            seen_in((task,), specs[task], len(seen) > 1),
+            other_names=suite.other_names(task),
+            instructions=tuple(dict.fromkeys(look.instruction for look in looks)),
+            states=np.stack([look.state for look in looks]),
+        )
+        for task, looks in seen.items()
+    ]
 
 
-def seen_in(task: str, spec: EnvSpec) -> World:
-    """What environments say before any episode."""
+def _against(one: World, environments: Sequence[World]) -> list[Difference]:
+    """In what a dataset or a policy differs from environments; what it differs in from several is said once."""
+    found: dict[str, list[Difference]] = {}
+    for environment in environments:
+        for difference in differences(one, environment):
+            found.setdefault(difference.kind, []).append(difference)
+    more = {kind: len(lines) - _SHOWN for kind, lines in found.items()}
+    return [
+        dataclasses.replace(line, line=line.line + f" (and {more[kind]} more tasks)" * (more[kind] > 0 and last))
+        for kind, lines in found.items()
+        for line, last in zip(lines[:_SHOWN], [False] * (_SHOWN - 1) + [True], strict=False)
+    ]
+
+
+def seen_in(tasks: Sequence[str], spec: EnvSpec, named: bool = False) -> World:
+    """What environments say before any episode; `named`: by their task."""
     return World(
-        name="the environment",
-        tasks=(task,),
+        name=f"the environment of {tasks[0]}" if named else "the environment",
+        tasks=tuple(tasks),
         rate=spec.control_hz,
         images={camera: (spec.image_size, spec.image_size) for camera in spec.cameras},
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from envs.pool import EnvPool
+from envs.base import Pool
 from z1_jax.config.schema import Config
 from z1_jax.evaluation import (
     Evaluation,
@@ -27,7 +27,7 @@ from z1_jax.process import run_main
 from z1_jax.rl.actor import make_actor
 from z1_jax.run_dir import conclude
 from z1_jax.stages import make_pool
-from z1_jax.suites import episode_of
+from z1_jax.suites import held_out
 from z1_jax.videos import clips_of, record_clips
 
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
         policies = {name: given_policy(config, path, run.mesh) for name, path in run.policies.items()}
         with make_pool(config) as pool:
             seen = {name: look_at(run, policy, pool, name) for name, policy in policies.items()}
-            told = instructions(pool, config.eval, episode_of=episode_of(config))
+            told = instructions(pool, held_out(config, 4))
     result, line = judge(config, {name: outcome for name, (outcome, _) in seen.items()})
     clips = {"before": "compare", "after": "checkpoint"}
     result |= clips_of(config, {side: (name, seen[name][1]) for side, name in clips.items() if name in seen})
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     conclude(config, policies["checkpoint"], run.directory, run.clock, result, line, run.differing)
 
 
-def look_at(run: Run, policy: Policy, pool: EnvPool, name: str) -> tuple[Evaluation, dict[int, bool]]:
+def look_at(run: Run, policy: Policy, pool: Pool, name: str) -> tuple[Evaluation, dict[str, bool]]:
     """Runs the held-out seeds with one of the policies, and films it; what is there already is not done again."""
     config, mesh = run.config, run.mesh
     results = run.directory / "evaluation" / f"{name}.jsonl"
@@ -67,7 +67,7 @@ def look_at(run: Run, policy: Policy, pool: EnvPool, name: str) -> tuple[Evaluat
             title=title,
             actor=actor,
             params=params,
-            episode_of=episode_of(config),
+            held_out=held_out(config),
         )
     with run.clock.stage("videos"):
         return outcome, record_clips(config, policy, pool, actor, params, run.directory, name)
@@ -80,10 +80,10 @@ def judge(config: Config, outcomes: dict[str, Evaluation]) -> tuple[dict[str, An
     name = policy_name(config.checkpoint)
     if "compare" not in outcomes:
         result: dict[str, Any] = {"after": after.summary(confidence), "labels": ["", name]}
-        return result, rate_sentence(name, config.task, result["after"], confidence)
+        return result, rate_sentence(name, config.task_words, result["after"], confidence)
     other = policy_name(config.compare)
     result = {**compare(outcomes["compare"], after, confidence), "labels": [f"A: {other}", f"B: {name}"]}
-    return result, versus_sentence(name, other, config.task, result, confidence)
+    return result, versus_sentence(name, other, config.task_words, result, confidence)
 
 
 def policy_name(path: str) -> str:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from envs.base import Episode
-from envs.pool import EnvPool
+from envs.base import Episode, Pool, episodes
 from z1_jax.config.schema import EvalConfig, FlowConfig
 from z1_jax.errors import UserError
 from z1_jax.metrics import ALARMS, Progress, drop_half_line, read_records
@@ -23,22 +22,37 @@ from z1_jax.policy import Policy
 from z1_jax.rl import rollout
 from z1_jax.rl.actor import Actor, make_actor
 from z1_jax.rl.tree import BranchPlan
-from z1_jax.statistics import mcnemar_exact, paired_difference_interval, wilson_interval
+from z1_jax.statistics import clustered_interval, mcnemar_exact, paired_difference_interval, wilson_interval
 
 ALONE = BranchPlan(group_size=1, points=(), fanout=())
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Outcome of each held-out seed."""
+    """Outcome of each held-out episode: task by task the same seeds."""
 
     seeds: np.ndarray  # int [n]
     success: np.ndarray  # bool [n]
     steps: np.ndarray  # int [n], control steps until success or the end
     unstable: np.ndarray  # bool [n], the simulation broke down: a failure
+    tasks: tuple[str, ...] = ()  # [n], or empty where it is of one task
+
+    def by_task(self) -> dict[str, Evaluation]:
+        """The part of each task; empty where it is of one."""
+        names = np.array(self.tasks)
+        several = list(dict.fromkeys(self.tasks)) if len(set(self.tasks)) > 1 else []
+        return {task: self._part(names == task) for task in several}
+
+    def _part(self, chosen: np.ndarray) -> Evaluation:
+        return Evaluation(self.seeds[chosen], self.success[chosen], self.steps[chosen], self.unstable[chosen])
 
     def summary(self, confidence: float) -> dict[str, Any]:
-        """Successes, episodes, rate and its Wilson interval; how many failed because the simulation broke down."""
+        """Successes, episodes, rate and its Wilson interval; how many failed because the simulation broke down.
+
+        Of several tasks, with as many episodes each, the rate is the mean over them, and the interval that of all
+        episodes, which is no narrower than one that knows each task's rate. `tasks` holds each one's own.
+        """
+        parts = {task: part.summary(confidence) for task, part in self.by_task().items()}
         successes, episodes = int(self.success.sum()), len(self.success)
         return {
             "successes": successes,
@@ -47,12 +61,13 @@ class Evaluation:
             "interval": list(wilson_interval(successes, episodes, confidence)),
             "control_steps": int(self.steps.sum()),
             "unstable": int(self.unstable.sum()),
+            **({"tasks": parts} if parts else {}),
         }
 
 
 def evaluate(
     policy: Policy,
-    pool: EnvPool,
+    pool: Pool,
     mesh: jax.sharding.Mesh,
     config: EvalConfig,
     flow: FlowConfig,
@@ -61,18 +76,18 @@ def evaluate(
     title: str,
     actor: Actor | None = None,
     params: tuple[Any, Any] | None = None,
-    episode_of: Callable[[int], Episode] = Episode,
+    held_out: Sequence[Episode] | None = None,
 ) -> Evaluation:
-    """Runs every held-out seed once. Finished waves are kept in `results` (JSONL); a second call goes on after them.
+    """Runs every held-out episode once. Finished waves are kept in `results` (JSONL); a second call goes on after them.
 
     Args:
         actor, params: to act with functions that are compiled already, and parameters split as they want them.
-        episode_of: the episode of a seed, as the suite has it.
+        held_out: the episodes, as the suite has them; default: those of the held-out seeds alone.
     """
-    seeds = np.arange(config.first_seed, config.first_seed + config.episodes)
-    held_out = [episode_of(int(seed)) for seed in seeds]
+    if held_out is None:
+        held_out = episodes(range(config.first_seed, config.first_seed + config.episodes))
     done = _read_results(results, held_out)
-    if len(done) < len(seeds):
+    if len(done) < len(held_out):
         if actor is None or params is None:
             graphdef, trainable, frozen = policy.split("expert")
             params = (trainable, frozen)
@@ -80,9 +95,9 @@ def evaluate(
         results.parent.mkdir(parents=True, exist_ok=True)
         columns = {"success": ".1%"}
         with Progress(
-            title, len(seeds), "episode", columns, start=len(done), interval_s=5.0, alarms=ALARMS
+            title, len(held_out), "episode", columns, start=len(done), interval_s=5.0, alarms=ALARMS
         ) as progress:
-            for start in range(len(done), len(seeds), pool.num_envs):
+            for start in range(len(done), len(held_out), pool.num_envs):
                 wave = held_out[start : start + pool.num_envs]
                 out = rollout.collect(
                     pool,
@@ -114,21 +129,25 @@ def evaluate(
                 success = float(np.mean([row["success"] for row in done]))
                 unstable = sum(row.get("unstable", False) for row in done)
                 progress.report(len(done), {"success": success, "unstable": unstable})
-    return Evaluation(
-        seeds=seeds,
+    outcome = Evaluation(
+        seeds=np.array([episode.seed for episode in held_out]),
         success=np.array([row["success"] for row in done]),
         steps=np.array([row["steps"] for row in done]),
         unstable=np.array([row.get("unstable", False) for row in done]),  # absent: of a version that did not look
+        tasks=tuple(episode.task for episode in held_out),
     )
+    for task, part in outcome.by_task().items():
+        print(f"  {task}: {part.success.mean():.1%} of {len(part.seeds)} episodes", flush=True)
+    return outcome
 
 
-def instructions(
-    pool: EnvPool, config: EvalConfig, most: int = 4, episode_of: Callable[[int], Episode] = Episode
-) -> list[str]:
-    """What the robot is told in the first held-out episodes, each text once. Starts episodes in the pool."""
-    count = min(most, pool.num_envs, config.episodes)
-    looks = pool.reset(range(count), [episode_of(config.first_seed + i) for i in range(count)])
-    return list(dict.fromkeys(look.instruction for look in looks))
+def instructions(pool: Pool, held_out: Sequence[Episode]) -> list[str]:
+    """What the robot is told in held-out episodes, each text once. Starts them in the pool."""
+    told: list[str] = []
+    for start in range(0, len(held_out), pool.num_envs):
+        wave = held_out[start : start + pool.num_envs]
+        told += [look.instruction for look in pool.reset(range(len(wave)), wave)]
+    return list(dict.fromkeys(told))
 
 
 def _read_results(path: pathlib.Path, episodes: Sequence[Episode]) -> list[dict[str, Any]]:
@@ -155,8 +174,11 @@ def compare(before: Evaluation, after: Evaluation, confidence: float) -> dict[st
     Raises:
         ValueError: the seeds differ.
     """
-    if not np.array_equal(before.seeds, after.seeds):
-        raise ValueError("the two evaluations ran on different seeds; a paired test needs the same ones")
+    if not np.array_equal(before.seeds, after.seeds) or before.tasks != after.tasks:
+        raise ValueError("the two evaluations ran on different episodes; a paired test needs the same ones")
+    theirs = after.by_task()
+    parts = {task: compare(part, theirs[task], confidence) for task, part in before.by_task().items()}
+    gains = after.success.astype(float) - before.success
     interval = paired_difference_interval(before.success, after.success, seed=0, confidence=confidence)
     return {
         "before": before.summary(confidence),
@@ -166,7 +188,29 @@ def compare(before: Evaluation, after: Evaluation, confidence: float) -> dict[st
         "mcnemar_p": float(mcnemar_exact(before.success, after.success)),
         "gained": int((after.success & ~before.success).sum()),
         "lost": int((before.success & ~after.success).sum()),
+        **(
+            {
+                "tasks": parts,
+                # As if the tasks were drawn from many like them.
+                "difference_interval_over_tasks": list(
+                    clustered_interval(gains, after.tasks, after.seeds.tolist(), 0, confidence)
+                ),
+            }
+            if parts
+            else {}
+        ),
     }
+
+
+def task_lines(result: dict[str, Any], confidence: float) -> list[str]:
+    """A line for each task of a comparison, or of the rates of one policy; none where there is one task."""
+    if "difference" in result:
+        return [
+            f"{task}: {_percent(part['before'])} → {_percent(part['after'])} ({_paired(part, confidence)})"
+            for task, part in result.get("tasks", {}).items()
+        ]
+    rates = result.get("after", {}).get("tasks", {})
+    return [f"{task}: {_rate(part, confidence)}" for task, part in rates.items()]
 
 
 def sentence(task: str, method: str, result: dict[str, Any], confidence: float) -> str:
@@ -189,11 +233,19 @@ def versus_sentence(name: str, base: str, task: str, result: dict[str, Any], con
 
 def rate_sentence(name: str, task: str, summary: dict[str, Any], confidence: float) -> str:
     """One policy in one sentence, with its Wilson interval."""
+    return f"{name} succeeds on {task} in {_rate(summary, confidence)}"
+
+
+def _rate(summary: dict[str, Any], confidence: float) -> str:
     low, high = (100 * x for x in summary["interval"])
     return (
-        f"{name} succeeds on {task} in {_percent(summary)} "
-        f"({100 * confidence:g} % CI {low:.1f} to {high:.1f}, {summary['episodes']} held-out seeds){_broken(summary)}"
+        f"{_percent(summary)} ({100 * confidence:g} % CI {low:.1f} to {high:.1f}, {_seeds(summary)}){_broken(summary)}"
     )
+
+
+def _seeds(summary: dict[str, Any]) -> str:
+    count = len(summary.get("tasks", ())) or 1
+    return f"{summary['episodes'] // count} held-out seeds{' of each' * (count > 1)}"
 
 
 def _broken(*summaries: dict[str, Any]) -> str:
@@ -212,5 +264,5 @@ def _paired(result: dict[str, Any], confidence: float) -> str:
     shown = f"p = {p:.2g}" if p >= 1e-300 else "p < 1e-300"
     return (
         f"{100 * result['difference']:+.1f} points, {100 * confidence:g} % CI {low:+.1f} to {high:+.1f}, "
-        f"exact McNemar {shown}, {result['before']['episodes']} held-out seeds"
+        f"exact McNemar {shown}, {_seeds(result['before'])}"
     )

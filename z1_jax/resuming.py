@@ -19,6 +19,7 @@ from z1_jax.config.schema import Config, TrainConfig
 from z1_jax.errors import UserError
 from z1_jax.metrics import EPISODES, METRICS, read_records
 from z1_jax.policy import Policy, load_policy
+from z1_jax.rl.task_groups import TaskGroups
 from z1_jax.run_dir import missing_clips
 
 
@@ -101,14 +102,28 @@ def concluded(config: Config, run_dir: pathlib.Path) -> dict[str, Any]:
     directory = stages(run_dir)[stage]
     step, document = _newest_document(directory) or (0, {})
     counts = counted_grpo(run_dir, step, document) if stage == "grpo" else Counts()
-    if step != wanted and not (stage == "grpo" and settled(counts.recent, config.train)):
+    by_task = _by_task(config, document)
+    enough = by_task.settled(config.train.stop_window, config.train.stop_success) if by_task else None
+    stopped = settled(counts.recent, config.train) if enough is None else enough
+    if step != wanted and not (stage == "grpo" and stopped):
         raise UserError(
             f"the newest checkpoint in {directory} is {step}, expected {wanted}: something else works on this run, or "
             "took one away; the same command goes on from it"
         )
     if stage == "sft":
         return {}
-    return {"simulated_steps": counts.simulated_steps, "iterations": step, **_best(config, directory)}
+    told = {"training_by_task": by_task.summary()} if by_task else {}
+    return {"simulated_steps": counts.simulated_steps, "iterations": step, **told, **_best(config, directory)}
+
+
+def _by_task(config: Config, document: Mapping[str, Any]) -> TaskGroups | None:
+    """How training went on each task up to a checkpoint of RL; None in a run of one task."""
+    told = document.get("training", {}).get("tasks")
+    if not told:
+        return None
+    known = TaskGroups(config.every_task, config.group.spread, config.group.floor, config.seed, 0)
+    known.resume(told)
+    return known
 
 
 def _best(config: Config, directory: pathlib.Path) -> dict[str, Any]:
@@ -154,10 +169,11 @@ def goes_on_alone(config: Config, run_dir: pathlib.Path) -> bool:
     reason = _unreadable(sft, config.sft.steps)
     if not reason:
         return False
+    episodes = config.eval.episodes * len(config.every_task)
     needs = {
         f"train.scope={config.train.scope}": config.train.scope in ("auto", "lora"),
         f"update.kl_coef={config.update.kl_coef:g}": config.update.kl_coef > 0,
-        "the evaluation before RL, which is not complete,": len(_before(run_dir)) < config.eval.episodes,
+        "the evaluation before RL, which is not complete,": len(_before(run_dir)) < episodes,
         "the videos before RL": bool(missing_clips(config, run_dir, "before")),
     }
     for what in (what for what, needed in needs.items() if needed):

@@ -29,6 +29,7 @@ from z1_jax.config.schema import Config, ConfigError, build, fingerprint, length
 from z1_jax.config.schema import identity as config_identity
 from z1_jax.data.dataset import open_dataset
 from z1_jax.errors import UserError
+from z1_jax.evaluation import task_lines
 from z1_jax.files import partial_path, require_plain, write_whole
 from z1_jax.metrics import drop_half_line
 from z1_jax.policy import BEST, TOKENIZER, Policy, find_policy
@@ -233,17 +234,27 @@ def results_of(run_dir: pathlib.Path, name: str, stage: str | None) -> pathlib.P
     return results
 
 
-def clip_paths(config: Config, run_dir: pathlib.Path, name: str) -> dict[int, pathlib.Path]:
-    """Where the videos of a policy lie, by seed."""
-    return {seed: run_dir / "videos" / f"{name}_seed{seed}.webp" for seed in config.eval.filmed}
+def clip_paths(config: Config, run_dir: pathlib.Path, name: str) -> dict[tuple[str, int], pathlib.Path]:
+    """Where the videos of a policy lie, by task and seed."""
+    return {
+        (task, seed): run_dir / "videos" / clip_file(config, name, task, seed)
+        for task in config.every_task
+        for seed in config.eval.filmed
+    }
 
 
-def missing_clips(config: Config, run_dir: pathlib.Path, name: str) -> list[int]:
-    """Seeds that have yet to be filmed, or whose outcome is not known."""
+def clip_file(config: Config, name: str, task: str, seed: int) -> str:
+    """The name of a video: of a policy, a task and a seed."""
+    part = f"_{task.replace('/', '-')}" * (len(config.every_task) > 1)
+    return f"{name}{part}_seed{seed}.webp"
+
+
+def missing_clips(config: Config, run_dir: pathlib.Path, name: str) -> list[tuple[str, int]]:
+    """Tasks and seeds that have yet to be filmed, or whose outcome is not known."""
     known = known_outcomes(run_dir)
     return [
-        seed
-        for seed, path in clip_paths(config, run_dir, name).items()
+        key
+        for key, path in clip_paths(config, run_dir, name).items()
         if not (path.exists() and isinstance(known.get(path.name), bool))
     ]
 
@@ -303,7 +314,7 @@ def conclude(
     note = suites.label(config)
     line += f" [{note}]" * bool(note)
     summary = {
-        "task": config.task,
+        "task": list(config.tasks) or config.task,
         "seeds": {"run": config.seed, "evaluation": [config.eval.first_seed, config.eval.episodes]},
         "protocol": {
             **protocol(config, policy),
@@ -321,7 +332,7 @@ def conclude(
     write_json(path, summary)
     page = write_report(run_dir)
     total = sum(clock.seconds.values())
-    print(f"\n{line}")
+    print("\n" + "\n  ".join([line, *task_lines(result, config.eval.confidence)]))
     if best := result.get("best_checkpoint"):
         print(f"best checkpoint: {best_sentence(best)}; its path is {run_dir}{BEST}")
     if config.algorithm != "eval":
@@ -335,7 +346,7 @@ def protocol(config: Config, policy: Policy) -> dict[str, Any]:
         "version": __version__,
         "revision": _revision(),
         "suite": config.env.suite,
-        "task": config.task,
+        "task": list(config.tasks) or config.task,
         "config": fingerprint(config),
         "evaluation_seeds": f"{config.eval.first_seed} … {config.eval.first_seed + config.eval.episodes - 1}"
         if config.eval.episodes

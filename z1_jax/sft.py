@@ -150,8 +150,12 @@ def train_sft(
     report_every: int,
     stage: str = "sft",
     adapters: LoraConfig | None = None,
+    sampling: str = "proportional",
 ) -> Policy:
     """Trains to `config.steps`, from the newest checkpoint in `directory` where there is one. `policy` is used up.
+
+    Args:
+        sampling: of the batches, as `demos.sampling`.
 
     Order of a step: stop if asked → next batch → step → log → save.
 
@@ -163,7 +167,7 @@ def train_sft(
     checkpoints = Checkpoints(directory, Keep(config.keep_last, config.keep_every))
     if line := held_line(policy.processor.stats):
         print(line, flush=True)
-    loader = Loader(dataset, policy.processor, config.batch_size, seed)
+    loader = Loader(dataset, policy.processor, config.batch_size, seed, sampling=sampling)
     trainer = SftTrainer(policy, config, seed, mesh, adapters)
     del policy  # frees what is now kept in bfloat16
     start, document = _restore(checkpoints, trainer, loader)

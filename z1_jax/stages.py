@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from envs import demos
+from envs.base import Pool
 from envs.pool import EnvPool
 from z1_jax import initial_policy, sharding
 from z1_jax.agreement import dataset_world, trained_in
@@ -25,7 +26,16 @@ from z1_jax.errors import UserError, first_line
 from z1_jax.metrics import MetricsWriter, Progress
 from z1_jax.policy import Policy, load_policy
 from z1_jax.sft import train_sft
-from z1_jax.suites import demonstrator, episode_of, episode_steps, made_by, make_env, rate_of, resolve, widths
+from z1_jax.suites import (
+    demonstrator,
+    least_episode_steps,
+    made_by,
+    make_envs,
+    rate_of,
+    resolve,
+    simulators,
+    widths,
+)
 
 DEMO_SEEDS = 10_000  # from one run seed's first demonstration to the next one's
 
@@ -40,7 +50,7 @@ def check_inputs(config: Config) -> Config:
         UserError: an unknown task, camera or preset; a policy or dataset that is absent, damaged or does not fit.
     """
     if config.eval.episodes:
-        make_env(config, config.task)
+        make_envs(config)
     config = initial_policy.with_pinned_init(config)
     given = config.init if config.init != RANDOM else ""
     for path in filter(None, (given, config.checkpoint, config.compare)):
@@ -52,7 +62,7 @@ def check_inputs(config: Config) -> Config:
             else initial_policy.configured_model(config).horizon
         )
         if own:  # else no policy of ours: loading it says so
-            check_horizon(config, episode_steps(config), config.env.executed or own)
+            check_horizon(config, least_episode_steps(config), config.env.executed or own)
     if config.algorithm == "sft" or not (given or config.algorithm == "eval"):
         shapes = initial_policy.configured_model(config)
         if config.inputs.tokenizer:
@@ -91,15 +101,16 @@ def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
             raise ConfigError(f"config key {key}: got {size}, expected a multiple of the {shards} shards of a batch")
 
 
-def make_pool(config: Config) -> EnvPool:
+def make_pool(config: Config) -> Pool:
     """Starts the worker processes of a run; call it once."""
     timeout_s = config.env.timeout_s
     return EnvPool(
-        make_env(config, config.task),
+        make_envs(config),
         config.env.parallel,
         config.env.workers,
         timeout_s=timeout_s,
         start_timeout_s=max(120.0, 2 * timeout_s),
+        simulators=simulators(config),
     )
 
 
@@ -118,19 +129,36 @@ def demonstrations(config: Config, directory: pathlib.Path) -> Dataset:
         return dataset
     if directory.exists():
         return _fitting(config, open_dataset(directory))
-    source = demonstrations_source(config)
-    with EpisodeJournal(directory.with_name(directory.name + ".episodes"), source) as journal:
-        dataset = write_dataset(directory, _successful_episodes(config, journal), source)
-        journal.remove()
+    with contextlib.ExitStack() as stack:
+        journals: dict[str, EpisodeJournal] = {}
+        for task in config.every_task:
+            journal = EpisodeJournal(_journal_path(config, directory, task), _task_source(config, task))
+            journals[task] = stack.enter_context(journal)
+        episodes = (_successful_episodes(config, task, journal) for task, journal in journals.items())
+        dataset = write_dataset(directory, itertools.chain.from_iterable(episodes), demonstrations_source(config))
+        for journal in journals.values():
+            journal.remove()
     return dataset
+
+
+def _journal_path(config: Config, directory: pathlib.Path, task: str) -> pathlib.Path:
+    """Beside the dataset, and in a run of several tasks one for each."""
+    part = f".{task.replace('/', '-')}" * (len(config.every_task) > 1)
+    return directory.with_name(f"{directory.name}{part}.episodes")
 
 
 def demonstrations_source(config: Config) -> dict[str, Any]:
     """What the demonstrations of a config depend on, besides their number."""
+    source = _task_source(config, config.task)
+    return source if config.task else {**{k: v for k, v in source.items() if k != "task"}, "tasks": list(config.tasks)}
+
+
+def _task_source(config: Config, task: str) -> dict[str, Any]:
+    """The same of one task."""
     source = {
         "made_by": made_by(config),
         "labels": config.demos.labels,
-        "task": config.task,
+        "task": task,
         "noise": config.demos.noise,
         "stride": config.demos.stride,
         "chunk": initial_policy.configured_model(config).horizon,
@@ -192,27 +220,27 @@ def _check_widths(config: Config, dataset: Dataset) -> None:
             )
 
 
-def _successful_episodes(config: Config, journal: EpisodeJournal) -> Iterator[Any]:
-    """The first successes in the order of the seeds: those in the journal, then new ones that enter it."""
+def _successful_episodes(config: Config, task: str, journal: EpisodeJournal) -> Iterator[Any]:
+    """A task's first successes in the order of the seeds: those in the journal, then new ones that enter it."""
     wanted = config.demos.episodes
     first = config.seed * DEMO_SEEDS
     yield from itertools.islice(journal.episodes(), wanted)
     if journal.kept >= wanted:
         return
-    start = episode_of(config)
+    start = resolve(config).episode
     episodes: Any = demos.collect(
-        demonstrator(config),
-        (start(seed) for seed in range(first + journal.tried, first + 3 * wanted)),
+        demonstrator(config, task),
+        (start(task, seed) for seed in range(first + journal.tried, first + 3 * wanted)),
         noise=config.demos.noise,
         processes=config.env.workers,
         stride=config.demos.stride,
         chunk=initial_policy.configured_model(config).horizon,
         labels=config.demos.labels,
     )
-    columns = {"success": ".1%"}
+    columns, title = {"success": ".1%"}, f"demonstrations{f' of {task}' * (len(config.every_task) > 1)}"
     with (
         contextlib.closing(episodes),
-        Progress("demonstrations", wanted, "episode", columns, start=journal.kept, interval_s=5.0) as progress,
+        Progress(title, wanted, "episode", columns, start=journal.kept, interval_s=5.0) as progress,
     ):
         for episode in episodes:
             journal.append(episode)
@@ -222,7 +250,7 @@ def _successful_episodes(config: Config, journal: EpisodeJournal) -> Iterator[An
             if journal.kept == wanted:
                 return
     raise ConfigError(
-        f"config key demos.episodes: the expert of {config.task} succeeded only {journal.kept} times in "
+        f"config key demos.episodes: the expert of {task} succeeded only {journal.kept} times in "
         f"{journal.tried} tries, {wanted} wanted; ask for fewer or lower demos.noise"
     )
 
@@ -258,6 +286,7 @@ def supervised_policy(
         writer,
         report_every=config.log.every,
         adapters=config.lora,
+        sampling=config.demos.sampling,
     )
 
 

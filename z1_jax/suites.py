@@ -138,6 +138,7 @@ def check_settings(config: Config) -> None:
     if not suite.branches:
         needs = (
             ("group.branching", config.group.branching, "none", config.algorithm == "grpo"),
+            ("env.simulators", config.env.simulators, 0, True),
             ("demos.labels", config.demos.labels, "recorded", config.algorithm != "eval" and not config.demos.dataset),
         )
         for key, got, expected, used in needs:
@@ -147,13 +148,23 @@ def check_settings(config: Config) -> None:
                     f"(no snapshot and restore): expected {expected}"
                 )
     starts = config.demos.dataset or config.init and config.algorithm == "grpo"
-    task = _task(config, suite)
-    if config.algorithm != "eval" and not starts and task in suite.tasks:
-        if _asked(suite.demonstrator, task) is None:
-            raise ConfigError(
-                f"config key demos.dataset: got '', but env.suite={config.env.suite} has no scripted expert; expected "
-                "a dataset of demonstrations (python -m z1_jax.collect --from=…), or for grpo a policy in init"
-            )
+    tasks = _tasks(config, suite)
+    if config.algorithm != "eval" and not starts:
+        for task in tasks:
+            if task in suite.tasks and _asked(suite.demonstrator, task) is None:
+                raise ConfigError(
+                    f"config key demos.dataset: got '', but env.suite={config.env.suite} has no scripted expert"
+                    f"{f' of {task}' * (len(tasks) > 1)}; expected a dataset of demonstrations (python -m "
+                    "z1_jax.collect --from=…), or for grpo a policy in init"
+                )
+    if len(tasks) == 1:
+        alone = {"group.spread": config.algorithm == "grpo", "demos.sampling": not config.demos.dataset}
+        for key, used in alone.items():
+            if used and values[key] != default[key]:
+                raise ConfigError(
+                    f"config key {key}: got {values[key]}, which has no effect on one task; leave it at "
+                    f"{default[key]}, or give several in tasks"
+                )
 
 
 def _check_relative(config: Config) -> None:
@@ -167,9 +178,67 @@ def _check_relative(config: Config) -> None:
         raise ConfigError(f"config key inputs.relative_actions: {error}") from None
 
 
-def _task(config: Config, suite: Suite) -> str:
-    """The config's task; where it names none and the suite has one, that one."""
-    return suite.tasks[0] if len(suite.tasks) == 1 and config.task == Config.task else config.task
+def _tasks(config: Config, suite: Suite) -> tuple[str, ...]:
+    """The config's tasks, sets resolved; where it names none and the suite has one, that one.
+
+    Raises:
+        ConfigError: a set of another suite, or a task that is there twice.
+    """
+    if not config.tasks:
+        return (suite.tasks[0] if len(suite.tasks) == 1 and config.task == Config.task else config.task,)
+    named: dict[str, str] = {}  # every name of a task -> where it comes from
+    found: list[str] = []
+    for given in config.tasks:
+        if given not in suite.sets and given not in suite.tasks:
+            _check_set(config, suite, given)
+        for task in suite.sets.get(given, (given,)):
+            names = {task, *_other_names(suite, task)} & {task, *suite.tasks}
+            before = next((named[name] for name in names if name in named), None)
+            if before is not None:
+                twice = " and as ".join(dict.fromkeys((before, given)))
+                raise ConfigError(f"config key tasks: {task} is there twice, as {twice}; expected each task once")
+            named |= dict.fromkeys(names, given)
+            found.append(task)
+    return tuple(found)
+
+
+def _other_names(suite: Suite, task: str) -> tuple[str, ...]:
+    try:
+        return suite.other_names(task) if task in suite.tasks else ()
+    except SettingError:  # nobody knows without an installation, which others ask for
+        return ()
+
+
+def _check_set(config: Config, suite: Suite, given: str) -> None:
+    """Refuses a name that is neither a task nor a set of the suite, but a set of another one."""
+    for name, where in BUILT_IN.items():
+        if name != config.env.suite and given in _found(where).sets:
+            known = f"sets of env.suite={config.env.suite}: {', '.join(suite.sets) or 'none'}"
+            raise ConfigError(f"config key tasks: {given} is a set of env.suite={name}; {known}")
+
+
+def with_tasks(config: Config) -> Config:
+    """The config with its tasks by their names: one in `task`, several in `tasks`.
+
+    Raises:
+        ConfigError: an unknown task or set, or a task that is there twice.
+    """
+    suite = resolve(config)
+    tasks = _tasks(config, suite)
+    if not config.tasks or len(tasks) == 1:
+        return dataclasses.replace(config, task=tasks[0], tasks=())
+    return dataclasses.replace(config, task="", tasks=tasks)
+
+
+def _per_task(config: Config, function: Callable[[str], Any]) -> list[Any]:
+    """What a suite answers for each task of a config."""
+    try:
+        return [function(task) for task in config.every_task]
+    except SettingError as error:
+        if error.key != "task" or not config.tasks:
+            raise ConfigError(f"config key {error.key}: {error}") from error
+        sets = resolve(config).sets
+        raise ConfigError(f"config key tasks: {error}; sets: {', '.join(sets) or 'none'}") from error
 
 
 def make_env(config: Config, task: str) -> Callable[[], Env]:
@@ -181,18 +250,47 @@ def make_env(config: Config, task: str) -> Callable[[], Env]:
     return _asked(resolve(config).make_env, task)
 
 
+def make_envs(config: Config) -> dict[str, Callable[[], Env]]:
+    """What a worker calls to build an environment of each task.
+
+    Raises:
+        ConfigError: as `make_env`.
+    """
+    return dict(zip(config.every_task, _per_task(config, resolve(config).make_env), strict=True))
+
+
+def simulators(config: Config) -> int:
+    """Most simulators that a worker keeps; 0: one for each of its environments.
+
+    By default one a task where the suite's snapshots are exact and cheap, never more than environments.
+    """
+    suite = resolve(config)
+    if config.env.simulators or not (suite.branches and getattr(suite, "shares", False)):
+        return config.env.simulators
+    return min(len(config.every_task), -(-config.env.parallel // max(1, config.env.workers)))
+
+
 def episode_of(config: Config) -> Callable[[int], Episode]:
-    """The episode of a seed, of the config's task."""
-    return functools.partial(resolve(config).episode, config.task)
+    """The episode of a seed, of the config's only task."""
+    (task,) = config.every_task
+    return functools.partial(resolve(config).episode, task)
 
 
-def demonstrator(config: Config) -> Demonstrator:
-    """Who demonstrates the config's task.
+def held_out(config: Config, most: int | None = None) -> list[Episode]:
+    """The episodes of the evaluation, task by task: of each the held-out seeds, or the first so many."""
+    first, count = config.eval.first_seed, config.eval.episodes
+    seeds = range(first, first + (count if most is None else min(most, count)))
+    episode = resolve(config).episode
+    return [episode(task, seed) for task in config.every_task for seed in seeds]
+
+
+def demonstrator(config: Config, task: str) -> Demonstrator:
+    """Who demonstrates a task.
 
     Raises:
         ConfigError: nobody does.
     """
-    found = _asked(resolve(config).demonstrator, config.task)
+    found = _asked(resolve(config).demonstrator, task)
     if found is None:
         raise ConfigError(f"config key demos.dataset: got '', but env.suite={config.env.suite} has no scripted expert")
     return found
@@ -202,12 +300,18 @@ def settled(config: Config) -> Config:
     """The config with what only the suite knows: an installed version, which a run must not change; the only task.
 
     Raises:
-        ConfigError: the suite is not installed, or in another version.
+        ConfigError: the suite is not installed, or in another version; an unknown task.
     """
     check_settings(config)
-    suite = resolve(config)
-    task = _task(config, suite)
-    known = _asked(suite.settle, task)
+    config = with_tasks(config)
+    known: dict[str, Any] = {}
+    for task, told in zip(config.every_task, _per_task(config, resolve(config).settle), strict=True):
+        for key, value in told.items():
+            if known.setdefault(key, value) != value:
+                raise ConfigError(
+                    f"config key tasks: {task} has env.{key}={value}, {config.every_task[0]} {known[key]}: expected "
+                    "tasks whose environments are alike"
+                )
     for key, value in known.items():
         got = getattr(config.env, key)
         if got not in (getattr(EnvConfig, key), value):
@@ -217,7 +321,7 @@ def settled(config: Config) -> Config:
                 "leave it out"
             )
     env = dataclasses.replace(config.env, **known)
-    return dataclasses.replace(config, task=task, env=env)
+    return dataclasses.replace(config, env=env)
 
 
 def planned(config: Config) -> Config:
@@ -227,17 +331,22 @@ def planned(config: Config) -> Config:
         ConfigError: the suite has no such task, camera, scene, layout, style or objects.
     """
     check_settings(config)
-    suite = resolve(config)
+    config, suite = with_tasks(config), resolve(config)
     if not hasattr(suite, "planned"):
-        _asked(suite.check, config.task)
+        _per_task(config, suite.check)
         return config
-    env = dataclasses.replace(config.env, **_asked(suite.planned, config.task))
-    return dataclasses.replace(config, env=env)
+    longest = max(_per_task(config, suite.planned), key=lambda known: known.get("horizon", 0))
+    return dataclasses.replace(config, env=dataclasses.replace(config.env, **longest))
 
 
 def episode_steps(config: Config) -> int:
-    """Control steps of an episode."""
-    return config.env.horizon or _asked(resolve(config).horizon, config.task)
+    """Control steps of an episode, of the task that takes most."""
+    return config.env.horizon or max(_per_task(config, resolve(config).horizon))
+
+
+def least_episode_steps(config: Config) -> int:
+    """The same of the task that takes least."""
+    return config.env.horizon or min(_per_task(config, resolve(config).horizon))
 
 
 def widths(config: Config) -> dict[str, int]:
@@ -252,8 +361,11 @@ def label(config: Config) -> str:
 
 
 def facts(config: Config) -> dict[str, Any]:
-    """What success in the environments depends on, for the protocol."""
-    return _asked(resolve(config).facts, config.task)
+    """What success in the environments depends on, for the protocol; what tasks differ in, by task."""
+    told = _per_task(config, resolve(config).facts)
+    common = {key: value for key, value in told[0].items() if all(other.get(key) == value for other in told)}
+    rest = [{key: value for key, value in other.items() if key not in common} for other in told]
+    return common | ({"by_task": dict(zip(config.every_task, rest, strict=True))} if any(rest) else {})
 
 
 def made_by(config: Config) -> str:

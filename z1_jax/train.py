@@ -24,7 +24,7 @@ from z1_jax.resuming import check_records, concluded, goes_on_alone, own_policy
 from z1_jax.rl.loop import GrpoTrainer, train_grpo
 from z1_jax.run_dir import clip_paths, conclude, results_of
 from z1_jax.stages import demonstrations, make_pool, supervised_policy
-from z1_jax.suites import episode_of
+from z1_jax.suites import held_out, resolve
 from z1_jax.videos import clips_of, record_clips
 
 HARDLY = 0.05  # success after SFT, below which RL seldom starts
@@ -73,14 +73,12 @@ def finish_sft(run: Run, policy: Policy, writer: MetricsWriter) -> None:
         return
     with make_pool(config) as pool, run.clock.stage("evaluation"):
         results = results_of(run.directory, "after", "sft")
-        start = episode_of(config)
-        after = evaluate(
-            policy, pool, run.mesh, config.eval, config.flow, results, title="evaluation", episode_of=start
-        )
-        told = instructions(pool, config.eval, episode_of=start)
+        seen = held_out(config)
+        after = evaluate(policy, pool, run.mesh, config.eval, config.flow, results, title="evaluation", held_out=seen)
+        told = instructions(pool, held_out(config, 4))
     result = {"after": after.summary(config.eval.confidence), "instructions": told, **_lengths(run)}
     writer.evaluation("after", config.sft.steps, result["after"])
-    line = rate_sentence("SFT", config.task, result["after"], config.eval.confidence)
+    line = rate_sentence("SFT", config.task_words, result["after"], config.eval.confidence)
     conclude(config, policy, run.directory, run.clock, result, line, run.differing)
 
 
@@ -98,10 +96,10 @@ def finish_grpo(run: Run, policy: Policy, writer: MetricsWriter, alone: bool = F
     config, run_dir, clock = run.config, run.directory, run.clock
     if line := held_line(policy.processor.stats):
         print(line, flush=True)
-    start = episode_of(config)
+    episodes = held_out(config)
     with make_pool(config) as pool:
-        policy = trained_in(policy, seen_in(config.task, pool.spec))
-        trainer = GrpoTrainer(policy, config, run.mesh, pool.num_envs, start)
+        policy = trained_in(policy, seen_in(config.every_task, pool.spec))
+        trainer = GrpoTrainer(policy, config, run.mesh, pool.num_envs, resolve(config).episode)
         policy = policy.without_params()  # the trainer has them
 
         def measure(name: str, title: str, stage: str | None, step: int) -> Evaluation:
@@ -116,22 +114,25 @@ def finish_grpo(run: Run, policy: Policy, writer: MetricsWriter, alone: bool = F
                     title=title,
                     actor=trainer.actor,
                     params=trainer.params,
-                    episode_of=start,
+                    held_out=episodes,
                 )
             writer.evaluation(name, step, outcome.summary(config.eval.confidence))
             return outcome
 
-        def record(name: str, step: int) -> dict[int, bool]:
+        def record(name: str, step: int) -> dict[str, bool]:
             with clock.stage("videos"):
                 outcomes = record_clips(config, policy, pool, trainer.actor, trainer.params, run_dir, name)
-            for seed, path in clip_paths(config, run_dir, name).items():
-                writer.video(path.stem, step, path, outcomes[seed])
+            for path in clip_paths(config, run_dir, name).values():
+                writer.video(path.stem, step, path, outcomes[path.name])
             return outcomes
 
         before = measure("before", "evaluation before RL", None if alone or config.init else "sft", 0)
-        if before.success.mean() < HARDLY and not config.init:
+        parts = before.by_task() or {config.task: before}
+        hardly = [task for task, part in parts.items() if part.success.mean() < HARDLY]
+        if hardly and not config.init:
+            names = ", ".join(hardly)
             print(
-                f"SFT hardly starts on {config.task}: RL has few successes to learn from; more demonstrations, SFT "
+                f"SFT hardly starts on {names}: RL has few successes to learn from; more demonstrations, SFT "
                 "steps and Muon help (presets long and carry of configs/grpo.py)"
             )
         clips = {"before": ("before", record("before", 0))}
@@ -140,11 +141,11 @@ def finish_grpo(run: Run, policy: Policy, writer: MetricsWriter, alone: bool = F
         done = policy_steps(run_dir / "checkpoints" / "grpo")[-1]
         after = measure("after", "evaluation after RL", "grpo", done)
         clips["after"] = "after", record("after", done)
-        told = instructions(pool, config.eval, episode_of=start)
+        told = instructions(pool, held_out(config, 4))
     result = {**compare(before, after, config.eval.confidence), "instructions": told}
     result |= {**clips_of(config, clips), **concluded(config, run_dir), **_lengths(run)}
     result["compilations"] = trainer.traces
-    line = sentence(config.task, "GRPO", result, config.eval.confidence)
+    line = sentence(config.task_words, "GRPO", result, config.eval.confidence)
     conclude(config, policy, run_dir, clock, result, line, run.differing)
 
 

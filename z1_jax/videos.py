@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from envs.base import Episode
-from envs.pool import EnvPool
+from envs.base import Episode, Pool
 from envs.video import write_video
 from z1_jax.config.schema import Config, EvalConfig
 from z1_jax.policy import Policy
 from z1_jax.rl.actor import Actor, act, stack_ids
-from z1_jax.run_dir import OUTCOMES, clip_paths, known_outcomes, missing_clips, write_json
-from z1_jax.suites import episode_of
+from z1_jax.run_dir import OUTCOMES, clip_file, clip_paths, known_outcomes, missing_clips, write_json
+from z1_jax.suites import resolve
 
 Params = tuple[Any, Any]  # trained and frozen
 
@@ -30,27 +29,33 @@ class Clip:
 
 
 def record_clips(
-    config: Config, policy: Policy, pool: EnvPool, actor: Actor, params: Params, run_dir: pathlib.Path, name: str
-) -> dict[int, bool]:
+    config: Config, policy: Policy, pool: Pool, actor: Actor, params: Params, run_dir: pathlib.Path, name: str
+) -> dict[str, bool]:
     """Films the episodes of `eval.filmed` that are not there yet, as videos/NAME_seedN.webp.
 
+    In a run of several tasks it is videos/NAME_TASK_seedN.webp, with those seeds of each.
+
     Returns:
-        Seed -> whether the episode that the video shows succeeded.
+        File name -> whether the episode that the video shows succeeded.
     """
     paths = clip_paths(config, run_dir, name)
     missing = missing_clips(config, run_dir, name)
     if missing:
         print(f"filming {len(missing)} episode{'s' * (len(missing) > 1)} as {paths[missing[0]]}", flush=True)
         camera, size = config.env.cameras[0], config.eval.video_size
-        clips = film(policy, pool, actor, params, missing, config.eval, camera, size, episode_of(config))
-        for seed, clip in zip(missing, clips, strict=True):
-            write_video(paths[seed], clip.frames, fps=20)
-            write_json(run_dir / "videos" / OUTCOMES, {**known_outcomes(run_dir), paths[seed].name: clip.success})
+        episode = resolve(config).episode
+        for start in range(0, len(missing), pool.num_envs):  # written wave by wave: what is filmed stays
+            wave = missing[start : start + pool.num_envs]
+            filmed = [episode(task, seed) for task, seed in wave]
+            clips = film(policy, pool, actor, params, filmed, config.eval, camera, size)
+            for key, clip in zip(wave, clips, strict=True):
+                write_video(paths[key], clip.frames, fps=20)
+                write_json(run_dir / "videos" / OUTCOMES, {**known_outcomes(run_dir), paths[key].name: clip.success})
     known = known_outcomes(run_dir)
-    return {seed: known[path.name] for seed, path in paths.items()}
+    return {path.name: known[path.name] for path in paths.values()}
 
 
-def clips_of(config: Config, sides: Mapping[str, tuple[str, Mapping[int, bool]]]) -> dict[str, Any]:
+def clips_of(config: Config, sides: Mapping[str, tuple[str, Mapping[str, bool]]]) -> dict[str, Any]:
     """What the summary says of the clips.
 
     Args:
@@ -58,12 +63,15 @@ def clips_of(config: Config, sides: Mapping[str, tuple[str, Mapping[int, bool]]]
     """
     if not config.eval.filmed:
         return {}
-    rows: list[dict[str, Any]] = [{"seed": seed} for seed in config.eval.filmed]
-    for side, (name, outcomes) in sides.items():
-        for row in rows:
-            row[side] = f"videos/{name}_seed{row['seed']}.webp"
-            row[f"{side}_success"] = outcomes[row["seed"]]
-    count = len(rows)
+    several = len(config.every_task) > 1
+    rows: list[dict[str, Any]] = []
+    for task in config.every_task:
+        for seed in config.eval.filmed:
+            rows.append({**({"task": task} if several else {}), "seed": seed})
+            for side, (name, outcomes) in sides.items():
+                file = clip_file(config, name, task, seed)
+                rows[-1] |= {side: f"videos/{file}", f"{side}_success": outcomes[file]}
+    count = len(config.eval.filmed)
     first = f"The first {count} held-out seeds in their order" if count > 1 else "The first held-out seed"
     rule = "The seeds that eval.film_seeds names" if config.eval.film_seeds else first
     return {"videos": rows, "videos_rule": f"{rule}: chosen before anything ran on them, not by what came of them."}
@@ -71,29 +79,28 @@ def clips_of(config: Config, sides: Mapping[str, tuple[str, Mapping[int, bool]]]
 
 def film(
     policy: Policy,
-    pool: EnvPool,
+    pool: Pool,
     actor: Actor,
     params: Params,
-    seeds: Sequence[int],
+    episodes: Sequence[Episode],
     config: EvalConfig,
     camera: str,
     size: int,
-    episode_of: Callable[[int], Episode] = Episode,
 ) -> list[Clip]:
-    """Films the evaluation's own episodes of `seeds`, one frame a control step.
+    """Films episodes of the evaluation, one frame a control step.
 
     The chunks are those of `evaluate` (same key, same ids); each is stepped one control step at a time.
     """
-    if len(seeds) > pool.num_envs:  # one wave after the other
-        waves = seeds[: pool.num_envs], seeds[pool.num_envs :]
-        return [c for wave in waves for c in film(policy, pool, actor, params, wave, config, camera, size, episode_of)]
-    slots = list(range(len(seeds)))
-    observations: list[Any] = pool.reset(slots, [episode_of(seed) for seed in seeds])
-    success = [False] * len(seeds)
+    if len(episodes) > pool.num_envs:  # one wave after the other
+        waves = episodes[: pool.num_envs], episodes[pool.num_envs :]
+        return [c for wave in waves for c in film(policy, pool, actor, params, wave, config, camera, size)]
+    slots = list(range(len(episodes)))
+    observations: list[Any] = pool.reset(slots, episodes)
+    success = [False] * len(episodes)
     frames = [[frame] for frame in pool.render(slots, camera, size)]
     alive, chunk = slots, 0
     while alive:
-        ids = stack_ids(np.array([seeds[i] for i in alive])[:, None], chunk, np.zeros((len(alive), 1), int))
+        ids = stack_ids(np.array([episodes[i].seed for i in alive])[:, None], chunk, np.zeros((len(alive), 1), int))
         key, executed = (config.noise_seed,), policy.executed
         actions = act(actor, params, policy.processor, observations, ids, key, executed=executed).actions[:, 0]
         current = list(range(len(alive)))

@@ -33,7 +33,7 @@ class KitchenSuite:
     label = ""
     # The state is in metres and radians: the base, which the expert never moves, shakes by up to half a millimetre.
     state_rule = "millimetre"  # by which its dimensions count as constant (z1_jax.data.normalize)
-    branches = True
+    branches = shares = True
     instructions: tuple[str, ...] = ()  # a tokenizer knows the kitchen's anyway
 
     def __init__(self, env: Any, evaluation: Any):

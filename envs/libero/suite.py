@@ -35,7 +35,7 @@ class LiberoSuite:
     tasks = tuple(task for names in sets.values() for task in names)  # their full names are understood as well
     own_keys = ("env.version", "env.protocol", "env.train_on")
     action_dim, state_dim, control_hz = tables.ACTION_DIM, tables.STATE_DIM, tables.CONTROL_HZ
-    branches = True
+    branches = shares = True
     instructions: tuple[str, ...] = ()  # a tokenizer learns those of the demonstrations
 
     def __init__(self, env: Any, evaluation: Any):

@@ -9,9 +9,11 @@ from typing import Any
 from envs.base import LABELS
 from z1_jax.config.schema import RANDOM, Config, ConfigError, LoraConfig, SelectiveConfig, build, flat
 from z1_jax.data.normalize import NORM_MODES
+from z1_jax.data.order import SAMPLING
 from z1_jax.models import choices
 from z1_jax.rl.advantage import REWARDS, STDS
 from z1_jax.rl.schedules import SCHEDULES
+from z1_jax.rl.task_groups import SPREADS
 from z1_jax.rl.tree import BRANCHING
 from z1_jax.worlds import MUST_AGREE
 
@@ -30,6 +32,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "sft.optim.schedule": ("cosine", "constant"),
     "update.optim.schedule": ("cosine", "constant"),
     "demos.labels": LABELS,
+    "demos.sampling": SAMPLING,
+    "group.spread": SPREADS,
     "group.branching": BRANCHING,
     "group.prefix_schedule": SCHEDULES,
     "flow.noise_schedule": SCHEDULES,
@@ -53,6 +57,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "env.executed": (0, None),
     "env.parallel": (1, 4096),
     "env.workers": (0, 512),
+    "env.simulators": (0, 4096),
     "env.timeout_s": (0.1, 86_400.0),
     "demos.episodes": (1, 50_000),
     "demos.noise": (0.0, 1.0),
@@ -70,6 +75,8 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "lora.expert_alpha": (1e-6, 1e6),
     "group.count": (1, 9_999),
     "group.size": (2, 1024),
+    "group.floor": (0.0, 1.0),
+    "group.oversample": (1.0, 100.0),
     "group.prefix_chunks": (0, None),
     "group.prefix_chunks_end": (0, None),
     "flow.steps": (0, 1000),
@@ -270,6 +277,7 @@ _INERT_SFT: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("sft.optim.muon_rms", "sft.optim.name", ("adamw",)),
 )
 _INERT: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
+    ("group.floor", "group.spread", ("uniform",)),
     ("group.prefix_schedule", "group.branching", ("none",)),
     ("group.prefix_chunks_end", "group.prefix_schedule", ("constant",)),
     ("flow.noise_level_end", "flow.noise_schedule", ("constant",)),
@@ -330,6 +338,8 @@ def check_given(config: Config, keys: Iterable[str]) -> None:
     keys = list(keys)
     if config.eval.film_seeds and "eval.videos" in keys:
         raise ConfigError("config key eval.videos: it has no effect beside eval.film_seeds; leave one of them out")
+    if "task" in keys and "tasks" in keys:
+        raise ConfigError("config key task: it has no effect beside tasks; leave one of them out")
     films = ("eval.video", "eval.film_seeds")  # eval.videos and eval.video_size
     if config.algorithm == "eval":
         unused: tuple[str, ...] = (*_RL, "sft.", "demos.", "lora.", "log.", "init", "seed")

@@ -46,6 +46,7 @@ class EnvConfig:
     train_on: str = "placements"  # libero: drawn ones; initial_states: the evaluation's own, and labelled so
     parallel: int = 64  # environments alive at once, over all workers
     workers: int = 2  # worker processes; 0: step inside this process
+    simulators: int = 0  # most that a worker keeps, in which its environments take turns; 0: as the suite does best
     timeout_s: float = 60.0  # longest that one call to a worker may take
 
 
@@ -87,6 +88,7 @@ class DemosConfig:
     # without noise, which suits SFT alone.
     labels: str = "recorded"
     dataset: str = ""  # a dataset directory (see z1_jax.collect) that replaces the collection
+    sampling: str = "proportional"  # of SFT's batches: every record alike; balanced: every task alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +149,10 @@ class GroupConfig:
     """Groups of rollouts that start from one state, and how their members part."""
 
     count: int = 8  # groups an iteration
+    # Of a run of several tasks: uniform: each task in turn; adaptive: more where training success is neither 0 nor 1.
+    spread: str = "uniform"
+    floor: float = 0.25  # adaptive: least groups of a task, as a share of what it would get in turn
+    oversample: float = 1.0  # groups that the filter drops are drawn again, up to so many times `count` in all
     size: int = 8  # G, members of a group
     branching: str = "tree"  # none: from the start; prefix: after P chunks; tree: after P chunks, again and again
     prefix_chunks: int = 2  # P at the first iteration
@@ -282,6 +288,7 @@ class Config:
 
     algorithm: str = "grpo"  # grpo: demonstrations → SFT → GRPO → paired evaluation; sft: without GRPO; eval
     task: str = "TurnOnSinkFaucet"  # of the suite
+    tasks: tuple[str, ...] = ()  # several in one run, in place of task: names, and sets of the suite, e.g. kitchen24
     seed: int = 0  # of demonstrations, parameters, data order and rollouts
     run_dir: str = ""  # empty: runs/<algorithm>-<task>-seed<seed>, runs/eval-<task>-<fingerprint>
     # A run directory or checkpoint: grpo starts from its policy, without SFT; sft trains it on. "random", for grpo in a
@@ -313,8 +320,22 @@ class Config:
         # A class or function of the user's own, by its name.
         named = self.env.suite.rpartition(":")[2].replace("/", "-")
         suite = f"{named}-" * (self.env.suite != "kitchen") + "standins-" * self.env.standins
-        name = self.run_dir or f"runs/{self.algorithm}-{suite}{self.task.replace('/', '-')}-{which}"
-        return absolute(name)
+        tasks = "+".join(self.every_task).replace("/", "-")
+        if len(self.every_task) > 2:
+            digest = hashlib.sha256(tasks.encode()).hexdigest()[:6]
+            tasks = f"{len(self.every_task)}tasks-{digest}"
+        return absolute(self.run_dir or f"runs/{self.algorithm}-{suite}{tasks}-{which}")
+
+    @property
+    def every_task(self) -> tuple[str, ...]:
+        """The tasks of the run, once sets are resolved (`suites.settled`)."""
+        return self.tasks or (self.task,)
+
+    @property
+    def task_words(self) -> str:
+        """The tasks in a sentence."""
+        tasks = self.every_task
+        return tasks[0] if len(tasks) == 1 else " and ".join(tasks) if len(tasks) == 2 else f"{len(tasks)} tasks"
 
 
 RANDOM = "random"  # config.init: an untrained policy
@@ -326,6 +347,7 @@ FREE_KEYS = (
     "log",
     "env.workers",
     "env.timeout_s",
+    "env.simulators",
     "train.checkpoint_every",
     "train.keep_last",
     "train.keep_every",
@@ -337,10 +359,16 @@ FREE_KEYS = (
 )
 
 
+# Keys that fingerprints did not know, and their defaults.
 _YOUNGER: dict[str, Any] = {
     "env.options": [],
     "inputs.relative_actions": [],
-}  # keys that fingerprints did not know, and their defaults
+    "tasks": [],
+    "demos.sampling": "proportional",
+    "group.spread": "uniform",
+    "group.floor": 0.25,
+    "group.oversample": 1.0,
+}
 
 
 def defaults(**overrides: Any) -> ml_collections.ConfigDict:

@@ -6,9 +6,7 @@ read ahead by Grain's threads. Knows the dataset and the input processor, nothin
 
 from __future__ import annotations
 
-import functools
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from z1_jax.data.dataset import Dataset
+from z1_jax.data.order import BalancedBatches, Batches
 from z1_jax.data.transforms import InputProcessor
 from z1_jax.errors import UserError
 from z1_jax.types import Observation
@@ -38,8 +37,8 @@ class Loader(Iterator[Batch]):
         actions     float32 [B, H, A], normalised and padded with zeros
         index       int64 [B], the rows' records
 
-    Each epoch is a new permutation of all records. The order of global batches depends on the seed only, so any number
-    of processes trains on the same ones, and a run may resume with another number.
+    Each epoch is a new permutation of all records, or of a task's (see `order`). The order of global batches depends on
+    the seed only, so any number of processes trains on the same ones, and a run may resume with another number.
     """
 
     def __init__(
@@ -49,6 +48,7 @@ class Loader(Iterator[Batch]):
         batch_size: int,
         seed: int,
         *,
+        sampling: str = "proportional",
         process_index: int = 0,
         process_count: int = 1,
         memory_bytes: int = MEMORY_BYTES,
@@ -57,6 +57,7 @@ class Loader(Iterator[Batch]):
     ):
         """Args:
             batch_size: rows of a global batch, a multiple of `process_count`.
+            sampling: proportional: every record is as likely as another; balanced: every task of the dataset.
             memory_bytes: a dataset that takes more than this is read from disk, batch by batch.
             prefetch: batches read ahead, by `threads` threads, when reading from disk.
 
@@ -74,7 +75,11 @@ class Loader(Iterator[Batch]):
         self._identity = {"dataset": dataset.identity, "seed": seed, "batch_size": batch_size}
         local = batch_size // process_count
         rows = slice(process_index * local, (process_index + 1) * local)
-        order = grain.MapDataset.source(_ShuffledBatches(len(dataset), batch_size, seed, rows))
+        parts = _records_by_task(dataset) if sampling == "balanced" else []
+        of_batch = batch_size, seed, rows
+        chosen = BalancedBatches(parts, *of_batch) if len(parts) > 1 else Batches(len(dataset), *of_batch)
+        self._sampling = sampling if len(parts) > 1 else "proportional"
+        order = grain.MapDataset.source(chosen)
         self.memory: Batch | None = None  # all records, where they fit: arrays as in a batch, in the dataset's order
         if decoded_bytes(dataset, processor) <= memory_bytes:
             self.memory = _load(dataset, processor)
@@ -92,7 +97,8 @@ class Loader(Iterator[Batch]):
 
     def get_state(self) -> dict[str, Any]:
         """The position, as JSON: a loader with this state goes on with the batch that would come next."""
-        return {**self._identity, "position": self._batches.get_state()}
+        told = {} if self._sampling == "proportional" else {"sampling": self._sampling}  # older states know no other
+        return {**self._identity, **told, "position": self._batches.get_state()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues at a state of `get_state`.
@@ -100,10 +106,11 @@ class Loader(Iterator[Batch]):
         Raises:
             ValueError: the state belongs to another dataset, seed or batch size.
         """
-        for key, value in self._identity.items():
-            if state.get(key) != value:
+        saved = {"sampling": "proportional", **state}
+        for key, value in {**self._identity, "sampling": self._sampling}.items():
+            if saved.get(key) != value:
                 raise UserError(
-                    f"the data position was saved with {key}={state.get(key)!r}, this run has {value!r}; "
+                    f"the data position was saved with {key}={saved.get(key)!r}, this run has {value!r}; "
                     f"use the same {key}, or start a new run"
                 )
         self._batches.set_state(state["position"])
@@ -112,30 +119,12 @@ class Loader(Iterator[Batch]):
         return collate(self._dataset, self._processor, indices)
 
 
-class _ShuffledBatches:
-    """Batch number -> record indices of `rows` of that batch: one permutation after the other, one an epoch.
-
-    Grain's own shuffle takes 25 us an index, more than the gather of a whole batch.
-    """
-
-    def __init__(self, records: int, batch_size: int, seed: int, rows: slice):
-        self._records, self._batch_size, self._seed, self._rows = records, batch_size, seed, rows
-        self._permutation = functools.lru_cache(maxsize=2)(self._draw)
-
-    def __len__(self) -> int:
-        return sys.maxsize // self._batch_size
-
-    def __getitem__(self, batch: int) -> np.ndarray:
-        positions = batch * self._batch_size + np.arange(self._batch_size)[self._rows]
-        epochs, places = np.divmod(positions, self._records)
-        indices = np.empty_like(positions)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            chosen = epochs == epoch
-            indices[chosen] = self._permutation(epoch)[places[chosen]]
-        return indices
-
-    def _draw(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, epoch]).permutation(self._records)
+def _records_by_task(dataset: Dataset) -> list[np.ndarray]:
+    """The records of each task, in the tasks' order of appearance."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for row in dataset.episodes:
+        parts.setdefault(row.task, []).append(np.arange(row.first_record, row.first_record + row.records))
+    return [np.concatenate(part) for part in parts.values()]
 
 
 def collate(dataset: Dataset, processor: InputProcessor, indices: Sequence[int] | Int[np.ndarray, " B"]) -> Batch:

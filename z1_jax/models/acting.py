@@ -53,14 +53,15 @@ ROWS = 8  # products of bfloat16 want multiples of this many rows; XLA would pad
 def prepare_prefix(model: Pi05) -> Prepared:
     """What `encode_prefix` reads of a model without adapters, but for the token embedding, which stays as it is."""
     vision, language, dtype = model.vision, model.language, jnp.dtype(model.config.dtype)
-    tower, last = vision.config, language.last
+    tower, last, bias = vision.config, language.last, vision.head.bias
+    assert bias is not None, "the vision tower's head has one"
     return {
         "patch_kernel": vision.patch_kernel[...].reshape(3 * tower.patch**2, tower.width),
         "position": vision.position[0] + vision.patch_bias[...],
         "vision": [_vision_layer(vision.layers, i, dtype) for i in range(tower.depth)],
         "vision_norm": (vision.norm.scale[...], vision.norm.bias[...]),
         "head": vision.head.kernel[...].astype(dtype),
-        "head_bias": vision.head.bias[...].astype(dtype),
+        "head_bias": bias[...].astype(dtype),
         "language": [
             _gemma_layer(language.layers, i, dtype) | _scales(language.layers, i)
             for i in range(language.config.depth - 1)
@@ -257,7 +258,7 @@ def _affine(x: Array, kernel: Array, bias: Array) -> Array:
     return constrain(_product(x, kernel) + bias, "batch")
 
 
-def _rotated(config: Pi05Config, qkv: Float[Array, "B T X D"], tables: tuple[Array, Array]) -> tuple[Array, ...]:
+def _rotated(config: Pi05Config, qkv: Float[Array, "B T X D"], tables: tuple[Array, ...]) -> tuple[Array, ...]:
     """Rotated and scaled queries, rotated keys, and values, out of one product."""
     heads, kv_heads = config.language.heads, config.language.kv_heads
     q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)

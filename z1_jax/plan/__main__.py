@@ -30,7 +30,7 @@ from z1_jax.plan.xla import Compiled, compile_only_mesh, compile_program, prepar
 from z1_jax.process import USABLE_MEMORY, require_algorithm, run_main
 from z1_jax.rl.trainer import most_looks
 from z1_jax.stages import check_batches
-from z1_jax.suites import episode_steps, planned
+from z1_jax.suites import episode_steps, least_episode_steps, planned
 
 GB = 1e9
 # The estimate knows neither layout copies nor gaps between buffers. XLA's own assignment for a GPU was 1.27 times the
@@ -131,7 +131,7 @@ def checked(config: Config) -> Config:
     horizon = configured_model(config).horizon
     check_executed(config, horizon)
     if config.algorithm == "grpo":
-        check_horizon(config, episode_steps(config), config.env.executed or horizon)
+        check_horizon(config, least_episode_steps(config), config.env.executed or horizon)
     return with_own_steps(config)
 
 

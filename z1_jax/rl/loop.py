@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.pool import EnvPool
+from envs.base import Pool
 from z1_jax.checkpoint import Checkpoints, Keep
 from z1_jax.interrupt import GracefulStop
 from z1_jax.metrics import ALARMS, METRICS, MetricsWriter, Progress, read_records
@@ -24,7 +24,7 @@ _COLUMNS = {"success": ".1%", "groups/kept": ".0f", "ratio/max": ".3f", "clip_fr
 
 
 def train_grpo(
-    trainer: GrpoTrainer, pool: EnvPool, directory: pathlib.Path, writer: MetricsWriter, *, alone: bool = False
+    trainer: GrpoTrainer, pool: Pool, directory: pathlib.Path, writer: MetricsWriter, *, alone: bool = False
 ) -> Policy:
     """Trains to `train.iterations`, from the newest checkpoint in `directory` where there is one.
 
@@ -69,9 +69,10 @@ def train_grpo(
         if missed := sorted(number for number in config.log.profiled if number < start):
             progress.say(f"log.profile: of {', '.join(map(str, missed))} no trace is written, they were trained before")
         for iteration in range(start, last):
-            if settled(counts.recent, config.train):
+            if _settled(trainer, counts):
                 last = iteration
-                progress.say(f"training success is at least {config.train.stop_success:.0%}: stopping early")
+                every = " on every task" * (len(trainer.tasks.tasks) > 1)
+                progress.say(f"training success is at least {train.stop_success:.0%}{every}: stopping early")
                 break
             if stop.requested:
                 save(iteration)
@@ -88,15 +89,20 @@ def train_grpo(
                 checkpoints.close()
                 raise type(error)(f"iteration {iteration}: {error} (kept in {path})", error.evidence) from None
             finished = time.perf_counter()
-            success = float(rollouts.success.mean())
+            first = rollouts.success[: config.group.count]  # what is drawn again depends on what came of these
+            success = float(first.mean())
+            tasks = [episode.task for episode in rollouts.episodes[: len(first)]]
+            by_task = trainer.tasks.observe(tasks, first)
             looked_at = max(train.stop_window, train.keep_best)
-            counts = counts.plus(rollouts.simulated_steps, rollouts.success.size, success, looked_at)
+            rated = by_task.get("tasks/mean_success", success)  # whichever tasks the groups of this iteration were of
+            counts = counts.plus(rollouts.simulated_steps, rollouts.success.size, rated, looked_at)
             unstable += stats["unstable"]
             values = {
                 "success": success,
                 **stats,
                 "steps/total": counts.simulated_steps,
                 **_decided(trainer.observe(success), progress),
+                **by_task,
                 **diagnostics.times(rollouts, collected - began, finished - collected),
             }
             writer.write("grpo", iteration, values)
@@ -107,6 +113,14 @@ def train_grpo(
         save(last)  # within the context: a stop that was asked for late must find it written
     checkpoints.close()
     return trainer.policy()
+
+
+def _settled(trainer: GrpoTrainer, counts: Counts) -> bool:
+    """Whether training success calls for an early stop: on every task, where there are several."""
+    train = trainer.config.train
+    if len(trainer.tasks.tasks) == 1:
+        return settled(counts.recent, train)
+    return trainer.tasks.settled(train.stop_window, train.stop_success)
 
 
 def _rating(counts: Counts, window: int) -> float | None:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from envs.base import Episode
-from envs.pool import EnvPool
+from envs.base import Episode, Pool
 from z1_jax.data.transforms import InputProcessor
 from z1_jax.errors import UserError
 from z1_jax.rl.actor import Acted, Actor, act, stack_ids
@@ -73,7 +72,7 @@ class Rollouts:
 
 
 def collect(
-    pool: EnvPool,
+    pool: Pool,
     actor: Actor,
     params: tuple[Any, Any],
     processor: InputProcessor,
@@ -85,6 +84,7 @@ def collect(
     stochastic: bool = True,
     noise_level: float | None = None,
     store: AnyStore | None = None,
+    again: Callable[[Outcome], Sequence[Episode]] | None = None,
 ) -> Rollouts:
     """Rolls out one group per episode, `pool.num_envs // G` groups at a time.
 
@@ -95,6 +95,7 @@ def collect(
         executed: E, steps of each predicted chunk that the environment runs.
         noise_level: of the stochastic sampler; default: the actor's own.
         store: emptied, then filled with the prefix cache of every observation, for an update with a frozen VLM.
+        again: asked, when all groups are home, for the episodes of further ones, until it gives none.
 
     Raises:
         BrokenIteration: the policy drew a number that is not finite; it reaches no environment.
@@ -106,12 +107,31 @@ def collect(
     if store is not None:
         store.clear()
     decide = _Sampling(noise_key, stochastic, noise_level, store)
-    walks = []
-    for start in range(0, len(episodes), at_once):
-        walk = _Walk(pool, actor, params, processor, plan, episodes[start : start + at_once], decide, start)
+    walks: list[_Walk] = []
+    done, wanted = 0, list(episodes)
+    while done < len(wanted):
+        wave = wanted[done : done + at_once]
+        walk = _Walk(pool, actor, params, processor, plan, wave, decide, done)
         walk.run(executed)
         walks.append(walk)
-    return _join(walks, episodes, pool.take_times(), store)
+        done += len(wave)
+        if again is not None and done == len(wanted):
+            wanted += again(_outcome(walks, wanted))
+    return _join(walks, wanted, pool.take_times(), store)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of g groups of G members."""
+
+    episodes: tuple[Episode, ...]  # [g]
+    success: np.ndarray  # bool [g, G]
+    chunks: np.ndarray  # int [g, G], executed until success or the end
+
+
+def _outcome(walks: list[_Walk], episodes: Sequence[Episode]) -> Outcome:
+    success, chunks = (np.concatenate([getattr(walk, name) for walk in walks]) for name in ("success", "chunks"))
+    return Outcome(tuple(episodes), success, chunks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +149,7 @@ class _Walk:
 
     def __init__(
         self,
-        pool: EnvPool,
+        pool: Pool,
         actor: Actor,
         params: tuple[Any, Any],
         processor: InputProcessor,

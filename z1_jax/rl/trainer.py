@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from envs.base import Episode
-from envs.pool import EnvPool
+from envs.base import Episode, Pool
 from z1_jax import distributed
 from z1_jax.config.checks import check_horizon
 from z1_jax.config.schema import Config, ConfigError, UpdateConfig
@@ -30,6 +29,7 @@ from z1_jax.rl.prefix_cache import (
     free_device_bytes,
 )
 from z1_jax.rl.schedules import scheduled
+from z1_jax.rl.task_groups import TaskGroups
 from z1_jax.rl.update import Launched, NodeBatch, Updater, fetch, mini_batches
 from z1_jax.train_state import TrainState
 
@@ -58,6 +58,7 @@ class GrpoTrainer:
 
     Attributes:
         scope: what is trained now; with `train.scope=auto` it begins as `expert`.
+        tasks: which task each group is of, and how training goes on each.
         probe: training success since the last decision, with `train.scope=auto` as long as the expert alone is trained.
         decision: what the last probe led to, once there was one.
     """
@@ -68,9 +69,13 @@ class GrpoTrainer:
         config: Config,
         mesh: jax.sharding.Mesh,
         slots: int,
-        episode_of: Callable[[int], Episode] = Episode,
+        episode_of: Callable[[str, int], Episode] = lambda task, seed: Episode(seed),
     ):
+        """Args: `slots`: environments of the pool; `episode_of`: the episode of a task and a seed."""
         self._episode_of = episode_of
+        train, group = config.train, config.group
+        window = max(train.stop_window, train.keep_best)
+        self.tasks = TaskGroups(config.every_task, group.spread, group.floor, config.seed, window)
         # Without its arrays: what is frozen may be narrower, and must not be held twice.
         self._policy, self.config, self._mesh, self._slots = policy.without_params(), config, mesh, slots
         self._whole = policy if config.train.scope == "auto" else None  # until more than the expert is trained
@@ -149,9 +154,29 @@ class GrpoTrainer:
             config.noise_schedule, config.noise_level, config.noise_level_end, iteration, self.config.train.iterations
         )
 
-    def collect(self, pool: EnvPool, iteration: int) -> rollout.Rollouts:
-        """One iteration's groups, on seeds and noise of this iteration alone."""
+    def collect(self, pool: Pool, iteration: int) -> rollout.Rollouts:
+        """One iteration's groups, on seeds and noise of this iteration alone.
+
+        With `group.oversample`, groups that the filter drops are drawn again, of the same task, until `group.count` are
+        kept or the budget is spent.
+        """
         config = self.config
+        count = config.group.count
+        most = most_groups(config)
+        seeds = iter(training_seeds(config.seed, iteration, most).tolist())
+        episodes = [self._episode_of(task, next(seeds)) for task in self.tasks.of_groups(iteration, count)]
+        newest = 0  # of the groups, the first that was not looked at
+
+        def again(outcome: rollout.Outcome) -> list[Episode]:
+            nonlocal newest
+            drawn = len(outcome.episodes)
+            kept = self._kept(outcome.success[newest:], outcome.chunks[newest:])
+            dropped = [
+                episode.task for episode, stays in zip(outcome.episodes[newest:], kept, strict=True) if not stays
+            ]
+            newest = drawn
+            return [self._episode_of(task, next(seeds)) for task in dropped[: most - drawn]]
+
         check_horizon(config, pool.spec.horizon, self._policy.executed)
         if not self.placement:
             self._place_caches(pool.spec.horizon)
@@ -161,11 +186,12 @@ class GrpoTrainer:
             self.params,
             self._policy.processor,
             group_plan(config, iteration),
-            [self._episode_of(int(s)) for s in training_seeds(config.seed, iteration, config.group.count)],
+            episodes,
             (config.seed, 0x6E0, iteration),
             executed=self._policy.executed,
             noise_level=self.noise_level(iteration),
             store=self._store,
+            again=again if most > count else None,
         )
 
     def _place_caches(self, control_steps: int) -> None:
@@ -191,16 +217,25 @@ class GrpoTrainer:
     def credit(self, rollouts: rollout.Rollouts, rng: np.random.Generator) -> Credit:
         """Returns, advantages and the filter, and what they make of each node."""
         reward, nodes, success = self.config.reward, rollouts.nodes, rollouts.success
-        returns = advantage.returns_of(reward.kind, success, rollouts.chunks, reward.discount, reward.penalty)
+        returns = self._returns(success, rollouts.chunks)
         advantages = advantage.group_advantages(
             returns, success, std=reward.std, all_success="mean" if reward.kind == "penalty" else "slowest"
         )
         if self.config.group.shuffle_advantages:
             advantages = rng.permuted(advantages, axis=1)
-        filtered = success if reward.filter_on == "success" else returns
-        kept = advantage.kept_groups(filtered, reward.keep_low, reward.keep_high)
+        kept = self._kept(success, rollouts.chunks)
         positive, negative = tree.signed_advantage_sums(advantages, nodes.group, nodes.leader, nodes.size)
         return Credit(returns, advantages, kept, positive, negative, nodes.trainable & kept[nodes.group])
+
+    def _returns(self, success: np.ndarray, chunks: np.ndarray) -> np.ndarray:
+        reward = self.config.reward
+        return advantage.returns_of(reward.kind, success, chunks, reward.discount, reward.penalty)
+
+    def _kept(self, success: np.ndarray, chunks: np.ndarray) -> np.ndarray:
+        """bool [g], groups that the filter lets through; success and chunks [g, G]."""
+        reward = self.config.reward
+        filtered = success if reward.filter_on == "success" else self._returns(success, chunks)
+        return advantage.kept_groups(filtered, reward.keep_low, reward.keep_high)
 
     def update(self, rollouts: rollout.Rollouts, iteration: int) -> dict[str, Any]:
         """Epochs of clipped updates on one iteration's nodes; returns the iteration's metrics but its times.
@@ -218,6 +253,7 @@ class GrpoTrainer:
         return {
             "scope": self.scope,
             "return": float(credit.returns.mean()),
+            **({"groups/drawn": len(success)} if self.config.group.oversample > 1 else {}),
             "groups/kept": int(credit.kept.sum()),
             "groups/kept_share": float(credit.kept.mean()),
             "groups/all_success": int(success.all(axis=1).sum()),
@@ -309,10 +345,13 @@ class GrpoTrainer:
     def progress(self) -> dict[str, Any]:
         """What a checkpoint's document must say of the scope, JSON values."""
         decision = None if self.decision is None else dataclasses.asdict(self.decision)
-        return {"scope": self.scope, "probe": self.probe, "decision": decision}
+        several = {"tasks": self.tasks.progress()} if len(self.tasks.tasks) > 1 else {}
+        return {"scope": self.scope, "probe": self.probe, "decision": decision, **several}
 
     def resume(self, progress: dict[str, Any]) -> None:
         """Takes the scope of a checkpoint, before its arrays are loaded."""
+        if "tasks" in progress:
+            self.tasks.resume(progress["tasks"])
         self.probe = list(progress["probe"])
         stored = progress["decision"]
         self.decision = stored and selective.Decision(**{**stored, "trend": selective.Trend(**stored["trend"])})
@@ -334,11 +373,16 @@ def group_plan(config: Config, iteration: int) -> tree.BranchPlan:
     return tree.branch_plan(group.branching, group.size, prefix)
 
 
+def most_groups(config: Config) -> int:
+    """Groups that an iteration draws at most."""
+    return int(config.group.oversample * config.group.count)
+
+
 def most_looks(config: Config, control_steps: int, executed: int) -> int:
     """Observations of any iteration at most: no member succeeds before its episode of `control_steps` ends."""
     chunks = -(-control_steps // executed)
     plans = {group_plan(config, iteration) for iteration in range(config.train.iterations)}
-    return config.group.count * max(plan.most_looks(chunks) for plan in plans)
+    return most_groups(config) * max(plan.most_looks(chunks) for plan in plans)
 
 
 def _evidence(
