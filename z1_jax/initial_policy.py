@@ -252,10 +252,10 @@ def check_policy(config: Config, path: str) -> None:
             * (not document.get("world"))
         )
     if not document.get("norm_stats", True) and config.algorithm != "sft":
+        key = "init" if config.init else "compare" if path == config.compare else "checkpoint"
         raise ConfigError(
-            f"config key {'init' if config.init else 'checkpoint'}: the policy at {path} was converted without "
-            "normalisation statistics: fine-tune it first (configs/sft.py, which takes those of the dataset), or "
-            "convert it again with --norm-stats=FILE"
+            f"config key {key}: the policy at {path} was converted without normalisation statistics: fine-tune it "
+            "first (configs/sft.py, which takes those of the dataset), or convert it again with --norm-stats=FILE"
         )
     _check_same_inputs(config, document, path)
     if config.eval.episodes:

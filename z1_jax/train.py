@@ -131,8 +131,8 @@ def finish_grpo(run: Run, policy: Policy, writer: MetricsWriter, alone: bool = F
         before = measure("before", "evaluation before RL", None if alone or config.init else "sft", 0)
         if before.success.mean() < HARDLY and not config.init:
             print(
-                f"SFT hardly starts on {config.task}: RL has few successes to learn from; more demonstrations, SFT "
-                "steps and Muon help (presets long and carry of configs/grpo.py)"
+                f"SFT leaves few successes on {config.task} for RL to learn from: give it more demonstrations and SFT "
+                "steps, or Muon (presets long and carry of configs/grpo.py)"
             )
         clips = {"before": ("before", record("before", 0))}
         with clock.stage("grpo"):
