@@ -1,6 +1,7 @@
 import dataclasses
 import pathlib
 
+import numpy as np
 import pytest
 import tiny_policy as tiny
 
@@ -145,6 +146,11 @@ def test_a_policy_without_statistics_is_for_sft_alone(tmp_path, capsys):
     assert "it takes those of the dataset" in capsys.readouterr().out
     for key, stats in policy.processor.stats.items():
         assert (stats.mean == collected.stats[key].mean).all() and (stats.q99 == collected.stats[key].q99).all()
+    relative = stored(tmp_path / "relative", 3, norm_stats={}, relative_actions={"mask": [True, False]})
+    offsets = given_policy(config, relative, tiny.one_device(), collected).processor.stats["actions"]
+    records = collected.records(range(len(collected)))
+    expected = np.concatenate([record.actions[:, 0] - record.state[0] for record in records])
+    assert offsets.mean[0] == pytest.approx(expected.mean()) and offsets.mean[1] == collected.stats["actions"].mean[1]
     own = given_policy(config, stored(tmp_path / "own", 3), tiny.one_device(), collected)
     assert (own.processor.stats["state"].mean != collected.stats["state"].mean).any()
 
