@@ -153,7 +153,7 @@ def table(rows: list[Row], missing: list[str]) -> str:
         ]
     notes = {
         "Significantly worse after RL": [row.cell.name for row in rows if row.worse],
-        "SFT hardly starts (below 5 %)": [row.cell.name for row in rows if row.summary["before"]["rate"] < 0.05],
+        "SFT leaves few successes (below 5 %)": [row.cell.name for row in rows if row.summary["before"]["rate"] < 0.05],
         "RL does not lift (interval of the gain includes zero)": [row.cell.name for row in rows if not row.moved],
         "Not measured yet": missing,
     }

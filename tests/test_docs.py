@@ -116,6 +116,16 @@ def test_tables_of_keys_tell_the_defaults():
     assert checked > 50
 
 
+def test_every_number_that_an_iteration_logs_is_documented():
+    told = set(re.findall(r"`([^`]+)`", (ROOT / "docs/switches.md").read_text()))
+    logged = set()
+    for name in ("diagnostics", "trainer", "loop"):
+        source = (ROOT / f"z1_jax/rl/{name}.py").read_text()
+        logged |= set(re.findall(r'"([a-z_]+/[a-z_]+)"', source))
+    logged = {name for name in logged if not name.startswith(("selective/", "update/"))}  # of a decision; of evidence
+    assert len(logged) > 20 and logged <= told, logged - told
+
+
 def test_keys_that_pages_name_exist():
     name = re.compile(rf"`(?:--config\.)?((?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+)(?:=[^`]*)?`")
     for page in PAGES:

@@ -80,7 +80,7 @@ def test_the_mean_weighs_tasks_alike_and_names_what_went_wrong(kitchen_24, tmp_p
     assert "| 2, 1 | 2 | 12,345 | 3.0 |" in kitchen_24.table(rows, [])
     assert "Mean gain over 2 tasks: **+25.0 points**" in page
     assert "Significantly worse after RL: TurnOnStove-seed0." in page
-    assert "SFT hardly starts (below 5 %): OpenDrawer-seed0, OpenDrawer-seed1." in page
+    assert "SFT leaves few successes (below 5 %): OpenDrawer-seed0, OpenDrawer-seed1." in page
     assert "RL does not lift (interval of the gain includes zero): OpenDrawer-seed0," in page
     assert "Not measured yet: TurnOnStove-seed1." in page and "- OpenDrawer-seed0" not in page
     assert "\n- OpenDrawer-seed1: `--config.sft.steps=7`\n" in page

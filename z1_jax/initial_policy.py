@@ -170,10 +170,10 @@ def given_policy(config: Config, path: str, mesh: jax.sharding.Mesh, dataset: Da
     _check_attention(config)
     directory, step = find_policy(path)
     checkpoints = Checkpoints(directory)
-    missing = None
-    if dataset is not None and not policy_document(path).get("norm_stats"):
+    missing, document = None, policy_document(path)
+    if dataset is not None and not document.get("norm_stats"):
         print(f"the policy at {path} has no normalisation statistics: it takes those of the dataset {dataset.path}")
-        missing = training_statistics(dataset.source, dataset.stats)
+        missing = dataset_statistics(dataset, relative_from_json(document.get("relative_actions")))
     policy = load_policy(checkpoints, step, mesh, missing)
     checkpoints.close()
     policy = dataclasses.replace(
@@ -252,10 +252,10 @@ def check_policy(config: Config, path: str) -> None:
             * (not document.get("world"))
         )
     if not document.get("norm_stats", True) and config.algorithm != "sft":
+        key = "init" if config.init else "compare" if path == config.compare else "checkpoint"
         raise ConfigError(
-            f"config key {'init' if config.init else 'checkpoint'}: the policy at {path} was converted without "
-            "normalisation statistics: fine-tune it first (configs/sft.py, which takes those of the dataset), or "
-            "convert it again with --norm-stats=FILE"
+            f"config key {key}: the policy at {path} was converted without normalisation statistics: fine-tune it "
+            "first (configs/sft.py, which takes those of the dataset), or convert it again with --norm-stats=FILE"
         )
     _check_same_inputs(config, document, path)
     if config.eval.episodes:

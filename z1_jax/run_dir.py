@@ -38,11 +38,11 @@ from z1_jax.report.write import COMMANDS, REPORT, best_sentence, write_report
 SUMMARY = "summary.json"
 DATASET = "demos.dataset"
 OUTCOMES = "outcomes.json"  # in the folder of videos: of each file, whether its episode succeeded
-# What was seen in repetitions of the default run on one core, on two and on other machines; see README.md.
+# What repetitions of the default run gave on one core, on two and on other machines; see docs/runs.md.
 REPEATS = (
-    "the same seed gives the same digits on one machine with one number of cores; elsewhere sums are made in another "
-    "order, and training ends elsewhere: the default run's seed 0 was seen between 33.6 and 44.1 % after SFT and "
-    "between 96.1 and 99.2 % after GRPO"
+    "the same seed gives the same digits on the same machine with the same number of cores; elsewhere numbers are "
+    "added in another order, and training takes another course: the default run's seed 0 ended between 33.6 and 44.1 % "
+    "after SFT and between 94.5 and 99.2 % after GRPO"
 )
 
 

@@ -132,8 +132,8 @@ def finish_grpo(run: Run, policy: Policy, writer: MetricsWriter, alone: bool = F
         if hardly and not config.init:
             names = ", ".join(hardly)
             print(
-                f"SFT hardly starts on {names}: RL has few successes to learn from; more demonstrations, SFT "
-                "steps and Muon help (presets long and carry of configs/grpo.py)"
+                f"SFT leaves few successes on {names} for RL to learn from: give it more demonstrations and SFT "
+                "steps, or Muon (presets long and carry of configs/grpo.py)"
             )
         clips = {"before": ("before", record("before", 0))}
         with clock.stage("grpo"):

@@ -330,7 +330,7 @@ _RL = ("group.", "reward.", "update.", "train.", "selective.", "flow.")
 def check_given(config: Config, keys: Iterable[str]) -> None:
     """Refuses keys that were given on the command line and have no effect on what the command does.
 
-    A config file's presets hold the keys of all stages; who gives one means it to count.
+    A config file's presets hold the keys of all stages; a key that is given must take effect.
 
     Raises:
         ConfigError: one line.

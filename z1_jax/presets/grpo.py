@@ -15,7 +15,7 @@ FULL_UPDATE = {  # of 3.35 B parameters, with the paper's rate
 
 # A small policy in the built-in kitchen, on two CPU cores: the defaults themselves (z1_jax/config/schema.py).
 KITCHEN: dict[str, Any] = {}
-# For tasks that take more control steps: more demonstrations, and Muon, which learns where things stand in less than
+# For tasks that take more control steps: more demonstrations, and Muon, which learns to localise objects in less than
 # half of AdamW's steps.
 LONG = {
     "demos__episodes": 500,
@@ -23,15 +23,15 @@ LONG = {
     "sft__steps": 450,
 }
 
-# Members of a group that share what decides an episode fail or succeed together, and teach nothing.
+# Members of a group that share the chunk that decides an episode all fail or all succeed, and teach nothing.
 APART = {"group__branching": "none", "group__prefix_chunks": 0, "group__prefix_chunks_end": 0}
 
 PRESETS = {
     "kitchen": KITCHEN,
     "long": LONG,
-    "brief": {**LONG, **APART},  # for hard tasks that are over within two chunks: the first one decides
-    # For tasks that carry things: they must see better to start at all, the second or third chunk decides a grasp, and
-    # it bears less noise.
+    "brief": {**LONG, **APART},  # for hard tasks that last about a second: the first chunk decides
+    # For tasks that carry things: SFT must teach the policy to see before it succeeds at all. The second or third chunk
+    # decides the grasp, and precision allows less noise.
     "carry": {
         **LONG,
         **APART,
