@@ -80,23 +80,15 @@ class EnvPool:
         self._behind: set[int] = set()  # workers whose environments may differ from the journals
         self._closed = False
         self._times = {"simulate": 0.0, "render": 0.0, "wait": 0.0}
-        self._specs: dict[str, EnvSpec] = {}
+        self.specs: dict[str, EnvSpec] = {}  # by task, as `make_env` names them
         try:
             self._start(range(max(1, self.num_workers)), tasks[num_envs:])
         except BaseException:
             self.close()
             raise
-
-    @property
-    def spec(self) -> EnvSpec:
-        """Of the first task, with the horizon of the longest one."""
-        first, *others = self._specs.values()
-        return dataclasses.replace(first, horizon=max(spec.horizon for spec in (first, *others)))
-
-    @property
-    def specs(self) -> Mapping[str, EnvSpec]:
-        """By task, as `make_env` names them."""
-        return self._specs
+        # Of the first task, with the horizon of the longest one.
+        longest = max(spec.horizon for spec in self.specs.values())
+        self.spec: EnvSpec = dataclasses.replace(self.specs[tasks[0]], horizon=longest)
 
     # --- calls -----------------------------------------------------------------------------------------------------
 
@@ -130,7 +122,7 @@ class EnvPool:
                 f"actions of slot {slots[int(np.argmin(finite))]} are not finite: check the policy's output"
             )
         journals = [self._journals[slot] for slot in slots]
-        left = [journal.left(self._specs[journal.task].horizon) for journal in journals]
+        left = [journal.left(self.specs[journal.task].horizon) for journal in journals]
         answers = self._call("step", slots, list(zip(actions, left, strict=True)))
         for journal, chunk, (result, _) in zip(journals, actions, answers, strict=True):
             journal.add(chunk, result)
@@ -312,8 +304,10 @@ class EnvPool:
         }
         for slot, task in sorted(specs, key=made.index):
             spec = specs[slot, task]
-            first = self._specs.setdefault(task, spec)
-            different = different_spec(spec, first) or different_spec(spec, self.spec, ("task", "horizon"))
+            first = self.specs.setdefault(task, spec)
+            different = different_spec(spec, first) or different_spec(
+                spec, next(iter(self.specs.values())), ("task", "horizon")
+            )
             if different:
                 index = self._worker_of(slot)
                 raise self._error(index, requests[index], Fault(f"{task}: {different}" if task else different, slot))

@@ -13,7 +13,16 @@ from seeds import fresh_seed
 from envs.base import episodes
 from z1_jax.config.schema import EvalConfig, FlowConfig
 from z1_jax.errors import UserError
-from z1_jax.evaluation import Evaluation, compare, evaluate, instructions, rate_sentence, sentence, versus_sentence
+from z1_jax.evaluation import (
+    Evaluation,
+    compare,
+    evaluate,
+    instructions,
+    rate_sentence,
+    sentence,
+    task_lines,
+    versus_sentence,
+)
 from z1_jax.videos import film
 
 FIRST = 900_000_000 + fresh_seed(__name__) % 10**8
@@ -140,14 +149,14 @@ def test_films_show_the_evaluations_own_episodes(directory):
     expected = whole(directory)
     actor, params = tiny.acting()
     order = np.argsort(~expected.success, kind="stable")[:3]  # successes first: these end early
-    seeds = expected.seeds[order].tolist()
-    clips = film(tiny.policy(), tiny.pool(16), actor, params, seeds, CONFIG, tiny.CAMERA, 32)
+    shown = episodes(expected.seeds[order])
+    clips = film(tiny.policy(), tiny.pool(16), actor, params, shown, CONFIG, tiny.CAMERA, 32)
     assert [len(clip.frames) for clip in clips] == [int(expected.steps[i]) + 1 for i in order]
     assert [clip.success for clip in clips] == expected.success[order].tolist()
     assert all(clip.frames.shape[1:] == (32, 32, 3) and clip.frames.dtype == np.uint8 for clip in clips)
     assert all((clip.frames[0] != clip.frames[-1]).any() for clip in clips)
     # More episodes than environments: one wave after the other.
-    many = film(tiny.policy(), tiny.pool(16), actor, params, expected.seeds[:18].tolist(), CONFIG, tiny.CAMERA, 16)
+    many = film(tiny.policy(), tiny.pool(16), actor, params, episodes(expected.seeds[:18]), CONFIG, tiny.CAMERA, 16)
     assert [len(clip.frames) for clip in many] == (expected.steps[:18] + 1).tolist()
     assert [clip.success for clip in many] == expected.success[:18].tolist()
 
@@ -234,13 +243,40 @@ def test_which_is_subtracted_from_which_is_said_in_words():
 
 
 def test_the_instructions_are_those_of_the_held_out_episodes():
-    told = instructions(tiny.pool(16), CONFIG)
+    told = instructions(tiny.pool(3), episodes(range(FIRST, FIRST + 4)))  # more than slots: in two waves
     assert told == list(
         dict.fromkeys(o.instruction for o in tiny.pool(16).reset(range(4), episodes(range(FIRST, FIRST + 4))))
     )
 
 
+def of_tasks(patterns: dict[str, str]) -> Evaluation:
+    parts = [outcome(pattern) for pattern in patterns.values()]
+    tasks = tuple(task for task, pattern in patterns.items() for _ in pattern)
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("seeds", "success", "steps")}
+    return Evaluation(**arrays, unstable=np.zeros(len(tasks), bool), tasks=tasks)
+
+
+def test_several_tasks_by_hand():
+    # A 1/4 → 3/4, B 4/4 → 2/4: in all 5/8 → 5/8; of each its own McNemar: A gains 2, B loses 2, p = 2·1/4.
+    before, after = of_tasks({"A": "x...", "B": "xxxx"}), of_tasks({"A": "xxx.", "B": "xx.."})
+    result = compare(before, after, 0.95)
+    assert (result["before"]["rate"], result["after"]["rate"], result["difference"]) == (5 / 8, 5 / 8, 0.0)
+    assert {task: part["rate"] for task, part in result["before"]["tasks"].items()} == {"A": 0.25, "B": 1.0}
+    assert {task: part["difference"] for task, part in result["tasks"].items()} == {"A": 0.5, "B": -0.5}
+    assert [result["tasks"][task]["mcnemar_p"] for task in "AB"] == [0.5, 0.5]
+    low, high = result["difference_interval_over_tasks"]  # of two tasks drawn: both A, both B, or one of each
+    assert low <= -0.5 and high >= 0.5
+    assert "4 held-out seeds of each" in sentence("A and B", "GRPO", result, 0.95)
+    lines = task_lines(result, 0.95)
+    assert [line[: line.index(" (")] for line in lines] == ["A: 25.0 % → 75.0 %", "B: 100.0 % → 50.0 %"]
+    alone = task_lines({"after": after.summary(0.95)}, 0.95)
+    assert alone[0].startswith("A: 75.0 % (95 % CI ") and alone[0].endswith("4 held-out seeds)")
+    assert task_lines(compare(outcome("x"), outcome("x"), 0.95), 0.95) == []
+    with pytest.raises(ValueError, match="different episodes"):
+        compare(before, dataclasses.replace(after, tasks=tuple("AAAABBBA")), 0.95)
+
+
 def test_only_the_same_seeds_are_compared():
     moved = Evaluation(np.arange(1, 5), np.ones(4, bool), np.ones(4, int), np.zeros(4, bool))
-    with pytest.raises(ValueError, match="different seeds"):
+    with pytest.raises(ValueError, match="different episodes"):
         compare(outcome("x.x."), moved, 0.95)

@@ -15,7 +15,8 @@ from z1_jax.collect.__main__ import parse_arguments
 from z1_jax.config.schema import Config, ConfigError, DemosConfig, EnvConfig, InputsConfig, SftConfig
 from z1_jax.errors import UserError
 from z1_jax.initial_policy import check_policy
-from z1_jax.stages import check_inputs, demonstrations, make_env, supervised_policy
+from z1_jax.stages import check_inputs, demonstrations, supervised_policy
+from z1_jax.suites import make_env
 from z1_jax.worlds import World
 
 CAMERAS = ("robot0_agentview_left", "robot0_eye_in_hand", "robot0_agentview_right")

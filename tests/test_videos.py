@@ -11,7 +11,7 @@ from z1_jax import evaluate
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.config.checks import check, check_given
 from z1_jax.config.schema import Config, ConfigError, EvalConfig
-from z1_jax.videos import clips_of
+from z1_jax.videos import clip_paths, clips_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIRST = EvalConfig().first_seed
@@ -22,10 +22,26 @@ def test_the_seeds_that_are_filmed_do_not_depend_on_what_came_of_them():
     assert EvalConfig(videos=3, episodes=2).filmed == (FIRST, FIRST + 1)
     assert EvalConfig(videos=3, film_seeds=("12", "7")).filmed == (12, 7)
     config = Config(eval=EvalConfig(videos=2))
-    told = clips_of(config, {"after": ("checkpoint", {FIRST: True, FIRST + 1: False})})
+    seen = {f"checkpoint_seed{FIRST}.webp": True, f"checkpoint_seed{FIRST + 1}.webp": False}
+    told = clips_of(config, {"after": ("checkpoint", seen)})
     assert told["videos_rule"].startswith("The first 2 held-out seeds in their order: chosen before anything ran")
     assert [row["after_success"] for row in told["videos"]] == [True, False] and "before" not in told["videos"][0]
     assert clips_of(Config(eval=EvalConfig(videos=0)), {}) == {}
+
+
+def test_of_several_tasks_the_same_seeds_are_filmed():
+    config = Config(task="", tasks=("libero_10/0", "B"), eval=EvalConfig(videos=1))
+    paths = clip_paths(config, ROOT, "before")
+    assert {key: path.name for key, path in paths.items()} == {
+        ("libero_10/0", FIRST): f"before_libero_10-0_seed{FIRST}.webp",
+        ("B", FIRST): f"before_B_seed{FIRST}.webp",
+    }
+    told = clips_of(config, {"before": ("before", {path.name: True for path in paths.values()})})
+    assert [(row["task"], row["seed"], row["before_success"]) for row in told["videos"]] == [
+        ("libero_10/0", FIRST, True),
+        ("B", FIRST, True),
+    ]
+    assert told["videos_rule"].startswith("The first held-out seed: chosen")
 
 
 @pytest.mark.parametrize("seeds", [("x",), ("-1",), (str(2**31),), ("7", "07"), ("",)])

@@ -13,7 +13,7 @@ import jax
 
 from envs import demos
 from envs.base import Pool
-from envs.pool import EnvPool
+from envs.pool import EnvPool, PoolError
 from z1_jax import initial_policy, sharding
 from z1_jax.agreement import dataset_world, trained_in
 from z1_jax.checkpoint import CheckpointError, Checkpoints
@@ -27,6 +27,7 @@ from z1_jax.metrics import MetricsWriter, Progress
 from z1_jax.policy import Policy, load_policy
 from z1_jax.sft import train_sft
 from z1_jax.suites import (
+    BUILT_IN,
     demonstrator,
     least_episode_steps,
     made_by,
@@ -50,7 +51,7 @@ def check_inputs(config: Config) -> Config:
         UserError: an unknown task, camera or preset; a policy or dataset that is absent, damaged or does not fit.
     """
     if config.eval.episodes:
-        make_envs(config)
+        check_alike(config)
     config = initial_policy.with_pinned_init(config)
     given = config.init if config.init != RANDOM else ""
     for path in filter(None, (given, config.checkpoint, config.compare)):
@@ -70,6 +71,25 @@ def check_inputs(config: Config) -> Config:
         if config.demos.dataset:
             _fitting(config, open_dataset(config.demos.dataset))
     return initial_policy.with_own_steps(config)
+
+
+def check_alike(config: Config) -> None:
+    """Refuses what a suite does not have, and tasks whose environments do not fit together.
+
+    Those of a suite that is not built in are built once, to see: they may differ in task and horizon alone.
+
+    Raises:
+        ConfigError: one line.
+    """
+    factories = make_envs(config)
+    if len(factories) == 1 or config.env.suite in BUILT_IN:
+        return
+    timeout_s = config.env.timeout_s
+    try:
+        with EnvPool(factories, 1, min(1, config.env.workers), timeout_s, max(120.0, 2 * timeout_s)):
+            pass
+    except PoolError as error:
+        raise ConfigError(f"config key tasks: {error}; run such tasks by themselves") from error
 
 
 def make_mesh(config: Config) -> jax.sharding.Mesh:

@@ -284,13 +284,13 @@ def held_out(config: Config, most: int | None = None) -> list[Episode]:
     return [episode(task, seed) for task in config.every_task for seed in seeds]
 
 
-def demonstrator(config: Config, task: str) -> Demonstrator:
-    """Who demonstrates a task.
+def demonstrator(config: Config, task: str = "") -> Demonstrator:
+    """Who demonstrates a task, by default the config's only one.
 
     Raises:
         ConfigError: nobody does.
     """
-    found = _asked(resolve(config).demonstrator, task)
+    found = _asked(resolve(config).demonstrator, task or config.every_task[0])
     if found is None:
         raise ConfigError(f"config key demos.dataset: got '', but env.suite={config.env.suite} has no scripted expert")
     return found

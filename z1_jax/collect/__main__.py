@@ -23,7 +23,7 @@ from z1_jax.data.normalize import held_line
 from z1_jax.files import absolute
 from z1_jax.process import run_main
 from z1_jax.stages import check_inputs, demonstrations, demonstrations_source
-from z1_jax.suites import check_settings, training_statistics
+from z1_jax.suites import check_settings, training_statistics, with_tasks
 
 # Suits SFT alone, which a dataset of its own is mostly for; before RL it takes `recorded`, as the first command does.
 SFT_LABELS = "undisturbed"
@@ -38,15 +38,16 @@ def main(argv: Sequence[str]) -> None:
     check_inputs(config)
     if out.exists():
         dataset = open_dataset(out)
-        wanted = {**demonstrations_source(config), "episodes": config.demos.episodes}
+        wanted = {**demonstrations_source(config), "episodes": config.demos.episodes * len(config.every_task)}
         check_source(dataset.path, {**dataset.source, "episodes": len(dataset.episodes)}, wanted)
         print("already collected: ", end="")
     else:
         dataset = demonstrations(config, out)
     print(
-        f"{len(dataset.episodes)} demonstrations of {config.task}, {len(dataset)} decisions, in {out}\n"
+        f"{len(dataset.episodes)} demonstrations of {config.task_words}, {len(dataset)} decisions, in {out}\n"
         f"{_held(dataset)}"
-        f"train on them with --config.task={config.task} --config.demos.dataset={out}"
+        f"train on them with --config.task{'s' * bool(config.tasks)}={','.join(config.every_task)} "
+        f"--config.demos.dataset={out}"
     )
 
 
@@ -62,9 +63,13 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, pathlib.Path]:
         description="Expert demonstrations into a dataset directory.",
         epilog="Demonstrations of others: python -m z1_jax.collect --from=PATH --help",
     )
-    parser.add_argument("task", metavar="TASK", help="a task of the kitchen, e.g. OpenDrawer")
+    parser.add_argument(
+        "task", metavar="TASK", help="a task of the kitchen, e.g. OpenDrawer; or several, or a set: A,B; drawers"
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="directory of the dataset")
-    parser.add_argument("--episodes", type=int, default=demos.episodes, help="successful ones to keep (%(default)s)")
+    parser.add_argument(
+        "--episodes", type=int, default=demos.episodes, help="successful ones of each task (%(default)s)"
+    )
     parser.add_argument("--noise", type=float, default=demos.noise, help="scale of the action noise (%(default)s)")
     parser.add_argument("--stride", type=int, default=demos.stride, help="control steps between observations")
     parser.add_argument("--labels", default=SFT_LABELS, help=f"{' | '.join(LABELS)}, see demos.labels (%(default)s)")
@@ -77,7 +82,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, pathlib.Path]:
     given = parser.parse_args(list(arguments))
     config = Config(
         algorithm="sft",
-        task=given.task,
+        tasks=tuple(given.task.split(",")),
         seed=given.seed,
         demos=dataclasses.replace(
             demos, episodes=given.episodes, noise=given.noise, stride=given.stride, labels=given.labels
@@ -94,7 +99,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, pathlib.Path]:
     )
     check(config)
     check_settings(config)
-    return config, absolute(given.out)
+    return with_tasks(config), absolute(given.out)
 
 
 def import_others(config: ImportConfig, out: pathlib.Path) -> None:

@@ -18,14 +18,14 @@ from typing import Any
 
 from z1_jax.files import write_whole
 from z1_jax.metrics import METRICS, read_records
-from z1_jax.report import charts, html
+from z1_jax.report import charts, html, tasks
+from z1_jax.report.series import at, running_mean, series
 from z1_jax.statistics import wilson_interval
 
 Records = list[dict[str, Any]]
 REPORT = "report.html"
 COMMANDS = "commands.jsonl"  # the command lines that worked on a run, and when each began
 SUFFIXES = {".webp": "image/webp", ".gif": "image/gif", ".png": "image/png"}
-SMOOTHING = 10  # iterations in the running mean of the training success
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +100,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     body = [
         _attempt("headline", notes, _headline, run_dir, summary, _read_commands(run_dir / COMMANDS, notes)),
         _attempt("results", notes, _results, summary),
+        _attempt("each task", notes, tasks.table, summary),
         _attempt("videos", notes, _videos, run_dir, summary, notes),
         _attempt("curves", notes, _curves, records, notes),
         _attempt("protocol", notes, _protocol, summary),
@@ -108,7 +109,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         _notes(notes),
     ]
     path = run_dir / REPORT
-    write_whole(path, html.page(str(summary.get("task", run_dir.name)), "\n".join(body)))
+    write_whole(path, html.page(_tasks(run_dir, summary), "\n".join(body)))
     return path
 
 
@@ -116,13 +117,17 @@ def write_report(run_dir: str | os.PathLike) -> Path:
 
 
 def _headline(run_dir: Path, summary: dict, commands: Records) -> str:
-    task = summary.get("task", run_dir.name)
-    tasks = ", ".join(map(str, task)) if isinstance(task, list) else str(task)
+    named = _tasks(run_dir, summary)
     told = ", ".join(f"“{text}”" for text in summary.get("instructions", ()))
     sentence = summary.get("sentence") or _sentence(summary)
-    lines = [html.text(f"{tasks}: {told}" if told else tasks), *_origin(summary, commands)]
+    lines = [html.text(f"{named}: {told}" if told else named), *_origin(summary, commands)]
     head, *rest = (f'<p class="task">{line}</p>' for line in lines)
     return f"<header>{head}<h1>{html.text(sentence)}</h1>{''.join(rest)}</header>"
+
+
+def _tasks(run_dir: Path, summary: dict) -> str:
+    task = summary.get("task", run_dir.name)
+    return ", ".join(map(str, task)) if isinstance(task, list) else str(task)
 
 
 def _origin(summary: dict, commands: Records) -> list[str]:
@@ -209,7 +214,8 @@ def _videos(run_dir: Path, summary: dict, notes: list[str]) -> str:
                     f"<figcaption>{html.text(names[side])} <b>{verdict}</b></figcaption></figure>"
                 )
         if images:
-            seed = f"<p>Seed {html.text(pair.get('seed'))}</p>"
+            task = f"{html.text(pair['task'])}, seed" if "task" in pair else "Seed"
+            seed = f"<p>{task} {html.text(pair.get('seed'))}</p>"
             cards.append(f'<div class="card">{seed}<div class="pair">{"".join(images)}</div></div>')
     rule = f'<p class="note">{html.text(summary["videos_rule"])}</p>' if "videos_rule" in summary else ""
     return html.section("Episodes", f'{rule}<div class="grid">{"".join(cards)}</div>') if cards else ""
@@ -217,6 +223,7 @@ def _videos(run_dir: Path, summary: dict, notes: list[str]) -> str:
 
 def _curves(records: Records, notes: list[str]) -> str:
     cards = [_attempt("training success", notes, _success_curve, records)]
+    cards.append(_attempt("training success of each task", notes, tasks.curves, records))
     cards += [_attempt(curve.title, notes, _curve, curve, records) for curve in CURVES]
     cards = [card for card in cards if card]
     if not cards:
@@ -226,28 +233,28 @@ def _curves(records: Records, notes: list[str]) -> str:
 
 
 def _success_curve(records: Records) -> str:
-    raw = _series(records, "grpo", "success", "each iteration", style="faint")
-    series = [one for one in (raw, _running_mean(raw)) if one.xs]
+    raw = series(records, "grpo", "success", "each iteration", style="faint")
+    shown = [one for one in (raw, running_mean(raw)) if one.xs]
     if not raw.xs:
         return ""
-    chart = charts.line_chart(series, "iteration", _percent, y_range=(0.0, 1.0))
-    return html.card("Success of training rollouts", chart, [(one.name, one.colour, one.style) for one in series])
+    chart = charts.line_chart(shown, "iteration", _percent, y_range=(0.0, 1.0))
+    return html.card("Success of training rollouts", chart, [(one.name, one.colour, one.style) for one in shown])
 
 
 def _curve(curve: Curve, records: Records) -> str:
-    series = [
-        _series(records, curve.stage, key, name, colour=index) for index, (key, name) in enumerate(curve.keys.items())
+    shown = [
+        series(records, curve.stage, key, name, colour=index) for index, (key, name) in enumerate(curve.keys.items())
     ]
-    series = [one for one in series if any(y is not None for y in one.ys)]
-    if not series or (curve.when_positive and not any(y and y > 0 for one in series for y in one.ys)):
+    shown = [one for one in shown if any(y is not None for y in one.ys)]
+    if not shown or (curve.when_positive and not any(y and y > 0 for one in shown for y in one.ys)):
         return ""
     if curve.stacked:
-        xs = sorted({x for one in series for x in one.xs})
-        series = [dataclasses.replace(one, xs=xs, ys=_at(one, xs)) for one in series]
-        chart = charts.stacked_chart(series, curve.x_label, curve.form)
+        xs = sorted({x for one in shown for x in one.xs})
+        shown = [dataclasses.replace(one, xs=xs, ys=at(one, xs)) for one in shown]
+        chart = charts.stacked_chart(shown, curve.x_label, curve.form)
     else:
-        chart = charts.line_chart(series, curve.x_label, curve.form, curve.y_range, curve.log)
-    return html.card(curve.title, chart, [(one.name, one.colour, one.style) for one in series], curve.note)
+        chart = charts.line_chart(shown, curve.x_label, curve.form, curve.y_range, curve.log)
+    return html.card(curve.title, chart, [(one.name, one.colour, one.style) for one in shown], curve.note)
 
 
 def _protocol(summary: dict) -> str:
@@ -351,26 +358,6 @@ def _embedded(run_dir: Path, name: Any, notes: list[str]) -> str:
         notes.append(f"The video {name} is missing, outside the run directory, or not one of {', '.join(SUFFIXES)}.")
         return ""
     return f"data:{SUFFIXES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def _series(records: Records, stage: str, key: str, name: str, style: str = "line", colour: int = 0) -> charts.Series:
-    points = [(record["step"], record[key]) for record in records if record.get("stage") == stage and key in record]
-    return charts.Series(
-        name, [x for x, _ in points], [None if y is None else float(y) for _, y in points], style, colour
-    )
-
-
-def _running_mean(series: charts.Series) -> charts.Series:
-    means: list[float | None] = []
-    for end in range(1, len(series.ys) + 1):
-        known = [y for y in series.ys[max(0, end - SMOOTHING) : end] if y is not None]
-        means.append(sum(known) / len(known) if known else None)
-    return charts.Series(f"mean of the last {SMOOTHING}", series.xs, means)
-
-
-def _at(series: charts.Series, xs: list[float]) -> list[float | None]:
-    known = dict(zip(series.xs, series.ys, strict=True))
-    return [known.get(x) for x in xs]
 
 
 def _rate(row: dict) -> float:

@@ -1,0 +1,86 @@
+"""Which tasks the groups of an iteration are of, by hand and by counting."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from z1_jax.rl.task_groups import WINDOW, TaskGroups, TaskRecord, apportioned, in_turn, shares
+
+
+def test_in_turn_every_task_comes_once_a_round(rng):
+    seed, tasks = int(rng.integers(10**6)), 5
+    whole = in_turn(tasks, seed, 0, 40)
+    for start in range(0, 40, tasks):
+        assert sorted(whole[start : start + tasks]) == list(range(tasks))
+    assert len({tuple(whole[start : start + tasks]) for start in range(0, 40, tasks)}) > 1  # in another order
+    for count in (3, 8):  # iterations cut the same order into pieces
+        pieces = [in_turn(tasks, seed, n * count, count) for n in range(40 // count)]
+        np.testing.assert_array_equal(np.concatenate(pieces), whole[: len(pieces) * count])
+
+
+def test_shares_by_hand():
+    # p(1 − p): 0, 3/16, 1/4 (nothing known), 0; in all 7/16. A floor of 1/2: 1/8 for each, and half of the rest.
+    got = shares(np.array([0.0, 0.25, math.nan, 1.0]), 0.5)
+    np.testing.assert_allclose(got, [1 / 8, 1 / 8 + 1 / 2 * 3 / 7, 1 / 8 + 1 / 2 * 4 / 7, 1 / 8])
+    np.testing.assert_allclose(shares(np.array([0.0, 1.0]), 0.0), [0.5, 0.5])  # nothing to learn anywhere
+
+
+def test_what_a_task_gets_is_its_share(rng):
+    share = rng.dirichlet(np.ones(6))
+    seed, count = int(rng.integers(10**6)), 8
+    counts = np.array([np.bincount(apportioned(share, count, seed, n), minlength=6) for n in range(2000)])
+    assert (counts.sum(axis=1) == count).all()
+    assert (np.abs(counts - count * share) < 1).all()  # rounded up or down
+    np.testing.assert_allclose(counts.mean(axis=0), count * share, atol=0.06)
+
+
+def test_the_largest_fall_by_hand():
+    record = TaskRecord()
+    for success in [0.0] * 5 + [1.0] * 15 + [0.0] * 5 + [1.0] * 10:
+        record.add(success, 2, 5)
+    # The mean of ten reaches 1.0, falls to 0.5 with the five failures, and is back at 1.0.
+    assert (record.best, record.fall, record.mean) == (1.0, 0.5, 1.0)
+    assert (record.iterations, record.groups, len(record.recent)) == (35, 70, WINDOW)
+
+
+def test_one_task_is_left_alone():
+    alone = TaskGroups(["A"], "uniform", 0.25, 0, 5)
+    assert alone.of_groups(3, 4) == ["A"] * 4
+    assert alone.observe(["A"] * 4, np.ones((4, 8), bool)) == {}
+
+
+@pytest.mark.parametrize("spread", ["uniform", "adaptive"])
+def test_a_run_that_goes_on_gives_the_same_groups(spread, rng):
+    seed = int(rng.integers(10**6))
+
+    def make():
+        return TaskGroups("ABC", spread, 0.25, seed, 5)
+
+    first, told = make(), []
+    for iteration in range(30):
+        tasks = first.of_groups(iteration, 4)
+        success = rng.random((4, 8)) < np.array([{"A": 0.0, "B": 0.5, "C": 1.0}[task] for task in tasks])[:, None]
+        metrics = first.observe(tasks, success)
+        assert sum(metrics[f"tasks/{task}/groups"] for task in "ABC") == 4
+        told.append(tasks)
+        if iteration == 19:
+            second = make()
+            second.resume(json.loads(json.dumps(first.progress())))
+            assert second.of_groups(20, 4) == first.of_groups(20, 4)
+    late = [task for tasks in told[10:] for task in tasks]
+    if spread == "adaptive":  # what is half learned gets most, the others their floor: a twelfth of 80 groups each
+        assert late.count("B") > 55 and 3 <= late.count("A") <= 10 and 3 <= late.count("C") <= 10
+    else:
+        assert all(abs(late.count(task) - 80 / 3) <= 1 for task in "ABC")
+
+
+def test_a_run_stops_when_every_task_is_done():
+    groups = TaskGroups("AB", "uniform", 0.25, 0, 3)
+    for _ in range(3):
+        groups.observe(["A", "B"], np.array([[True, True], [True, False]]))
+    assert not groups.settled(3, 0.9) and groups.settled(3, 0.5) and not groups.settled(4, 0.5)
+    for _ in range(3):
+        groups.observe(["B", "B"], np.ones((2, 2), bool))
+    assert groups.settled(3, 0.9)
