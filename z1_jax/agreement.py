@@ -105,6 +105,8 @@ def policy_world(path: str, document: Mapping[str, Any]) -> World:
     Raises:
         CheckpointError: it is no policy of ours.
     """
+    if not document:  # behind an address, and not of this project
+        return World(name=f"the policy at {path}")
     try:
         known = document.get("world", {})
         return World(

@@ -1,10 +1,12 @@
 """python -m z1_jax.evaluate --config=configs/eval.py --config.checkpoint=PATH: one policy, or two, on held-out seeds.
 
-The protocol is that of training's own evaluation. Finished waves are kept: the same command continues.
+The protocol is that of training's own evaluation. Finished waves are kept: the same command continues. `--policy=PATH`
+is short for the latter, and PATH may be the address of a server: ws://HOST:PORT (docs/serving.md).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,19 +28,24 @@ from z1_jax.policy import Policy, find_policy
 from z1_jax.process import run_main
 from z1_jax.rl.actor import make_actor
 from z1_jax.run_dir import conclude
+from z1_jax.serve import remote
+from z1_jax.serve.remote import ServedPolicy
 from z1_jax.stages import make_pool
-from z1_jax.suites import held_out
+from z1_jax.suites import held_out, widths
 from z1_jax.videos import clips_of, record_clips
+
+POLICY = "--policy="
 
 
 def main(argv: Sequence[str]) -> None:
     """Evaluates `checkpoint`, and `compare` beside it on the same seeds where it is given."""
+    argv = [f"--config.checkpoint={one[len(POLICY) :]}" if one.startswith(POLICY) else one for one in argv]
     run = open_run(argv, "evaluate", ("eval",), "configs/eval.py")
     if run is None:
         return
     config = run.config
-    with jax.set_mesh(run.mesh):
-        policies = {name: given_policy(config, path, run.mesh) for name, path in run.policies.items()}
+    with jax.set_mesh(run.mesh), contextlib.ExitStack() as served:
+        policies = {name: opened(run, path, served) for name, path in run.policies.items()}
         with make_pool(config) as pool:
             seen = {name: look_at(run, policy, pool, name) for name, policy in policies.items()}
             told = instructions(pool, held_out(config, 4))
@@ -49,12 +56,31 @@ def main(argv: Sequence[str]) -> None:
     conclude(config, policies["checkpoint"], run.directory, run.clock, result, line, run.differing)
 
 
-def look_at(run: Run, policy: Policy, pool: Pool, name: str) -> tuple[Evaluation, dict[str, bool]]:
+def opened(run: Run, path: str, served: contextlib.ExitStack) -> Policy | ServedPolicy:
+    """The policy at a path or address; `served` ends its connections."""
+    config = run.config
+    if not remote.is_address(path):
+        return given_policy(config, path, run.mesh)
+    named = config.inputs.slots or config.env.cameras
+    slots = [None if camera == "none" else camera for camera in named]
+    policy = ServedPolicy(path, slots, widths(config), config.env.executed)
+    served.callback(policy.close)
+    return policy
+
+
+def acting(run: Run, policy: Policy | ServedPolicy, pool: Pool) -> tuple[Any, tuple[Any, Any]]:
+    """What acts for a policy, and the parameters that it acts with."""
+    if isinstance(policy, ServedPolicy):
+        return policy, (None, None)
+    graphdef, *params = policy.split("expert")
+    return make_actor(policy, graphdef, run.config.flow, run.mesh, pool.num_envs), (params[0], params[1])
+
+
+def look_at(run: Run, policy: Any, pool: Pool, name: str) -> tuple[Evaluation, dict[str, bool]]:
     """Runs the held-out seeds with one of the policies, and films it; what is there already is not done again."""
     config, mesh = run.config, run.mesh
     results = run.directory / "evaluation" / f"{name}.jsonl"
-    graphdef, trainable, frozen = policy.split("expert")
-    actor, params = make_actor(policy, graphdef, config.flow, mesh, pool.num_envs), (trainable, frozen)
+    actor, params = acting(run, policy, pool)
     title = f"evaluation of {name}"
     with run.clock.stage("evaluation"):
         outcome = evaluate(
@@ -88,6 +114,8 @@ def judge(config: Config, outcomes: dict[str, Evaluation]) -> tuple[dict[str, An
 
 def policy_name(path: str) -> str:
     """A policy in words: the run (or directory), the stage and the step."""
+    if remote.is_address(path):
+        return remote.name(path)
     directory, step = find_policy(path)
     run = directory.parents[1] if directory.parent.name == "checkpoints" else directory.parent
     return f"{run.name}/{directory.name}/{step}"

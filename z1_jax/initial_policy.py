@@ -22,6 +22,7 @@ from z1_jax.files import absolute
 from z1_jax.models.pi05 import Pi05Config
 from z1_jax.models.presets import PRESETS, get_preset
 from z1_jax.policy import Policy, find_policy, fresh_policy, load_policy, make_processor, split_best
+from z1_jax.serve import remote
 from z1_jax.suites import assumed_statistics, check_names, resolve, training_statistics, widths
 
 
@@ -206,11 +207,13 @@ def with_pinned_init(config: Config) -> Config:
 
 
 def newest_policy(path: str) -> str:
-    """The one checkpoint that a path leads to now, in the words of that path.
+    """The one checkpoint that a path leads to now, in the words of that path; an address stays what it is.
 
     Raises:
         CheckpointError: there is none.
     """
+    if remote.is_address(path):
+        return path
     directory, step = find_policy(path)
     given = pathlib.Path(split_best(path)[0])
     return str(given / (directory / str(step)).relative_to(absolute(given)))
@@ -224,17 +227,22 @@ def with_own_steps(config: Config) -> Config:
     """
     if config.flow.steps:
         return config
-    paths = [path for path in (config.checkpoint or config.init, config.compare) if path]
-    steps = {path: policy_document(path)["denoising_steps"] for path in paths}
+    documents = {path: policy_document(path) for path in (config.checkpoint or config.init, config.compare) if path}
+    steps = {path: known["denoising_steps"] for path, known in documents.items() if known}
     if len(set(steps.values())) > 1:
         told = " and ".join(f"{path} acts with {count}" for path, count in steps.items())
         raise ConfigError(f"config key flow.steps: got 0, but {told}: give the number that both are compared with")
-    return dataclasses.replace(config, flow=dataclasses.replace(config.flow, steps=steps[paths[0]]))
+    own = next(iter(steps.values()), 0)  # 0: a server that does not say
+    return dataclasses.replace(config, flow=dataclasses.replace(config.flow, steps=own))
 
 
 def check_policy(config: Config, path: str) -> None:
     """As `given_policy`, without reading the parameters."""
     document = policy_document(path)
+    if remote.is_address(path):
+        _check_served_steps(config, document, path)
+        if not document:  # of others: what it answers will show whether it fits
+            return
     horizon = document.get("architecture", {}).get("horizon")
     check_executed(config, horizon)
     if config.algorithm == "sft" and horizon != configured_model(config).horizon:
@@ -266,6 +274,16 @@ def check_policy(config: Config, path: str) -> None:
                     f"config key env.suite: {config.env.suite} has {key} of width {width}, the policy at {path} of "
                     f"width {theirs}: it was trained for other environments"
                 )
+
+
+def _check_served_steps(config: Config, document: dict[str, Any], path: str) -> None:
+    """Refuses a number of denoising steps that a served policy would not take from here."""
+    own = document.get("denoising_steps", 0)
+    if config.flow.steps not in (0, own):
+        raise ConfigError(
+            f"config key flow.steps: got {config.flow.steps}; the policy at {remote.name(path)} acts with its own "
+            f"{own or 'number'}: leave it at 0, or serve it with --steps={config.flow.steps}"
+        )
 
 
 def check_executed(config: Config, horizon: int | None) -> None:
@@ -323,11 +341,13 @@ def _check_same_inputs(config: Config, document: dict[str, Any], path: str) -> N
 
 
 def policy_document(path: str) -> dict[str, Any]:
-    """What the policy at `path` says of itself.
+    """What the policy at `path` says of itself; empty for one behind an address that is not of this project.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, or it is damaged. UserError: nobody serves at an address.
     """
+    if remote.is_address(path):
+        return remote.document(path)
     directory, step = find_policy(path)
     checkpoints = Checkpoints(directory)
     document = checkpoints.document(step)

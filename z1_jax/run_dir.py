@@ -34,6 +34,7 @@ from z1_jax.files import partial_path, require_plain, write_whole
 from z1_jax.metrics import drop_half_line
 from z1_jax.policy import BEST, TOKENIZER, Policy, find_policy
 from z1_jax.report.write import COMMANDS, REPORT, best_sentence, write_report
+from z1_jax.serve import remote
 
 SUMMARY = "summary.json"
 DATASET = "demos.dataset"
@@ -148,6 +149,8 @@ def policy_identity(path: str) -> str:
     Raises:
         CheckpointError: there is no policy at `path`, or it is damaged.
     """
+    if remote.is_address(path):
+        return remote.identity(path)
     directory, step = find_policy(path)
     checkpoints = Checkpoints(directory)
     try:
@@ -302,7 +305,7 @@ class StageClock:
 
 def conclude(
     config: Config,
-    policy: Policy,
+    policy: Policy | remote.ServedPolicy,
     run_dir: pathlib.Path,
     clock: StageClock,
     result: dict[str, Any],
@@ -340,8 +343,9 @@ def conclude(
     print(f"{total / 60:.1f} minutes in all; summary {path}, report {page}", flush=True)
 
 
-def protocol(config: Config, policy: Policy) -> dict[str, Any]:
+def protocol(config: Config, policy: Policy | remote.ServedPolicy) -> dict[str, Any]:
     """What the success rates depend on."""
+    facts = policy.facts if isinstance(policy, remote.ServedPolicy) else _policy_facts(config, policy)
     return {
         "version": __version__,
         "revision": _revision(),
@@ -353,20 +357,27 @@ def protocol(config: Config, policy: Policy) -> dict[str, Any]:
         else "none",
         "noise_seed": config.eval.noise_seed,
         "confidence": config.eval.confidence,
+        "cameras": list(config.env.cameras),
+        "image_size": config.env.image_size,
+        **facts,
+        **suites.facts(config),
+        "stop_on_success": True,
+        "latched_success": True,
+        "jax": jax.__version__,
+        "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+    }
+
+
+def _policy_facts(config: Config, policy: Policy) -> dict[str, Any]:
+    processor = policy.processor
+    return {
         "predicted_steps_per_chunk": policy.config.horizon,
         "executed_steps_per_chunk": policy.executed,
         "denoising_steps": config.flow.steps,
         "sampler": "ODE",
-        "cameras": list(config.env.cameras),
-        "slots": list(policy.processor.cameras),
-        "image_size": config.env.image_size,
-        "widths": {name: stats.dim for name, stats in policy.processor.stats.items()},
-        **suites.facts(config),
-        "stop_on_success": True,
-        "latched_success": True,
-        "tokenizer": policy.processor.tokenizer.identity[:12],
-        "jax": jax.__version__,
-        "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "slots": list(processor.cameras),
+        "widths": {name: stats.dim for name, stats in processor.stats.items()},
+        "tokenizer": processor.tokenizer.identity[:12],
     }
 
 

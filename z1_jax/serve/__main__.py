@@ -24,10 +24,10 @@ from z1_jax.run_dir import policy_identity
 from z1_jax.serve import wire
 from z1_jax.serve.engine import SPAN_FACTOR, Engine
 from z1_jax.serve.inputs import OPTIONAL, TABLES, Inputs
+from z1_jax.serve.remote import API_KEY
 from z1_jax.serve.server import Limits, PolicyServer
 from z1_jax.sharding import make_mesh
 
-API_KEY = "Z1_API_KEY"  # environment variable: on the command line everybody on the machine would see the key
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -99,7 +99,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def metadata(policy: Policy, options: argparse.Namespace, inputs: Inputs, identity: str) -> dict[str, Any]:
     """What a client is told when it connects: how the policy wants to be driven, and how it was trained."""
-    processor, config = policy.processor, policy.config
     return {
         "server": f"z1-jax {__version__}",
         "policy": identity,
@@ -108,18 +107,14 @@ def metadata(policy: Policy, options: argparse.Namespace, inputs: Inputs, identi
         "keys": inputs.keys,
         "optional_keys": list(OPTIONAL),
         "cameras": inputs.cameras,
-        "slots": list(processor.cameras),
-        "image_size": config.vision.image_size,
-        "horizon": config.horizon,
+        "horizon": policy.config.horizon,
         "executed": policy.executed,
         "denoising_steps": policy.denoising_steps,
-        "widths": {name: stats.dim for name, stats in processor.stats.items()},
-        "state_in_prompt": processor.state_in_prompt,
-        "tokenizer": processor.tokenizer.identity[:12],
-        "world": {key: value for key, value in policy.world.items() if key in ("tasks", "rate")},
+        "widths": {name: stats.dim for name, stats in policy.processor.stats.items()},
         "deadline_ms": options.deadline_ms,
         "largest_batch": options.batch,
         "device": jax.devices()[0].device_kind,
+        "document": policy.document(),
     }
 
 
