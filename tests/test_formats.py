@@ -148,3 +148,70 @@ def test_blocks_divide_where_they_can():
     rows = rows_per_block((257_152, 2048))
     assert rows and 257_152 % rows == 0 and rows * 2048 * 4 <= 64 << 20
     assert rows_per_block((65_537, 2048)) == 8192  # a prime
+
+
+def one_chunk(folder, value, zarr: int, compressed: bool, chunks, ocdbt: bool) -> None:
+    """An array as Orbax lays it out, with chunks of a size of our own; a tree of one name around it."""
+    import tensorstore as ts
+
+    folder.mkdir(parents=True)
+    kvstore = {"driver": "ocdbt", "base": f"file://{folder}/", "path": "x/"}
+    kvstore = kvstore if ocdbt else {"driver": "file", "path": f"{folder}/x/"}
+    if zarr == 2:
+        compressor = {"id": "zstd", "level": 1} if compressed else None
+        metadata = {"shape": value.shape, "chunks": chunks, "dtype": "<f4", "compressor": compressor}
+        spec = {"driver": "zarr", "kvstore": kvstore, "metadata": metadata}
+    else:
+        codecs = [{"name": "bytes", "configuration": {"endian": "little"}}]
+        codecs += [{"name": "zstd", "configuration": {"level": 1}}] * compressed
+        grid = {"name": "regular", "configuration": {"chunk_shape": chunks}}
+        metadata = {"shape": value.shape, "data_type": "float32", "chunk_grid": grid, "codecs": codecs}
+        spec = {"driver": "zarr3", "kvstore": kvstore, "metadata": metadata}
+    ts.open(spec, create=True).result().write(value).result()
+    entry = {"key_metadata": [{"key": "x", "key_type": 2}], "value_metadata": {"value_type": "jax.Array"}}
+    (folder / "_METADATA").write_text(json.dumps({"tree_metadata": {"x": entry}, "use_zarr3": zarr == 3}))
+
+
+@pytest.mark.parametrize("chunks", [(7, 2, 9, 5), (4, 2, 9, 5), (7, 2, 4, 5), (7, 1, 4, 3)])
+@pytest.mark.parametrize(
+    ("zarr", "compressed", "ocdbt"), [(2, True, True), (2, False, False), (3, True, True), (3, False, True)]
+)
+def test_rows_of_chunks_that_are_too_large_to_be_read_whole(
+    tmp_path, rng, monkeypatch, zarr, compressed, ocdbt, chunks
+):
+    value = rng.standard_normal((7, 2, 9, 5)).astype("f")
+    one_chunk(tmp_path / "tree", value, zarr, compressed, chunks, ocdbt)
+    monkeypatch.setattr("z1_jax.convert.orbax._WHOLE_BYTES", 100)
+    monkeypatch.setattr("z1_jax.convert.chunk_streams.READ_BYTES", 64)
+    reader = OrbaxReader(tmp_path / "tree")
+    np.testing.assert_array_equal(reader.read("x"), value)
+    # Two threads read ahead: neighbours come in either order; the last layer comes after other arrays.
+    for index in [
+        (0, 0),
+        (0, 1),
+        (2, 0),
+        (1, 1),
+        (2, 1),
+        (3, 0),
+        (6, 1),
+        (4, 0),
+        (5, slice(0, 1)),
+        (6, 1, slice(3, 8)),
+    ]:
+        np.testing.assert_array_equal(reader.read("x", index), value[index], err_msg=str(index))
+    assert reader._streams is not None
+    np.testing.assert_array_equal(reader.read("x", (slice(1, 3),)), value[1:3])
+    reader.close()
+
+
+@pytest.mark.parametrize("cut", [0, 1, 50])
+def test_a_damaged_large_chunk_is_one_line(tmp_path, rng, monkeypatch, cut):
+    value = rng.standard_normal((7, 2, 9, 5)).astype("f")
+    one_chunk(tmp_path / "tree", value, 2, True, value.shape, False)
+    monkeypatch.setattr("z1_jax.convert.orbax._WHOLE_BYTES", 100)
+    path = tmp_path / "tree" / "x" / "0.0.0.0"
+    path.write_bytes(path.read_bytes()[: -cut or None]) if cut else path.unlink()
+    reader = OrbaxReader(tmp_path / "tree")
+    with pytest.raises(UserError, match="is damaged: x cannot be read") as error:
+        reader.read("x", (6, 0))
+    assert "\n" not in str(error.value)

@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
+from z1_jax.convert import chunk_streams
 from z1_jax.convert.store import FormatError, Index, TensorInfo
 
 MANIFEST = "manifest.ocdbt"
 TREE = "_METADATA"  # names and types of the arrays
+_WHOLE_BYTES = 256 << 20  # of stored chunks that are decoded in one piece; rows of larger ones are streamed
 _BATCH_BYTES = 80 << 20  # written in one commit; a file above 64 MiB is not hashed at every opening
 
 
@@ -52,6 +54,7 @@ class OrbaxReader:
         self._stores: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self._held: tuple[str, int, np.ndarray] | None = None
+        self._streams: tuple[str, chunk_streams.RowStreams] | None = None
         self._lock = threading.Lock()
         driver = "zarr3" if tree.get("use_zarr3") else "zarr"
         for key in keys:
@@ -79,6 +82,8 @@ class OrbaxReader:
         with self._lock, self._told(name):
             if not index:
                 return np.asarray(self._stores[name].read().result())
+            if (rows := self._streamed(name, index[0])) is not None:
+                return rows[(slice(None) if isinstance(index[0], slice) else 0, *index[1:])]
             start, stop = self._chunk_rows(name, index[0])
             if self._held is None or self._held[:2] != (name, start) or len(self._held[2]) < stop - start:
                 self._held = None  # freed before the next is read
@@ -88,16 +93,35 @@ class OrbaxReader:
             shifted = slice(first.start - start, first.stop - start) if isinstance(first, slice) else first - start
             return rows[(shifted, *index[1:])]
 
+    def _streamed(self, name: str, first: int | slice) -> np.ndarray | None:
+        """Rows of an array whose chunks are too large to be decoded whole; None where they are not, or cannot be."""
+        store, (start, stop) = self._stores[name], _range(first)
+        chunk = max(1, store.chunk_layout.read_chunk.shape[0] or 1)
+        whole = self.tensors[name].nbytes // store.shape[0] * chunk
+        if whole <= _WHOLE_BYTES or chunk == 1 or start // chunk != (stop - 1) // chunk:
+            return None
+        if self._streams is None or self._streams[0] != name:
+            self._held = self._streams = None  # freed before the next is read
+            spec = chunk_streams.of(store.spec().to_json()["metadata"], self.tensors[name].dtype)
+            if spec is None:
+                return None
+            self._streams = (name, chunk_streams.RowStreams(store.kvstore, spec))
+        return self._streams[1].read(start, stop)
+
     def _chunk_rows(self, name: str, first: int | slice) -> tuple[int, int]:
         """The rows of the first axis that stored chunks make one read of."""
         store = self._stores[name]
         chunk = max(1, store.chunk_layout.read_chunk.shape[0] or 1)
-        start, stop = (first.start, first.stop) if isinstance(first, slice) else (first, first + 1)
+        start, stop = _range(first)
         return start // chunk * chunk, min(math.ceil(stop / chunk) * chunk, store.shape[0])
 
     def close(self) -> None:
-        self._held = None
+        self._held = self._streams = None
         self._stores.clear()
+
+
+def _range(first: int | slice) -> tuple[int, int]:
+    return (first.start, first.stop) if isinstance(first, slice) else (first, first + 1)
 
 
 class OrbaxWriter:
