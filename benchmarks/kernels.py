@@ -199,12 +199,13 @@ def traced_programs(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
 # --- counting -------------------------------------------------------------------------------------------------------
 
 
-def count(text: str) -> Counts:
-    """Launches of an optimised HLO module's entry computation."""
+def count(text: str, *, rule: bool = True) -> Counts:
+    """Launches of an optimised HLO module's entry computation; without `rule` no product is taken to be split."""
     computations = parse(text)
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
     assert entry, "the text holds no module"
-    return _count(entry.group(1), computations)
+    counts = _count(entry.group(1), computations)
+    return counts if rule else dataclasses.replace(counts, kernels=counts.kernels - counts.split, split=0)
 
 
 def parse(text: str) -> dict[str, list[Instruction]]:

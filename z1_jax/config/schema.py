@@ -57,7 +57,7 @@ class ModelConfig:
     preset: str = "kitchen"  # its size: z1_jax/models/presets.py
     dtype: str = "float32"  # of the computation; trained parameters are float32, frozen ones as wide as this
     remat: str = "none"  # activations kept for the backward pass: none (all) | dots | full (recompute all)
-    attention: str = "einsum"  # of vision and prefix; cudnn: a GPU, bfloat16
+    attention: str = "einsum"  # einsum | xla | cudnn: a GPU, bfloat16; head widths above 128 need Hopper or later
     # The weights that decisions read: plain (as they are trained), prepared (a copy laid out for it: fewer, larger
     # kernels), or auto: prepared on a GPU or TPU, where there are no adapters.
     acting: str = "auto"

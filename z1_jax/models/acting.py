@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from z1_jax.models import attention
 from z1_jax.models.gemma import GemmaBlock, prefix_positions
@@ -204,7 +204,7 @@ def denoiser(config: Pi05Config, params: Prepared, cache: PrefixCache, chunks: i
     room = _round_up(length + chunks * padded) - length
     positions = jnp.sum(cache.mask, axis=1, dtype=jnp.int32)[:, None] + jnp.tile(jnp.arange(padded), chunks)
     tables = rope_tables(positions, config.expert.head_dim)
-    allowed = _allowed(cache.mask, chunks, padded, horizon, room)
+    allowed = attention.chunk_mask(cache.mask, chunks, padded, horizon, room)
 
     def buffers(stacked: Float[Array, "layers B T K D"]) -> list[Array]:
         widths = [(0, 0), (0, room), (0, 0), (0, 0)]
@@ -230,16 +230,6 @@ def denoiser(config: Pi05Config, params: Prepared, cache: PrefixCache, chunks: i
         return velocity.reshape(batch, chunks, padded, -1)[:, :, :horizon], handed
 
     return step, list(zip(buffers(cache.k), buffers(cache.v), strict=True))
-
-
-def _allowed(prefix: Bool[Array, "B T"], chunks: int, padded: int, horizon: int, room: int) -> Bool[Array, "B X S"]:
-    """Which keys a query may attend to: the prefix's, and those of its own chunk. X: one row for all, or for each."""
-    key = jnp.arange(room)
-    chunk = jnp.arange(chunks * padded if chunks > 1 else 1) // padded
-    own = (key // padded == chunk[:, None]) & (key % padded < horizon)
-    batch = prefix.shape[0]
-    prefix = jnp.broadcast_to(prefix[:, None], (batch, len(chunk), prefix.shape[1]))
-    return jnp.concatenate([prefix, jnp.broadcast_to(own, (batch, *own.shape))], axis=2)
 
 
 def _round_up(count: int) -> int:

@@ -64,6 +64,29 @@ def _logits(pattern: str, q: Array, k: Array) -> Array:
     return jnp.einsum(pattern, q, k, precision=precision, preferred_element_type=jnp.float32)
 
 
+def _after_prefix(prefix: Float[Array, "B T K D"], own: Float[Array, "B M H K D"]) -> Float[Array, "B S K D"]:
+    """Keys or values of the prefix, then those of all chunks."""
+    flat = own.reshape(own.shape[0], -1, *own.shape[3:])
+    return jnp.concatenate([prefix.astype(own.dtype), flat], axis=1)
+
+
+def chunk_mask(prefix: Bool[Array, "B T"], chunks: int, length: int, horizon: int, room: int) -> Bool[Array, "B X S"]:
+    """Which keys the queries of M chunks may attend to: the prefix's, and those of their own chunk.
+
+    Args:
+        chunks: M; each has `length` queries, of which the first `horizon` are real.
+        room: keys behind the prefix's: the chunks' one after the other, then what nobody sees.
+    Returns:
+        A row for each query; one row for all where they are of one chunk.
+    """
+    key = jnp.arange(room)
+    chunk = jnp.arange(chunks * length if chunks > 1 else 1) // length
+    own = (key // length == chunk[:, None]) & (key % length < horizon)
+    batch = prefix.shape[0]
+    prefix = jnp.broadcast_to(prefix[:, None], (batch, len(chunk), prefix.shape[1]))
+    return jnp.concatenate([prefix, jnp.broadcast_to(own, (batch, *own.shape))], axis=2)
+
+
 def _group(q: Float[Array, "B T N D"], kv_heads: int) -> Float[Array, "B K X D"]:
     """Queries that share a key head, one after the other (X = N/K heads x T): one large product per key head."""
     batch, length, heads, width = q.shape
@@ -85,12 +108,19 @@ def attend_shared_prefix(
     prefix_k: Float[Array, "B T K D"],
     prefix_v: Float[Array, "B T K D"],
     prefix_mask: Bool[Array, "B T"],
+    implementation: str = "einsum",
 ) -> Float[Array, "B M H N D"]:
     """M independent chunks per observation, each attending to itself and to the observation's prefix.
 
-    The prefix is read where it lies, never repeated M times; one softmax runs over prefix and chunk together.
+    The prefix is never repeated M times. "einsum" reads it where it lies, and one softmax runs over prefix and chunk
+    together; "xla" and "cudnn" make one call of all chunks and mask those of the others (see `attend`).
     """
     batch, chunks, horizon, heads, width = q.shape
+    if implementation != "einsum":
+        keys, values = _after_prefix(prefix_k, k), _after_prefix(prefix_v, v)
+        allowed = chunk_mask(prefix_mask, chunks, horizon, horizon, chunks * horizon)
+        flat = q.reshape(batch, -1, heads, width)
+        return attend_in_order(flat, keys, values, allowed, implementation).reshape(q.shape)
     kv_heads, prefix_length = k.shape[3], prefix_k.shape[1]
     group = heads // kv_heads
     grouped = q.reshape(batch, chunks, horizon, kv_heads, group, width).transpose(0, 3, 4, 1, 2, 5)

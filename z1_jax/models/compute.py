@@ -18,7 +18,7 @@ class Compute:
     dtype: str = "bfloat16"  # of the computation
     remat: str = "none"  # activations kept for the backward pass: none (all) | dots | full (recompute all)
     unroll: bool = False  # write the layers out instead of looping: faster for a few small layers on a CPU
-    attention: str = "einsum"  # of vision and prefix: einsum | xla | cudnn
+    attention: str = "einsum"  # einsum | xla | cudnn
     # Parameters that decisions read: plain | prepared (see acting) | auto: prepared on accelerators, where there are no
     # adapters. A CPU launches nothing, and compiling written-out layers would take it longer.
     acting: str = "auto"

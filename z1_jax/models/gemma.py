@@ -188,7 +188,7 @@ class ActionExpert(nnx.Module):
 
         def step(layer: GemmaBlock, x: Array, prefix: tuple[Array, Array]) -> tuple[Array, None]:
             def attend(q: Array, k: Array, v: Array) -> Array:
-                return attention.attend_shared_prefix(q, k, v, *prefix, cache.mask)
+                return attention.attend_shared_prefix(q, k, v, *prefix, cache.mask, self.compute.attention)
 
             return layer(x, positions, attend, condition)[0], None
 
