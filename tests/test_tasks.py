@@ -61,6 +61,10 @@ class Several:
         return np.zeros(2), np.ones(2)
 
 
+class Sharing(Several):
+    shares = True
+
+
 class Uncopied(Several):
     branches = False
 
@@ -149,8 +153,10 @@ def test_how_many_simulators_a_worker_keeps():
     def of(*arguments):
         return suites.simulators(suites.settled(parse(*arguments)))
 
-    assert of() == 1 and of("tasks=drawers") == 2 and of("env.simulators=5") == 5
-    assert of("tasks=kitchen24", "env.parallel=16") == 8  # never more than environments
+    pair = "env.suite=test_tasks:Sharing", "tasks=pair", "init=random"
+    assert of() == 0 and of("tasks=kitchen24") == 0 and of("env.simulators=5") == 5
+    assert of(*pair) == 2 and of(*pair, "env.simulators=1") == 1
+    assert of(*pair, "env.parallel=8", "env.workers=8") == 1  # never more than environments
     assert of("env.suite=test_tasks:Several", "tasks=pair", "init=random") == 0  # it does not say that they may share
 
 

@@ -338,3 +338,32 @@ def test_a_rising_probe_stays_with_the_expert_and_another_begins():
         later = [run.observe(value) for value in (0.41, 0.4, 0.4)]
         assert later[:2] == [None] * 2 and later[2].scope == run.scope == "joint"
     assert trainer(CONFIG).observe(0.5) is None  # another scope never probes
+
+
+def test_groups_that_the_filter_drops_are_drawn_again():
+    """The first are those of a run that draws none again; then as many as were dropped, until the budget is spent."""
+    reward = dataclasses.replace(CONFIG.reward, keep_low=0.3, keep_high=0.8, filter_on="success")
+    plain = dataclasses.replace(CONFIG, reward=reward)
+    more = dataclasses.replace(plain, group=dataclasses.replace(plain.group, oversample=3.3))
+    first = trainer(plain).collect(tiny.pool(16), 1)
+    made = trainer(more)
+    rollouts = made.collect(tiny.pool(16), 1)
+    for name in ("success", "chunks"):
+        np.testing.assert_array_equal(getattr(rollouts, name)[:4], getattr(first, name))
+    kept = [0.3 <= group.mean() <= 0.8 for group in rollouts.success]
+    rounds = [4]  # groups that were drawn at a time, by hand
+    while sum(rounds) < 13 and (dropped := kept[sum(rounds[:-1]) : sum(rounds)].count(False)):
+        rounds.append(min(dropped, 13 - sum(rounds)))
+    drawn = sum(rounds)
+    assert drawn == len(kept) == len(rollouts.episodes) and sum(kept) <= 4
+    assert sum(kept) == 4 or len(kept) == 13
+    assert len(set(rollouts.seeds.tolist())) == len(kept)
+    assert rollouts.seeds.tolist() == training_seeds(CONFIG.seed, 1, 13).tolist()[: len(kept)]
+    assert set(rollouts.nodes.group.tolist()) == set(range(len(kept)))
+    assert rollouts.caches is None or rollouts.caches.rows == len(rollouts.looks.tokens)
+    assert made.credit(rollouts, np.random.default_rng(0)).kept.tolist() == kept
+
+
+def test_seeds_of_groups_do_not_depend_on_how_many_there_are(rng):
+    seed, iteration = int(rng.integers(10**4)), int(rng.integers(10**3))
+    np.testing.assert_array_equal(training_seeds(seed, iteration, 5), training_seeds(seed, iteration, 40)[:5])

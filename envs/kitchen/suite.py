@@ -33,7 +33,8 @@ class KitchenSuite:
     label = ""
     # The state is in metres and radians: the base, which the expert never moves, shakes by up to half a millimetre.
     state_rule = "millimetre"  # by which its dimensions count as constant (z1_jax.data.normalize)
-    branches = shares = True
+    branches = True
+    shares = False  # a simulator is a megabyte and 2 ms: turns would save nothing and cost 2 % of the time
     instructions: tuple[str, ...] = ()  # a tokenizer knows the kitchen's anyway
 
     def __init__(self, env: Any, evaluation: Any):

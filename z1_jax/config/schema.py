@@ -149,16 +149,16 @@ class GroupConfig:
     """Groups of rollouts that start from one state, and how their members part."""
 
     count: int = 8  # groups an iteration
-    # Of a run of several tasks: uniform: each task in turn; adaptive: more where training success is neither 0 nor 1.
-    spread: str = "uniform"
-    floor: float = 0.25  # adaptive: least groups of a task, as a share of what it would get in turn
-    oversample: float = 1.0  # groups that the filter drops are drawn again, up to so many times `count` in all
     size: int = 8  # G, members of a group
     branching: str = "tree"  # none: from the start; prefix: after P chunks; tree: after P chunks, again and again
     prefix_chunks: int = 2  # P at the first iteration
     prefix_chunks_end: int = 1  # P at the last iteration
     prefix_schedule: str = "linear"  # from the one to the other
     shuffle_advantages: bool = False  # control: permutes the advantages within each group, which must gain nothing
+    # Of a run of several tasks: uniform: each task in turn; adaptive: more where training success is neither 0 nor 1.
+    spread: str = "uniform"
+    floor: float = 0.25  # adaptive: least groups of a task, as a share of what it would get in turn
+    oversample: float = 1.0  # groups that the filter drops are drawn again, up to so many times `count` in all
 
 
 @dataclasses.dataclass(frozen=True)
