@@ -35,6 +35,7 @@ class Request:
     """One observation, prepared for the network."""
 
     looks: Observation  # NumPy, one row
+    state: np.ndarray  # [state_dim], raw
     noise: tuple[int, ...]  # decides the noise: MOST_NOISE_NUMBERS of them
     previous: np.ndarray | None = None  # float32 [L, A], normalised: what is left of the chunk before
     delay: int = 0  # of these the first so many will have been executed when the answer is there
@@ -129,11 +130,12 @@ class Engine:
                 )
             if not np.isfinite(left).all():
                 raise ValueError("previous_actions hold NaN or infinity; expected finite numbers")
-            left = processor.model_actions(left)
+            left = processor.model_actions(left, observation.state)
         if not 0 <= delay <= (0 if left is None else len(left)):
             limit = "without previous_actions 0" if left is None else f"0 … {len(left)}, as many as previous_actions"
             raise ValueError(f"delay is {delay}; expected {limit}")
-        return Request(looks, given + (0,) * (MOST_NOISE_NUMBERS - len(given)), left, delay)
+        key = given + (0,) * (MOST_NOISE_NUMBERS - len(given))
+        return Request(looks, observation.state, key, left, delay)
 
     def decide(self, requests: Sequence[Request]) -> list[Answer]:
         """The answers to one to `largest` requests. From one thread at a time."""
@@ -146,7 +148,8 @@ class Engine:
                 chunks = self._actor.sample_onwards(self._params, cache, ids, target, weights)
             else:
                 chunks = np.asarray(self._actor.sample(self._params, cache, ids, (), stochastic=False).x[:, 0, -1])
-        actions = self.policy.processor.env_actions(chunks)
+        states = np.stack([request.state for request in requests])
+        actions = self.policy.processor.env_actions(chunks, states)
         return [Answer(*one) for one in zip(actions, map(self._fault, chunks), strict=True)]
 
     def warm_up(self) -> None:
@@ -202,7 +205,9 @@ class _RealTimeActor(Actor):
     ):
         horizon = policy.config.horizon
         counted = counted_coordinates(horizon, horizon, policy.processor.counted_dims, "horizon")
-        super().__init__(graphdef, FlowConfig(steps=policy.denoising_steps), counted, mesh, largest)
+        super().__init__(
+            graphdef, FlowConfig(steps=policy.denoising_steps), counted, mesh, largest, policy.config.acting
+        )
         self.sizes = self._sizes = sorted({*(1 << n for n in range((largest - 1).bit_length())), largest})
         self._max_guidance, self._overwrite = max_guidance, overwrite
         self.traces["onwards"] = 0

@@ -117,7 +117,9 @@ class ServedPolicy:
         looks[:] = [self._inputs.write(observation) for observation in raw]
         return looks
 
-    def env_actions(self, actions: Float[np.ndarray, "*N H A"]) -> np.ndarray:
+    def env_actions(
+        self, actions: Float[np.ndarray, "*N H A"], states: Float[np.ndarray, "*N D"] | None = None
+    ) -> np.ndarray:
         """Answers are in the environment's units."""
         return actions.astype(np.float32)
 
