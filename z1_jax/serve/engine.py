@@ -38,6 +38,7 @@ class Request:
     noise: tuple[int, ...]  # decides the noise: MOST_NOISE_NUMBERS of them
     previous: np.ndarray | None = None  # float32 [L, A], normalised: what is left of the chunk before
     delay: int = 0  # of these the first so many will have been executed when the answer is there
+    state: np.ndarray | None = None  # [state_dim], raw: what relative actions are added to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,11 +130,12 @@ class Engine:
                 )
             if not np.isfinite(left).all():
                 raise ValueError("previous_actions hold NaN or infinity; expected finite numbers")
-            left = processor.model_actions(left)
+            left = processor.model_actions(left, np.asarray(observation.state))
         if not 0 <= delay <= (0 if left is None else len(left)):
             limit = "without previous_actions 0" if left is None else f"0 … {len(left)}, as many as previous_actions"
             raise ValueError(f"delay is {delay}; expected {limit}")
-        return Request(looks, given + (0,) * (MOST_NOISE_NUMBERS - len(given)), left, delay)
+        state = np.asarray(observation.state, np.float64)
+        return Request(looks, given + (0,) * (MOST_NOISE_NUMBERS - len(given)), left, delay, state)
 
     def decide(self, requests: Sequence[Request]) -> list[Answer]:
         """The answers to one to `largest` requests. From one thread at a time."""
@@ -146,7 +148,8 @@ class Engine:
                 chunks = self._actor.sample_onwards(self._params, cache, ids, target, weights)
             else:
                 chunks = np.asarray(self._actor.sample(self._params, cache, ids, (), stochastic=False).x[:, 0, -1])
-        actions = self.policy.processor.env_actions(chunks)
+        states = np.stack([request.state for request in requests]) if self.policy.processor.relative else None
+        actions = self.policy.processor.env_actions(chunks, states)
         return [Answer(*one) for one in zip(actions, map(self._fault, chunks), strict=True)]
 
     def warm_up(self) -> None:
