@@ -16,7 +16,17 @@ from z1_jax.run_dir import claim_directory
 ROOT = pathlib.Path(__file__).parent.parent
 GRPO = f"--config={ROOT / 'configs' / 'grpo.py'}"
 # Leaves that take any text here: their values are checked where the things they name are known.
-FREE_TEXT = {"task", "run_dir", "init", "checkpoint", "compare", "model.preset", "env.cameras", "demos.dataset"}
+FREE_TEXT = {
+    "task",
+    "tasks",
+    "run_dir",
+    "init",
+    "checkpoint",
+    "compare",
+    "model.preset",
+    "env.cameras",
+    "demos.dataset",
+}
 FREE_TEXT |= {"inputs.tokenizer", "inputs.relative_actions", "inputs.slots", "env.layouts", "env.styles", "env.objects"}
 FREE_TEXT |= {
     "env.suite",

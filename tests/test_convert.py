@@ -542,6 +542,25 @@ def test_statistics_of_mean_and_std_alone(case, tmp_path):
         run(source, tmp_path / "broken", *made.FLAGS)
 
 
+def test_the_question_for_the_horizon_says_which(case, tmp_path):
+    """50, 15 or 10 by the policy; the statistics' names may tell; and it is free where it is trained on."""
+    for name, hint in (
+        ("droid", "of droid: --horizon=15"),
+        ("physical-intelligence/libero", "--horizon=10"),
+        ("x", None),
+    ):
+        source = tmp_path / name
+        (source / "assets").mkdir(parents=True)
+        shutil.copy(case.folder / "pytorch" / "model.safetensors", source)
+        made.save_assets(source, case.stats, name)
+        with pytest.raises(
+            UserError, match="50 for pi05_base, 15 for pi05_droid, 10 for pi05_libero.*collect --chunk"
+        ) as told:
+            run(source, tmp_path / "out", "--heads=4", "--vision-heads=3", "--state-in-prompt")
+        assert hint is None or hint in str(told.value)
+        assert hint is not None or "its statistics are" not in str(told.value)
+
+
 def test_paths_that_do_not_fit(case, ours, tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "file").write_text("x")

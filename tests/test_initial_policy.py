@@ -17,9 +17,11 @@ from z1_jax.config.schema import (
     FlowConfig,
     InputsConfig,
     ModelConfig,
+    SftConfig,
 )
 from z1_jax.data.tokenizer import train_small_tokenizer
-from z1_jax.initial_policy import check_policy, given_policy, new_policy
+from z1_jax.initial_policy import check_policy, dataset_statistics, given_policy, new_policy
+from z1_jax.metrics import MetricsWriter
 from z1_jax.models.presets import get_preset
 from z1_jax.run_dir import claim_directory
 from z1_jax.stages import demonstrations
@@ -186,3 +188,41 @@ def test_a_run_keeps_to_the_checkpoint_that_it_began_with(relative, tmp_path, mo
     elsewhere = dataclasses.replace(config, init=f"{given}/checkpoints/sft/4")
     with pytest.raises(ConfigError, match="belongs to another config .init is"):
         claim_directory(stages.check_inputs(elsewhere))
+
+
+def test_cameras_that_no_environment_has_lead_to_the_conversion(tmp_path):
+    """A policy that was converted without --cameras has the names of openpi's slots; the cure is no config key."""
+    path = stored(tmp_path, 3, cameras=["base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"])
+    config = Config(algorithm="eval", env=EnvConfig(cameras=("robot0_agentview_left", WRIST)))
+    with pytest.raises(
+        ConfigError, match=f"convert it again with --cameras=robot0_agentview_left,{WRIST},none"
+    ) as told:
+        check_policy(config, path)
+    assert "set --config.env.cameras" not in str(told.value)
+    with pytest.raises(ConfigError, match=f"set --config.env.cameras={tiny.CAMERA}"):  # a name that there is
+        check_policy(config, stored(tmp_path / "named", 3))
+
+
+def test_a_policy_without_statistics_acts_only_after_sft(tmp_path, capsys):
+    path = stored(tmp_path / "bare", 3, norm_stats={})
+    env = EnvConfig(workers=0, cameras=(tiny.CAMERA,), image_size=tiny.PIXELS)
+    for algorithm, key in (("eval", "checkpoint"), ("grpo", "init")):
+        with pytest.raises(ConfigError, match=f"config key {key}: .* has no normalisation statistics; SFT on"):
+            check_policy(dataclasses.replace(Config(env=env), algorithm=algorithm), path)
+    config = make_config(episodes=2)
+    dataset = demonstrations(config, tmp_path / "data")
+    sft = SftConfig(steps=1, batch_size=4, flows=1)
+    config = dataclasses.replace(config, algorithm="sft", init=path, env=env, sft=sft)
+    assert stages.check_inputs(config).init.endswith("/bare/3")
+    config = dataclasses.replace(config, demos=DemosConfig(dataset=str(dataset.path)), eval=EvalConfig(episodes=0))
+    assert stages.check_inputs(config).init.endswith("/bare/3")
+    with MetricsWriter(tmp_path / "run") as writer:
+        trained = stages.supervised_policy(config, dataset, tiny.one_device(), tmp_path / "sft", writer)
+    assert "has no normalisation statistics: it takes those of" in capsys.readouterr().out
+    for key, stats in dataset_statistics(dataset, None).items():
+        np.testing.assert_array_equal(trained.processor.stats[key].mean, stats.mean)
+    saved = given_policy(dataclasses.replace(config, algorithm="eval"), str(tmp_path / "sft"), tiny.one_device())
+    np.testing.assert_array_equal(saved.processor.stats["actions"].q99, trained.processor.stats["actions"].q99)
+    # One that has statistics keeps its own.
+    own = given_policy(config, stored(tmp_path / "own", 3), tiny.one_device(), dataset)
+    np.testing.assert_array_equal(own.processor.stats["state"].q99, tiny.processor().stats["state"].q99)

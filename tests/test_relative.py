@@ -24,6 +24,7 @@ from z1_jax.metrics import MetricsWriter
 from z1_jax.policy import load_policy
 from z1_jax.rl import rollout
 from z1_jax.rl.tree import BranchPlan
+from z1_jax.run_dir import policy_identity
 from z1_jax.stages import demonstrations, supervised_policy
 from z1_jax.suites import check_settings
 from z1_jax.worlds import World, differences
@@ -227,6 +228,24 @@ def test_another_mask_than_the_policys_is_refused(trained):
     other = dataclasses.replace(config, inputs=InputsConfig(relative_actions=("3",)))
     with pytest.raises(ConfigError, match=r"inputs.relative_actions: got \('3',\); the policy .* was trained with"):
         check_policy(other, path)
+
+
+def test_the_same_parameters_with_another_mask_are_another_policy(tmp_path):
+    def identity(name, **changes):
+        checkpoints = Checkpoints(tmp_path / name)
+        checkpoints.save(1, tiny.policy().parts(), {**tiny.policy().document(), **changes})
+        checkpoints.close()
+        return policy_identity(str(tmp_path / name))
+
+    masks = [None, {"mask": [True], "names": []}, {"mask": [False, True], "names": []}]
+    found = [identity(str(i), relative_actions=mask) for i, mask in enumerate(masks)]
+    assert len(set(found)) == 3
+    document = tiny.policy().document()
+    del document["relative_actions"]  # of a policy that is older
+    checkpoints = Checkpoints(tmp_path / "old")
+    checkpoints.save(1, tiny.policy().parts(), document)
+    checkpoints.close()
+    assert policy_identity(str(tmp_path / "old")) == found[0]
 
 
 def test_a_dataset_that_is_too_narrow_is_told(trained):

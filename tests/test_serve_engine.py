@@ -75,6 +75,24 @@ def test_relative_actions_are_answered_and_taken_in_the_environments_units(looks
     np.testing.assert_allclose(held.actions, same.actions + offset, atol=1e-4)
 
 
+def test_relative_actions_are_served_as_targets(looks, rng):
+    """Each answer is added to its own state, and what is left of the chunk before is an offset from the state of now."""
+    policy = tiny_policy.policy()
+    relative = RelativeActions((True, False, True, True))
+    policy = dataclasses.replace(policy, processor=dataclasses.replace(policy.processor, relative=relative))
+    made, alone, left = Engine(policy, 4, span_factor=math.inf), ActingPolicy(policy), rng.uniform(-1, 1, (5, 12))
+    answers = made.decide([made.prepare(look, (2, seed)) for seed, look in enumerate(looks[:3])])
+    for seed, (look, answer) in enumerate(zip(looks, answers, strict=False)):
+        np.testing.assert_allclose(answer.actions, alone.act(look, seed=seed, noise_seed=2), atol=1e-4)
+    request = made.prepare(looks[1], (2,), left, 2)
+    offsets = left.copy()
+    offsets[:, [0, 2, 3]] -= looks[1].state[[0, 2, 3]]
+    stats = policy.processor.stats["actions"]
+    expected = (offsets - stats.q01) / (stats.q99 - stats.q01 + 1e-6) * 2 - 1
+    np.testing.assert_allclose(request.previous[:, :7], expected[:, :7], atol=1e-5)
+    assert made.decide([request])[0].actions.shape == (8, 12)
+
+
 def model():
     return nnx.merge(tiny_policy.policy().graphdef, tiny_policy.policy().params)
 

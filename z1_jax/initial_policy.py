@@ -21,7 +21,7 @@ from z1_jax.data.relative import RelativeActions, parse_relative, relative_from_
 from z1_jax.files import absolute
 from z1_jax.models.pi05 import Pi05Config
 from z1_jax.models.presets import PRESETS, get_preset
-from z1_jax.policy import Policy, find_policy, fresh_policy, load_policy, make_processor, split_best
+from z1_jax.policy import OPENPI_SLOTS, Policy, find_policy, fresh_policy, load_policy, make_processor, split_best
 from z1_jax.serve import remote
 from z1_jax.suites import assumed_statistics, check_names, resolve, training_statistics, widths
 
@@ -251,7 +251,20 @@ def check_policy(config: Config, path: str) -> None:
             f"steps, the policy at {path} of {horizon}; choose the preset that the policy was made with"
         )
     _check_same_model(config, document.get("architecture", {}), path)
+    if config.algorithm != "sft" and "norm_stats" in document and not document["norm_stats"]:
+        raise ConfigError(
+            f"config key {'init' if config.algorithm == 'grpo' else 'checkpoint'}: the policy at {path} has no "
+            "normalisation statistics; SFT on demonstrations gives it theirs (configs/sft.py with --config.init and "
+            "--config.demos.dataset), or convert it again with --norm-stats=FILE"
+        )
     wanted = tuple(camera for camera in document.get("cameras", ()) if camera)
+    if wanted != config.env.cameras and set(wanted) <= set(OPENPI_SLOTS):  # names of slots, which no environment has
+        empty = ["none"] * (len(document["cameras"]) - len(config.env.cameras))
+        raise ConfigError(
+            f"config key env.cameras: got {', '.join(config.env.cameras)}; the policy at {path} was converted without "
+            f"its cameras' names and has those of openpi's slots ({', '.join(wanted)}): convert it again with "
+            f"--cameras={','.join((*config.env.cameras, *empty))}, in the order base, left wrist, right wrist"
+        )
     if wanted != config.env.cameras:
         raise ConfigError(
             f"config key env.cameras: got {', '.join(config.env.cameras)}; the policy at {path} wants "
@@ -268,7 +281,7 @@ def check_policy(config: Config, path: str) -> None:
     _check_same_inputs(config, document, path)
     if config.eval.episodes:
         for key, width in widths(config).items():
-            theirs = len(document.get("norm_stats", {}).get(key, {}).get("mean", ())) or width  # none: loading says so
+            theirs = len(document.get("norm_stats", {}).get(key, {}).get("mean", ())) or width  # none: the dataset's
             if theirs != width:
                 raise ConfigError(
                     f"config key env.suite: {config.env.suite} has {key} of width {width}, the policy at {path} of "

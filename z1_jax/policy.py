@@ -30,6 +30,7 @@ from z1_jax.sharding import param_sharding
 
 STAGES = ("grpo", "sft")  # where a run keeps policies, the later stage first
 BEST = "@best"  # after a path: see `find_policy`
+OPENPI_SLOTS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")  # cameras of a policy that names no others
 TOKENIZER = "tokenizer.model"  # in a step's folder, where a conversion had none to store
 
 
@@ -205,7 +206,7 @@ def load_policy(
         missing_stats: the statistics of a policy that was converted without any.
 
     Raises:
-        CheckpointError: absent, damaged, or not a policy of this project.
+        CheckpointError: absent, damaged, not a policy of this project, or without statistics.
     """
     document = checkpoints.document(step)
     try:

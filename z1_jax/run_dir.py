@@ -159,7 +159,9 @@ def policy_identity(path: str) -> str:
         document = checkpoints.document(step)
         beside = directory / str(step) / TOKENIZER
         words = beside.read_bytes() if not stored and beside.is_file() else b""
-        rest = json.dumps({key: document.get(key) for key in _ACTS_BY}, sort_keys=True).encode()
+        acts_by = {key: document.get(key) for key in _ACTS_BY}
+        acts_by |= {key: document[key] for key in _ACTS_BY_SINCE if document.get(key)}
+        rest = json.dumps(acts_by, sort_keys=True).encode()
         return f"{arrays}-{hashlib.sha256(rest + words).hexdigest()[:8]}"
     finally:
         checkpoints.close()
@@ -178,6 +180,7 @@ _ACTS_BY = (
     "executed",
     "denoising_steps",
 )
+_ACTS_BY_SINCE = ("relative_actions",)  # where a policy has them: the identities of others stay what they were
 
 
 def claim_policy(run_dir: pathlib.Path, identities: Mapping[str, str]) -> None:

@@ -33,10 +33,9 @@ from z1_jax.data.relative import relative_from_json
 from z1_jax.data.tokenizer import PALIGEMMA, PALIGEMMA_VOCAB_SIZE, load_tokenizer
 from z1_jax.files import absolute
 from z1_jax.models.pi05 import Pi05Config
-from z1_jax.policy import architecture
+from z1_jax.policy import OPENPI_SLOTS, architecture
 from z1_jax.process import run_main
 
-_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")  # openpi's slots
 _DEFAULTS = {"denoising_steps": 10, "norm_mode": "quantile", "clip": None}
 
 
@@ -258,7 +257,7 @@ def make_document(
     tokenizer: bytes | None,
 ) -> dict[str, Any]:
     """What `policy.load_policy` reads."""
-    cameras = settings.get("cameras") or [*_CAMERAS, *(None for _ in range(config.cameras))][: config.cameras]
+    cameras = settings.get("cameras") or [*OPENPI_SLOTS, *(None for _ in range(config.cameras))][: config.cameras]
     if len(cameras) != config.cameras:
         raise FormatError(f"got {len(cameras)} cameras, the model has {config.cameras} slots; give --cameras for each")
     executed = settings.get("executed", config.horizon)

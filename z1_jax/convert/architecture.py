@@ -22,7 +22,9 @@ VARIANT_HEADS = {"gemma_2b": 8, "gemma_2b_lora": 8, "gemma_300m": 8, "gemma_300m
 _FLAGS = {
     "heads": "--heads=N: the attention heads of language model and action expert",
     "vision_heads": "--vision-heads=N: the vision tower's attention heads",
-    "horizon": "--horizon=N: the control steps of a chunk (openpi: 50 for pi05_base, 15 for DROID, 10 for LIBERO)",
+    "horizon": "--horizon=N: the control steps of a chunk, as the policy was trained with (openpi: 50 for pi05_base, "
+    "15 for pi05_droid, 10 for pi05_libero). No weight depends on it: a policy that is trained on may take another, "
+    "that of its data (z1_jax.collect --chunk)",
 }
 
 
@@ -105,7 +107,10 @@ def read_architecture(shapes: Shapes, style: Style, settings: Mapping[str, Any])
         if given.get(name, size) != size:
             raise FormatError(f"the config beside the weights says {name}={given[name]}, the arrays say {size}")
     if "horizon" not in given:
-        raise FormatError(f"neither shapes nor a config beside them tell the horizon; give {_FLAGS['horizon']}")
+        raise FormatError(
+            f"neither shapes nor a config beside them tell the horizon; give {_FLAGS['horizon']}"
+            f"{_horizon_hint(given.get('assets', ()))}"
+        )
     attention = {"heads": heads, "kv_heads": gemma["kv"] // head_dim, "head_dim": head_dim}
     try:
         return Pi05Config(
@@ -128,6 +133,14 @@ def read_architecture(shapes: Shapes, style: Style, settings: Mapping[str, Any])
         )
     except ValueError as error:
         raise FormatError(f"these shapes make no π0.5: {error}") from None
+
+
+def _horizon_hint(assets: Iterable[str]) -> str:
+    """What the names of the statistics beside the weights say."""
+    known = {"droid": 15, "physical-intelligence/libero": 10}
+    named = {name: known[name] for name in assets if name in known}
+    told = [f"its statistics are of {name}: --horizon={steps}" for name, steps in named.items()]
+    return f"; {told[0]}" if len(told) == 1 else ""
 
 
 def check_tensors(shapes: Shapes, expected: Shapes, unused: Iterable[str], where: str) -> None:

@@ -96,8 +96,7 @@ def read_stats(
     """
     if (folder / f"{PREPROCESSOR}.json").is_file():
         return _lerobot_stats(folder, norm_mode), asset_id
-    found = sorted(path.parent for path in (folder / "assets").rglob("norm_stats.json"))
-    by_id = {path.relative_to(folder / "assets").as_posix(): path for path in found}
+    by_id = {name: folder / "assets" / name for name in asset_ids(folder)}
     if asset_id is not None and by_id and asset_id not in by_id:
         raise FormatError(f"{folder / 'assets'} has no statistics {asset_id!r}; there: {', '.join(by_id)}")
     if asset_id is None and len(by_id) > 1:
@@ -108,6 +107,12 @@ def read_stats(
         return None, asset_id
     chosen = asset_id if asset_id is not None else next(iter(by_id))
     return read_norm_stats(by_id[chosen] / "norm_stats.json", norm_mode, ignored), chosen
+
+
+def asset_ids(folder: pathlib.Path) -> list[str]:
+    """Whose statistics openpi's folder `assets` holds."""
+    found = sorted(path.parent for path in (folder / "assets").rglob("norm_stats.json"))
+    return [path.relative_to(folder / "assets").as_posix() for path in found]
 
 
 def read_norm_stats(path: pathlib.Path, norm_mode: str, ignored: Ignored) -> Stats:

@@ -238,7 +238,7 @@ def _plain(name: str) -> str:
 def source_settings(source: Source, ignored: Ignored) -> dict[str, Any]:
     """Settings that the source itself holds: its document, or the configs beside its weights."""
     if source.document is None:
-        return companions.read_settings(source.folder, ignored)
+        return {**companions.read_settings(source.folder, ignored), "assets": companions.asset_ids(source.folder)}
     document = dict(source.document)
     architecture = document.pop("architecture")
     return {**document, **flatten(architecture)}

@@ -209,7 +209,7 @@ def rope_tables(positions: Int[Array, "... T"], width: int) -> tuple[Float[Array
     return jnp.sin(radians), jnp.cos(radians)
 
 
-def rotate(x: Float[Array, "... T N D"], tables: tuple[Array, ...]) -> Float[Array, "... T N D"]:
+def rotate(x: Float[Array, "... T N D"], tables: tuple[Float[Array, "..."], ...]) -> Float[Array, "... T N D"]:
     """`rope` by tables."""
     sin, cos = tables
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

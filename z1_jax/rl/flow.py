@@ -117,7 +117,7 @@ def sample(
 
 
 def sample_in_steps(
-    velocity: Callable[[Any, Array, Any], tuple[Array, Any]],
+    velocity: Callable[[Any, Float[Array, "*N H A"], Any], tuple[Float[Array, "*N H A"], Any]],
     held: Any,
     rows: Any,
     noise: Float[Array, "*N K1 H A"],
