@@ -24,18 +24,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import kernels
 from figures import result_line
 
 # Parts in the order of their importance, with their limits in seconds.
-PARTS = {"decision": 120, "update": 95, "graphs": 50, "no_graphs": 40, "batches": 100, "sft": 90, "sft_largest": 0}
+PARTS = {"decision": 150, "update": 95, "batches": 110, "sft": 95, "sft_largest": 0}
 DEFAULT = tuple(name for name, limit in PARTS.items() if limit)
-FLAGS = {  # of XLA, for parts that differ in them alone
-    "graphs": "--xla_gpu_enable_command_buffer=+WHILE",  # the loop over denoising steps within one CUDA graph
-    "no_graphs": "--xla_gpu_enable_command_buffer=",
+# What XLA puts into CUDA graphs: its own choice leaves loops out.
+_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
+GRAPHS = {
+    "usual": {},
+    "loop": {"xla_gpu_enable_command_buffer": f"{_GRAPHS},WHILE"},
+    "none": {"xla_gpu_enable_command_buffer": ""},
 }
 GOALS = {  # on an H200, for full-size π0.5
     "gpu/decision_3_cameras_batch_1_steps_10": ("ms", 16.0),
@@ -79,16 +82,43 @@ def main() -> None:
     for part in arguments.parts:
         # What comes later takes the place of what came before.
         command = [sys.executable, __file__, *sys.argv[1:], "--here", "--parts", part]
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS.get(part, '')}".strip()
         left = deadline - time.monotonic()
         limit = min(PARTS[part] or left, left)
         began = time.monotonic()
         try:
-            code = subprocess.run(command, timeout=max(limit, 0.1), env={**os.environ, "XLA_FLAGS": flags}).returncode
+            code = subprocess.run(command, timeout=max(limit, 0.1)).returncode
             ended = f"failed (exit status {code}), see above" if code else "done"
         except subprocess.TimeoutExpired:
             ended = f"stopped at its limit of {limit:.0f} s"
         print(f"{part}: {ended} after {time.monotonic() - began:.0f} s", flush=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of a decision."""
+
+    batch: int
+    cameras: int
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.cameras}_cameras_batch_{self.batch}_steps_{self.steps}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A traced program, to be compiled with options of XLA."""
+
+    traced: Any
+    options: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A compiled program and the kernels that its module launches."""
+
+    function: Any
+    kernels: float
 
 
 class Bench:
@@ -124,11 +154,12 @@ class Bench:
         print(f"{part} on {self.device.device_kind}, preset {self.preset}, jax {jax.__version__}", flush=True)
         with jax.set_mesh(self.mesh):
             if part == "decision":
-                self.decisions(((1, 3, 10), (1, 3, 5)), self.forms(PLAIN, PREPARED, CUDNN))
-            elif part in FLAGS:
-                self.decisions(((1, 3, 10),), self.forms(PREPARED, CUDNN), FLAGS[part])
+                usual, half = Size(1, 3, 10), Size(1, 3, 5)
+                wanted = [(form, usual) for form in (PLAIN, PREPARED, CUDNN)] + [(PLAIN, half), (CUDNN, half)]
+                self.decisions(wanted, apart=True)
             elif part == "batches":
-                self.decisions(((8, 3, 10), (32, 3, 10), (1, 2, 10)), self.forms(PLAIN, PREPARED, CUDNN))
+                sizes = Size(8, 3, 10), Size(32, 3, 10), Size(1, 2, 10)
+                self.decisions([(form, size) for size in sizes for form in (PLAIN, CUDNN)])
             elif part == "update":
                 kinds = [Form(attention=a, remat=r) for a, r in (("einsum", "full"), ("cudnn", "full"))]
                 self.update(self.forms(*kinds, Form(attention="cudnn", remat="none"), Form(remat="none")))
@@ -141,70 +172,47 @@ class Bench:
         """Those that can run here."""
         return [form for form in forms if self.on_gpu or form.attention != "cudnn"]
 
-    def with_form(self, form: Form) -> Any:
-        """The model computing so."""
-        return dataclasses.replace(self.model, **dataclasses.asdict(form))
-
     # --- decisions ---------------------------------------------------------------------------------------------------
 
-    def decisions(self, sizes: tuple[tuple[int, int, int], ...], forms: list[Form], flags: str = "") -> None:
-        """Decisions as rollouts make them: NumPy observations in, NumPy actions out. Sizes: (batch, cameras, K)."""
+    def decisions(self, wanted: list[tuple[Form, Size]], apart: bool = False) -> None:
+        """Decisions as rollouts make them: NumPy observations in, NumPy actions out, ODE.
+
+        `apart`: the halves of a decision too, and other CUDA graphs.
+        """
         import numpy as np
 
-        from z1_jax.config.schema import Config, FlowConfig
-        from z1_jax.plan import analytic, programs
-        from z1_jax.rl.actor import make_actor
+        wanted = [(form, size) for form, size in wanted if form in self.forms(form)]
+        policy = self.policy()
+        params = self.filled(policy.split("expert")[1:])
+        halves = {pair: Halves(self, policy, *pair) for pair in wanted}
+        jobs: dict[str, Job] = {}
+        for pair, half in halves.items():
+            jobs |= half.jobs(GRAPHS if apart and pair[1].steps == 10 and pair[0] != PLAIN else {"usual": {}}, jobs)
+        compiled = self.compile(jobs)
+        expected: dict[Size, Any] = {}
+        for (form, size), half in halves.items():
 
-        policy = programs.abstract_policy(Config(), self.model, self.mesh)
-        graphdef, trainable, frozen = policy.split("expert")
-        params = self.filled((trainable, frozen))
-        actors, jobs = {}, {}
-        for form in forms:
-            acting = dataclasses.replace(policy.with_compute(form.remat, form.attention, form.acting))
-            graphdef, *_ = acting.split("expert")
-            for batch, cameras, steps in sizes:
-                cameras = min(cameras, self.model.cameras)
-                flow = FlowConfig(steps=steps, **EVERY_STEP)
-                actor = actors[form, batch, cameras, steps] = make_actor(acting, graphdef, flow, self.mesh, batch)
-                looks = programs.abstract_observation(self.model, batch, self.mesh, cameras)
-                cache = programs.abstract_cache(self.model, batch, self.mesh, cameras)
-                noise = programs.abstract_noise(self.model, batch, steps, self.mesh)
-                shapes = (trainable, frozen)
-                name = f"{form.named('acting', 'attention')}, {cameras} cameras, batch {batch}"
-                jobs[f"encode {name}"] = actor.trace_encode(shapes, looks)
-                jobs[f"denoise {name}, K = {steps}"] = actor.trace_sample(shapes, cache, *noise)
-        counted = self.compile(jobs)
-        expected: dict[Any, Any] = {}
-        for (form, batch, cameras, steps), actor in actors.items():
-            looks, ids = self.observation(batch, cameras), np.arange(batch)[:, None, None]
+            def decide(half: Halves = half) -> Any:
+                return half.decide(params)
 
-            def decide(actor: Any = actor, looks: Any = looks, ids: Any = ids) -> Any:
-                cache, _ = actor.encode(params, looks)
-                return actor.sample(params, cache, ids, (0,), False).x[:, :, -1]
+            actions = decide()  # prepares the parameters
+            reference = expected.setdefault(size, actions)
+            error = float(np.linalg.norm(actions - reference) / np.linalg.norm(reference))
+            how = {"acting": form.acting, "attention": form.attention}
+            launched = sum(compiled[name].kernels for name in half.names())
+            facts = {"kernels": launched, "apart_from_first_form": error}
+            self.measure(f"gpu/decision_{size}", decide, self.decision_floor(size), **how, **facts)
+            if apart and size.steps == 10:
+                for name, call in half.calls(params, compiled):
+                    self.measure(f"gpu/{name}", call, None, **how, kernels=compiled[name].kernels)
 
-            work = analytic.decision_work(self.model, batch, steps, cameras)
-            name = f"{form.named('acting', 'attention')}, {cameras} cameras, batch {batch}"
-            launched = counted.get(f"encode {name}", 0) + counted.get(f"denoise {name}, K = {steps}", 0)
-            actions = decide()
-            reference = expected.setdefault((batch, cameras, steps), actions)
-            apart = float(np.linalg.norm(actions - reference) / np.linalg.norm(reference))
-            self.measure(
-                f"gpu/decision_{cameras}_cameras_batch_{batch}_steps_{steps}",
-                decide,
-                self.decision_floor(work, batch, cameras),
-                acting=form.acting,
-                attention=form.attention,
-                kernels=launched,
-                apart_from_first_form=apart,
-                flags=flags,
-            )
-
-    def decision_floor(self, work: Any, batch: int, cameras: int) -> float | None:
+    def decision_floor(self, size: Size) -> float | None:
         from z1_jax.plan import analytic
 
         if self.accelerator is None:
             return None
-        prefix = batch * analytic.prefix_flops(self.model, cameras)
+        work = analytic.decision_work(self.model, size.batch, size.steps, size.cameras)
+        prefix = size.batch * analytic.prefix_flops(self.model, size.cameras)
         denoising = self.accelerator.compute_ms(work.flops - prefix), self.accelerator.memory_ms(work.weight_bytes)
         return self.accelerator.compute_ms(prefix) + max(denoising)
 
@@ -223,7 +231,7 @@ class Bench:
         from z1_jax.rl.update import Updater
 
         batch, steps = 16, 10
-        abstract = programs.abstract_policy(self.schema(), self.model, self.mesh)
+        abstract = self.policy()
         optimizer = make_optimizer(OptimConfig(), 1e-6)
         config = UpdateConfig(batch_size=batch, micro_batch=batch)
         node_loss = loss.grpo(config.clip_low, config.clip_high, config.ratio_max)
@@ -237,10 +245,10 @@ class Bench:
             updaters[form] = Updater(graphdef, optimizer, node_loss, flow, config, counted, self.mesh)
         opt_shapes = init_optimizer(optimizer, shapes[0], self.mesh)
         jobs = {
-            f"update {form.named('attention', 'remat')}": updater.trace(shapes[0], opt_shapes, shapes[1], nodes)
+            f"update {form.named('attention', 'remat')}": Job(updater.trace(shapes[0], opt_shapes, shapes[1], nodes))
             for form, updater in updaters.items()
         }
-        counts = self.compile(jobs)
+        compiled = self.compile(jobs)
         trainable, frozen = self.filled(shapes)
         state = [trainable, init_optimizer(optimizer, trainable, self.mesh)]
         del trainable
@@ -265,7 +273,7 @@ class Bench:
                 self.step_floor(work),
                 attention=form.attention,
                 remat=form.remat,
-                kernels=counts.get(f"update {form.named('attention', 'remat')}"),
+                kernels=compiled[f"update {form.named('attention', 'remat')}"].kernels,
             )
 
     def sft(self, batch: int, forms: list[Form]) -> None:
@@ -277,7 +285,7 @@ class Bench:
         from z1_jax.plan import analytic, programs
         from z1_jax.sft import SftTrainer
 
-        abstract = programs.abstract_policy(self.schema(), self.model, self.mesh)
+        abstract = self.policy()
         config = SftConfig(flows=1, batch_size=batch)
         shape = (batch, self.model.horizon, self.model.action_dim)
         actions = jax.ShapeDtypeStruct(shape, "float32", sharding=sharding_of_rows(self.mesh))
@@ -285,8 +293,8 @@ class Bench:
         trainers = {
             form: SftTrainer(abstract.with_compute(form.remat, form.attention), config, 0, self.mesh) for form in forms
         }
-        traced = {f"sft {f.named('attention', 'remat')}": t.trace(looks, actions) for f, t in trainers.items()}
-        counts = self.compile(traced)
+        traced = {f"sft {f.named('attention', 'remat')}": Job(t.trace(looks, actions)) for f, t in trainers.items()}
+        compiled = self.compile(traced)
         state = self.filled(trainers[forms[0]].state)
         seen = self.observation(batch, self.model.cameras)
         data = {
@@ -302,7 +310,7 @@ class Bench:
         for form, trainer in trainers.items():
             trainer.state, state = state, None
             how = {"attention": form.attention, "remat": form.remat}
-            launched = counts.get(f"sft {form.named('attention', 'remat')}")
+            launched = compiled[f"sft {form.named('attention', 'remat')}"].kernels
 
             def step(trainer: Any = trainer) -> None:
                 jax.block_until_ready(trainer.step(data, 0))
@@ -331,36 +339,36 @@ class Bench:
 
     # --- what all parts need -----------------------------------------------------------------------------------------
 
-    def schema(self) -> Any:
+    def policy(self) -> Any:
+        """A policy of shapes."""
         from z1_jax.config.schema import Config
+        from z1_jax.plan.programs import abstract_policy
 
-        return Config()
+        return abstract_policy(Config(), self.model, self.mesh)
 
-    def compile(self, jobs: dict[str, Any]) -> dict[str, float]:
-        """Compiles traced programs, one thread each; returns the kernels of each that they launch."""
+    def compile(self, jobs: dict[str, Job]) -> dict[str, Made]:
+        """Compiles traced programs, one thread each."""
         began = time.perf_counter()
-        counts: dict[str, float] = {}
 
-        def one(job: tuple[str, Any]) -> tuple[str, float, Any]:
+        def one(job: Job) -> tuple[float, Any]:
             began = time.perf_counter()
-            compiled = job[1].lower().compile()
-            return job[0], time.perf_counter() - began, compiled
+            compiled = job.traced.lower().compile(compiler_options=job.options or None)
+            return time.perf_counter() - began, compiled
 
-        lowered = {text: job for job, text in ((job, job[0]) for job in jobs.items())}
-        with concurrent.futures.ThreadPoolExecutor(len(lowered)) as pool:
-            for name, seconds, compiled in pool.map(one, lowered.values()):
-                temporary = getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
+        made = {}
+        with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+            for name, (seconds, compiled) in zip(jobs, pool.map(one, jobs.values()), strict=True):
+                memory = compiled.memory_analysis().temp_size_in_bytes / 1e6
                 try:
-                    counts[name] = kernels.count(compiled.as_text(), rule=False).kernels
+                    launched = kernels.count(compiled.as_text(), rule=False).kernels
                 except Exception as error:  # a loop whose trips XLA does not tell, say: the timing matters more
                     print(f"  {name}: not counted ({type(error).__name__}: {error})"[:200], flush=True)
-                launched = f"{counts.get(name, 0):,.0f} kernels in its module"
-                print(
-                    f"  {name}: {seconds:.0f} s to compile, {launched}, {temporary / 1e6:,.0f} MB temporary", flush=True
-                )
+                    launched = 0.0
+                made[name] = Made(compiled, launched)
+                print(f"  {name}: {launched:,.0f} kernels, {memory:,.0f} MB temporary, {seconds:.0f} s", flush=True)
         took, since = time.perf_counter() - began, time.perf_counter() - self.began
         print(f"  {len(jobs)} programs compiled in {took:.0f} s, {since:.0f} s since the start", flush=True)
-        return counts
+        return made
 
     def filled(self, tree: Any) -> Any:
         """Small random numbers in place of shapes, made on the device; integers are 0, small numbers positive."""
@@ -372,8 +380,11 @@ class Bench:
         def fill(key: Any) -> list[Any]:
             keys = jax.random.split(key, len(leaves))
             pairs = zip(keys, leaves, strict=True)
-            drawn = [(x, 0.02 * jax.random.normal(k, x.shape, jnp.bfloat16)) for k, x in pairs]
-            return [(jnp.abs(value) if x.size == 1 else value).astype(x.dtype) for x, value in drawn]
+            return [_small(jax.random.normal(k, x.shape, jnp.bfloat16), x) for k, x in pairs]
+
+        def _small(drawn: Any, like: Any) -> Any:
+            drawn = jnp.abs(drawn) if like.size == 1 else drawn  # a count of steps, say
+            return (0.02 * drawn).astype(like.dtype)
 
         made = jax.jit(fill, out_shardings=[x.sharding for x in leaves])(jax.random.key(0, impl="rbg"))
         return jax.tree.unflatten(structure, made)
@@ -438,6 +449,76 @@ class Bench:
         if folder := os.environ.get("OUT"):
             with (pathlib.Path(folder) / "gpu.jsonl").open("a") as file:
                 file.write(json.dumps(json.loads(line.removeprefix("RESULT "))) + "\n")
+
+
+class Halves:
+    """Encoding and denoising of one form and size."""
+
+    def __init__(self, bench: Bench, policy: Any, form: Form, size: Size):
+        from z1_jax.config.schema import FlowConfig
+        from z1_jax.rl.actor import make_actor
+
+        self.bench, self.form, self.size = bench, form, size
+        policy = policy.with_compute(form.remat, form.attention, form.acting)
+        graphdef, *self.shapes = policy.split("expert")
+        flow = FlowConfig(steps=size.steps, **EVERY_STEP)
+        self.actor = make_actor(policy, graphdef, flow, bench.mesh, size.batch)
+        self.looks = bench.observation(size.batch, size.cameras)
+
+    def names(self) -> tuple[str, str]:
+        """Of the two programs."""
+        form, size = self.form, self.size
+        kind = f"{form.acting}_{form.attention}_{size.cameras}_cameras_batch_{size.batch}"
+        return f"encode_{kind}", f"denoise_{kind}_steps_{size.steps}"
+
+    def jobs(self, graphs: dict[str, dict[str, str]], known: dict[str, Job]) -> dict[str, Job]:
+        """The programs that are not known yet, denoising with each choice of CUDA graphs."""
+        from z1_jax.plan import programs
+
+        model, mesh, size = self.bench.model, self.bench.mesh, self.size
+        encode, denoise = self.names()
+        made: dict[str, Job] = {}
+        if encode not in known:
+            looks = programs.abstract_observation(model, size.batch, mesh, size.cameras)
+            made[encode] = Job(self.actor.trace_encode(tuple(self.shapes), looks))
+        cache = programs.abstract_cache(model, size.batch, mesh, size.cameras)
+        noise = programs.abstract_noise(model, size.batch, size.steps, mesh)
+        traced = self.actor.trace_sample(tuple(self.shapes), cache, *noise)
+        for name, options in graphs.items():
+            made[denoise if name == "usual" else f"{denoise}_graphs_{name}"] = Job(traced, options)
+        return made
+
+    def decide(self, params: Any) -> Any:
+        """The actions [B, M, H, A], NumPy."""
+        import numpy as np
+
+        cache, _ = self.actor.encode(params, self.looks)
+        ids = np.arange(self.size.batch)[:, None, None]
+        return self.actor.sample(params, cache, ids, (0,), False).x[:, :, -1]
+
+    def calls(self, params: Any, compiled: dict[str, Made]) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """Each program alone, its inputs on the device, until its result is there."""
+        import jax
+        import jax.numpy as jnp
+        import numpy as np
+
+        from z1_jax.distributed import put_batch
+        from z1_jax.plan import programs
+
+        bench, (encode, denoise) = self.bench, self.names()
+        prepared = self.actor.prepared(params)
+        looks = put_batch(self.looks, bench.mesh)
+        cache = compiled[encode].function(prepared[0], *params, looks)
+        shapes = programs.abstract_noise(bench.model, self.size.batch, self.size.steps, bench.mesh)
+        noise = put_batch([np.zeros(x.shape, x.dtype) for x in shapes], bench.mesh)
+        for name, made in compiled.items():
+            if name == encode:
+                given: tuple[Any, ...] = (prepared[0], *params, looks)
+            elif name == denoise or name.startswith(f"{denoise}_graphs"):
+                given = (prepared[1], *params, cache, *noise, jnp.float32(0.5))
+            else:
+                continue
+            yield name, lambda made=made, given=given: jax.block_until_ready(made.function(*given))
 
 
 def sharding_of_rows(mesh: Any) -> Any:

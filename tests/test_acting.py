@@ -147,12 +147,12 @@ def test_other_parameters_are_prepared_anew(actors):
         return actor.sample(params, actor.encode(params, obs)[0], ids, (1,), False).x
 
     before = decided(actor, params)
-    prefix, expert = actor._prepared.prefix(params), actor._prepared.expert(params)
+    prefix, expert = actor.prepared(params)
     changed = jax.tree.map(lambda x: 1.1 * x, params[0]), params[1]
     after = decided(actor, changed)
     assert distance(decided(plain, changed), after) < 1e-6 < distance(before, after)
-    assert actor._prepared.prefix(changed) is prefix  # the VLM is as it was
-    assert actor._prepared.expert(changed) is not expert
+    assert actor.prepared(changed)[0] is prefix  # the VLM is as it was
+    assert actor.prepared(changed)[1] is not expert
     assert distance(before, decided(actor, params)) == 0
 
 
@@ -160,10 +160,10 @@ def test_what_auto_chooses(actors):
     _, params = actors
     graphdef, *adapted = tiny.policy().split("lora", LoraConfig(vlm_rank=2, expert_rank=2))
     actor = make_actor(tiny.policy(), graphdef, tiny.EVERY_STEP, tiny.one_device(), 16)
-    assert actor._prepared.prefix(params) is None  # a CPU
+    assert actor.prepared(params) == (None, None)  # a CPU
     policy = dataclasses.replace(tiny.policy(), config=dataclasses.replace(tiny.CONFIG, acting="prepared"))
     with pytest.raises(ValueError, match="folded"):
-        make_actor(policy, graphdef, tiny.EVERY_STEP, tiny.one_device(), 16)._prepared.expert(tuple(adapted))
+        make_actor(policy, graphdef, tiny.EVERY_STEP, tiny.one_device(), 16).prepared(tuple(adapted))
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
@@ -183,7 +183,7 @@ def test_every_mesh_decides_the_same(actors, shape):
         actor = make_actor(policy, graphdef, tiny.EVERY_STEP, mesh, 8)
         spread, _ = actor.encode(tuple(split), obs)
         got = actor.sample(tuple(split), spread, ids, (1,), True)
-    expert = actor._prepared.expert(tuple(split))
+    expert = actor.prepared(tuple(split))[1]
     if shape == (2, 2, 2):
         down = expert["layers"][0]["down"]
         assert down.addressable_shards[0].data.size == down.size // 4  # fsdp x tensor: held in parts

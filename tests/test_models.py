@@ -181,14 +181,17 @@ def test_attention_implementations_agree_with_plain_numpy(rng, kv_heads):
             expected[b, :, head] = weight / weight.sum(-1, keepdims=True) @ v[b, :, head * kv_heads // 4]
     for implementation in ("einsum", "xla"):
         assert relative_error(attention.attend(q, k, v, mask, implementation), expected) < 1e-5
+    for implementation in ("einsum", "xla"):  # the same with queries in their order
+        assert relative_error(attention.attend_in_order(q, k, v, mask[:, None], implementation), expected) < 1e-5
     # A chunk over the first two tokens as its prefix: every other token stands for one chunk of one step.
-    shared = attention.attend_shared_prefix(
-        q[:, 2:, None], k[:, 2:, None], v[:, 2:, None], k[:, :2], v[:, :2], np.ones((2, 2), bool)
-    )
-    for i in range(3):
-        own = [0, 1, 2 + i]
-        alone = attention.attend(q[:, own], k[:, own], v[:, own], None)[:, -1]
-        assert relative_error(shared[:, i, 0], alone) < 1e-5
+    for implementation in ("einsum", "xla"):
+        shared = attention.attend_shared_prefix(
+            q[:, 2:, None], k[:, 2:, None], v[:, 2:, None], k[:, :2], v[:, :2], np.ones((2, 2), bool), implementation
+        )
+        for i in range(3):
+            own = [0, 1, 2 + i]
+            alone = attention.attend(q[:, own], k[:, own], v[:, own], None)[:, -1]
+            assert relative_error(shared[:, i, 0], alone) < 1e-5
 
 
 def dots(fn, *args) -> list[tuple[set, object]]:
@@ -216,6 +219,22 @@ def test_only_products_of_float32_are_computed_in_full(rng, dtype):
     full = (jax.lax.Precision.HIGHEST,) * 2
     widened = [precision for factors, precision in found if "float32" in factors]
     assert widened and all((precision == full) == (dtype == "float32") for precision in widened)
+
+
+def test_cudnn_agrees_for_chunks_over_a_shared_prefix(rng):
+    """As in an update of full size: wide heads, and gradients of queries, keys and values."""
+    if jax.default_backend() != "gpu":
+        pytest.skip("cuDNN needs a GPU: JAX_PLATFORMS=cuda XLA_FLAGS= pytest tests/test_models.py")
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 3, 10, n, 256)) / 8, jnp.bfloat16) for n in (8, 1, 1))
+    prefix = [jnp.asarray(rng.normal(size=(2, 98, 1, 256)) / 8, jnp.bfloat16) for _ in range(2)]
+    mask = jnp.asarray(rng.random((2, 98)) < 0.6)
+    out = {}
+    for name in ("einsum", "cudnn"):
+        attend = lambda q, k, v, name=name: attention.attend_shared_prefix(q, k, v, *prefix, mask, name)  # noqa: E731
+        value, pullback = jax.vjp(attend, q, k, v)
+        out[name] = [value, *pullback(jnp.ones_like(value))]
+    for got, expected in zip(out["cudnn"], out["einsum"], strict=True):
+        assert relative_error(got.astype(jnp.float32), np.asarray(expected, np.float32)) < 3e-2
 
 
 def test_cudnn_agrees_with_einsum(rng):

@@ -76,7 +76,7 @@ def test_relative_actions_are_answered_and_taken_in_the_environments_units(looks
 
 
 def test_relative_actions_are_served_as_targets(looks, rng):
-    """Each answer is added to its own state, and what is left of the chunk before is an offset from the state of now."""
+    """Each answer is added to its own state, and what is left is an offset from the state of now."""
     policy = tiny_policy.policy()
     relative = RelativeActions((True, False, True, True))
     policy = dataclasses.replace(policy, processor=dataclasses.replace(policy.processor, relative=relative))

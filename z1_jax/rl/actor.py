@@ -109,6 +109,10 @@ class Actor:
         chain = self._sample(prepared, *params, cache, *distributed.put_batch(inputs, self._mesh), level)
         return jax.tree.map(lambda x: np.asarray(x)[: ids.shape[0]], chain)
 
+    def prepared(self, params: tuple[Any, Any]) -> tuple[acting.Prepared | None, acting.Prepared | None]:
+        """What encoding and sampling read in place of these parameters, kept until others are given."""
+        return self._prepared.prefix(params), self._prepared.expert(params)
+
     def trace_encode(self, params: tuple[Any, Any], observation: Observation) -> jax.stages.Traced:
         """`encode` traced for parameters and observations that may be abstract: nothing is computed."""
         return self._encode.trace(self._prepared.prefix(params), *params, observation)
