@@ -18,7 +18,9 @@ CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 
 def parse(*arguments: str) -> Config:
-    return parse_command_line(["main", f"--config={CONFIGS / 'grpo.py:metaworld_smoke'}", *arguments])
+    config = parse_command_line(["main", f"--config={CONFIGS / 'grpo.py:metaworld_smoke'}", *arguments])
+    suites.check_settings(config)
+    return config
 
 
 def test_what_is_missing_is_said_in_one_line(monkeypatch):
@@ -115,6 +117,13 @@ def test_a_seed_is_an_episode_in_training_and_evaluation():
     config = parse()
     assert suites.episode_of(config)(config.eval.first_seed + 3) == Episode(config.eval.first_seed + 3, config.task)
     assert suites.label(config) == ""
+
+
+def test_sets_of_tasks_are_resolved():
+    config = suites.with_tasks(parse("--config.tasks=MT10"))
+    assert config.every_task == tables.SETS["MT10"]
+    with pytest.raises(ConfigError, match="tasks: push-v3 is there twice, as MT10 and as push-v3"):
+        suites.with_tasks(parse("--config.tasks=MT10,push-v3"))
 
 
 def test_a_policys_tokenizer_knows_all_instructions():

@@ -27,7 +27,7 @@ class MetaWorldSuite:
     sets: Mapping[str, tuple[str, ...]] = tables.SETS
     own_keys = ("env.version", "env.protocol")
     action_dim, state_dim, control_hz = tables.ACTION_DIM, tables.STATE_DIM, tables.CONTROL_HZ
-    branches = True
+    branches = shares = True
     label = ""
     instructions = tuple(dict.fromkeys(tables.INSTRUCTIONS.values()))
 
