@@ -37,7 +37,7 @@ def test_a_preset_passes_the_checks_of_its_run(name, preset):
         check_inputs(config)
     else:
         with pytest.raises(
-            UserError, match="no policy at .*(checkpoints/pi05|/nowhere)|[Rr]obo[Cc]asa|LIBERO|does not exist"
+            UserError, match="no policy at .*(checkpoints/pi05|/nowhere)|[Rr]obo[Cc]asa|LIBERO|Meta-World|not exist"
         ):
             check_inputs(config)
 

@@ -41,7 +41,7 @@ def installed(request, monkeypatch, tmp_path) -> compat.Installation:
     ("file", "arguments", "parts"),
     [
         ("grpo.py", ["--config.env.scenes=1/1"], ["env.scenes", "only env.suite=robocasa has"]),
-        ("grpo.py", ["--config.env.protocol=rlinf"], ["env.protocol", "only env.suite=libero has"]),
+        ("grpo.py", ["--config.env.protocol=rlinf"], ["env.protocol", "only env.suite=libero and metaworld has"]),
         ("grpo.py", ["--config.env.standins=true"], ["env.standins", "only env.suite=robocasa has"]),
         ("grpo.py", ["--config.eval.objects=heldout"], ["eval.objects", "only env.suite=robocasa has"]),
         ("grpo.py:robocasa", ["--config.env.layouts=train"], ["env.layouts", "only env.suite=kitchen has"]),
@@ -51,7 +51,7 @@ def installed(request, monkeypatch, tmp_path) -> compat.Installation:
         ("grpo.py:robocasa", ["--config.init="], ["demos.dataset", "no scripted expert", "collect --from"]),
         ("sft.py:robocasa", ["--config.demos.dataset="], ["demos.dataset", "no scripted expert"]),
         ("sft.py:robocasa", ["--config.init=random"], ["init: got random with algorithm=sft", "expected grpo"]),
-        ("grpo.py", ["--config.env.suite=metaworld"], ["env.suite", "'metaworld'", "kitchen, robocasa, libero"]),
+        ("grpo.py", ["--config.env.suite=calvin"], ["env.suite", "'calvin'", "kitchen, robocasa, libero, metaworld"]),
     ],
 )
 def test_what_a_suite_does_not_offer_is_refused(file, arguments, parts):

@@ -29,6 +29,7 @@ BUILT_IN = {
     "kitchen": "envs.kitchen.suite:KitchenSuite",
     "robocasa": "envs.robocasa.suite:RoboCasaSuite",
     "libero": "envs.libero.suite:LiberoSuite",
+    "metaworld": "envs.metaworld.suite:MetaWorldSuite",
 }
 _OWNED = {"env.options": "gym:ENV_ID"}  # keys of suites that are not built in
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -83,7 +81,9 @@ class LiberoSuite:
         _ = self._version
         _refused("task", tables.task_name, task)
         self.horizon(task)
-        _check_opengl()
+        from envs import opengl  # which imports MuJoCo
+
+        _refused("env.suite", opengl.check, "LIBERO")
 
     def make_env(self, task: str) -> Callable[[], Env]:
         self.check(task)
@@ -150,18 +150,6 @@ def make_expert(env: Any) -> Any:
     from envs.libero import experts
 
     return experts.make_expert(env)
-
-
-def _check_opengl() -> None:
-    """Refuses a machine without what robosuite draws with, before a worker fails on it."""
-    software = os.environ.get("MUJOCO_GL") == "osmesa"
-    library, packages = ("libOSMesa.so.8", "libosmesa6") if software else ("libEGL.so.1", "libegl1 libgl1-mesa-dri")
-    try:
-        ctypes.CDLL(library)
-    except OSError as error:
-        raise SettingError(
-            "env.suite", f"LIBERO draws with OpenGL, and {library} is not there: apt-get install {packages}"
-        ) from error
 
 
 def _refused(key: str, function: Callable[..., _T], *args: Any) -> _T:

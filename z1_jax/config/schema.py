@@ -29,10 +29,10 @@ class EnvConfig:
     """The environments that rollouts and evaluations run in."""
 
     # kitchen: built in; robocasa: v0.2 or v1.0.1, as installed (docs/robocasa.md); libero (docs/libero.md);
-    # gym:ENV_ID, or package.module:name of your own (docs/own-environment.md)
+    # metaworld (docs/metaworld.md); gym:ENV_ID, or package.module:name of your own (docs/own-environment.md)
     suite: str = "kitchen"
     options: tuple[str, ...] = ()  # gym: NAME=VALUE, where picture, state, success and words are; image, once a camera
-    version: str = ""  # robocasa, libero: its version, e.g. 1.0.1; empty: the one that is installed
+    version: str = ""  # robocasa, libero, metaworld: its version, e.g. 1.0.1; empty: the one that is installed
     standins: bool = False  # robocasa: primitive stand-ins for the downloaded assets; a smoke test, and labelled so
     cameras: tuple[str, ...] = ("robot0_agentview_left", "robot0_eye_in_hand")  # in the order of the image slots
     image_size: int = 64  # pixels
@@ -42,7 +42,8 @@ class EnvConfig:
     layouts: tuple[str, ...] = ("straight",)  # kitchens; each episode draws one; also: train, heldout (all of a split)
     styles: tuple[str, ...] = ("oak",)  # colours; the same
     objects: tuple[str, ...] = ("train",)  # splits of the things that stand about: train, heldout; robocasa also: all
-    protocol: str = "openpi"  # libero: whose steps, no-ops and fixtures: openpi | rlinf | lerobot (docs/libero.md)
+    # Whose steps and no-ops. libero: openpi | rlinf | lerobot (docs/libero.md); metaworld: lerobot | rlinf | quick
+    protocol: str = "openpi"
     train_on: str = "placements"  # libero: drawn ones; initial_states: the evaluation's own, and labelled so
     parallel: int = 64  # environments alive at once, over all workers
     workers: int = 2  # worker processes; 0: step inside this process

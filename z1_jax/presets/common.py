@@ -67,6 +67,14 @@ ROBOCASA = {
     "eval__videos": 1,
 }
 
+# Meta-World as it is quick on a CPU; under others' protocols, env.protocol, env.image_size and env.executed are theirs.
+METAWORLD = {
+    "env__suite": "metaworld",
+    "env__protocol": "quick",
+    "env__cameras": ("corner2",),
+    "demos__stride": 8,  # a chunk; control steps are an eightieth of a second
+}
+
 # The real RoboCasa code without its 10 GB of assets, and a small untrained policy: it shows that everything works.
 ROBOCASA_STANDIN = {
     **EVERY_STEP,

@@ -119,6 +119,23 @@ PRESETS = {
         "train__iterations": 1,
         "train__checkpoint_every": 1,
     },
+    # Meta-World with its own experts, a few minutes long: it shows that everything works, and learns next to nothing.
+    "metaworld_smoke": {
+        **common.SMOKE,
+        **common.METAWORLD,
+        "task": "drawer-close-v3",
+        "env__horizon": 96,  # an expert takes 40 to 70
+        "env__parallel": 8,
+        "demos__episodes": 8,
+        "eval__episodes": 8,
+        "group__count": 2,
+        "group__size": 4,
+        "reward__keep_low": 0.0,  # a policy of so little SFT may fail: keep its groups, so that the update runs
+        "update__batch_size": 32,
+        "update__micro_batch": 32,
+        "train__iterations": 1,
+        "train__checkpoint_every": 1,
+    },
 }
 
 
