@@ -1,4 +1,4 @@
-"""Whether the dataset, the environments and the policy of a run are of one world: looked at before it begins.
+"""Checks before a run begins that its dataset, environments and policy fit together.
 
 Gathers the facts for `worlds`, tells each difference in a line and refuses what cannot be right.
 """
@@ -179,8 +179,8 @@ def seen_in(tasks: Sequence[str], spec: EnvSpec, named: bool = False) -> World:
 def trained_in(policy: Policy, world: World) -> Policy:
     """The policy with the tasks and words of a world that it is trained in, besides those that it has.
 
-    Rate and frames are those of that world, where it tells them. Where it does not tell its words, not all that the
-    policy has heard are known: none are named.
+    Rate and frames are those of that world, where it tells them. If it does not tell its instructions, the list
+    would be incomplete and is left empty.
     """
     known = policy.world
     words = sorted({*known.get("instructions", ()), *world.instructions}) if world.instructions else []

@@ -32,7 +32,7 @@ class Change:
 
 
 def changed_lengths(config: Config, run_dir: pathlib.Path) -> list[Change]:
-    """In which lengths a config differs from that of a run directory which it has claimed.
+    """The lengths in which a config differs from that of the run directory that it has claimed.
 
     Raises:
         ConfigError: less is asked for than is done, or more of a stage that a later one stands on.

@@ -70,7 +70,7 @@ class Policy:
     ) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
         """(graphdef, trainable, frozen) for a training scope, see `pi05.is_trained`.
 
-        Trainable parameters are float32. Where the policy computes in bfloat16, frozen ones are kept in it too, but
+        Trainable parameters are float32. Where the policy computes in bfloat16, frozen ones are bfloat16 too, except
         those that are used in float32. Scope lora adds adapters (default: those of LoraConfig), drawn from `seed` onto
         the policy's mesh; put together again by `with_params`.
         """

@@ -1,6 +1,6 @@
-"""What a run that goes on must find: the records that its checkpoints stand on, and the policy before RL.
+"""What a continued run needs: the records that its checkpoints depend on, and the policy before RL.
 
-All of it is looked at before anything is written. What cannot be kept is refused, and nothing is touched.
+All of it is checked before anything is written. If something is missing the run is refused and nothing changes.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def counted_sft(run_dir: pathlib.Path, step: int, document: Mapping[str, Any], s
 
 
 def goes_on_alone(config: Config, run_dir: pathlib.Path) -> bool:
-    """Whether RL goes on from a checkpoint of its own without the policy after SFT, which is gone.
+    """Whether RL must continue from its own checkpoint because the policy after SFT is gone.
 
     Raises:
         UserError: it cannot.
