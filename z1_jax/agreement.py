@@ -64,7 +64,7 @@ def check_worlds(config: Config) -> list[str]:
         kinds = f"{' and '.join(refused)} differ{'s' * (len(refused) == 1)}"
         flag = f"--config.allow={','.join((*config.allow, *refused))}"
         raise ConfigError(
-            f"config key {key}: not of the world of the environments: {kinds} (the lines above say how); choose "
+            f"config key {key}: does not match the environments: {kinds} (the lines above say how); choose "
             f"others, or allow it with {flag}"
         )
     return [difference.line for difference in found]

@@ -328,7 +328,7 @@ def _best_policy(root: pathlib.Path) -> tuple[pathlib.Path, int]:
             if found:
                 return directory, found[0]
             raise CheckpointError(
-                f"no checkpoint in {directory} was rated, so that none is the best: RL rates them by training success "
-                "over train.keep_best iterations, once there were so many"
+                f"no checkpoint in {directory} has been rated yet: RL rates them by training success over "
+                "train.keep_best iterations, once that many have passed"
             )
     raise CheckpointError(f"no policy of RL at {root}; {BEST} is for a run directory or its checkpoints of RL")

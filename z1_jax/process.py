@@ -54,7 +54,7 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
         code = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails once more as it ends
-        print("stopped: nobody reads the output any more; the same command continues where it stopped", file=sys.stderr)
+        print("stopped: the output was closed; the same command continues where it stopped", file=sys.stderr)
         code = 128 + signal.SIGPIPE
     except (UserError, PoolError, FloatingPointError, OSError) as error:
         if TRACEBACK in os.environ or isinstance(error, OSError) and error.errno not in _DISK:

@@ -178,10 +178,10 @@ def goes_on_alone(config: Config, run_dir: pathlib.Path) -> bool:
     }
     for what in (what for what, needed in needs.items() if needed):
         raise UserError(
-            f"{reason}, and {what} needs it, so that RL cannot go on: bring it back, or delete {grpo} too, and SFT and "
-            "RL are trained again"
+            f"{reason}, and {what} needs it, so that RL cannot continue: restore it, or delete {grpo} too to train SFT "
+            "and RL again"
         )
-    print(f"warning: {reason}; RL needs it no more and goes on from its own checkpoint", flush=True)
+    print(f"warning: {reason}; RL no longer needs it and continues from its own checkpoint", flush=True)
     return True
 
 

@@ -114,8 +114,8 @@ def note_environments(run_dir: pathlib.Path) -> list[str]:
     told: list[str] = json.loads(path.read_text()) if path.exists() else []
     if told and told[-1] != today:
         print(
-            f"warning: {run_dir} was simulated with {told[-1]}, and goes on with {today}: its episodes may not compare "
-            "with one another; a new run_dir begins anew",
+            f"warning: {run_dir} was simulated with {told[-1]}, and goes on with {today}: its episodes may not be "
+            "comparable with one another; use a new run_dir to start afresh",
             flush=True,
         )
     told += [today] * (told[-1:] != [today])

@@ -252,7 +252,7 @@ def _check_scopes(config: Config) -> None:
     if trains_sft and not config.init and config.sft.scope in ("expert", "lora"):
         raise ConfigError(
             f"config key sft.scope: got {config.sft.scope} for a fresh policy, whose frozen part would stay random; "
-            "expected everything or joint, or sft from a policy that is there (algorithm=sft with init)"
+            "expected everything or joint, or SFT of an existing policy (algorithm=sft with init)"
         )
     lora = config.lora
     if "lora" in scopes and not (lora.vlm_rank or lora.expert_rank):
