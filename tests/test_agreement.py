@@ -70,7 +70,7 @@ def test_a_dataset_of_another_world_is_refused_with_a_line_for_each_difference(f
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match=r": rate differs .* --config.allow=task,rate$"):
         check_worlds(parse_command_line([*arguments, "--config.allow=task"]))
-    with pytest.raises(ConfigError, match=r"world of the environments: rate differs"):
+    with pytest.raises(ConfigError, match=r"does not match the environments: rate differs"):
         check_worlds(parse_command_line([*sft(foreign, "--config.task=OpenDrawer")]))
 
 

@@ -54,7 +54,7 @@ def test_citation_names_the_version():
 
 def test_references_to_the_method_lead_to_a_section():
     sections = {heading.split(".")[0] for heading in headings(ROOT / "docs/method.md") if heading[0].isdigit()}
-    assert sections == set("1234567")
+    assert sections == set("12345678")
     found = 0
     for path in CODE:
         for numbers in REFERENCE.findall(path.read_text()):
@@ -102,7 +102,7 @@ def test_tables_of_keys_tell_the_defaults():
                 column = None
             elif cells[0] == "key":
                 column = 1 if cells[1] == "default" else None
-            elif column and not set(cells[0]) <= set("-: "):
+            elif column and "`" in cells[0]:
                 keys, first = [], ""
                 for name in re.findall(r"`([^`]+)`", cells[0]):
                     keys.append(first.rpartition(".")[0] + name if name.startswith(".") else name)

@@ -42,7 +42,9 @@ def test_more_is_taken_and_less_than_is_done_refused(tmp_path, capsys):
     assert changes == [Change("train.iterations", 240, 360, 240)]
     take_lengths(longer, tmp_path, changes)
     out = capsys.readouterr().out
-    assert "train.iterations: 240 → 360; the run goes on from 240, and learning rate, noise and prefixes follow" in out
+    assert (
+        "train.iterations: 240 → 360; the run continues from 240, where learning rate, noise and prefixes follow" in out
+    )
     assert (tmp_path / "until-240" / "summary.json").exists() and not (tmp_path / "summary.json").exists()
     assert changed_lengths(longer, tmp_path) == [] and known_changes(tmp_path) == [dataclasses.asdict(changes[0])]
     (tmp_path / "summary.json").write_text("[]")  # concluded again before anything was done: nothing is overwritten
@@ -60,7 +62,7 @@ def test_sft_below_rl_cannot_be_longer(tmp_path):
     assert changed_lengths(longer, tmp_path) == [Change("sft.steps", 300, 400, 300)]
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "before.jsonl").touch()
-    with pytest.raises(ConfigError, match="sft.steps: got 400, but RL in .* stands on the policy after 300; choose"):
+    with pytest.raises(ConfigError, match="sft.steps: got 400, but RL in .* started from the policy after 300; choose"):
         changed_lengths(longer, tmp_path)
 
 
@@ -92,7 +94,7 @@ def test_a_finished_run_goes_on(tmp_path, capsys):
     assert "already finished" in capsys.readouterr().out
     train.main([*command, "--config.train.iterations=2"])
     out = capsys.readouterr().out
-    assert "train.iterations: 1 → 2; the run goes on from 1" in out and "already finished" not in out
+    assert "train.iterations: 1 → 2; the run continues from 1" in out and "already finished" not in out
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1]
     kept = json.loads((run_dir / "config.json").read_text())

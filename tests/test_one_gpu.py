@@ -20,6 +20,7 @@ from z1_jax import opening
 from z1_jax.data.tokenizer import load_tokenizer, train_small_tokenizer
 from z1_jax.initial_policy import policy_document
 from z1_jax.models import presets
+from z1_jax.plan import __main__ as plan
 from z1_jax.policy import architecture
 
 PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "one-gpu.md").read_text()
@@ -108,3 +109,21 @@ def test_the_page_works_command_by_command(card, world, tmp_path, monkeypatch, r
     assert (tmp_path / "drawer-openpi/params").is_dir() and compared["after"]["episodes"] == 2
     own = json.loads((tmp_path / "drawer-openpi" / "z1_jax.json").read_text())
     assert own["executed"] == 5 and len(own["cameras"]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("column", [1, 2])
+def test_the_pages_memory_is_what_the_plan_says(column, capfd):
+    cards = ("RTX4090", "H100")
+    table = PAGE.partition("<!-- planned -->")[2].partition("<!-- end planned -->")[0].strip().splitlines()
+    assert len(table) == 5
+    for line in table[2:]:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        arguments = [f"--config=configs/{cells[0].strip('`')}", "--config.task=OpenDrawer", "--compile=no", "--json"]
+        failed = plan.main(["", *arguments, f"--accelerator={cards[column - 1]}"])
+        document = json.loads(capfd.readouterr().out)
+        peak = document["peak_bytes"] / 1e9
+        if failed:
+            assert cells[column] == "does not fit", line
+        else:
+            assert cells[column].startswith(f"{peak:.1f} of {document['memory_bytes'] / 1e9:.1f} GB"), line

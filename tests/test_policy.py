@@ -69,7 +69,7 @@ def test_the_best_policy_is_found_by_path(tmp_path):
     assert newest_policy(f"{tmp_path}@best") == str(grpo / "2")  # what a command pins, should the run go on
     config = Config(run_dir=str(tmp_path / "new"), init=f"{tmp_path}@best")
     assert with_pinned_init(config).init == str(grpo / "2")
-    with pytest.raises(CheckpointError, match="no checkpoint in .*sft was rated, so that none is the best"):
+    with pytest.raises(CheckpointError, match="no checkpoint in .*sft has been rated yet"):
         find_policy(f"{tmp_path / 'checkpoints' / 'sft'}@best")
     with pytest.raises(CheckpointError, match="no policy of RL at .*; @best is for a run directory"):
         find_policy(f"{tmp_path / 'nowhere'}@best")

@@ -148,7 +148,7 @@ def test_rl_goes_on_without_the_policy_before_it(run_dir, tmp_path, capsys, gone
     before = content(run_dir)
     assert goes_on_alone(config, run_dir) and content(run_dir) == before
     said = capsys.readouterr().out
-    assert said.startswith("warning: checkpoint") and "goes on from its own checkpoint" in said
+    assert said.startswith("warning: checkpoint") and "continues from its own checkpoint" in said
     made = GrpoTrainer(own_policy(run_dir, tiny.one_device()), config, tiny.one_device(), 16)
     made.actor, made._updater = compiled().actor, compiled()._updater
     with MetricsWriter(run_dir) as writer:
@@ -173,7 +173,7 @@ def test_rl_goes_on_without_the_policy_before_it(run_dir, tmp_path, capsys, gone
 def test_rl_that_needs_the_policy_before_it_is_refused(run_dir, changes, what):
     shutil.rmtree(run_dir / "checkpoints" / "sft")
     before = content(run_dir)
-    with pytest.raises(UserError, match=f"sft/4 is gone, and {what} needs it, so that RL cannot go on: bring it back"):
+    with pytest.raises(UserError, match=f"sft/4 is gone, and {what} needs it, so that RL cannot continue: restore it"):
         goes_on_alone(alone_config(**changes), run_dir)
     assert content(run_dir) == before
 

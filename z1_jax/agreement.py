@@ -1,4 +1,4 @@
-"""Whether the dataset, the environments and the policy of a run are of one world: looked at before it begins.
+"""Checks before a run begins that its dataset, environments and policy fit together.
 
 Gathers the facts for `worlds`, tells each difference in a line and refuses what cannot be right.
 """
@@ -64,7 +64,7 @@ def check_worlds(config: Config) -> list[str]:
         kinds = f"{' and '.join(refused)} differ{'s' * (len(refused) == 1)}"
         flag = f"--config.allow={','.join((*config.allow, *refused))}"
         raise ConfigError(
-            f"config key {key}: not of the world of the environments: {kinds} (the lines above say how); choose "
+            f"config key {key}: does not match the environments: {kinds} (the lines above say how); choose "
             f"others, or allow it with {flag}"
         )
     return [difference.line for difference in found]
@@ -179,8 +179,8 @@ def seen_in(tasks: Sequence[str], spec: EnvSpec, named: bool = False) -> World:
 def trained_in(policy: Policy, world: World) -> Policy:
     """The policy with the tasks and words of a world that it is trained in, besides those that it has.
 
-    Rate and frames are those of that world, where it tells them. Where it does not tell its words, not all that the
-    policy has heard are known: none are named.
+    Rate and frames are those of that world, where it tells them. If it does not tell its instructions, the list
+    would be incomplete and is left empty.
     """
     known = policy.world
     words = sorted({*known.get("instructions", ()), *world.instructions}) if world.instructions else []

@@ -23,13 +23,13 @@ def put_batch(tree: Tree, mesh: Mesh) -> Tree:
 
 @contextlib.contextmanager
 def explicit_transfers() -> Iterator[None]:
-    """Within, only what is put on a device explicitly goes there, or from one to another: nothing wanders each step."""
+    """A context in which arrays move to a device, or between devices, only where the code says so."""
     with jax.transfer_guard_host_to_device("disallow"), jax.transfer_guard_device_to_device("disallow"):
         yield
 
 
 def put_scalar(value: np.generic, mesh: Mesh) -> jax.Array:
-    """A number on every device: said explicitly, so that hot loops can forbid every other transfer."""
+    """A number on every device. The transfer is explicit, so hot loops can forbid all others."""
     return jax.device_put(value, replicated(mesh))
 
 

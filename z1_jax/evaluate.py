@@ -77,7 +77,7 @@ def acting(run: Run, policy: Policy | ServedPolicy, pool: Pool) -> tuple[Any, tu
 
 
 def look_at(run: Run, policy: Any, pool: Pool, name: str) -> tuple[Evaluation, dict[str, bool]]:
-    """Runs the held-out seeds with one of the policies, and films it; what is there already is not done again."""
+    """Evaluates and films one of the policies on the held-out seeds; existing results and films are kept."""
     config, mesh = run.config, run.mesh
     results = run.directory / "evaluation" / f"{name}.jsonl"
     actor, params = acting(run, policy, pool)

@@ -32,7 +32,7 @@ class Change:
 
 
 def changed_lengths(config: Config, run_dir: pathlib.Path) -> list[Change]:
-    """In which lengths a config differs from that of a run directory which it has claimed.
+    """The lengths in which a config differs from that of the run directory that it has claimed.
 
     Raises:
         ConfigError: less is asked for than is done, or more of a stage that a later one stands on.
@@ -52,7 +52,7 @@ def changed_lengths(config: Config, run_dir: pathlib.Path) -> list[Change]:
         begun = policy_steps(run_dir / "checkpoints" / "grpo") or (run_dir / "evaluation" / "before.jsonl").exists()
         if key == "sft.steps" and config.algorithm == "grpo" and begun:
             raise ConfigError(
-                f"config key sft.steps: got {change.wanted}, but RL in {run_dir} stands on the policy after "
+                f"config key sft.steps: got {change.wanted}, but RL in {run_dir} started from the policy after "
                 f"{change.was}; choose another --config.run_dir"
             )
         changes.append(change)
@@ -68,12 +68,12 @@ def take_lengths(config: Config, run_dir: pathlib.Path, changes: list[Change]) -
         return
     for change in changes:
         print(
-            f"{change.key}: {change.was} → {change.wanted}; the run goes on from {change.done}, and "
-            f"{_FOLLOWS[change.key]} the new length from there on: not as a run of {change.wanted} from its start would"
+            f"{change.key}: {change.was} → {change.wanted}; the run continues from {change.done}, where "
+            f"{_FOLLOWS[change.key]} the new length: it will differ from a run of {change.wanted} from the start"
         )
     aside = _move_conclusions(run_dir, max(change.done for change in changes))
     if aside:
-        print(f"what was concluded so far is kept in {aside}", flush=True)
+        print(f"the earlier results are kept in {aside}", flush=True)
     write_json(run_dir / LENGTHS, [*known_changes(run_dir), *map(dataclasses.asdict, changes)])
     write_json(run_dir / "config.json", dataclasses.asdict(config))
 

@@ -27,7 +27,7 @@ def absolute(path: str | pathlib.Path) -> pathlib.Path:
 
 
 def require_plain(path: pathlib.Path) -> None:
-    """Refuses a path below which Orbax would write and not read again: it takes the path for a pattern.
+    """Refuses a path that Orbax takes for a pattern: it would write below it and not read it again.
 
     Raises:
         UserError: one line.
@@ -66,7 +66,7 @@ def clear(folder: pathlib.Path, ours: Set[str]) -> None:
 
 
 def lock(file: IO[Any], what: pathlib.Path, owner: str = "") -> None:
-    """Locks an open file until it is closed. Where the file system knows no locks, nothing is locked.
+    """Locks an open file until it is closed. Does nothing where the file system has no locks.
 
     Raises:
         UserError: another process has it.

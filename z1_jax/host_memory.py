@@ -29,7 +29,7 @@ def _free_of_system(root: pathlib.Path) -> int:
 
 
 def _free_of_groups(root: pathlib.Path) -> Iterator[int]:
-    """What each limit leaves, of the process's control group and those that it is part of; v2, then v1."""
+    """Bytes that each memory limit leaves: of the process's control group and of its parents, v2 then v1."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         number, controllers, group = line.split(":", 2)
         if number == "0":

@@ -1,4 +1,4 @@
-"""The policy that a run starts from: fresh, or given by a path; and what is refused of either."""
+"""The policy that a run starts from, fresh or given by a path, and the checks on it."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def prompt_tokenizer(config: Config, shapes: Pi05Config) -> tokenizer.PromptToke
 def _prompt_length(
     config: Config, stats: Mapping[str, NormStats], instructions: Sequence[str], prompts: tokenizer.PromptTokenizer
 ) -> int:
-    """Tokens of the longest prompt, two to spare, rounded up to a multiple of 4: unused slots cost too.
+    """Tokens of the longest prompt plus two, rounded up to a multiple of 4; more would only cost time.
 
     A state bin is one token whatever its value, or one a digit: the middle one, 128, is as long as any.
     """
@@ -189,7 +189,7 @@ def given_policy(config: Config, path: str, mesh: jax.sharding.Mesh, dataset: Da
 
 
 def with_pinned_init(config: Config) -> Config:
-    """The config with the one checkpoint that `init` leads to: a run that it names may go on.
+    """The config with the one checkpoint that `init` leads to now: a run that it names may continue.
 
     A run directory that began with a checkpoint at `init` keeps to it.
 
@@ -207,7 +207,7 @@ def with_pinned_init(config: Config) -> Config:
 
 
 def newest_policy(path: str) -> str:
-    """The one checkpoint that a path leads to now, in the words of that path; an address stays what it is.
+    """The one checkpoint that a path leads to now, as a path that begins with the given one; an address stays as it is.
 
     Raises:
         CheckpointError: there is none.

@@ -1,4 +1,4 @@
-"""Ctrl-C: told in one line, never lost, and where work is under way it waits until the running step is saved."""
+"""Ctrl-C: it prints one line, is never lost, and waits until a running step is saved."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ INTERRUPTED = "\ninterrupted: the same command continues where it stopped"
 
 
 def install_hooks() -> None:
-    """For a process that is a command: an interruption that nobody caught is one line, and none is swallowed.
+    """Sets up Ctrl-C for a command: an uncaught interruption prints one line, and none is lost.
 
-    Until `imported` Ctrl-C ends the process on the spot: there is nothing to save, and extension modules that it falls
-    into raise errors of their own instead.
+    Until `imported` is called, Ctrl-C ends the process at once: there is nothing to save yet, and an extension module
+    that is interrupted while it loads raises misleading errors.
     """
     sys.excepthook = _tell
     sys.unraisablehook = _deliver_again
@@ -39,9 +39,9 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Within this context Ctrl-C waits for the end, for code that would take it for damage or lose it.
+    """Delays Ctrl-C until the end of this context, for code that would lose it or take it for damage.
 
-    It then comes as it would have come. In other threads than the main one, which get none, this does nothing.
+    It then takes effect as usual. Only the main thread receives Ctrl-C; in others this does nothing.
     """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):

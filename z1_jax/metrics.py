@@ -61,7 +61,7 @@ class MetricsWriter:
             self._files[name] = open(self.run_dir / name, "a", encoding="utf-8")
 
     def resume(self, stage: str, step: int) -> None:
-        """Forgets what a stage wrote after the checkpoint from which it goes on, and will write again.
+        """Removes the records that a stage wrote after the checkpoint that it continues from, and will write again.
 
         The records of `stage` with a step >= `step` go; those of other stages stay.
         """

@@ -1,4 +1,4 @@
-"""How a command that has a run directory begins: everything is looked at before anything is written."""
+"""How a command with a run directory begins: it checks everything before it writes anything."""
 
 from __future__ import annotations
 

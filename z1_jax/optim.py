@@ -81,8 +81,8 @@ def _matrices(params: Any) -> Any:
 def init_optimizer(optimizer: optax.GradientTransformation, params: Any, mesh: jax.sharding.Mesh) -> Any:
     """The optimiser's state for `params`: moments lie where their parameters do, the rest on every device.
 
-    Created there: no device holds a moment whole. And a step whose inputs lie elsewhere than its outputs would be
-    compiled a second time. Abstract for abstract parameters.
+    It is created in place: no device ever holds a whole moment, and the first step is not compiled twice. The state of
+    abstract parameters is abstract.
     """
     whole = replicated(mesh)
     shardings = optax.tree.map_params(

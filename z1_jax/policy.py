@@ -71,7 +71,7 @@ class Policy:
     ) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
         """(graphdef, trainable, frozen) for a training scope, see `pi05.is_trained`.
 
-        Trainable parameters are float32. Where the policy computes in bfloat16, frozen ones are kept in it too, but
+        Trainable parameters are float32. Where the policy computes in bfloat16, frozen ones are bfloat16 too, except
         those that are used in float32. Scope lora adds adapters (default: those of LoraConfig), drawn from `seed` onto
         the policy's mesh; put together again by `with_params`.
         """
@@ -329,7 +329,7 @@ def _best_policy(root: pathlib.Path) -> tuple[pathlib.Path, int]:
             if found:
                 return directory, found[0]
             raise CheckpointError(
-                f"no checkpoint in {directory} was rated, so that none is the best: RL rates them by training success "
-                "over train.keep_best iterations, once there were so many"
+                f"no checkpoint in {directory} has been rated yet: RL rates them by training success over "
+                "train.keep_best iterations, once that many have passed"
             )
     raise CheckpointError(f"no policy of RL at {root}; {BEST} is for a run directory or its checkpoints of RL")

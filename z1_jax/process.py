@@ -54,7 +54,7 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
         code = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails once more as it ends
-        print("stopped: nobody reads the output any more; the same command continues where it stopped", file=sys.stderr)
+        print("stopped: the output was closed; the same command continues where it stopped", file=sys.stderr)
         code = 128 + signal.SIGPIPE
     except (UserError, PoolError, FloatingPointError, OSError) as error:
         if TRACEBACK in os.environ or isinstance(error, OSError) and error.errno not in _DISK:
@@ -65,7 +65,7 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
 
 
 def _open_output() -> None:
-    """Output that was closed goes nowhere, and what its encoding lacks is shown as a question mark."""
+    """Discards output to a closed stream, and prints a question mark for what an encoding lacks."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
@@ -91,10 +91,10 @@ def require_algorithm(config: Config, known: Sequence[str], command: str) -> Non
 def start_jax() -> None:
     """Settings of the process, before the first device is used: compiled functions are kept from run to run.
 
-    On a GPU JAX may take as much memory as `z1_jax.plan` plans with; by itself it would stop at 75 %. Sums are made in
-    an order that is the same in every run. And float32 means float32: accelerators would round the factors of products
-    to TF32 or bfloat16, and an update would not find the probabilities that a rollout saw. Products of bfloat16 are
-    what they were.
+    On a GPU, JAX may take as much memory as `z1_jax.plan` plans with; its default is 75 %. Sums have the same order in
+    every run. Products of float32 are computed in float32: with factors rounded to TF32 or bfloat16, as is the default
+    of accelerators, an update would not reproduce the probabilities of its rollout. Products of bfloat16 stay as they
+    are.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if _SAME_ORDER not in flags and any(map(importlib.util.find_spec, _GPU_PLUGINS)):

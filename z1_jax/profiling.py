@@ -13,7 +13,7 @@ PROFILE = "profile"  # in the run directory
 
 @contextlib.contextmanager
 def profiled(directory: pathlib.Path, number: int, chosen: Collection[int]) -> Iterator[None]:
-    """Marks what happens within as iteration `number`; of a chosen one a trace is written.
+    """Marks the enclosed code as iteration `number`, and writes a trace if that iteration is chosen.
 
     Args:
         directory: of the traces; that of an iteration lies in iteration-N.

@@ -1,6 +1,6 @@
-"""What a run that goes on must find: the records that its checkpoints stand on, and the policy before RL.
+"""What a continued run needs: the records that its checkpoints depend on, and the policy before RL.
 
-All of it is looked at before anything is written. What cannot be kept is refused, and nothing is touched.
+All of it is checked before anything is written. If something is missing the run is refused and nothing changes.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def counted_sft(run_dir: pathlib.Path, step: int, document: Mapping[str, Any], s
 
 
 def goes_on_alone(config: Config, run_dir: pathlib.Path) -> bool:
-    """Whether RL goes on from a checkpoint of its own without the policy after SFT, which is gone.
+    """Whether RL must continue from its own checkpoint because the policy after SFT is gone.
 
     Raises:
         UserError: it cannot.
@@ -178,10 +178,10 @@ def goes_on_alone(config: Config, run_dir: pathlib.Path) -> bool:
     }
     for what in (what for what, needed in needs.items() if needed):
         raise UserError(
-            f"{reason}, and {what} needs it, so that RL cannot go on: bring it back, or delete {grpo} too, and SFT and "
-            "RL are trained again"
+            f"{reason}, and {what} needs it, so that RL cannot continue: restore it, or delete {grpo} too to train SFT "
+            "and RL again"
         )
-    print(f"warning: {reason}; RL needs it no more and goes on from its own checkpoint", flush=True)
+    print(f"warning: {reason}; RL no longer needs it and continues from its own checkpoint", flush=True)
     return True
 
 

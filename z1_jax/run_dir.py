@@ -1,4 +1,4 @@
-"""A run directory: whose it is, its clock, and what it says in the end.
+"""A run directory: the config that it belongs to, its times, and its summary.
 
 Mains compose this with the stages.
 """
@@ -102,7 +102,7 @@ def _now() -> str:
 
 
 def note_environments(run_dir: pathlib.Path) -> list[str]:
-    """Notes what simulates a run, and warns where it is not what the run began with: episodes may not compare.
+    """Records the simulator of a run, and warns if it is another than the run began with: episodes may differ.
 
     Returns:
         What has simulated it so far, today's last.
@@ -114,8 +114,8 @@ def note_environments(run_dir: pathlib.Path) -> list[str]:
     told: list[str] = json.loads(path.read_text()) if path.exists() else []
     if told and told[-1] != today:
         print(
-            f"warning: {run_dir} was simulated with {told[-1]}, and goes on with {today}: its episodes may not compare "
-            "with one another; a new run_dir begins anew",
+            f"warning: {run_dir} was simulated with {told[-1]}, and goes on with {today}: its episodes may not be "
+            "comparable with one another; use a new run_dir to start afresh",
             flush=True,
         )
     told += [today] * (told[-1:] != [today])
@@ -142,7 +142,7 @@ def finished_sentence(run_dir: pathlib.Path) -> str | None:
 
 
 def policy_identity(path: str) -> str:
-    """A short hash of the policy wherever it lies: its parameters and tokenizer, then all else that it acts by.
+    """A short hash of a policy, wherever it lies: of parameters and tokenizer, then of all else that it acts by.
 
     The same parameters under other statistics, cameras or prompts are another policy.
 
@@ -217,7 +217,7 @@ def dataset_identity(config: Config) -> dict[str, str]:
 
 
 def results_of(run_dir: pathlib.Path, name: str, stage: str | None) -> pathlib.Path:
-    """Where the episodes of an evaluation are kept, after a look at whose they are.
+    """The file of an evaluation's episodes, after a check that they are this policy's.
 
     Args:
         stage: whose newest checkpoint is evaluated; None where the policy is known otherwise.
@@ -284,7 +284,7 @@ class StageClock:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds the time within to the stage, also when it is interrupted; of one that is killed all but the end."""
+        """Adds the enclosed time to the stage, also when it is interrupted; a kill loses the last seconds."""
         before, began, over = self.seconds.get(name, 0.0), time.perf_counter(), threading.Event()
 
         def note() -> None:

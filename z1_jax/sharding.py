@@ -138,8 +138,8 @@ def on_one_device() -> bool:
 def constrain(x: Shaped[jax.Array, "..."], *axes: str | None) -> jax.Array:
     """Pins the sharding of an activation whose leading dimensions have the logical names `axes`.
 
-    Does nothing outside `jax.set_mesh`. Put on every layer's output: left alone, the compiler may choose a layout
-    for an intermediate product that costs communication, or one that was seen to compute wrong gradients.
+    Does nothing outside `jax.set_mesh`. Apply it to every layer's output: otherwise the compiler may choose a
+    layout that costs communication, and one such layout computed wrong gradients.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):

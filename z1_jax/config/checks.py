@@ -244,7 +244,7 @@ def _trains_sft(config: Config) -> bool:
 
 
 def _check_scopes(config: Config) -> None:
-    """Scopes that would train nothing sensible, and adapters that nobody uses."""
+    """Refuses scopes that would train nothing sensible, and adapters that no part uses."""
     trains_sft = _trains_sft(config)
     scopes = [config.sft.scope] * trains_sft
     if config.algorithm == "grpo":
@@ -252,7 +252,7 @@ def _check_scopes(config: Config) -> None:
     if trains_sft and not config.init and config.sft.scope in ("expert", "lora"):
         raise ConfigError(
             f"config key sft.scope: got {config.sft.scope} for a fresh policy, whose frozen part would stay random; "
-            "expected everything or joint, or sft from a policy that is there (algorithm=sft with init)"
+            "expected everything or joint, or SFT of an existing policy (algorithm=sft with init)"
         )
     lora = config.lora
     if "lora" in scopes and not (lora.vlm_rank or lora.expert_rank):
@@ -385,7 +385,7 @@ def check_horizon(config: Config, control_steps: int, executed: int) -> None:
 
 
 def _check_slots(config: Config) -> None:
-    """Every camera that is rendered is seen, in one slot."""
+    """Checks that each rendered camera fills exactly one slot."""
     named = [camera for camera in config.inputs.slots if camera != "none"]
     if config.inputs.slots and sorted(named) != sorted(config.env.cameras):
         raise ConfigError(

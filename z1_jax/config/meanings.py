@@ -14,7 +14,7 @@ from z1_jax.config.schema import Config
 
 
 def meanings() -> dict[str, str]:
-    """What stands above and beside the field of each key, by its dotted key; empty where the source is not there."""
+    """The comments above and beside each key's field, by its dotted key; empty without the source."""
     try:
         source = inspect.getsource(schema)
     except OSError:

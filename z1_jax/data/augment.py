@@ -78,7 +78,7 @@ def colour(
     """Changes each pixel's hue, saturation and value by amounts around 0.
 
     Brightness fades the value towards 0 (amount < 0) or 1 (> 0), contrast bends it about one half, the hue turns. The
-    saturation is scaled: augmax forgets the one that it computes; here it counts, as openpi's setting says.
+    saturation is scaled as openpi's setting says; augmax computes that and then discards it.
     """
     hues, saturations, values = _hsv((image + 1.0) / 2.0)
     values = _bend(_fade(values, brightness), contrast)

@@ -246,7 +246,7 @@ def open_dataset(path: str | pathlib.Path) -> Dataset:
 
 
 def _identity(content: Mapping[str, Any]) -> str:
-    """Of the manifest without the record files: protobuf orders the fields of a record otherwise in each process."""
+    """A hash of the manifest without the record files, whose bytes differ: protobuf orders fields per process."""
     table = content["files"][_EPISODES]["sha256"]
     kept = {key: value for key, value in content.items() if key != "files"}
     return hashlib.sha256(json.dumps({**kept, "table": table}, sort_keys=True).encode()).hexdigest()

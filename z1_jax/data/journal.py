@@ -153,7 +153,7 @@ def _entry(payload: bytes) -> bytes:
 
 
 def difference(got: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The first thing that is wanted of a source and is not so, in words; empty where all is."""
+    """The first difference between a source and the wanted one, in words; empty if there is none."""
     for key, value in wanted.items():
         if got.get(key) != value:
             return f"{key} {got.get(key)!r:.200}, asked for {value!r:.200}"

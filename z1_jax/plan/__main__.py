@@ -122,7 +122,7 @@ def main(argv: Sequence[str]) -> int | None:
 
 
 def checked(config: Config) -> Config:
-    """The config as it is planned with, after the checks of its own run that need nothing but the config.
+    """The config to plan with, after those checks of its run that need only the config.
 
     Raises:
         ConfigError: the run would be refused.
@@ -273,7 +273,7 @@ def _row(
 
 
 def changes(config: Config, model: Pi05Config, plan: Plan) -> list[tuple[str, float]]:
-    """The nearest settings that need less, each on top of those before it, and the bytes they need; the last fits."""
+    """Settings that need less memory, each on top of those before it, and the bytes they need; the last fits."""
     found: list[tuple[str, float]] = []
     label = ""
     for name, changed, smaller, devices in _steps(config, model, plan):

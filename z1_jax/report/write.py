@@ -341,7 +341,7 @@ def _read_commands(path: Path, notes: list[str]) -> Records:
 
 
 def _once(records: Records, path: Path, notes: list[str]) -> Records:
-    """The records of stages that tell each of their steps once, in order: else they are of several runs."""
+    """The records of stages whose steps each appear once and in order; others are a mix of several runs."""
     steps: dict[Any, list[int]] = {}
     for record in records:
         if isinstance(record.get("step"), int):

@@ -28,7 +28,7 @@ def counted_coordinates(horizon: int, executed: int, dims: Bool[np.ndarray, " A"
     """bool [H, A]: which coordinates of a chunk enter the log-probability.
 
     `executed`: steps h < E that the environment runs; `horizon`: all H. Either way only dimensions that are real and
-    move in the demonstrations: padding and held dimensions have no effect.
+    move in the demonstrations count: padding and constant dimensions have no effect.
     """
     rows = np.arange(horizon) < (executed if coords == "executed" else horizon)
     return rows[:, None] & np.asarray(dims)[None, :]

@@ -1,4 +1,4 @@
-"""What an iteration says about itself: metrics, and what is kept of one that broke."""
+"""Metrics of an iteration, and the evidence that is kept of one that broke."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def sharing_metrics(rollouts: Rollouts, image_tokens: int, counted: int, noise_l
 
 
 def times(rollouts: Rollouts, collect_s: float, update_s: float) -> dict[str, float]:
-    """Seconds of an iteration by what they went into; idle is what nothing accounts for."""
+    """Seconds of an iteration by activity; idle is the rest."""
     seconds = rollouts.seconds
     known = seconds["simulate"] + seconds["render"] + seconds["sample"]
     return {

@@ -1,4 +1,4 @@
-"""Quantities that move over the iterations of a run. Pure functions."""
+"""Quantities that change over the iterations of a run. Pure functions."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def decide(success: Sequence[float], confidence: float, enough: float, then: str
     """Stay with the expert, or train with scope `then` (method: section 6).
 
     Stays when the trend of training success is above zero at one-sided `confidence`, or when the mean success over the
-    later half of the probe is at least `enough`: a flat line at the top is no weakness.
+    later half of the probe is at least `enough`: a policy that succeeds this often need not rise further.
     """
     line = trend(success)
     later = float(np.mean(np.asarray(success, float)[len(success) // 2 :]))

@@ -27,7 +27,7 @@ from z1_jax.types import Observation, PrefixCache
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NodeBatch:
-    """One optimiser step's nodes: what was taken there, and what the algorithm's loss needs of each.
+    """One optimiser step's nodes: the chunks taken there, and what the algorithm's loss needs of each.
 
     `seen` is what the VLM made of their observations, or the observations themselves.
     """
@@ -239,7 +239,7 @@ def mini_batches(
 ) -> Iterator[tuple[NodeBatch, float]]:
     """One epoch over the usable nodes in random order: padded batches with their normaliser Σ_i |B_i|.
 
-    Nodes are dealt evenly, so that no small remainder takes a step as long as a full batch's.
+    Nodes are spread evenly over the batches: a small last batch would take as long as a full one.
 
     Args:
         inputs: of the algorithm's loss: a tree of arrays [N, …].
