@@ -39,7 +39,6 @@ class Request:
     noise: tuple[int, ...]  # decides the noise: MOST_NOISE_NUMBERS of them
     previous: np.ndarray | None = None  # float32 [L, A], normalised: what is left of the chunk before
     delay: int = 0  # of these the first so many will have been executed when the answer is there
-    state: np.ndarray | None = None  # [state_dim], raw: what relative actions are added to
 
 
 @dataclasses.dataclass(frozen=True)
