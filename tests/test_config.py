@@ -29,6 +29,7 @@ FREE_TEXT = {
 }
 FREE_TEXT |= {"inputs.tokenizer", "inputs.relative_actions", "inputs.slots", "env.layouts", "env.styles", "env.objects"}
 FREE_TEXT |= {
+    "tasks",
     "env.suite",
     "env.options",
     "env.protocol",

@@ -187,19 +187,16 @@ def _tasks(config: Config, suite: Suite) -> tuple[str, ...]:
     """
     if not config.tasks:
         return (suite.tasks[0] if len(suite.tasks) == 1 and config.task == Config.task else config.task,)
-    named: dict[str, str] = {}  # every name of a task -> where it comes from
-    found: list[str] = []
+    found: dict[str, str] = {}  # task -> the name that it came by
     for given in config.tasks:
         if given not in suite.sets and given not in suite.tasks:
             _check_set(config, suite, given)
         for task in suite.sets.get(given, (given,)):
-            names = {task, *_other_names(suite, task)} & {task, *suite.tasks}
-            before = next((named[name] for name in names if name in named), None)
+            before = next((found[name] for name in (task, *_other_names(suite, task)) if name in found), None)
             if before is not None:
                 twice = " and as ".join(dict.fromkeys((before, given)))
                 raise ConfigError(f"config key tasks: {task} is there twice, as {twice}; expected each task once")
-            named |= dict.fromkeys(names, given)
-            found.append(task)
+            found[task] = given
     return tuple(found)
 
 
