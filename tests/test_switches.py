@@ -142,6 +142,17 @@ def trained(config: Config):
     return np.array([len(named(made.trainable)), float(config.train.scope == "auto")])
 
 
+def spread(config: Config):
+    """Of which tasks the groups are, after one task was learned, one half and one not at all."""
+    made = trainer(changed(config, task="", tasks=("A", "B", "C")))
+    success = np.array([[True, True], [True, False], [False, False]])
+    told = [made.tasks.of_groups(0, 4)]
+    for iteration in range(1, 12):
+        made.tasks.observe(["A", "B", "C"], success)
+        told.append(made.tasks.of_groups(iteration, 4))
+    return np.array([[ord(task) for task in tasks] for tasks in told])
+
+
 COSINE = {"update__optim__schedule": "cosine"}
 PENALTY = {"reward__kind": "penalty"}
 AUTO = {"train__scope": "auto"}
@@ -154,6 +165,9 @@ EFFECTS = {
     "group.prefix_chunks_end": (collected, 0, {}),
     "group.prefix_schedule": (collected, "constant", {"group__prefix_chunks_end": 0}),
     "group.shuffle_advantages": (credited, True, {}),
+    "group.spread": (spread, "adaptive", {}),
+    "group.floor": (spread, 1.0, {"group__spread": "adaptive"}),
+    "group.oversample": (collected, 2.0, {"reward__keep_low": 0.95, "reward__keep_high": 0.96}),  # none of four is kept
     "flow.steps": (acted, 3, {}),
     "flow.noise_level": (collected, 0.9, {}),
     "flow.noise_level_end": (collected, 0.9, {"flow__noise_schedule": "linear"}),
