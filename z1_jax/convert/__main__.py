@@ -25,6 +25,7 @@ from z1_jax.convert.companions import Stats
 from z1_jax.convert.keys import Ignored
 from z1_jax.convert.lerobot import prompt_state_dim
 from z1_jax.convert.options import given_settings, parse_arguments
+from z1_jax.convert.policy_card import policy_card
 from z1_jax.convert.sources import FORMATS, Format, Source, describe, open_source, source_settings
 from z1_jax.convert.store import DTYPES, FormatError, TensorInfo, Writer
 from z1_jax.convert.transfer import End, PartSummary, chunks, target_tensors, transfer
@@ -36,6 +37,7 @@ from z1_jax.models.pi05 import Pi05Config
 from z1_jax.policy import OPENPI_SLOTS, architecture
 from z1_jax.process import run_main
 
+_ASSUMED = {"horizon": 50, "state_in_prompt": True}  # by --describe, where nothing tells; it says so
 _DEFAULTS = {"denoising_steps": 10, "norm_mode": "quantile", "clip": None}
 
 
@@ -48,6 +50,7 @@ class Model:
     document: dict[str, Any]  # as a policy of ours stores it
     stats: Stats | None
     tokenizer: bytes | None
+    untold: tuple[str, ...] = ()  # settings that are only assumed
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,6 +66,8 @@ def main(argv: Sequence[str]) -> int:
 
 def convert(given: argparse.Namespace) -> int:
     """The conversion that the command line asks for."""
+    if given.describe:
+        return describe_policy(given)
     source_path, place = (absolute(path) for path in (given.src, given.dst))
     if place.resolve().is_relative_to(source_path.resolve()):
         raise FormatError(f"DST {place} lies in SRC {source_path}, which stays as it is; choose another DST")
@@ -98,6 +103,20 @@ def convert(given: argparse.Namespace) -> int:
     return 0
 
 
+def describe_policy(given: argparse.Namespace) -> int:
+    """Prints how the policy of SRC wants to be driven; what nothing tells is said to be open."""
+    source = open_source(absolute(given.src), given.base and absolute(given.base), given.lora_alpha)
+    try:
+        model = read_model(source, given)
+    finally:
+        source.reader.close()
+    print(f"{source.path}: {describe(source)}")
+    for note in source.notes:
+        print(note)
+    print(policy_card(model.config, model.document, model.stats, model.untold))
+    return 0
+
+
 def target_format(asked: Format | None, source: Source) -> Format:
     """What DST becomes. Raises FormatError where nothing says so."""
     if asked is None and source.format == "ours":
@@ -110,6 +129,12 @@ def read_model(source: Source, given: argparse.Namespace) -> Model:
     ignored, asked = Ignored(given.ignore), given_settings(given)
     found = source_settings(source, ignored)
     settings = {**_DEFAULTS, **found, **asked}
+    untold = tuple(name for name in _ASSUMED if given.describe and name not in settings and source.document is None)
+    settings |= {name: _ASSUMED[name] for name in untold}
+    if given.describe and settings.get("pads_state", False) is None and "prompt_state_dim" not in asked:
+        settings["prompt_state_dim"], untold = None, (*untold, "pad_state")
+    if "relative_actions" not in settings and source.document is None:
+        untold = (*untold, "relative_actions")
     refuse_contradictions(source, found, asked, ("norm_mode",))
     if source.document is not None:
         refuse_contradictions(source, found, asked, ("heads", "vision_heads", "horizon", "prompt_length"))
@@ -130,7 +155,7 @@ def read_model(source: Source, given: argparse.Namespace) -> Model:
     settings["ignored"] = sorted({*settings.get("ignored", ()), *ignored.finish()})
     tokenizer = read_tokenizer(source, given, settings, config)
     document = make_document(config, settings, stats, asset_id, tokenizer)
-    return Model(config, pieces, document, stats, tokenizer)
+    return Model(config, pieces, document, stats, tokenizer, untold)
 
 
 def refuse_contradictions(
@@ -204,6 +229,8 @@ def read_statistics(
     if source.document is not None:
         return stats_from_json(source.document["norm_stats"]) or None, asset_id
     stats, asset_id = companions.read_stats(source.folder, given.asset_id, settings["norm_mode"], ignored)
+    if stats is None and given.describe:
+        return None, asset_id
     if stats is None:
         raise FormatError(
             f"{source.folder} holds no normalisation statistics; give openpi's norm_stats.json with --norm-stats=FILE, "
@@ -350,7 +377,7 @@ def print_table(
     width = document["prompt_state_dim"]
     padded = f", padded to {width} numbers" if width else ""
     print(f"prompt: {f'holds the state{padded}' if document['state_in_prompt'] else 'holds no state'}")
-    print(f"actions: {relative_words(source, document)}")
+    print(f"actions: {relative_words(model)}")
     if document["ignored"]:
         print(f"ignored as without effect: {', '.join(document['ignored'])}")
     if model.stats:
@@ -363,11 +390,11 @@ def print_table(
     print(f"tokenizer: {name}, {f'SHA-256 {identity[:12]}…' if identity else 'its file does not travel with it'}")
 
 
-def relative_words(source: Source, document: Mapping[str, Any]) -> str:
+def relative_words(model: Model) -> str:
     """What the actions are, and whether that is known."""
-    if relative := relative_from_json(document["relative_actions"]):
+    if relative := relative_from_json(model.document["relative_actions"]):
         return relative.words
-    untold = source.format in ("openpi", "openpi-pytorch") and not (source.folder / companions.SIDECAR).is_file()
+    untold = "relative_actions" in model.untold
     hint = "; nothing in openpi's checkpoints tells: give --relative-actions=6,-1 if it was trained with DeltaActions"
     return f"absolute{hint * untold}"
 

@@ -28,7 +28,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line. Raises ConfigError for an unknown option or a wrong value."""
     parser = Parser(prog="python -m z1_jax.convert", description=DESCRIPTION)
     parser.add_argument("src", type=pathlib.Path, metavar="SRC", help="checkpoint: a folder or a safetensors file")
-    parser.add_argument("dst", type=pathlib.Path, metavar="DST", help="folder that does not exist yet")
+    parser.add_argument("dst", type=pathlib.Path, metavar="DST", nargs="?", help="folder that does not exist yet")
+    parser.add_argument("--describe", action="store_true", help="say how the policy of SRC wants to be driven (slots, "
+                        "widths, chunk, prompt, statistics); no DST, nothing is written")  # fmt: skip
     parser.add_argument("--to", choices=FORMATS, help="what DST becomes (ours, unless SRC is)")
     parser.add_argument("--dtype", choices=DTYPE_CHOICES, default="float32", help="of the stored arrays (%(default)s); "
                         "bfloat16 keeps in float32 what computes in it; source keeps each array's own")  # fmt: skip
@@ -59,7 +61,17 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
                         "as in openpi's make_bool_mask: 6,-1 is six relative ones, then an absolute one")  # fmt: skip
     parser.add_argument("--ignore", type=lambda text: text.split(","), default=[], metavar="KEY,…",
                         help="keys or processor steps of SRC that are known to you to be without effect")  # fmt: skip
-    return parser.parse_args(list(arguments))
+    given = parser.parse_args(list(arguments))
+    if given.describe == (given.dst is not None):
+        got = (
+            f"{given.dst} with --describe, which writes nothing: leave it out"
+            if given.describe
+            else "none, expected one"
+        )
+        parser.error(f"argument DST: got {got}")
+    if given.describe and (given.to or given.dry_run):
+        parser.error(f"argument {'--to' if given.to else '--dry-run'}: it has no effect with --describe; leave it out")
+    return given
 
 
 def width_or_none(text: str) -> str:
