@@ -23,7 +23,7 @@ SIZE = 32
 
 
 def record(env, rng, path, late: bool):
-    """An expert's chunk of steps as LIBERO's own script records it (late), or as OpenVLA's, from the real simulation."""
+    """An expert's chunk of steps as LIBERO's script records it (late), or OpenVLA's, from the real simulation."""
     h5py = pytest.importorskip("h5py")
     from robosuite.utils.transform_utils import quat2axisangle
 
