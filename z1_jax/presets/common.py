@@ -67,6 +67,23 @@ ROBOCASA = {
     "eval__videos": 1,
 }
 
+# LIBERO as openpi's pi05_libero sees it: no state in the prompt, two cameras and a masked third, a look every 5 steps.
+# Its horizon of 10 and its own inputs travel with the converted checkpoint (docs/libero.md).
+LIBERO = {
+    **FULL,
+    "env__suite": "libero",
+    "tasks": ("libero_spatial",),
+    "env__cameras": ("agentview", "robot0_eye_in_hand"),
+    "inputs__slots": ("agentview", "robot0_eye_in_hand", "none"),
+    "inputs__state_in_prompt": False,
+    "env__image_size": 256,  # resized to the model's 224, as openpi's client does
+    "env__executed": 5,
+    "env__workers": 8,
+    "env__timeout_s": 600.0,
+    "eval__episodes": 50,
+    "eval__videos": 1,
+}
+
 # Meta-World as it is quick on a CPU; under others' protocols, env.protocol, env.image_size and env.executed are theirs.
 METAWORLD = {
     "env__suite": "metaworld",

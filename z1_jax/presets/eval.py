@@ -10,6 +10,7 @@ OWN = {"algorithm": "eval", **common.EVERY_STEP, "flow__steps": 0, "eval__videos
 PRESETS = {
     "kitchen": OWN,
     "robocasa": {"algorithm": "eval", **common.ROBOCASA},
+    "libero": {"algorithm": "eval", **common.LIBERO},
     "smoke": {**OWN, "env__parallel": 16, "eval__episodes": 16},
 }
 

@@ -96,6 +96,27 @@ PRESETS = {
         "train__iterations": 1,
         "train__checkpoint_every": 1,
     },
+    # RLinf's few-shot GRPO of π0.5 (its libero_spatial_grpo_openpi_pi05.yaml), from a policy of SFT on few episodes. It
+    # trains on the evaluation's own initial states, as RLinf does: results say so.
+    "libero": {
+        **common.LIBERO,
+        **APART,
+        **FULL_UPDATE,
+        "init": "checkpoints/pi05-libero-sft",
+        "env__protocol": "rlinf",
+        "env__train_on": "initial_states",
+        "env__parallel": 64,
+        "flow__steps": 3,
+        "flow__sde_steps": "one",
+        "group__count": 64,  # 512 episodes an iteration: 64 environments, 8 times
+        "group__size": 8,
+        "reward__kind": "sparse",
+        "reward__keep_high": 0.9,
+        "update__epochs": 1,
+        "update__batch_size": 2048,
+        "update__ratio_max": 3.0,
+        "update__optim__b2": 0.95,
+    },
     # The real LIBERO with its experts, a few minutes long: it shows that everything works, and learns next to nothing.
     "libero_smoke": {
         **common.SMOKE,
@@ -118,6 +139,15 @@ PRESETS = {
         "update__micro_batch": 32,
         "train__iterations": 1,
         "train__checkpoint_every": 1,
+    },
+    # Meta-World with its own experts, under the protocol `quick`: a small policy from pixels and words.
+    "metaworld": {
+        **LONG,
+        **APART,
+        **common.METAWORLD,
+        "task": "reach-v3",
+        "env__horizon": 96,  # an expert takes 33 to 71
+        "train__iterations": 60,
     },
     # Meta-World with its own experts, a few minutes long: it shows that everything works, and learns next to nothing.
     "metaworld_smoke": {

@@ -20,6 +20,8 @@ PRESETS = {
     "robocasa": ROBOCASA,
     # The same on one device of 24 GB: adapters instead of all parameters, and half the batch
     "robocasa_lora": {**ROBOCASA, "sft__scope": "lora", "sft__batch_size": 16},
+    # π0.5 on LIBERO's demonstrations, imported from openpi's dataset or LIBERO's own (docs/libero.md)
+    "libero": {"algorithm": "sft", **common.LIBERO, "init": "checkpoints/pi05", "demos__dataset": "data/libero"},
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from z1_jax.collect.importers.base import LEROBOTS, BadData, Columns, Source, reading
 from z1_jax.collect.importers.lerobot import LeRobotDirectory
+from z1_jax.collect.importers.libero import LiberoFile, is_libero
 from z1_jax.collect.importers.robomimic import RobomimicFile
 from z1_jax.errors import UserError
 
@@ -43,7 +44,7 @@ def open_sources(
                         f"options --state, --actions, --images: {place} is HDF5; they are for LeRobot datasets"
                     )
                 else:
-                    source = RobomimicFile(place, split)
+                    source = (LiberoFile if is_libero(place) else RobomimicFile)(place, split)
             if source.flaws and not skip_bad:
                 raise BadData(source.flaws[0])
             flaws += source.flaws
