@@ -4,7 +4,8 @@
 same held-out episodes under delays of 0 to 4 control steps. The policy looks every 8 steps; its answer is there `delay`
 steps later, and until then the robot executes what the chunk before had for these steps. Methods: `guidance` (real-time
 chunking), `overwriting` (the delay's steps are put into the new chunk as it is sampled) and `neither` (the new chunk
-knows nothing of the old one). Finished cells are kept in `--results`.
+knows nothing of the old one). Finished cells are kept in `--results`. Longer tasks want more training:
+`--task=OpenDrawer --steps=450 --config.demos.episodes=500 --config.sft.optim.name=muon`.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ PRESET = "kitchen_horizon16"
 CAMERAS = EnvConfig().cameras
 
 
-def trained_policy(task: str, run_dir: str, steps: int, seed: int) -> Policy:
+def trained_policy(task: str, run_dir: str, steps: int, seed: int, more: list[str]) -> Policy:
     """The policy after SFT on undisturbed demonstrations; trained once."""
     PRESETS[PRESET] = dataclasses.replace(PRESETS["kitchen"], horizon=HORIZON)
     options = {"task": task, "run_dir": run_dir, "seed": seed, "model.preset": PRESET, "env.executed": EXECUTED}
     options["sft.steps"] = steps
-    train.main(["", "--config=configs/sft.py", *(f"--config.{key}={value}" for key, value in options.items())])
+    train.main(["", "--config=configs/sft.py", *(f"--config.{key}={value}" for key, value in options.items()), *more])
     return api.load_policy(run_dir).policy
 
 
@@ -93,26 +94,28 @@ def run_wave(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="TurnOnSinkFaucet")
-    parser.add_argument("--run-dir", default="runs/real-time")
+    parser.add_argument("--run-dir", help="default: runs/real-time-TASK")
     parser.add_argument("--steps", type=int, default=300, help="of SFT")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--episodes", type=int, default=256)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
-    options = parser.parse_args()
-    policy = trained_policy(options.task, options.run_dir, options.steps, options.seed)
+    options, more = parser.parse_known_args()  # more: --config.KEY=VALUE of the training
+    run_dir = options.run_dir or f"runs/real-time-{options.task}"
+    policy = trained_policy(options.task, run_dir, options.steps, options.seed, more)
     about = {
         "task": options.task,
-        "policy": policy_identity(options.run_dir),
+        "policy": policy_identity(run_dir),
         "horizon": HORIZON,
         "executed": EXECUTED,
         "denoising_steps": policy.denoising_steps,
         "sft_steps": options.steps,
+        "training": more,
         "seed": options.seed,
         "episodes": options.episodes,
     }
     known = json.loads(options.results.read_text()) if options.results.exists() else {}
-    rows = known.get("rows", []) if known.get("about") == about else []
+    rows = known[options.task]["rows"] if known.get(options.task, {}).get("about") == about else []
     first = EvalConfig().first_seed
     make = functools.partial(kitchen.make, options.task, cameras=CAMERAS, image_size=EnvConfig().image_size)
     outcomes = {}
@@ -122,7 +125,7 @@ def main() -> None:
             if row is None:
                 row = run_cell(policy, pool, method, delay, np.arange(first, first + options.episodes))
                 rows.append(row)
-                write_json(options.results, {"about": about, "rows": rows})
+                write_json(options.results, known | {options.task: {"about": about, "rows": rows}})
             outcomes[method, delay] = np.array(row["success"], bool)
             print(line(options.task, row, outcomes["guidance", delay]), flush=True)
 

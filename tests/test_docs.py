@@ -165,6 +165,7 @@ def test_commands_have_their_modules_presets_keys_and_options(page, monkeypatch)
         assert importlib.util.find_spec(module), f"{page.name}: {line}"
         options = [word for word in words if word.startswith("--")]
         if module in ("z1_jax.train", "z1_jax.evaluate", "z1_jax.plan"):
+            options = [option.replace("--policy=", "--config.checkpoint=") for option in options]
             config = [option for option in options if option.startswith("--config")]
             parse_command_line(["", *config], f"configs/{'eval' if module == 'z1_jax.evaluate' else 'grpo'}.py")
             options = [option for option in options if option not in config]

@@ -42,6 +42,19 @@ def test_an_answer_is_what_the_policy_does(engine, looks):
     np.testing.assert_allclose(short.actions, alone.act(looks[0], noise_seed=9), atol=1e-4)
 
 
+def test_answers_repeat_to_the_bit(engine, looks):
+    """Of one size of batch, whatever else is in it; batches of one are the policy acting alone."""
+    alone, one = ActingPolicy(tiny_policy.policy()), Engine(tiny_policy.policy(), 1, span_factor=math.inf)
+    requests = [engine.prepare(look, (0, seed)) for seed, look in enumerate(looks[:4])]
+    together = [answer.actions for answer in engine.decide(requests)]
+    turned = [answer.actions for answer in engine.decide(requests[::-1])][::-1]
+    crowded = [answer.actions for answer in engine.decide([requests[0], requests[0], requests[2]])]  # padded to four
+    np.testing.assert_array_equal(together, turned)
+    np.testing.assert_array_equal(crowded, [together[i] for i in (0, 0, 2)])
+    for seed, request in enumerate(requests):
+        np.testing.assert_array_equal(one.decide([request])[0].actions, alone.act(looks[seed], seed=seed))
+
+
 def test_a_mixed_batch_answers_each_as_if_alone(engine, looks, rng):
     left = rng.uniform(-1, 1, (5, 12))
     requests = [

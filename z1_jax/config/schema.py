@@ -295,7 +295,9 @@ class Config:
     # A run directory or checkpoint: grpo starts from its policy, without SFT; sft trains it on. "random", for grpo in a
     # suite without demonstrations: an untrained policy, which shows that everything works.
     init: str = ""
-    checkpoint: str = ""  # eval: the policy to evaluate, a run directory or checkpoint
+    # eval: the policy to evaluate, a run directory or checkpoint, or the address of a server, ws://HOST:PORT. --policy=
+    # is short for this key.
+    checkpoint: str = ""
     compare: str = ""  # eval: the base A that it, B, is compared with on the same seeds
     allow: tuple[str, ...] = ()  # task, rate: may differ between the dataset or policy and the environments
     env: EnvConfig = dataclasses.field(default_factory=EnvConfig)
