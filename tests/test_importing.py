@@ -205,10 +205,73 @@ def test_columns_that_are_not_there(demos, tmp_path, capsys, option, message):
         main(["collect", f"--from={root}", f"--out={tmp_path / 'data'}", option])
     if "--state" in option:
         path = files.write_hdf5(tmp_path / "drawer.hdf5", demos)
-        with pytest.raises(
-            UserError, match="--state, --actions, --images: .*drawer.hdf5 is HDF5; they are for LeRobot"
-        ):
+        with pytest.raises(UserError, match="--state, --actions, --images.*drawer.hdf5 is HDF5; they are for LeRobot"):
             main(["collect", f"--from={path}", f"--out={tmp_path / 'data'}", option])
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_stamps_of_a_real_clock(demos, tmp_path, rng, capsys, version):
+    """Jitter of a few milliseconds is refused, with its cure; frames keep their rows; lost ones are never let pass."""
+    root = (files.write_lerobot if version == "v2.1" else files.write_lerobot_v3)(tmp_path / "lerobot", demos)
+    jitter = rng.uniform(-0.008, 0.008, sum(len(demo.actions) for demo in demos)).astype("f")
+    for path in root.glob("data/**/*.parquet"):
+
+        def moved(table):
+            stamps, place = np.array(table.column("timestamp")), np.array(table.column("index"))
+            return with_column(table, "timestamp", (stamps + jitter[place] * (stamps > 0)).astype("f"))
+
+        pq = need("pyarrow.parquet", "pyarrow", root)
+        pq.write_table(moved(pq.read_table(path)), path)
+    command = ["collect", f"--from={root}", f"--cameras={CAMERA}", "--stride=1", "--chunk=1"]
+    with pytest.raises(UserError, match=r"time stamps .* s apart.*--tolerance-s=0.0\d+ takes stamps of a real") as told:
+        main([*command, f"--out={tmp_path / 'data'}"])
+    asked = float(re.search(r"--tolerance-s=([\d.]+)", str(told.value))[1])
+    assert 0.005 < asked < 0.02
+    main([*command, f"--out={tmp_path / 'data'}", "--tolerance-s=0.02"])
+    dataset = open_dataset(tmp_path / "data")
+    assert dataset.source["tolerance_s"] == 0.02
+    for row, demo in zip(dataset.episodes, demos, strict=True):
+        for step in range(len(demo.actions)):
+            record = dataset[row.first_record + step]
+            assert np.abs(record.images[CAMERA].astype(int) - demo.images[CAMERA][step]).mean() < 5
+    with pytest.raises(UserError, match="--tolerance-s: 0.05 s is 1 frames of .*hides lost frames; expected less"):
+        main([*command, f"--out={tmp_path / 'other'}", "--tolerance-s=0.05"])
+    with pytest.raises(UserError, match="--tolerance-s: got -1"):
+        main([*command, f"--out={tmp_path / 'other'}", "--tolerance-s=-1"])
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_a_task_that_changes_within_an_episode(demos, tmp_path, capsys, version, stride):
+    """Refused with its cure, or an episode of each part: its own rows, frames and words."""
+    root = (files.write_lerobot if version == "v2.1" else files.write_lerobot_v3)(tmp_path / "lerobot", demos)
+    (root / "extras/dataset_meta.json").unlink()  # tasks are known by their words
+    pq = need("pyarrow.parquet", "pyarrow", root)
+    for path in root.glob("data/**/*.parquet"):
+        table = pq.read_table(path)
+        step, episode = (np.array(table.column(name)) for name in ("frame_index", "episode_index"))
+        described = np.array(table.column("annotation.human.task_description"))
+        described = np.where((episode == 1) & (step >= 4) & (step < 11), 1 - described, described)
+        pq.write_table(with_column(table, "annotation.human.task_description", described), path)
+    command = ["collect", f"--from={root}", f"--cameras={CAMERA}", f"--stride={stride}", "--chunk=4"]
+    with pytest.raises(UserError, match=r"episode 1: .*\[0, 1\], expected one .*--task-changes=split makes an episode"):
+        main([*command, f"--out={tmp_path / 'data'}"])
+    main([*command, f"--out={tmp_path / 'split'}", "--task-changes=split"])
+    dataset = open_dataset(tmp_path / "split")
+    other = {"open the drawer": "close the drawer", "close the drawer": "open the drawer"}
+    parts = [(0, 0, 9, False), (1, 0, 4, False), (1, 4, 11, True), (1, 11, 14, False), (2, 0, 6, False)]
+    assert len(dataset.episodes) == len(parts) and dataset.source["task_changes"] == "split"
+    for row, (number, start, stop, changed) in zip(dataset.episodes, parts, strict=True):
+        demo = demos[number]
+        text = other[demo.instruction] if changed else demo.instruction
+        assert (row.instruction, row.task, row.steps) == (text, text, stop - start)
+        for place, step in enumerate(range(start, stop, stride)):
+            record = dataset[row.first_record + place]
+            np.testing.assert_allclose(record.state, demo.state[step], rtol=1e-6)
+            following = [demo.actions[min(step + i, stop - 1)] for i in range(4)]  # nothing of the next part
+            np.testing.assert_allclose(record.actions, following, rtol=1e-6)
+            assert np.abs(record.images[CAMERA].astype(int) - demo.images[CAMERA][step]).mean() < 5
+        assert row.records == len(range(start, stop, stride))
 
 
 def test_videos_without_a_path_are_told(demos, tmp_path, capsys):

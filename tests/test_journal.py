@@ -98,6 +98,20 @@ def test_a_journal_that_was_killed_in_its_first_entry_begins_anew(share, tmp_pat
     assert path.read_bytes() == whole
 
 
+def test_a_journal_without_episodes_gives_way(rng, tmp_path):
+    """A command that stopped before its first episode, for its error named the option that it lacked."""
+    path = tmp_path / "j"
+    with EpisodeJournal(path, SOURCE):
+        pass
+    other = {**SOURCE, "noise": 0.3}
+    with EpisodeJournal(path, other) as journal:
+        journal.append(make_episode(rng, 0))
+    with EpisodeJournal(path, other) as journal:
+        assert journal.tried == 1
+    with pytest.raises(UserError, match="earlier command with noise"):
+        EpisodeJournal(path, SOURCE)
+
+
 def test_a_journal_of_another_source_is_refused_and_left_alone(rng, tmp_path):
     path = tmp_path / "j"
     with EpisodeJournal(path, SOURCE) as journal:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from envs.base import LABELS
 from z1_jax.collect.importers.base import Columns
+from z1_jax.collect.importers.instructions import read_instructions
 from z1_jax.collect.importing import ImportConfig, check_source, import_demonstrations
 from z1_jax.config.checks import check
 from z1_jax.config.command_line import Parser
@@ -146,6 +147,16 @@ def parse_import(arguments: Sequence[str]) -> tuple[ImportConfig, pathlib.Path]:
     add("--state", default="", metavar="COLUMNS", help="of LeRobot datasets; several are joined (observation.state)")
     add("--actions", default="", metavar="COLUMNS", help="of LeRobot datasets; several are joined (action)")
     add("--images", default="", metavar="CAMERA:COLUMN,…", help="of LeRobot datasets (all, by the columns' names)")
+    add("--instruction", default="", metavar="TEXT", help="of every episode, instead of the source's own")
+    add("--instructions", type=pathlib.Path, metavar="TABLE", help="JSON or CSV: an episode's name or number, and text")
+    add("--task-changes", choices=("refuse", "split"), default="refuse", help="of LeRobot episodes whose task changes: "
+        "an error, or an episode of each part (%(default)s)")  # fmt: skip
+    add(
+        "--tolerance-s",
+        type=float,
+        default=0.0,
+        help="seconds that LeRobot's time stamps may be off (a tenth of a frame)",
+    )
     add("--image-size", type=int, default=default.image_size, help="pixels of the stored frames (as the source's)")
     add("--jpeg", type=int, default=default.jpeg, metavar="QUALITY", help="store frames as JPEG (PNG: loses nothing)")
     add("--stride", type=int, default=default.stride, help="control steps between observations (%(default)s)")
@@ -164,10 +175,16 @@ def parse_import(arguments: Sequence[str]) -> tuple[ImportConfig, pathlib.Path]:
         parser.error(f"argument --jpeg: got {given.jpeg}, expected 1 to 100, or 0 for PNG")
     if given.episodes < 0:
         parser.error(f"argument --episodes: got {given.episodes}, expected 0 or more")
+    if not 0 <= given.tolerance_s < 10:
+        parser.error(f"argument --tolerance-s: got {given.tolerance_s:g}, expected 0 or more seconds, less than 10")
+    images = _named_images(given.images, parser)
     config = ImportConfig(
         paths=tuple(absolute(path) for path in given.paths),
         cameras=_names(given.cameras),
-        columns=Columns(_names(given.state), _names(given.actions), _named_images(given.images, parser)),
+        columns=Columns(
+            _names(given.state), _names(given.actions), images, given.tolerance_s, given.task_changes == "split"
+        ),
+        instructions=read_instructions(given.instruction, given.instructions),
         image_size=given.image_size,
         jpeg=given.jpeg,
         stride=given.stride,

@@ -15,6 +15,7 @@ from z1_jax.collect.importers.base import LEROBOTS, BadData, Columns, EpisodeRef
 from z1_jax.collect.importers.convert import Shapes, read_episode
 from z1_jax.collect.importers.detect import open_sources
 from z1_jax.collect.importers.duplicates import Duplicates
+from z1_jax.collect.importers.instructions import OWN, Instructions
 from z1_jax.config.schema import ConfigError
 from z1_jax.data.dataset import Dataset, open_dataset, write_dataset
 from z1_jax.data.journal import EpisodeJournal, JournaledEpisode, difference
@@ -38,6 +39,7 @@ class ImportConfig:
     split: str = ""  # a mask of HDF5 files, a split of LeRobot directories
     skip_bad: bool = False
     columns: Columns = LEROBOTS
+    instructions: Instructions = OWN
     keep_duplicates: bool = False  # episodes that are there twice are imported twice
 
 
@@ -53,6 +55,7 @@ def import_demonstrations(config: ImportConfig, directory: pathlib.Path) -> tupl
     shapes = _shapes(config, sources)
     sources, unlike = _alike(sources, shapes, config.skip_bad)
     chosen = _chosen(config, sources)
+    config.instructions.check([(source.path, episode.name, episode.number) for source, episode in chosen])
     origin = _origin(config, sources, shapes)
     if directory.exists():
         dataset = open_dataset(directory)
@@ -66,6 +69,8 @@ def import_demonstrations(config: ImportConfig, directory: pathlib.Path) -> tupl
                 "--skip-bad again, or delete that file to import all of them anew"
             )
         source = {**origin, "keep_duplicates": config.keep_duplicates}
+        if config.columns.tolerance_s:  # episodes that need none are the same with it
+            source["tolerance_s"] = config.columns.tolerance_s
         source["left_out"] = left_out + unlike  # the episodes' own are added as they are met
         episodes = _episodes(config, chosen, shapes, journal, source)
         dataset = write_dataset(directory, episodes, source, jpeg=config.jpeg)
@@ -91,7 +96,8 @@ def _episodes(
             if number < journal.tried:
                 continue
             try:
-                episode = read_episode(place, reference, number, shapes)
+                told = config.instructions.of(place.path, reference.name, reference.number)
+                episode = read_episode(place, reference, number, shapes, told)
                 _check_sizes(_sizes(episode), sizes, _where((place, reference)))
                 if not config.keep_duplicates:
                     duplicates.check(episode, _where((place, reference)))
@@ -214,6 +220,8 @@ def _origin(config: ImportConfig, sources: Sequence[Source], shapes: Shapes) -> 
         "tasks": list(config.tasks),
         "episodes_per_task": config.episodes,
         "split": config.split,
+        **({"instructions": config.instructions.to_json()} if config.instructions != OWN else {}),
+        **({"task_changes": "split"} if config.columns.split_tasks else {}),
     }
 
 

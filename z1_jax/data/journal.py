@@ -72,17 +72,23 @@ class EpisodeJournal:
     def _resume(self, head: bytes) -> None:
         """Counts what is there and stands behind it."""
         lock(self._file, self.path)
-        end = 0
+        end, other = 0, b""
         for number, (end, payload) in enumerate(self._entries()):  # noqa: B007 - the last `end` is used below
+            if number and other:
+                raise UserError(
+                    f"{self.path} holds episodes of an earlier command with {_difference_of_heads(other, head)}; give "
+                    "that command again, delete the file, or collect elsewhere"
+                )
             if number:
                 self.tried += 1
                 self.kept += _facts(payload)["success"]
             elif payload != head:
-                differs = _difference_of_heads(payload, head)
-                raise UserError(
-                    f"{self.path} holds episodes of an earlier command with {differs}; give that command again, delete "
-                    "the file, or collect elsewhere"
-                )
+                other = payload
+        if other:  # an earlier command that stopped before its first episode: nothing is lost
+            self._file.truncate(0)
+            self._file.seek(0)
+            self._write(head)
+            return
         if end == 0 and not _entry(head).startswith(self.path.read_bytes()[:1000]):
             raise UserError(f"{self.path} is no journal of episodes; move it away, or collect elsewhere")
         self._file.truncate(end)

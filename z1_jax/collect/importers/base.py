@@ -23,11 +23,13 @@ class BadData(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """The names under which a LeRobot directory has what is read; empty: LeRobot's own."""
+    """How a LeRobot directory is read, where it is not as LeRobot's own are."""
 
-    state: tuple[str, ...] = ()  # joined in this order
+    state: tuple[str, ...] = ()  # columns, joined in this order; empty: LeRobot's own, as in the other two
     actions: tuple[str, ...] = ()
     images: tuple[tuple[str, str], ...] = ()  # (camera, column)
+    tolerance_s: float = 0.0  # seconds that a time stamp may be off; 0: a tenth of a frame
+    split_tasks: bool = False  # an episode in which the task changes becomes one of each task
 
 
 LEROBOTS = Columns()
@@ -40,6 +42,7 @@ class EpisodeRef:
     number: int  # the source's own
     name: str  # as the source calls it: "demo_3", "episode 7"
     task: str  # RoboCasa's name of the task; where the source tells none, the instruction
+    span: tuple[int, int] | None = None  # control steps start … stop of it; None: all of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +71,13 @@ class Source(Protocol):
     def facts(self) -> dict[str, Any]:
         """Its identity as JSON: path, format, version, counts, checksum."""
 
-    def read(self, episode: EpisodeRef, cameras: Sequence[str], stride: int) -> RawEpisode:
+    def read(
+        self, episode: EpisodeRef, cameras: Sequence[str], stride: int, instruction: str | None = None
+    ) -> RawEpisode:
         """The arrays of one episode.
+
+        Args:
+            instruction: stands for the source's own, which then need not be there.
 
         Raises:
             BadData: they cannot be read or do not fit together.

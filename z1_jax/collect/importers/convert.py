@@ -23,18 +23,21 @@ class Shapes:
     image_size: int  # pixels of the stored square frames; 0: as the source has them
 
 
-def read_episode(source: Source, episode: EpisodeRef, number: int, shapes: Shapes) -> JournaledEpisode:
+def read_episode(
+    source: Source, episode: EpisodeRef, number: int, shapes: Shapes, instruction: str | None = None
+) -> JournaledEpisode:
     """The episode as decisions. Where it ends within a chunk, its last action is repeated.
 
     Args:
         number: stands in for the seed of a simulated episode.
+        instruction: stands for the source's own.
 
     Raises:
         BadData: it cannot be read, is empty, has other widths, or holds numbers that are not finite.
     """
     where = f"{source.path}, {episode.name}"
     with reading(where):
-        raw = source.read(episode, shapes.cameras, shapes.stride)
+        raw = source.read(episode, shapes.cameras, shapes.stride, instruction)
     _check(raw, where, shapes)
     steps = np.arange(0, len(raw.actions), shapes.stride)
     following = np.minimum(steps[:, None] + np.arange(shapes.chunk), len(raw.actions) - 1)

@@ -41,7 +41,8 @@ def open_sources(
                     source: Source = LeRobotDirectory(place, split, columns)
                 elif columns != LEROBOTS:
                     raise BadData(
-                        f"options --state, --actions, --images: {place} is HDF5; they are for LeRobot datasets"
+                        f"options --state, --actions, --images, --tolerance-s, --task-changes: {place} is HDF5; they "
+                        "are for LeRobot datasets"
                     )
                 else:
                     source = (LiberoFile if is_libero(place) else RobomimicFile)(place, split)

@@ -5,7 +5,9 @@ RoboCasa v1.0 is v2.1 with `meta/modality.json`, whose parts are put into raw or
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +36,7 @@ _EPISODE = "episode_index"
 _COLOURS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # Pillow's modes of 8 bits a colour or less
 _STAMP_TOLERANCE = 0.1  # of a frame: time stamps are float32
 _RATE_TOLERANCE = 0.01  # relative, over a whole episode
+_LARGEST = 0.9  # of a frame: stamps that are further off may be a lost frame
 
 
 class LeRobotDirectory:
@@ -51,7 +54,7 @@ class LeRobotDirectory:
     pictures: tuple[str, ...] = ()
 
     def __init__(self, path: pathlib.Path, split: str = "", columns: Columns = LEROBOTS):
-        self.path = path
+        self.path, self._how = path, columns
         self._meta: Meta = read_meta(path)
         self.flaws = self._meta.flaws
         self.fps: float | None = self._meta.fps
@@ -60,6 +63,8 @@ class LeRobotDirectory:
             EpisodeRef(e.index, f"episode {e.index}", self._meta.task or (e.tasks[0] if e.tasks else ""))
             for e in self._entries.values()
         )
+        if columns.split_tasks:
+            self.episodes = tuple(segment for episode in self.episodes for segment in self._segments(episode))
         if not self.episodes:
             raise BadData(next(iter(self.flaws), f"{path} lists no episodes; expected at least one in {path}/meta"))
         self._state, self._actions = columns.state or (STATE,), columns.actions or (ACTION,)
@@ -70,6 +75,11 @@ class LeRobotDirectory:
         parts = orders.ACTION_PARTS, orders.STATE_PARTS  # what is named is taken in the order that is told
         self._action_columns = None if columns.actions else self._columns("action", parts[0], ACTION, self.action_dim)
         self._state_columns = None if columns.state else self._columns("state", parts[1], STATE, self.state_dim)
+        if columns.tolerance_s * self.fps >= _LARGEST:
+            raise BadData(
+                f"option --tolerance-s: {columns.tolerance_s:g} s is {columns.tolerance_s * self.fps:.2g} frames of "
+                f"{path}, which hides lost frames; expected less than {_LARGEST / self.fps:.3g} s"
+            )
         depth = self._meta.depth_keys()
         self.order = ", ".join(
             f"{name} {'in raw order by meta/modality.json' if found is not None else 'in the order that is stored'}"
@@ -92,7 +102,9 @@ class LeRobotDirectory:
             "frames": sum(entry.length for entry in self._entries.values()),
         }
 
-    def read(self, episode: EpisodeRef, cameras: Sequence[str], stride: int) -> RawEpisode:
+    def read(
+        self, episode: EpisodeRef, cameras: Sequence[str], stride: int, instruction: str | None = None
+    ) -> RawEpisode:
         """See `Source`."""
         entry = self._entries[episode.number]
         path = self.path / self._meta.data_file(entry)
@@ -106,6 +118,7 @@ class LeRobotDirectory:
         check_length(where, "the table of episodes", entry.length, len(actions))
         first_s = self._first_stamp(rows, where)
         self._check_numbers(rows, where, first_s)
+        steps = slice(*episode.span) if episode.span else slice(None)
         images = {}
         for camera in cameras:
             key = self._camera_keys[camera]
@@ -113,15 +126,41 @@ class LeRobotDirectory:
                 if not self._meta.video_path:
                     raise BadData(f"{self.path}/meta/info.json has no video_path, yet {key} is a video")
                 place = self._meta.video_place(entry, key)
-                images[camera] = read_frames(self.path, place, first_s, self._meta.fps, stride)
+                images[camera] = read_frames(self.path, place, first_s, self._meta.fps, stride, episode.span)
             else:
-                images[camera] = self._stored_images(rows, key, where)[::stride]
+                images[camera] = self._stored_images(rows, key, where)[steps][::stride]
+        if instruction is None:
+            instruction = self._instruction(rows.slice(*_first_and_count(steps, len(rows))), where)
         return RawEpisode(
             images,
-            state if self._state_columns is None else state[:, self._state_columns],
-            actions if self._action_columns is None else actions[:, self._action_columns],
-            self._instruction(rows, where),
+            (state if self._state_columns is None else state[:, self._state_columns])[steps],
+            (actions if self._action_columns is None else actions[:, self._action_columns])[steps],
+            instruction,
         )
+
+    def _segments(self, episode: EpisodeRef) -> list[EpisodeRef]:
+        """The episode, or a part of it for each stretch of one task. What cannot be read is told when it is."""
+        parquet = need("pyarrow.parquet", "pyarrow", self.path)
+        entry = self._entries[episode.number]
+        path = self.path / self._meta.data_file(entry)
+        try:
+            column = _DESCRIPTION if _DESCRIPTION in parquet.read_schema(path).names else _TASK
+            found = parquet.read_table(path, columns=[column], filters=[(_EPISODE, "==", entry.index)])
+            tasks = [v[0] if isinstance(v, list) else v for v in found.column(column).to_pylist()]
+        except (OSError, ValueError, KeyError):
+            return [episode]
+        starts = [0, *(step for step in range(1, len(tasks)) if tasks[step] != tasks[step - 1]), len(tasks)]
+        if len(starts) <= 2:
+            return [episode]
+        return [
+            dataclasses.replace(
+                episode,
+                name=f"{episode.name}, steps {start} to {stop - 1}",
+                task=self._meta.task or str(self._meta.tasks.get(tasks[start], "")),
+                span=(start, stop),
+            )
+            for start, stop in itertools.pairwise(starts)
+        ]
 
     def _rows(self, path: pathlib.Path, where: str, entry: Entry) -> Any:
         parquet = need("pyarrow.parquet", "pyarrow", self.path)
@@ -195,11 +234,13 @@ class LeRobotDirectory:
         if len(stamps) < 2:
             return float(stamps[0])
         steps = np.diff(stamps)
-        if np.abs(steps - 1 / self._meta.fps).max() > _STAMP_TOLERANCE / self._meta.fps:
+        off = float(np.abs(steps - 1 / self._meta.fps).max())
+        if off > max(_STAMP_TOLERANCE / self._meta.fps, self._how.tolerance_s):
             worst = steps[np.argmax(np.abs(steps - 1 / self._meta.fps))]
+            cure = f"; --tolerance-s={off * 1.01:.2g} takes stamps of a real clock" * (off * self._meta.fps < _LARGEST)
             raise BadData(
                 f"{where}: time stamps {worst:.4g} s apart, expected {1 / self._meta.fps:.4g} s at the "
-                f"{self._meta.fps:g} frames a second of meta/info.json"
+                f"{self._meta.fps:g} frames a second of meta/info.json{cure}"
             )
         rate = 1 / steps.mean()
         if abs(rate / self._meta.fps - 1) > _RATE_TOLERANCE + _STAMP_TOLERANCE / len(steps):
@@ -233,7 +274,7 @@ class LeRobotDirectory:
         if len(found) != 1 or not found <= set(self._meta.tasks):
             raise BadData(
                 f"{where}: {column} is {sorted(found, key=str)[:5]}, expected one of the {len(self._meta.tasks)} tasks "
-                "for the whole episode"
+                f"for the whole episode{'; --task-changes=split makes an episode of each' * (len(found) > 1)}"
             )
         text = self._meta.tasks[found.pop()]
         if not isinstance(text, str):
@@ -271,3 +312,8 @@ class LeRobotDirectory:
         if not (first.isdigit() and end.isdigit()):
             raise BadData(f"{self.path}/meta/info.json: split {split!r} is {bounds!r}, expected numbers first:end")
         return [entry for entry in self._meta.entries if int(first) <= entry.index < int(end)]
+
+
+def _first_and_count(steps: slice, rows: int) -> tuple[int, int]:
+    first, stop, _ = steps.indices(rows)
+    return first, stop - first

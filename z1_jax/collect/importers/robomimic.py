@@ -74,7 +74,9 @@ class RobomimicFile:
             "frames": self._steps,
         }
 
-    def read(self, episode: EpisodeRef, cameras: Sequence[str], stride: int) -> RawEpisode:
+    def read(
+        self, episode: EpisodeRef, cameras: Sequence[str], stride: int, instruction: str | None = None
+    ) -> RawEpisode:
         """See `Source`."""
         where = f"{self.path}, {episode.name}"
         demo = self._data[episode.name]
@@ -91,7 +93,8 @@ class RobomimicFile:
                 raise BadData(f"{where} has no images of {camera}; it has {got}")
             check_length(where, camera, observations[camera + _IMAGE].shape[0], len(actions))
             images[camera] = observations[camera + _IMAGE][...][::stride]
-        return RawEpisode(images, state, actions, self._instruction(demo, where))
+        text = self._instruction(demo, where) if instruction is None else instruction
+        return RawEpisode(images, state, actions, text)
 
     def _state(self, observations: Any, where: str, steps: int) -> np.ndarray:
         parts = []
@@ -111,7 +114,10 @@ class RobomimicFile:
         except (KeyError, ValueError, TypeError):
             text = None
         if not isinstance(text, str):
-            raise BadData(f"{where} has no instruction; expected JSON with a text under the key lang in its ep_meta")
+            raise BadData(
+                f"{where} has no instruction; expected JSON with a text under the key lang in its ep_meta, or "
+                "--instruction=TEXT, or --instructions=TABLE for one an episode"
+            )
         return text
 
     def _split(self, split: str) -> list[str]:

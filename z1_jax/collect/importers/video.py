@@ -57,8 +57,10 @@ class Video:
         return self.ticks * self.tick_s
 
 
-def read_frames(root: pathlib.Path, place: VideoPlace, first_s: float, fps: float, stride: int) -> np.ndarray:
-    """Frames 0, stride, 2 stride, … of an episode: uint8 [n, H, W, 3].
+def read_frames(
+    root: pathlib.Path, place: VideoPlace, first_s: float, fps: float, stride: int, span: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Frames 0, stride, 2 stride, … of an episode, or of the steps `span` of it: uint8 [n, H, W, 3].
 
     All of its frames must be there; only the wanted ones are converted to RGB.
 
@@ -78,7 +80,8 @@ def read_frames(root: pathlib.Path, place: VideoPlace, first_s: float, fps: floa
         facts = path.stat()
         video = _open(path, facts.st_size, facts.st_mtime_ns)
         first = first_frame(video, place, first_s, fps, where)
-        return _decode(video, first, place.own.length, stride, where)
+        start, stop = span or (0, place.own.length)
+        return _decode(video, first, place.own.length, range(start, stop, stride), where)
     except BadData:
         raise
     except (av.FFmpegError, OSError, IndexError, TypeError, ValueError) as error:
@@ -248,18 +251,18 @@ def _rate(times: np.ndarray) -> float:
     return (len(times) - 1) / span if span > 0 else np.inf
 
 
-def _decode(video: Video, first: int, length: int, stride: int, where: str) -> np.ndarray:
-    """Frames first, first + stride, … of `length`; every one of `length` is decoded."""
+def _decode(video: Video, first: int, length: int, wanted: range, where: str) -> np.ndarray:
+    """The `wanted` ones of the `length` frames from `first` on; every one of them is decoded."""
     numbers = {int(tick): number for number, tick in enumerate(video.ticks[first : first + length])}
     for sought in (True, False) if first else (False,):  # a seek that lands behind the frame: from the start
-        frames, seen = _decode_from(video, int(video.ticks[first]) if sought else None, numbers, stride)
+        frames, seen = _decode_from(video, int(video.ticks[first]) if sought else None, numbers, wanted)
         if seen == length:
-            return np.stack([frames[number] for number in range(0, length, stride)])
+            return np.stack([frames[number] for number in wanted])
     raise BadData(f"{where}: the video {video.path}: {seen} of {length} frames can be decoded; get it anew")
 
 
 def _decode_from(
-    video: Video, tick: int | None, numbers: dict[int, int], stride: int
+    video: Video, tick: int | None, numbers: dict[int, int], wanted: range
 ) -> tuple[dict[int, np.ndarray], int]:
     frames: dict[int, np.ndarray] = {}
     seen, last = 0, max(numbers)
@@ -272,7 +275,7 @@ def _decode_from(
             number = numbers.get(frame.pts)
             if number is not None:
                 seen += 1
-                if number % stride == 0:
+                if number in wanted:
                     frames[number] = frame.to_ndarray(format="rgb24")
             if frame.pts >= last:
                 break
