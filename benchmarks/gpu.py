@@ -62,7 +62,7 @@ class Form:
         return ", ".join(getattr(self, key) for key in keys)
 
 
-PLAIN, PREPARED, CUDNN = Form(), Form("prepared"), Form("prepared", "cudnn")
+PLAIN, PREPARED, CUDNN, PALLAS = Form(), Form("prepared"), Form("prepared", "cudnn"), Form("prepared", "pallas")
 
 
 def main() -> None:
@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--preset", default="pi05", help="of z1_jax/models/presets.py (%(default)s)")
     parser.add_argument("--accelerator", default="", help="whose floors to show; default: the one that is there")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together (%(default)s)")
+    parser.add_argument("--patience", type=float, default=1.0, help="times each part's limit (%(default)s)")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(DEFAULT))
     parser.add_argument("--here", action="store_true", help="run the parts in this process")
     arguments = parser.parse_args()
@@ -83,7 +84,7 @@ def main() -> None:
         # What comes later takes the place of what came before.
         command = [sys.executable, __file__, *sys.argv[1:], "--here", "--parts", part]
         left = deadline - time.monotonic()
-        limit = min(PARTS[part] or left, left)
+        limit = min(arguments.patience * PARTS[part] or left, left)
         began = time.monotonic()
         try:
             code = subprocess.run(command, timeout=max(limit, 0.1)).returncode
@@ -155,11 +156,11 @@ class Bench:
         with jax.set_mesh(self.mesh):
             if part == "decision":
                 usual, half = Size(1, 3, 10), Size(1, 3, 5)
-                wanted = [(form, usual) for form in (PLAIN, PREPARED, CUDNN)] + [(PLAIN, half), (CUDNN, half)]
+                wanted = [(form, usual) for form in (PLAIN, PREPARED, CUDNN, PALLAS)] + [(PLAIN, half), (PALLAS, half)]
                 self.decisions(wanted, apart=True)
             elif part == "batches":
                 sizes = Size(8, 3, 10), Size(32, 3, 10), Size(1, 2, 10)
-                self.decisions([(form, size) for size in sizes for form in (PLAIN, CUDNN)])
+                self.decisions([(form, size) for size in sizes for form in (PLAIN, CUDNN, PALLAS)])
             elif part == "update":
                 kinds = [Form(attention=a, remat=r) for a, r in (("einsum", "full"), ("cudnn", "full"))]
                 self.update(self.forms(*kinds, Form(attention="cudnn", remat="none"), Form(remat="none")))
@@ -170,7 +171,7 @@ class Bench:
 
     def forms(self, *forms: Form) -> list[Form]:
         """Those that can run here."""
-        return [form for form in forms if self.on_gpu or form.attention != "cudnn"]
+        return [form for form in forms if self.on_gpu or form.attention not in ("cudnn", "pallas")]
 
     # --- decisions ---------------------------------------------------------------------------------------------------
 
