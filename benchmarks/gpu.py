@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -62,7 +63,7 @@ class Form:
         return ", ".join(getattr(self, key) for key in keys)
 
 
-PLAIN, PREPARED, CUDNN = Form(), Form("prepared"), Form("prepared", "cudnn")
+PLAIN, PREPARED, CUDNN, PALLAS = Form(), Form("prepared"), Form("prepared", "cudnn"), Form("prepared", "pallas")
 
 
 def main() -> None:
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--preset", default="pi05", help="of z1_jax/models/presets.py (%(default)s)")
     parser.add_argument("--accelerator", default="", help="whose floors to show; default: the one that is there")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together (%(default)s)")
+    parser.add_argument("--patience", type=float, default=1.0, help="times each part's limit (%(default)s)")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(DEFAULT))
     parser.add_argument("--here", action="store_true", help="run the parts in this process")
     arguments = parser.parse_args()
@@ -83,7 +85,7 @@ def main() -> None:
         # What comes later takes the place of what came before.
         command = [sys.executable, __file__, *sys.argv[1:], "--here", "--parts", part]
         left = deadline - time.monotonic()
-        limit = min(PARTS[part] or left, left)
+        limit = min(arguments.patience * PARTS[part] or left, left)
         began = time.monotonic()
         try:
             code = subprocess.run(command, timeout=max(limit, 0.1)).returncode
@@ -155,11 +157,11 @@ class Bench:
         with jax.set_mesh(self.mesh):
             if part == "decision":
                 usual, half = Size(1, 3, 10), Size(1, 3, 5)
-                wanted = [(form, usual) for form in (PLAIN, PREPARED, CUDNN)] + [(PLAIN, half), (CUDNN, half)]
+                wanted = [(form, usual) for form in (PLAIN, PREPARED, CUDNN, PALLAS)] + [(PLAIN, half), (PALLAS, half)]
                 self.decisions(wanted, apart=True)
             elif part == "batches":
                 sizes = Size(8, 3, 10), Size(32, 3, 10), Size(1, 2, 10)
-                self.decisions([(form, size) for size in sizes for form in (PLAIN, CUDNN)])
+                self.decisions([(form, size) for size in sizes for form in (PLAIN, CUDNN, PALLAS)])
             elif part == "update":
                 kinds = [Form(attention=a, remat=r) for a, r in (("einsum", "full"), ("cudnn", "full"))]
                 self.update(self.forms(*kinds, Form(attention="cudnn", remat="none"), Form(remat="none")))
@@ -170,7 +172,7 @@ class Bench:
 
     def forms(self, *forms: Form) -> list[Form]:
         """Those that can run here."""
-        return [form for form in forms if self.on_gpu or form.attention != "cudnn"]
+        return [form for form in forms if self.on_gpu or form.attention not in ("cudnn", "pallas")]
 
     # --- decisions ---------------------------------------------------------------------------------------------------
 
@@ -179,31 +181,48 @@ class Bench:
 
         `apart`: the halves of a decision too, and other CUDA graphs.
         """
-        import numpy as np
-
         wanted = [(form, size) for form, size in wanted if form in self.forms(form)]
         policy = self.policy()
         params = self.filled(policy.split("expert")[1:])
-        halves = {pair: Halves(self, policy, *pair) for pair in wanted}
-        jobs: dict[str, Job] = {}
-        for pair, half in halves.items():
-            jobs |= half.jobs(GRAPHS if apart and pair[1].steps == 10 and pair[0] != PLAIN else {"usual": {}}, jobs)
+        halves, jobs = {}, {}
+        for form, size in wanted:
+            with self.reported(f"{form}, {size}"):
+                half = Halves(self, policy, form, size)
+                graphs = GRAPHS if apart and size.steps == 10 and form != PLAIN else {"usual": {}}
+                jobs |= half.jobs(graphs, jobs)
+                halves[form, size] = half
         compiled = self.compile(jobs)
         expected: dict[Size, Any] = {}
         for (form, size), half in halves.items():
+            with self.reported(f"{form}, {size}"):
+                self.decision(form, size, half, params, compiled, expected, apart)
 
-            def decide(half: Halves = half) -> Any:
-                return half.decide(params)
+    def decision(
+        self,
+        form: Form,
+        size: Size,
+        half: Halves,
+        params: Any,
+        compiled: dict[str, Made],
+        expected: dict[Size, Any],
+        apart: bool,
+    ) -> None:
+        """Times one form at one size; `expected` holds the actions of the first form of each size."""
+        import numpy as np
 
-            actions = decide()  # prepares the parameters
-            reference = expected.setdefault(size, actions)
-            error = float(np.linalg.norm(actions - reference) / np.linalg.norm(reference))
-            how = {"acting": form.acting, "attention": form.attention}
-            launched = sum(compiled[name].kernels for name in half.names())
-            facts = {"kernels": launched, "apart_from_first_form": error}
-            self.measure(f"gpu/decision_{size}", decide, self.decision_floor(size), **how, **facts)
-            if apart and size.steps == 10:
-                for name, call in half.calls(params, compiled):
+        def decide() -> Any:
+            return half.decide(params)
+
+        actions = decide()  # prepares the parameters
+        reference = expected.setdefault(size, actions)
+        error = float(np.linalg.norm(actions - reference) / np.linalg.norm(reference))
+        how = {"acting": form.acting, "attention": form.attention}
+        launched = sum(compiled[name].kernels for name in half.names())
+        facts = {"kernels": launched, "apart_from_first_form": error}
+        self.measure(f"gpu/decision_{size}", decide, self.decision_floor(size), **how, **facts)
+        if apart and size.steps == 10:
+            for name, call in half.calls(params, compiled):
+                with self.reported(name):
                     self.measure(f"gpu/{name}", call, None, **how, kernels=compiled[name].kernels)
 
     def decision_floor(self, size: Size) -> float | None:
@@ -252,32 +271,56 @@ class Bench:
         trainable, frozen = self.filled(shapes)
         state = [trainable, init_optimizer(optimizer, trainable, self.mesh)]
         del trainable
-        rng = np.random.default_rng(0)
-        batch_of_nodes = jax.tree.map(
-            lambda x: np.ones(x.shape, x.dtype) if x.dtype != np.float32 else rng.standard_normal(x.shape, np.float32),
-            nodes,
-        )
-        batch_of_nodes = updaters[forms[0]].place(batch_of_nodes)
+        placed = updaters[forms[0]].place(jax.tree.map(lambda x: np.ones(x.shape, x.dtype), nodes))
         work = analytic.training_work(
             self.model, batch, steps, trainable=count_parameters(shapes[0]), encoded=False, trains_vlm=False
         )
         for form, updater in updaters.items():
+            name = f"update {form.named('attention', 'remat')}"
 
             def step(updater: Any = updater) -> None:
-                state[0], state[1], launched = updater.launch(state[0], state[1], frozen, batch_of_nodes, 1.0)
+                state[0], state[1], launched = updater.launch(state[0], state[1], frozen, placed, 1.0)
                 jax.block_until_ready(launched.stats)
 
-            self.measure(
-                "gpu/rl_update_batch_16_cached",
-                step,
-                self.step_floor(work),
-                attention=form.attention,
-                remat=form.remat,
-                kernels=compiled[f"update {form.named('attention', 'remat')}"].kernels,
-            )
+            how = {"attention": form.attention, "remat": form.remat}
+            with self.reported(name):
+                self.measure(
+                    "gpu/rl_update_batch_16_cached", step, self.step_floor(work), **how, kernels=compiled[name].kernels
+                )
+        for attention in {form.attention for form in forms} - {"einsum"}:
+            with self.reported(f"gradients of attention {attention}"):
+                self.compare_attention(attention, steps)
 
-    def sft(self, batch: int, forms: list[Form]) -> None:
-        """The optimiser step, everything trained; the forms take the state over from each other."""
+    def compare_attention(self, attention: str, steps: int) -> None:
+        """How far attention of an update, and its gradients, are from the reference: parts of their size."""
+        import jax
+        import jax.numpy as jnp
+        import numpy as np
+
+        from z1_jax.models.attention import attend_shared_prefix
+
+        size, batch = self.model.expert, 2
+        rng = np.random.default_rng(0)
+        shapes = {
+            "q": (batch, steps, self.model.horizon, size.heads, size.head_dim),
+            "k": (batch, steps, self.model.horizon, size.kv_heads, size.head_dim),
+            "prefix": (batch, self.model.prefix_length, size.kv_heads, size.head_dim),
+        }
+        q, k, v, prefix_k, prefix_v = (
+            jnp.asarray(rng.standard_normal(shapes[name]) / 4, self.model.dtype)
+            for name in ("q", "k", "k", "prefix", "prefix")
+        )
+        mask = jnp.asarray(rng.random(prefix_k.shape[:2]) < 0.8)
+        found = []
+        for name in ("einsum", attention):
+            attend = lambda q, k, v, name=name: attend_shared_prefix(q, k, v, prefix_k, prefix_v, mask, name)  # noqa: E731
+            value, pullback = jax.vjp(attend, q, k, v)
+            found.append([np.asarray(x, np.float32) for x in (value, *pullback(q))])
+        apart = [float(np.linalg.norm(a - b) / np.linalg.norm(a)) for a, b in zip(*found, strict=True)]
+        self.result(f"gpu/attention_{attention}_apart", max(apart), "fraction", None, 4, [min(apart), max(apart)])
+
+    def sft(self, batch: int, forms: list[Form]) -> bool:
+        """The optimiser step, everything trained; the forms take the state over from each other. True: one failed."""
         import jax
 
         from z1_jax.config.schema import SftConfig
@@ -308,29 +351,33 @@ class Bench:
             self.model, batch, 1, trainable=count_parameters(abstract.params), encoded=True, trains_vlm=True
         )
         for form, trainer in trainers.items():
-            trainer.state, state = state, None
-            how = {"attention": form.attention, "remat": form.remat}
-            launched = compiled[f"sft {form.named('attention', 'remat')}"].kernels
+            with self.reported(f"sft {form.named('attention', 'remat')}"):
+                trainer.state, state = state, None
+                self.time_sft(form, trainer, data, work, compiled)
+                state, trainer.state = trainer.state, None  # type: ignore[assignment]
+        return state is None
 
-            def step(trainer: Any = trainer) -> None:
-                jax.block_until_ready(trainer.step(data, 0))
+    def time_sft(self, form: Form, trainer: Any, data: dict[str, Any], work: Any, compiled: dict[str, Made]) -> None:
+        norms: list[float] = []
 
-            name = f"gpu/sft_batch_{batch}"
-            took = self.measure(name, step, self.step_floor(work), repeats=5, kernels=launched, **how)
-            if self.accelerator is not None:
-                used = work.flops / (took * 1e9 * self.accelerator.tflops)
-                self.result(f"{name}_utilisation", used, "fraction of peak", 1.0, 1, [used, used], higher=True, **how)
-            state, trainer.state = trainer.state, None  # type: ignore[assignment]
+        def step() -> None:
+            norms.append(float(trainer.step(data, 0)["grad_norm"]))
+
+        name, how = f"gpu/sft_batch_{len(data['tokens'])}", {"attention": form.attention, "remat": form.remat}
+        step()
+        launched = compiled[f"sft {form.named('attention', 'remat')}"].kernels
+        facts = {"kernels": launched, "first_grad_norm": norms[0]}
+        took = self.measure(name, step, self.step_floor(work), repeats=5, **how, **facts)
+        if self.accelerator is not None:
+            used = work.flops / (took * 1e9 * self.accelerator.tflops)
+            self.result(f"{name}_utilisation", used, "fraction of peak", 1.0, 1, [used, used], higher=True, **how)
 
     def largest_sft(self) -> None:
-        """The SFT step at the first of these batches that fits."""
+        """The SFT step at the first of these batches that fits: memory runs out at those before."""
         for batch in (256, 128, 64, 48, 16, 8, 4, 2, 1):
-            try:
-                return self.sft(batch, self.forms(Form(attention="cudnn" if self.on_gpu else "einsum")))
-            except Exception as error:  # XLA says that memory ran out by a general exception
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                print(f"  batch {batch}: out of memory", flush=True)
+            failed = self.sft(batch, self.forms(Form(attention="cudnn" if self.on_gpu else "einsum")))
+            if not failed:
+                return
 
     def step_floor(self, work: Any) -> float | None:
         if self.accelerator is None:
@@ -350,14 +397,17 @@ class Bench:
         """Compiles traced programs, one thread each."""
         began = time.perf_counter()
 
-        def one(job: Job) -> tuple[float, Any]:
-            began = time.perf_counter()
-            compiled = job.traced.lower().compile(compiler_options=job.options or None)
+        def one(named: tuple[str, Job]) -> tuple[float, Any]:
+            (name, job), began, compiled = named, time.perf_counter(), None
+            with self.reported(name):
+                compiled = job.traced.lower().compile(compiler_options=job.options or None)
             return time.perf_counter() - began, compiled
 
         made = {}
         with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
-            for name, (seconds, compiled) in zip(jobs, pool.map(one, jobs.values()), strict=True):
+            for name, (seconds, compiled) in zip(jobs, pool.map(one, jobs.items()), strict=True):
+                if compiled is None:
+                    continue
                 memory = compiled.memory_analysis().temp_size_in_bytes / 1e6
                 try:
                     launched = kernels.count(compiled.as_text(), rule=False).kernels
@@ -369,6 +419,14 @@ class Bench:
         took, since = time.perf_counter() - began, time.perf_counter() - self.began
         print(f"  {len(jobs)} programs compiled in {took:.0f} s, {since:.0f} s since the start", flush=True)
         return made
+
+    @contextlib.contextmanager
+    def reported(self, name: str) -> Iterator[None]:
+        """One form that fails is told and left out; the others go on."""
+        try:
+            yield
+        except Exception as error:
+            print(f"  {name}: left out, {type(error).__name__}: {' '.join(str(error).split())[:600]}", flush=True)
 
     def filled(self, tree: Any) -> Any:
         """Small random numbers in place of shapes, made on the device; integers are 0, small numbers positive."""
@@ -469,7 +527,8 @@ class Halves:
         """Of the two programs."""
         form, size = self.form, self.size
         kind = f"{form.acting}_{form.attention}_{size.cameras}_cameras_batch_{size.batch}"
-        return f"encode_{kind}", f"denoise_{kind}_steps_{size.steps}"
+        # pallas is for denoising: it encodes as cudnn does, and shares the program.
+        return f"encode_{kind}".replace("pallas", "cudnn"), f"denoise_{kind}_steps_{size.steps}"
 
     def jobs(self, graphs: dict[str, dict[str, str]], known: dict[str, Job]) -> dict[str, Job]:
         """The programs that are not known yet, denoising with each choice of CUDA graphs."""

@@ -176,10 +176,14 @@ def traced_programs(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
         looks = programs.abstract_observation(model, batch, mesh, cameras)
         cache = programs.abstract_cache(model, batch, mesh, cameras)
         noise = programs.abstract_noise(model, batch, arguments.steps, mesh)
-        with jax.set_mesh(mesh):
-            encode = actor.trace_encode((trainable, frozen), looks)
-            denoise = actor.trace_sample((trainable, frozen), cache, *noise)
-        yield from ((n, t) for n, t in (("encode", encode), ("denoise", denoise)) if n in wanted)
+        for name in ("encode", "denoise"):
+            if name in wanted:
+                with jax.set_mesh(mesh):
+                    if name == "encode":
+                        traced = actor.trace_encode((trainable, frozen), looks)
+                    else:
+                        traced = actor.trace_sample((trainable, frozen), cache, *noise)
+                yield name, traced
     config = schema.Config()
     config = dataclasses.replace(
         config,

@@ -15,21 +15,21 @@ from envs.base import episodes
 from z1_jax import sharding
 from z1_jax.config.schema import LoraConfig
 from z1_jax.evaluation import make_actor
-from z1_jax.models import acting, pi05
+from z1_jax.models import acting, attention, chunk_kernel, pi05
+from z1_jax.models.layers import rope_tables, rotate
 from z1_jax.models.presets import get_preset
 from z1_jax.rl import flow, rollout
 from z1_jax.rl.actor import stack_ids
 from z1_jax.rl.trainer import GATES
 from z1_jax.rl.tree import branch_plan
-from z1_jax.types import Observation
+from z1_jax.types import Observation, PrefixCache
 
 STEPS = 3
 # Lengths that are multiples of eight and some that are not, one key head and several, one chunk and several.
 CASES = {
-    "tiny": ({}, 1),
-    "chunks": ({}, 3),
-    "whole rows": ({"horizon": 8, "prompt_length": 14}, 2),  # two image tokens more than a multiple of eight
-    "key heads": ({"kv_heads": 2}, 2),
+    "one chunk": ({}, 1),
+    "whole rows": ({"horizon": 8, "prompt_length": 13}, 2),  # and three image tokens
+    "key heads": ({"kv_heads": 2}, 3),
 }
 
 
@@ -101,7 +101,7 @@ def test_prepared_parameters_decide_the_same(case, rng):
 
 
 def test_in_bfloat16_they_differ_by_its_rounding(rng):
-    (cache, chain), (other, sampled) = both(model_of("tiny", "bfloat16"), 2, rng)
+    (cache, chain), (other, sampled) = both(model_of("one chunk", "bfloat16"), 1, rng)
     assert distance(cache.v * cache.mask[None, :, :, None, None], other.v * cache.mask[None, :, :, None, None]) < 0.03
     assert 0 < distance(chain.x, sampled.x) < 0.03
 
@@ -193,16 +193,68 @@ def test_every_mesh_decides_the_same(actors, shape):
 
 def test_lengths_are_rounded_up_and_never_seen(rng):
     """Rows of padding hold the largest numbers that there are: nothing may reach a chunk from them."""
-    model, chunks = model_of("chunks"), 3
-    config = model.config
-    cache = model.encode_prefix(looks(config, 2, rng))
-    expert = acting.prepare_expert(model, flow.times(STEPS))
-    step, held = acting.denoiser(config, expert, cache, chunks)
-    keys, values = held[0]
-    assert keys.shape[1] % acting.ROWS == 0
+    model, chunks = model_of("key heads"), 3
+    config, language = model.config, model.config.language
+    length = config.prefix_length
+    shape = (language.depth, 2, length, language.kv_heads, language.head_dim)
+    cache = PrefixCache(*rng.standard_normal((2, *shape), np.float32), rng.random((2, length)) < 0.7)
     x = rng.standard_normal((2, chunks, config.horizon, config.action_dim), np.float32)
-    poisoned = [(k.at[:, cache.mask.shape[1] :].set(1e30), v.at[:, cache.mask.shape[1] :].set(1e30)) for k, v in held]
-    for handed in (held, poisoned):
-        v, _ = step(handed, x, expert["modulation"][1])
+
+    @jax.jit
+    def velocities(state):
+        model = nnx.merge(graphdef, state)
+        expert = acting.prepare_expert(model, flow.times(STEPS))
+        step, held = acting.denoiser(config, expert, cache, chunks)
+        assert held[0][0].shape[1] % acting.ROWS == 0 < held[0][0].shape[1] - length - chunks * config.horizon
+        poisoned = jax.tree.map(lambda kept: kept.at[:, length:].set(1e30), held)
         wanted = model.velocity(cache, x, jnp.full((2, chunks), flow.times(STEPS)[1]))
-        assert distance(wanted, v) < 1e-6
+        return wanted, *(step(handed, x, expert["modulation"][1])[0] for handed in (held, poisoned))
+
+    graphdef, state = nnx.split(model)
+    wanted, got, beside_poison = velocities(state)
+    np.testing.assert_array_equal(got, beside_poison)
+    assert distance(wanted, got) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_kernel_attends_as_the_plain_form(rng, dtype):
+    """Interpreted: what it computes, not how fast. Prefix and chunk are no multiples of what it looks at at once."""
+    batch, chunks, length, horizon, prefix, heads, width = 2, 3, 72, 70, 75, 8, 16
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)  # noqa: E731
+    qkv = draw(batch, chunks * length, heads + 2, width)
+    keys, values = draw(2, batch, prefix, 1, width), draw(2, batch, prefix, 1, width)
+    mask = jnp.asarray(rng.random((batch, prefix)) < 0.7).at[1].set(False)  # one sees itself alone
+    tables = rope_tables(jnp.sum(mask, axis=1)[:, None] + jnp.tile(jnp.arange(length), chunks), width)
+    arrays = qkv, tables, keys, values, mask
+    got = jax.jit(lambda *given: chunk_kernel.chunk_attention(*given, layer=1, length=length, horizon=horizon))(*arrays)
+
+    q, k, v = jnp.split(qkv, [heads, heads + 1], axis=2)
+    split = lambda x: x.reshape(batch, chunks, length, *x.shape[2:])[:, :, :horizon]  # noqa: E731
+    q, k, v = split(rotate(q, tables) * width**-0.5), split(rotate(k, tables)), split(v)
+    wanted = attention.attend_shared_prefix(q, k, v, keys[1], values[1], mask)
+    assert distance(wanted, split(got)) < {"float32": 1e-6, "bfloat16": 1e-2}[dtype]
+
+
+def test_denoising_with_the_kernel(rng):
+    """The same steps with it and without."""
+    config = get_preset("tiny", dtype="bfloat16")
+    stacks = {name: dataclasses.replace(getattr(config, name), heads=8) for name in ("language", "expert")}
+    config = dataclasses.replace(config, **stacks)
+    graphdef, state = nnx.split(pi05.init_model(config, 0))
+    state = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, "f"), state)
+    language, length, chunks = config.language, config.prefix_length, 2
+    shape = (2, language.depth, 2, length, language.kv_heads, language.head_dim)
+    cache = PrefixCache(*jnp.asarray(rng.standard_normal(shape), jnp.bfloat16), rng.random((2, length)) < 0.7)
+    x = rng.standard_normal((2, chunks, config.horizon, config.action_dim), np.float32)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def velocity(state, how):
+        expert = acting.prepare_expert(nnx.merge(graphdef, state), flow.times(STEPS))
+        step, held = acting.denoiser(dataclasses.replace(config, attention=how), expert, cache, chunks)
+        v, held = step(held, x, expert["modulation"][0])
+        return step(held, x - v, expert["modulation"][1])
+
+    wanted, held = velocity(state, "einsum")
+    got, nothing = velocity(state, "pallas")
+    assert jax.tree.leaves(held) and not jax.tree.leaves(nothing)
+    assert distance(wanted, got) < 0.02

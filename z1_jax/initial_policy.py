@@ -46,9 +46,10 @@ def configured_model(config: Config) -> Pi05Config:
 
 
 def _check_attention(config: Config) -> None:
-    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+    attention, backend = config.model.attention, jax.default_backend()
+    if attention in ("cudnn", "pallas") and backend != "gpu":
         raise ConfigError(
-            f"config key model.attention: got cudnn on {jax.default_backend()}, expected einsum or xla without a GPU"
+            f"config key model.attention: got {attention} on {backend}, expected einsum or xla without a GPU"
         )
 
 

@@ -262,8 +262,11 @@ def _check_scopes(config: Config) -> None:
             raise ConfigError(
                 f"config key {key}: got {value}, but no scope of this run is lora; set train.scope or sft.scope to it"
             )
-    if config.model.attention == "cudnn" and config.model.dtype != "bfloat16":
-        raise ConfigError("config key model.attention: cudnn computes in bfloat16 only; set model.dtype=bfloat16")
+    attention = config.model.attention
+    if attention in ("cudnn", "pallas") and config.model.dtype != "bfloat16":
+        raise ConfigError(
+            f"config key model.attention: {attention} computes in bfloat16 only; set model.dtype=bfloat16"
+        )
     if config.model.acting == "prepared" and config.algorithm == "grpo" and scopes[-1] == "lora":
         raise ConfigError(
             "config key model.acting: got prepared, which takes no adapters (train.scope=lora); expected auto or plain"

@@ -21,12 +21,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
-from z1_jax.models import attention
+from z1_jax.models import attention, chunk_kernel
 from z1_jax.models.gemma import GemmaBlock, prefix_positions
 from z1_jax.models.layers import Einsum, layer_normalise, rms_normalise, rope_tables, rotate
 from z1_jax.models.pi05 import Pi05, Pi05Config, normalised_images
 from z1_jax.models.siglip import SiglipBlock, split_patches
-from z1_jax.sharding import constrain, partition_spec
+from z1_jax.sharding import constrain, on_one_device, partition_spec
 from z1_jax.types import Observation, PrefixCache
 
 Prepared = dict[str, Any]  # a tree of arrays
@@ -189,6 +189,8 @@ def _image_tokens(config: Pi05Config, params: Prepared, images: Array) -> Float[
 # --- denoising ------------------------------------------------------------------------------------------------------
 
 Step = Callable[[Any, Array, Array], tuple[Array, Any]]
+# Of a layer: its number, the product of `qkv` [B, R, N + 2 K, D], and what it holds -> attended [B, R, N, D], and that.
+Attend = Callable[[int, Array, Any], tuple[Array, Any]]
 
 
 def denoiser(config: Pi05Config, params: Prepared, cache: PrefixCache, chunks: int) -> tuple[Step, Any]:
@@ -196,40 +198,75 @@ def denoiser(config: Pi05Config, params: Prepared, cache: PrefixCache, chunks: i
 
     Returns:
         A function of what the step before handed on, x_t [B, M, H, A] and the row of `params["modulation"]` of its
-        time, to the velocity [B, M, H, A] and what it hands on; and what the first step is handed: each layer's keys
-        and values, of the prefix and, yet to be written, of the chunks. Lengths are multiples of `ROWS`.
+        time, to the velocity [B, M, H, A] and what it hands on; and what the first step is handed.
     """
     horizon, depth = config.horizon, config.expert.depth
-    padded, length = _round_up(horizon), cache.mask.shape[1]
+    padded = _round_up(horizon)
+    if config.attention == "pallas" and on_one_device() and chunk_kernel.takes(config.expert.heads, cache.k.shape):
+        attend, held = _by_kernel(config, cache, chunks)
+    else:
+        attend, held = _by_buffers(config, cache, chunks)
+
+    def step(held: list[Any], x_t: Array, modulation: Array) -> tuple[Array, list[Any]]:
+        batch = x_t.shape[0]
+        rows = jnp.pad(x_t.astype(jnp.float32), [(0, 0), (0, 0), (0, padded - horizon), (0, 0)])
+        x = _affine(rows.reshape(batch, chunks * padded, -1), *params["action_in"]).astype(config.dtype)
+        handed = []
+        for i, (layer, kept) in enumerate(zip(params["layers"], held, strict=True)):
+            h, gate = _modulated(x, modulation[i])
+            attended, kept = attend(i, _product(h, layer["qkv"]), kept)
+            x = constrain(x + constrain(_product(attended, layer["out"], 2), "batch") * gate, "batch")
+            h, gate = _modulated(x, modulation[depth + i])
+            x = constrain(x + _gated_mlp(h, layer) * gate, "batch")
+            handed.append(kept)
+        x, _ = _modulated(x, modulation[2 * depth])
+        velocity = _affine(x.astype(jnp.float32), *params["action_out"])
+        return velocity.reshape(batch, chunks, padded, -1)[:, :, :horizon], handed
+
+    return step, held
+
+
+def _chunk_tables(config: Pi05Config, cache: PrefixCache, chunks: int) -> tuple[Array, ...]:
+    step = jnp.tile(jnp.arange(_round_up(config.horizon)), chunks)
+    positions = jnp.sum(cache.mask, axis=1, dtype=jnp.int32)[:, None] + step
+    return rope_tables(positions, config.expert.head_dim)
+
+
+def _by_buffers(config: Pi05Config, cache: PrefixCache, chunks: int) -> tuple[Attend, list[Any]]:
+    """Each layer holds keys and values, of the prefix and behind them of the chunks, written there at each step.
+
+    Lengths are multiples of `ROWS`.
+    """
+    padded, length = _round_up(config.horizon), cache.mask.shape[1]
     room = _round_up(length + chunks * padded) - length
-    positions = jnp.sum(cache.mask, axis=1, dtype=jnp.int32)[:, None] + jnp.tile(jnp.arange(padded), chunks)
-    tables = rope_tables(positions, config.expert.head_dim)
-    allowed = attention.chunk_mask(cache.mask, chunks, padded, horizon, room)
+    tables = _chunk_tables(config, cache, chunks)
+    allowed = attention.chunk_mask(cache.mask, chunks, padded, config.horizon, room)
 
     def buffers(stacked: Float[Array, "layers B T K D"]) -> list[Array]:
         widths = [(0, 0), (0, room), (0, 0), (0, 0)]
         return [constrain(jnp.pad(layer.astype(config.dtype), widths), "batch") for layer in stacked]
 
-    def step(held: Any, x_t: Array, modulation: Array) -> tuple[Array, Any]:
-        batch = x_t.shape[0]
-        rows = jnp.pad(x_t.astype(jnp.float32), [(0, 0), (0, 0), (0, padded - horizon), (0, 0)])
-        x = _affine(rows.reshape(batch, chunks * padded, -1), *params["action_in"]).astype(config.dtype)
-        handed = []
-        for i, (layer, (keys, values)) in enumerate(zip(params["layers"], held, strict=True)):
-            h, gate = _modulated(x, modulation[i])
-            q, k, v = _rotated(config, _product(h, layer["qkv"]), tables)
-            keys = jax.lax.dynamic_update_slice_in_dim(keys, k, length, axis=1)
-            values = jax.lax.dynamic_update_slice_in_dim(values, v, length, axis=1)
-            attended = attention.attend_in_order(q, keys, values, allowed, config.attention)
-            x = constrain(x + constrain(_product(attended, layer["out"], 2), "batch") * gate, "batch")
-            h, gate = _modulated(x, modulation[depth + i])
-            x = constrain(x + _gated_mlp(h, layer) * gate, "batch")
-            handed.append((keys, values))
-        x, _ = _modulated(x, modulation[2 * depth])
-        velocity = _affine(x.astype(jnp.float32), *params["action_out"])
-        return velocity.reshape(batch, chunks, padded, -1)[:, :, :horizon], handed
+    def attend(layer: int, qkv: Array, held: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        q, k, v = _rotated(config, qkv, tables)
+        keys = jax.lax.dynamic_update_slice_in_dim(held[0], k, length, axis=1)
+        values = jax.lax.dynamic_update_slice_in_dim(held[1], v, length, axis=1)
+        return attention.attend_in_order(q, keys, values, allowed, config.attention), (keys, values)
 
-    return step, list(zip(buffers(cache.k), buffers(cache.v), strict=True))
+    return attend, list(zip(buffers(cache.k), buffers(cache.v), strict=True))
+
+
+def _by_kernel(config: Pi05Config, cache: PrefixCache, chunks: int) -> tuple[Attend, list[Any]]:
+    """One kernel a layer; nothing is held."""
+    tables = _chunk_tables(config, cache, chunks)
+    length, keys, values = _round_up(config.horizon), cache.k.astype(config.dtype), cache.v.astype(config.dtype)
+
+    def attend(layer: int, qkv: Array, held: None) -> tuple[Array, None]:
+        attended = chunk_kernel.chunk_attention(
+            qkv, tables, keys, values, cache.mask, layer=layer, length=length, horizon=config.horizon
+        )
+        return attended, held
+
+    return attend, [None] * config.expert.depth
 
 
 def _round_up(count: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -19,19 +21,24 @@ def attend(
     """Bidirectional attention; `N` is a multiple of `K`, and keys where `mask` is false are ignored.
 
     "einsum" is the reference, with float32 logits; "xla" and "cudnn" go through `jax.nn.dot_product_attention`
-    (cudnn: GPU and bfloat16 only).
+    (cudnn: GPU and bfloat16 only; "pallas" too, but for what `chunk_kernel` does).
     """
     if implementation != "einsum":
         full_mask = None
         if mask is not None:  # cuDNN wants a row of it for every query
             full_mask = jnp.broadcast_to(mask[:, None, None, :], (mask.shape[0], 1, q.shape[1], mask.shape[1]))
-        return jax.nn.dot_product_attention(q, k, v, mask=full_mask, scale=1.0, implementation=implementation)  # type: ignore[call-overload]
+        return _library(q, k, v, full_mask, implementation)
     grouped = _group(q, k.shape[2])
     logits = _logits("bkxd,bskd->bkxs", grouped, k)
     if mask is not None:
         logits = jnp.where(mask[:, None, None, :], logits, MASKED_LOGIT)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return _ungroup(jnp.einsum("bkxs,bskd->bkxd", weights, v), q.shape)
+
+
+def _library(q: Array, k: Array, v: Array, mask: Array | None, implementation: str) -> Array:
+    name: Any = "cudnn" if implementation == "pallas" else implementation
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=1.0, implementation=name)
 
 
 def attend_in_order(
@@ -48,7 +55,7 @@ def attend_in_order(
     batch, length, heads, width = q.shape
     if implementation != "einsum":
         wide = jnp.broadcast_to(mask[:, None], (batch, 1, length, k.shape[1]))
-        return jax.nn.dot_product_attention(q, k, v, mask=wide, scale=1.0, implementation=implementation)  # type: ignore[call-overload]
+        return _library(q, k, v, wide, implementation)
     grouped = q.reshape(batch, length, k.shape[2], -1, width)
     logits = _logits("btkgd,bskd->bktgs", grouped, k)
     logits = jnp.where(mask[:, None, :, None], logits, MASKED_LOGIT)
