@@ -125,47 +125,21 @@ def test_a_policy_of_other_environments_is_refused(tmp_path):
     check_policy(dataclasses.replace(config, eval=EvalConfig(episodes=0)), path)
 
 
-def test_a_policy_without_statistics_is_for_sft_alone(tmp_path, capsys):
-    """It takes those of the dataset that it is trained on; everything else refuses it before anything is written."""
+def test_a_policy_without_statistics_takes_those_of_its_own_kind_of_actions(tmp_path):
+    """Also without environments to evaluate in, and where its actions are relative to the state."""
     bare = stored(tmp_path / "bare", 3, norm_stats={})
-    for given, key in (
-        ({"algorithm": "grpo", "init": bare}, "init"),
-        ({"algorithm": "eval", "checkpoint": bare}, "checkpoint"),
-        ({"algorithm": "eval", "checkpoint": "x", "compare": bare}, "compare"),
-    ):
-        with pytest.raises(ConfigError, match=f"config key {key}: .* without normalisation statistics: fine-tune it"):
-            check_policy(Config(env=EnvConfig(cameras=(tiny.CAMERA,)), **given), bare)
-    collected = demonstrations(make_config(episodes=1), tmp_path / "data")
-    config = Config(
-        algorithm="sft",
-        init=bare,
-        env=EnvConfig(cameras=(tiny.CAMERA,), workers=0),
-        demos=DemosConfig(dataset=str(collected.path)),
-    )
+    env = EnvConfig(cameras=(tiny.CAMERA,), workers=0)
+    with pytest.raises(ConfigError, match="config key compare: .* has no normalisation statistics"):
+        check_policy(Config(algorithm="eval", checkpoint="x", compare=bare, env=env), bare)
+    dataset = demonstrations(make_config(episodes=1), tmp_path / "data")
+    config = Config(algorithm="sft", init=bare, env=env, demos=DemosConfig(dataset=str(dataset.path)))
     for episodes in (2, 0):
         assert stages.check_inputs(dataclasses.replace(config, eval=EvalConfig(episodes=episodes))).init
-    policy = given_policy(config, bare, tiny.one_device(), collected)
-    assert "it takes those of the dataset" in capsys.readouterr().out
-    for key, stats in policy.processor.stats.items():
-        assert (stats.mean == collected.stats[key].mean).all() and (stats.q99 == collected.stats[key].q99).all()
     relative = stored(tmp_path / "relative", 3, norm_stats={}, relative_actions={"mask": [True, False]})
-    offsets = given_policy(config, relative, tiny.one_device(), collected).processor.stats["actions"]
-    records = collected.records(range(len(collected)))
+    offsets = given_policy(config, relative, tiny.one_device(), dataset).processor.stats["actions"]
+    records = dataset.records(range(len(dataset)))
     expected = np.concatenate([record.actions[:, 0] - record.state[0] for record in records])
-    assert offsets.mean[0] == pytest.approx(expected.mean()) and offsets.mean[1] == collected.stats["actions"].mean[1]
-    own = given_policy(config, stored(tmp_path / "own", 3), tiny.one_device(), collected)
-    assert (own.processor.stats["state"].mean != collected.stats["state"].mean).any()
-
-
-def test_cameras_of_a_converted_policy_are_named_by_converting_it_again(tmp_path):
-    names = ["base_0_rgb"]
-    config = Config(algorithm="eval", env=EnvConfig(cameras=(tiny.CAMERA,)))
-    converted = stored(tmp_path / "converted", 3, cameras=names, world={})
-    with pytest.raises(ConfigError, match=f"wants base_0_rgb: .*or convert it again with --cameras={tiny.CAMERA}"):
-        check_policy(config, converted)
-    trained = stored(tmp_path / "trained", 3, cameras=names, world={"tasks": ["OpenDrawer"]})
-    with pytest.raises(ConfigError, match="set --config.env.cameras=base_0_rgb$"):
-        check_policy(config, trained)
+    assert offsets.mean[0] == pytest.approx(expected.mean()) and offsets.mean[1] == dataset.stats["actions"].mean[1]
 
 
 @pytest.mark.parametrize("relative", [False, True])

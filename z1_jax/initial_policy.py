@@ -253,10 +253,11 @@ def check_policy(config: Config, path: str) -> None:
         )
     _check_same_model(config, document.get("architecture", {}), path)
     if config.algorithm != "sft" and "norm_stats" in document and not document["norm_stats"]:
+        key = "init" if config.algorithm == "grpo" else "compare" if path == config.compare else "checkpoint"
         raise ConfigError(
-            f"config key {'init' if config.algorithm == 'grpo' else 'checkpoint'}: the policy at {path} has no "
-            "normalisation statistics; SFT on demonstrations gives it theirs (configs/sft.py with --config.init and "
-            "--config.demos.dataset), or convert it again with --norm-stats=FILE"
+            f"config key {key}: the policy at {path} has no normalisation statistics; SFT on demonstrations gives it "
+            "theirs (configs/sft.py with --config.init and --config.demos.dataset), or convert it again with "
+            "--norm-stats=FILE"
         )
     wanted = tuple(camera for camera in document.get("cameras", ()) if camera)
     if wanted != config.env.cameras and set(wanted) <= set(OPENPI_SLOTS):  # names of slots, which no environment has
@@ -270,14 +271,6 @@ def check_policy(config: Config, path: str) -> None:
         raise ConfigError(
             f"config key env.cameras: got {', '.join(config.env.cameras)}; the policy at {path} wants "
             f"{', '.join(wanted) or 'none'}: set --config.env.cameras={','.join(wanted)}"
-            + f", or convert it again with --cameras={','.join(config.env.cameras)}"
-            * (not document.get("world"))
-        )
-    if not document.get("norm_stats", True) and config.algorithm != "sft":
-        key = "init" if config.init else "compare" if path == config.compare else "checkpoint"
-        raise ConfigError(
-            f"config key {key}: the policy at {path} was converted without normalisation statistics: fine-tune it "
-            "first (configs/sft.py, which takes those of the dataset), or convert it again with --norm-stats=FILE"
         )
     _check_same_inputs(config, document, path)
     if config.eval.episodes:
