@@ -163,3 +163,29 @@ def test_one_task_is_a_bootstrap_over_its_seeds(rng):
 def test_bad_arguments(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_interquartile_means_by_hand_and_as_rliable_defines_them(rng):
+    """rliable: scipy's trimmed mean of all runs and tasks at once, a quarter off at each end."""
+    assert statistics.interquartile_mean(np.array([[0.0, 1.0], [2.0, 100.0]])) == 1.5
+    rates = rng.random((7, 5))
+    flat = np.sort(rates.ravel())
+    cut = int(0.25 * len(flat))
+    assert statistics.interquartile_mean(rates) == pytest.approx(flat[cut : len(flat) - cut].mean())
+
+
+def test_the_stratified_bootstrap_draws_seeds_within_each_task(rng):
+    """Tasks that differ and seeds that agree leave nothing to draw; the mean's spread is that of the formula."""
+    steady = np.repeat(rng.random((6, 1)), 4, axis=1)
+    low, high = statistics.stratified_interval(steady, np.mean, 0)
+    assert low == pytest.approx(steady.mean()) and high == pytest.approx(steady.mean())
+    rates = rng.normal(size=(20, 8))
+    low, high = statistics.stratified_interval(rates, np.mean, 1)
+    error = np.sqrt((rates.var(axis=1) / 8).sum()) / 20
+    assert (high - low) / (2 * 1.96 * error) == pytest.approx(1.0, abs=0.1)
+
+
+def test_holm_by_hand():
+    # Sorted 0.01, 0.02, 0.03, 0.9: times 4, 3, 2, 1 is 0.04, 0.06, 0.06 (no less than the one before), 0.9.
+    assert statistics.holm([0.03, 0.9, 0.01, 0.02]) == pytest.approx([0.06, 0.9, 0.04, 0.06])
+    assert statistics.holm([0.7, 0.6]) == [1.0, 1.0] and statistics.holm([]) == []

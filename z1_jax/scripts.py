@@ -21,4 +21,4 @@ def _command(name: str) -> Callable[[], None]:
 
 train, evaluate, plan = _command("train"), _command("evaluate"), _command("plan")
 convert, collect, report = _command("convert"), _command("collect"), _command("report")
-serve = _command("serve")
+serve, study = _command("serve"), _command("study")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Shaped
@@ -122,6 +123,46 @@ def clustered_interval(
 def clustered_mean(values: Shaped[np.ndarray, " n"], tasks: Sequence[str], seeds: Sequence[int]) -> float:
     """The mean over tasks of the mean over seeds of each cell's mean: what `clustered_interval` is about."""
     return float(np.mean([cell.mean() for cell in _cell_means(values, tasks, seeds)]))
+
+
+def interquartile_mean(rates: Shaped[np.ndarray, "tasks seeds"]) -> float:
+    """The mean of the middle half of all cells: a quarter of them is left out at each end (Agarwal et al. 2021)."""
+    return float(stats.trim_mean(np.ravel(rates), 0.25))
+
+
+def stratified_interval(
+    rates: Shaped[np.ndarray, "tasks seeds"],
+    statistic: Callable[[Any], float],
+    seed: int,
+    confidence: float = 0.95,
+    resamples: int = 2_000,
+) -> Interval:
+    """Percentile bootstrap interval of a statistic of [tasks, seeds]: seeds are drawn within each task.
+
+    The tasks are those that there are (Agarwal et al. 2021). With one seed nothing is drawn, and both ends are the
+    statistic itself.
+
+    Args:
+      seed: of the bootstrap's generator.
+    """
+    rates = np.asarray(rates, np.float64)
+    if rates.ndim != 2 or not rates.size or not np.isfinite(rates).all():
+        raise ValueError(f"got rates {rates.shape}: expected finite ones of [tasks, seeds], at least one")
+    _check_bootstrap(confidence, resamples)
+    rng = np.random.default_rng(seed)
+    tasks, seeds = rates.shape
+    drawn = rng.integers(0, seeds, (resamples, tasks, seeds))
+    return _percentiles(np.array([statistic(rates[np.arange(tasks)[:, None], each]) for each in drawn]), confidence)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for how many there are (Holm 1979): each is that of rejecting it and all smaller ones."""
+    order = np.argsort(p_values, kind="stable")
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = highest
+    return corrected
 
 
 def _cell_means(values: np.ndarray, tasks: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:

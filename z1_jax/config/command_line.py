@@ -35,7 +35,7 @@ def parse_command_line(argv: Sequence[str], default: str = "configs/grpo.py") ->
     given = [argument.removeprefix("--config=") for argument in argv[1:] if argument.startswith("--config=")]
     if len(given) > 1:
         raise ConfigError(f"got {len(given)} configs, expected one --config=configs/FILE.py[:PRESET]")
-    values = _load(given[0] if given else default, mine=bool(given))
+    values = load(given[0] if given else default, mine=bool(given))
     known, keys = flat(Config()), []
     for argument in argv[1:]:
         if argument.startswith("--config="):
@@ -59,7 +59,7 @@ def parse_command_line(argv: Sequence[str], default: str = "configs/grpo.py") ->
 def _help(argv: Sequence[str], default: str) -> NoReturn:
     """Prints the usage, and the keys of a config with their values and meanings; ends the process."""
     given = [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
-    values = flat(build(Config, _load(given[0] if given else default, mine=bool(given))))
+    values = flat(build(Config, load(given[0] if given else default, mine=bool(given))))
     known, heads, section = meanings(), sections(), ""
     print(f"usage: python -m z1_jax.COMMAND [--config=FILE.py[:PRESET]] [--config.KEY=VALUE ...]  (default: {default})")
     print("The config FILE.py is yours or one of these:")
@@ -91,7 +91,7 @@ def _suggestion(key: str, known: dict[str, Any]) -> str:
     )
 
 
-def _load(source: str, mine: bool = True) -> dict[str, Any]:
+def load(source: str, mine: bool = True) -> dict[str, Any]:
     """The values of FILE[:PRESET]: of a file that is there if it may be `mine`, or of the package's own presets."""
     file, _, preset = source.partition(":")
     path = pathlib.Path(file)
