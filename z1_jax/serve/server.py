@@ -128,6 +128,8 @@ class PolicyServer:
         except TimeoutError:
             for connection in self._clients:
                 connection.transport.abort()
+            for one in self._waiting:
+                one.answer.cancel()
             await server.wait_closed()
         self._arrived.set()
         await deciding
