@@ -289,22 +289,51 @@ def test_a_thousand_bad_messages_hurt_nobody_else(rng, seed):
             np.testing.assert_allclose(reply["actions"], expected(message), atol=1e-4)
 
 
-def test_who_does_not_read_and_who_answers_no_ping_is_dropped(rng):
-    limits = Limits(send_s=0.3, ping_s=0.5, connections=2)
-    big = Engine(tiny_policy.policy(), 1, span_factor=1e6)
-    with serving(big, limits=limits) as (port, server):
-        silent = socket.create_connection(("127.0.0.1", port))  # a handshake, and nothing more
-        silent.sendall(
-            b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-        )
+def handshake(port):
+    """A connection that does nothing more than begin."""
+    raw = socket.create_connection(("127.0.0.1", port))
+    raw.sendall(
+        b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    )
+    raw.settimeout(20)
+    return raw
+
+
+def free_again(port):
+    """The dropped client's place can be taken, a moment later."""
+    until = time.monotonic() + 20
+    while True:
+        try:
+            with connect(f"ws://127.0.0.1:{port}", compression=None, max_size=None) as one:
+                return one.recv()
+        except InvalidStatus as error:
+            assert error.response.status_code == 503 and time.monotonic() < until
+            time.sleep(0.1)
+
+
+def test_who_answers_no_ping_is_dropped(rng):
+    with serving(engine(), limits=Limits(ping_s=0.5, send_s=0.5, connections=2)) as (port, _):
+        silent = handshake(port)
         with client(port) as one:
-            until = time.monotonic() + 20
-            silent.settimeout(20)
             while silent.recv(4096):
-                assert time.monotonic() < until
+                pass
             assert asked(one, observation(rng))["actions"].shape == (8, 12)
-            client(port).close()  # the place is free again
+            free_again(port)
+
+
+def test_who_does_not_read_is_dropped():
+    size = 16 << 20  # more than the buffers on the way
+    told = {"large": np.zeros(size, np.uint8)}
+    with serving(engine(), told, limits=Limits(send_s=2.0, connections=1)) as (port, _):
+        stuck = handshake(port)
+        time.sleep(3.5)
+        got = 0
+        with contextlib.suppress(ConnectionResetError):
+            while part := stuck.recv(1 << 20):
+                got += len(part)
+        assert got < size
+        free_again(port)
 
 
 def test_a_stop_answers_what_is_under_way(rng):

@@ -5,10 +5,17 @@ import pytest
 
 from envs.base import EnvObservation
 from z1_jax.errors import UserError
+from z1_jax.serve import aloha as aloha_joints
 from z1_jax.serve.inputs import TABLES, Inputs
 from z1_jax.serve.wire import MessageError
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)
+STATE = [0.1, -0.2, 0.3, -0.4, 0.5, -0.6, 0.25, 1.1, -1.2, 1.3, -1.4, 1.5, -1.6, 0.75]
+DECODED = [0.1, 0.2, -0.3, -0.4, 0.5, -0.6, -0.5130776068814178, 1.1, 1.2, -1.3, -1.4, 1.5, -1.6, 0.22332757987422025]
+ENCODED = [
+    [0.1, 0.2, -0.3, -0.4, 0.5, -0.6, 0.6717322350044973, 1.1, 1.2, -1.3, -1.4, 1.5, -1.6, 0.9084410358377123],
+    [0.05, 0.1, -0.15, -0.2, 0.25, -0.3, 0.6125550347961936, 0.55, 0.6, -0.65, -0.7, 0.75, -0.8, 0.730909435212801],
+]
 
 
 def libero(rng):
@@ -70,16 +77,17 @@ def test_aloha_fills_three_slots_and_takes_the_servers_prompt(rng):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_what_is_written_is_read(name, rng):
-    dim = {"z1": 5, "libero": 8, "droid": 8, "aloha": 14}[name]
+    dim = {"z1": 5, "libero": 8, "droid": 8, "aloha": 14, "aloha_pi": 14}[name]
     images = {camera: rng.integers(0, 256, (4, 4, 3)).astype(np.uint8) for camera in ("a", "b")}
     observation = EnvObservation(images, rng.standard_normal(dim).astype(np.float32), "go")
     inputs = Inputs(name, ("a", "b", None), dim)
     message = inputs.write(observation)
+    state = aloha_joints.policy_state(observation.state) if name == "aloha_pi" else observation.state
     assert sorted(inputs.keys) == sorted(
         [*(f"images/{key}" for key in message.get("images", ())), *(key for key in message if key != "images")]
     )
     got = inputs.read(message).observation
-    np.testing.assert_array_equal(got.state, observation.state)
+    np.testing.assert_array_equal(got.state, state)
     assert got.instruction == "go" and all((got.images[camera] == images[camera]).all() for camera in images)
 
 
@@ -119,9 +127,26 @@ def test_options(rng):
         inputs.read([message])
 
 
+def test_aloha_pi_converts_as_openpi(rng):
+    """Numbers that openpi's own functions gave for adapt_to_pi=True: _decode_state, _encode_actions."""
+    inputs = Inputs("aloha_pi", ("a", None, None), 14, prompt="x")
+    message = {"images": {"cam_high": IMAGE}, "state": STATE}
+    np.testing.assert_allclose(inputs.read(message).observation.state, DECODED, rtol=1e-12)
+    actions = np.stack([STATE, 0.5 * np.array(STATE)])
+    np.testing.assert_allclose(inputs.answer(actions), ENCODED, rtol=1e-6)
+    left = rng.uniform(-1, 1, (5, 14))
+    back = inputs.read({**message, "previous_actions": inputs.answer(left)}).previous
+    np.testing.assert_allclose(back, left, atol=1e-6)
+    with pytest.raises(MessageError, match="previous_actions of width 7; expected 14"):
+        inputs.read({**message, "previous_actions": left[:, :7]})
+    plain = Inputs("aloha", ("a", None, None), 14, prompt="x")
+    np.testing.assert_array_equal(plain.read(message).observation.state, STATE)
+    np.testing.assert_array_equal(plain.answer(actions), actions)
+
+
 def test_a_table_of_another_robot_is_refused_at_the_start():
     for arguments, told in (
-        (("ur5", ("a",), 8), "inputs 'ur5' do not exist, expected one of z1, libero, droid, aloha"),
+        (("ur5", ("a",), 8), "inputs 'ur5' do not exist, expected one of z1, libero, droid, aloha, aloha_pi"),
         (("libero", ("a",), 16), "inputs libero: the client's state has width 8, the policy's 16"),
         (
             ("libero", ("a", None, "c"), 8),

@@ -12,8 +12,9 @@ from policy_server import serving
 from websockets.sync.server import serve
 
 from z1_jax import evaluate as evaluate_command
+from z1_jax import train
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config.schema import EvalConfig, FlowConfig
+from z1_jax.config.schema import ConfigError, EvalConfig, FlowConfig
 from z1_jax.errors import UserError
 from z1_jax.evaluation import evaluate
 from z1_jax.run_dir import policy_identity
@@ -127,6 +128,11 @@ def test_what_does_not_fit_is_refused_before_anything_runs(tmp_path):
         with pytest.raises(UserError, match=r"turned this client away \(HTTP 401: no API key.*Z1_API_KEY"):
             command(f"ws://127.0.0.1:{port}", tmp_path / "run")
     assert not (tmp_path / "run/evaluation").exists()
+
+
+def test_a_served_policy_cannot_be_trained():
+    with pytest.raises(ConfigError, match="config key init: a policy behind ws://127.0.0.1:9 cannot be trained"):
+        train.main(["", "--config=configs/grpo.py", "--config.init=ws://127.0.0.1:9"])
 
 
 def test_a_key_comes_from_the_environment(monkeypatch):

@@ -199,6 +199,8 @@ def with_pinned_init(config: Config) -> Config:
     """
     if config.init in ("", RANDOM):
         return config
+    if remote.is_address(config.init):
+        raise ConfigError(f"config key init: a policy behind {config.init} cannot be trained; expected its checkpoint")
     given = pathlib.Path(split_best(config.init)[0])
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # no run yet, or one that will be refused
         kept = json.loads((config.directory / "config.json").read_text())["init"]

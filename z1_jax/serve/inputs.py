@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from envs.base import EnvObservation
 from z1_jax.errors import UserError
+from z1_jax.serve import aloha
 from z1_jax.serve.wire import MessageError
 
 OPTIONAL = ("noise_seed", "previous_actions", "delay", "age_ms")
@@ -28,6 +29,7 @@ class InputTable:
     cameras: tuple[str, ...] = ()  # of the slots: base, left wrist, right wrist; empty: as the policy calls them
     unused: tuple[str, ...] = ()  # cameras that the client sends and that no slot sees, as in openpi
     nested: bool = False  # images are in a dict under "images", channels first or last
+    adapt_to_pi: bool = False  # states and actions are ALOHA's, the policy's are those of π0's pretraining
 
 
 TABLES = {
@@ -53,6 +55,7 @@ TABLES = {
         ),
     )
 }
+TABLES["aloha_pi"] = dataclasses.replace(TABLES["aloha"], name="aloha_pi", adapt_to_pi=True)  # openpi's default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,14 +125,18 @@ class Inputs:
         if not isinstance(prompt, str) or not prompt.strip():
             raise MessageError(f"has prompt {str(prompt)[:40]!r}; expected the instruction, a text")
         pictures = {camera: self._image(images, key) for camera, key in self.cameras.items()}
-        noise, previous = message.get("noise_seed"), message.get("previous_actions")
+        noise = message.get("noise_seed")
         return Asked(
-            EnvObservation(pictures, np.concatenate(state), prompt),
+            EnvObservation(pictures, self._policy_state(np.concatenate(state)), prompt),
             None if noise is None else _numbers("noise_seed", noise),
-            None if previous is None else _matrix("previous_actions", previous),
+            self._previous(message.get("previous_actions")),
             _number("delay", message.get("delay", 0)),
             _seconds("age_ms", message.get("age_ms", 0)),
         )
+
+    def answer(self, actions: Float[np.ndarray, "H D"]) -> np.ndarray:
+        """The policy's actions as the client takes them."""
+        return aloha.client_actions(actions) if self.table.adapt_to_pi else actions
 
     def write(self, observation: EnvObservation) -> dict[str, Any]:
         """The message of an observation, without options."""
@@ -154,6 +161,19 @@ class Inputs:
         for key in self.cameras.values():
             if key not in images:
                 raise MessageError(f"lacks the image {key!r}; expected {', '.join(self.keys)}")
+
+    def _policy_state(self, state: np.ndarray) -> np.ndarray:
+        return aloha.policy_state(state) if self.table.adapt_to_pi else state
+
+    def _previous(self, value: Any) -> np.ndarray | None:
+        if value is None:
+            return None
+        actions = _matrix("previous_actions", value)
+        if not self.table.adapt_to_pi:
+            return actions
+        if actions.shape[1] != 14:
+            raise MessageError(f"has previous_actions of width {actions.shape[1]}; expected 14")
+        return aloha.policy_actions(actions)
 
     @staticmethod
     def _mapping(message: Mapping[str, Any], key: str) -> Mapping[str, Any]:

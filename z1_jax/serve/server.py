@@ -128,6 +128,8 @@ class PolicyServer:
         except TimeoutError:
             for connection in self._clients:
                 connection.transport.abort()
+            for one in self._waiting:
+                one.answer.cancel()
             await server.wait_closed()
         self._arrived.set()
         await deciding
@@ -245,7 +247,9 @@ class PolicyServer:
         if before_ms:
             server["prev_total_ms"] = before_ms
         policy = {"infer_ms": timing["decide_ms"]}
-        return wire.pack({"actions": answer.actions, "server_timing": server, "policy_timing": policy})
+        return wire.pack(
+            {"actions": self._inputs.answer(answer.actions), "server_timing": server, "policy_timing": policy}
+        )
 
     def _read(self, message: bytes | str) -> tuple[Request, float]:
         """The request of a message, and the age of its observation when it was sent."""
