@@ -2,7 +2,7 @@
 
 python -m z1_jax.collect TASK --out DIR: those of our expert. python -m z1_jax.collect --from=PATH --out DIR: those of
 others, from RoboCasa's HDF5 files or LeRobot directories. What is interrupted loses no finished episode: the same
-command goes on.
+command goes on. python -m z1_jax.collect --check=PATH: what a dataset holds.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Sequence
 
 from envs.base import LABELS
+from z1_jax.collect.check_command import check_dataset
 from z1_jax.collect.importers.base import Columns
 from z1_jax.collect.importers.instructions import read_instructions
 from z1_jax.collect.importing import ImportConfig, check_source, import_demonstrations
@@ -32,6 +33,9 @@ SFT_LABELS = "undisturbed"
 
 def main(argv: Sequence[str]) -> None:
     """Collects what the command line asks for, or says that it is there."""
+    if any(argument == "--check" or argument.startswith("--check=") for argument in argv[1:]):
+        check_dataset(argv[1:])
+        return
     if any(argument == "--from" or argument.startswith("--from=") for argument in argv[1:]):
         import_others(*parse_import(argv[1:]))
         return
@@ -62,7 +66,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, pathlib.Path]:
     parser = Parser(
         prog="python -m z1_jax.collect",
         description="Expert demonstrations into a dataset directory.",
-        epilog="Demonstrations of others: python -m z1_jax.collect --from=PATH --help",
+        epilog="Demonstrations of others: python -m z1_jax.collect --from=PATH --help. What a dataset holds, and what "
+        "looks wrong in it: python -m z1_jax.collect --check=PATH",
     )
     parser.add_argument(
         "task", metavar="TASK", help="a task of the kitchen, e.g. OpenDrawer; or several, or a set: A,B; drawers"

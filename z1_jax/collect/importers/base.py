@@ -65,6 +65,7 @@ class Source(Protocol):
     state_dim: int
     fps: float | None  # control steps a second; None: the source does not say
     order: str  # what was done to the parts of actions and state, in words
+    frames: tuple[str, ...]  # how each camera's are stored: "front: video, h264, 640×480"
     pictures: tuple[str, ...]  # where frames lie under names that are not read
     flaws: tuple[str, ...]  # one line for each thing that is broken in it and not in a listed episode
 

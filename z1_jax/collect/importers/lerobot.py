@@ -70,6 +70,7 @@ class LeRobotDirectory:
         self._state, self._actions = columns.state or (STATE,), columns.actions or (ACTION,)
         self._camera_keys = self._named_cameras(columns.images) if columns.images else self._meta.camera_keys()
         self.cameras = tuple(self._camera_keys)
+        self.frames = tuple(self._stored(camera, key) for camera, key in self._camera_keys.items())
         self.action_dim = sum(self._width(key, "actions") for key in self._actions)
         self.state_dim = sum(self._width(key, "state") for key in self._state)
         parts = orders.ACTION_PARTS, orders.STATE_PARTS  # what is named is taken in the order that is told
@@ -137,6 +138,14 @@ class LeRobotDirectory:
             (actions if self._action_columns is None else actions[:, self._action_columns])[steps],
             instruction,
         )
+
+    def _stored(self, camera: str, key: str) -> str:
+        """How the frames of a camera are stored, as meta/info.json says."""
+        feature = self._meta.features[key]
+        info = feature.get("info") or feature.get("video_info") or {}
+        codec = f", {info['video.codec']}" if info.get("video.codec") else ""
+        shape = "×".join(map(str, feature.get("shape", ())))
+        return f"{camera}: {feature['dtype']}{codec}, {shape}"
 
     def _segments(self, episode: EpisodeRef) -> list[EpisodeRef]:
         """The episode, or a part of it for each stretch of one task. What cannot be read is told when it is."""

@@ -61,6 +61,7 @@ class RobomimicFile:
         self._steps = sum(shape[0] for shape in shapes if shape)
         self.state_dim = sum(width for _, width in STATE_OBSERVATIONS)
         self.cameras = tuple(sorted({camera for name in names for camera in self._cameras_of(name)}))
+        self.frames = tuple(f"{camera}: arrays" for camera in self.cameras)
         self.pictures = tuple(sorted({picture for name in names[:1] for picture in self._pictures_of(name)}))
 
     def facts(self) -> dict[str, Any]:
