@@ -67,7 +67,7 @@ def test_a_given_dataset_replaces_the_collection_where_it_fits(tmp_path, capsys)
 
 
 def test_sft_goes_on_from_a_policy_that_is_given(tmp_path, monkeypatch):
-    """It is trained with its own inputs; one that predicts other chunks than the preset's is refused."""
+    """It is trained with its own inputs, and predicts chunks of its own length, whatever the preset's."""
     directory = tmp_path / "checkpoints" / "sft"
     checkpoints = Checkpoints(directory)
     checkpoints.save(3, tiny.policy().parts(), tiny.policy().document())
@@ -87,8 +87,10 @@ def test_sft_goes_on_from_a_policy_that_is_given(tmp_path, monkeypatch):
     checkpoints = Checkpoints(directory)
     checkpoints.save(4, tiny.policy().parts(), shorter)
     checkpoints.close()
-    with pytest.raises(ConfigError, match="model.preset: kitchen predicts chunks of 8 steps, the policy .* of 7"):
-        check_policy(sft, sft.init)
+    check_policy(dataclasses.replace(sft, env=dataclasses.replace(sft.env, executed=7)), sft.init)
+    with pytest.raises(ConfigError, match="env.executed: got 8, but the policy predicts chunks of 7 steps"):
+        check_policy(dataclasses.replace(sft, env=dataclasses.replace(sft.env, executed=8)), sft.init)
+    assert stages.demonstrations_source(sft)["chunk"] == 7
 
 
 def test_a_damaged_sft_policy_is_moved_aside_and_trained_again(tmp_path, monkeypatch, capsys):

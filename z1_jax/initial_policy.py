@@ -246,13 +246,7 @@ def check_policy(config: Config, path: str) -> None:
         _check_served_steps(config, document, path)
         if not document:  # of others: what it answers will show whether it fits
             return
-    horizon = document.get("architecture", {}).get("horizon")
-    check_executed(config, horizon)
-    if config.algorithm == "sft" and horizon != configured_model(config).horizon:
-        raise ConfigError(
-            f"config key model.preset: {config.model.preset} predicts chunks of {configured_model(config).horizon} "
-            f"steps, the policy at {path} of {horizon}; choose the preset that the policy was made with"
-        )
+    check_executed(config, document.get("architecture", {}).get("horizon"))
     _check_same_model(config, document.get("architecture", {}), path)
     if config.algorithm != "sft" and "norm_stats" in document and not document["norm_stats"]:
         key = "init" if config.algorithm == "grpo" else "compare" if path == config.compare else "checkpoint"
@@ -295,6 +289,13 @@ def _check_served_steps(config: Config, document: dict[str, Any], path: str) -> 
         )
 
 
+def trained_horizon(config: Config) -> int:
+    """H of the policy that SFT trains: its own where it starts from `init`, else that of the preset."""
+    if config.init and config.init != RANDOM:
+        return int(policy_document(config.init)["architecture"]["horizon"])
+    return configured_model(config).horizon
+
+
 def check_executed(config: Config, horizon: int | None) -> None:
     """Refuses to execute more steps of a chunk than a policy predicts: `horizon`, None where that is not known.
 
@@ -313,7 +314,7 @@ def _check_same_model(config: Config, known: dict[str, Any], path: str) -> None:
     given, default = config.model, ModelConfig()
     if given.preset != default.preset:
         asked = dataclasses.asdict(configured_model(config))
-        for key in ("vision", "language", "expert", "action_dim", "horizon"):
+        for key in ("vision", "language", "expert", "action_dim"):  # a π0.5 may predict any number of steps
             if key in known and known[key] != asked[key]:
                 raise ConfigError(
                     f"config key model.preset: got {given.preset}, whose {key} is {asked[key]}; the policy at {path} "

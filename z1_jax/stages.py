@@ -181,7 +181,7 @@ def _task_source(config: Config, task: str) -> dict[str, Any]:
         "task": task,
         "noise": config.demos.noise,
         "stride": config.demos.stride,
-        "chunk": initial_policy.configured_model(config).horizon,
+        "chunk": initial_policy.trained_horizon(config),
         "cameras": list(config.env.cameras),
         "image_size": config.env.image_size,
         "horizon": config.env.horizon,
@@ -200,13 +200,18 @@ def _task_source(config: Config, task: str) -> dict[str, Any]:
 
 def _fitting(config: Config, dataset: Dataset) -> Dataset:
     shapes = initial_policy.configured_model(config)
-    horizon = shapes.horizon
+    horizon = initial_policy.trained_horizon(config)
     missing = [camera for camera in config.env.cameras if camera not in dataset.cameras]
     if missing:
         raise ConfigError(
             f"config key env.cameras: got {missing[0]}, the dataset {dataset.path} has {', '.join(dataset.cameras)}"
         )
     if dataset.chunk != horizon:
+        if config.init:
+            raise ConfigError(
+                f"config key init: the policy at {config.init} predicts chunks of {horizon} steps, the dataset "
+                f"{dataset.path} has chunks of {dataset.chunk}; collect or import it again with --chunk={horizon}"
+            )
         raise ConfigError(
             f"config key model.preset: {config.model.preset} predicts chunks of {horizon} steps, the dataset "
             f"{dataset.path} has chunks of {dataset.chunk}; choose another preset or collect anew"
@@ -254,7 +259,7 @@ def _successful_episodes(config: Config, task: str, journal: EpisodeJournal) -> 
         noise=config.demos.noise,
         processes=config.env.workers,
         stride=config.demos.stride,
-        chunk=initial_policy.configured_model(config).horizon,
+        chunk=initial_policy.trained_horizon(config),
         labels=config.demos.labels,
     )
     columns, title = {"success": ".1%"}, f"demonstrations{f' of {task}' * (len(config.every_task) > 1)}"
