@@ -294,6 +294,13 @@ def test_fingerprint_follows_what_moves_numbers(tmp_path):
     assert z1_config.fingerprint(base) != z1_config.fingerprint(with_run_dir(tmp_path, seed=1))
 
 
+def test_a_key_that_is_new_and_at_its_default_leaves_fingerprints_as_they_were():
+    """An evaluation's directory is named by its fingerprint: a moved one would begin anew. 44efc8ffd5fb is the first
+    that left out new keys, of the same defaults before env.protocol, env.train_on, model.acting and tasks were there.
+    """
+    assert z1_config.fingerprint(Config()) == "44efc8ffd5fb", "a new key must be in schema._YOUNGER"
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

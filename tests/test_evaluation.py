@@ -276,6 +276,17 @@ def test_several_tasks_by_hand():
         compare(before, dataclasses.replace(after, tasks=tuple("AAAABBBA")), 0.95)
 
 
+def test_tasks_that_all_differ_alike_are_few_all_the_same():
+    """Tango's interval of as many pairs as tasks: ±z²/(n + z²) where none differs; not the bootstrap's [0, 0]."""
+    same = of_tasks({"A": "x...", "B": "xxxx", "C": "...."})
+    low, high = compare(same, same, 0.95)["difference_interval_over_tasks"]
+    assert low == -high and high == pytest.approx(3.8415 / (3 + 3.8415), abs=1e-4)
+    low, high = compare(of_tasks({"A": "..", "B": ".."}), of_tasks({"A": "xx", "B": "xx"}), 0.95)[
+        "difference_interval_over_tasks"
+    ]
+    assert high == 1.0 and low == pytest.approx((2 - 3.8415) / (2 + 3.8415), abs=1e-4)
+
+
 def test_only_the_same_seeds_are_compared():
     moved = Evaluation(np.arange(1, 5), np.ones(4, bool), np.ones(4, int), np.zeros(4, bool))
     with pytest.raises(ValueError, match="different episodes"):

@@ -11,6 +11,7 @@ import pytest
 import tiny_policy as tiny
 from tiny_grpo import CONFIG, SEED, assert_same_bits, compiled, grpo, records, trainer
 
+from envs.base import Episode
 from envs.kitchen import demos
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.config.schema import LogConfig, LoraConfig, SelectiveConfig, SftConfig, TrainConfig
@@ -225,6 +226,37 @@ def test_the_best_by_training_success_is_kept_and_told(tmp_path):
     told = concluded(config, tmp_path)["best_checkpoint"]
     assert told == {"step": best, "success": pytest.approx(means[best]), "window": 2}
     assert "best_checkpoint" not in concluded(dataclasses.replace(config, train=TrainConfig(6, keep_best=0)), tmp_path)
+
+
+class OneForAll:
+    """A pool of one task, whatever the names in episodes."""
+
+    def __getattr__(self, name):
+        return getattr(tiny.pool(16), name)
+
+    def reset(self, slots, episodes):
+        return tiny.pool(16).reset(slots, [dataclasses.replace(episode, task="") for episode in episodes])
+
+
+def test_the_best_of_several_tasks_is_by_the_mean_over_them(tmp_path):
+    """By hand from each task's own records, over an interruption: the last two iterations that had groups of it."""
+    train = TrainConfig(iterations=6, checkpoint_every=1, keep_last=6, keep_best=2, stop_window=1)
+    group = dataclasses.replace(CONFIG.group, count=3)  # of one task two groups, of the other one, in turn
+    config = dataclasses.replace(CONFIG, task="", tasks=("A", "B"), train=train, group=group)
+    for iterations in (3, 6):
+        length = dataclasses.replace(train, iterations=iterations)
+        made = trainer(dataclasses.replace(config, train=length), episode_of=lambda task, seed: Episode(seed, task))
+        grpo(tmp_path, made, OneForAll())
+    rows = records(tmp_path)
+    checkpoints = Checkpoints(tmp_path / "checkpoints" / "grpo")
+    ratings = {}
+    for step in range(2, 7):
+        seen = {task: [row[f"tasks/{task}/success"] for row in rows[:step]] for task in "AB"}
+        ratings[step] = np.mean([np.mean(values[-2:]) for values in seen.values()])
+    best = max(ratings, key=lambda step: (ratings[step], step))
+    assert checkpoints.best() == (best, pytest.approx(ratings[best]))
+    told = concluded(config, tmp_path)["best_checkpoint"]
+    assert told == {"step": best, "success": pytest.approx(ratings[best]), "window": 2, "tasks": 2}
 
 
 def test_early_stopping_survives_a_resume(tmp_path, untouched):

@@ -45,6 +45,26 @@ def test_the_largest_fall_by_hand():
     assert (record.iterations, record.groups, len(record.recent)) == (35, 70, WINDOW)
 
 
+def test_what_ten_iterations_are_needed_for_is_not_told_before():
+    groups = TaskGroups("AB", "uniform", 0.25, 0, 5)
+    for _ in range(WINDOW):
+        groups.observe(["A"], np.array([[True, False]]))
+    groups.observe(["B"], np.array([[True, True]]))
+    told = groups.summary()
+    assert told["A"] == {"groups": WINDOW, "success": 0.5, "best": 0.5, "fall": 0.0}
+    assert told["B"] == {"groups": 1, "success": 1.0, "best": None, "fall": None}
+
+
+def test_a_rating_is_the_mean_over_tasks_by_hand():
+    groups = TaskGroups("AB", "uniform", 0.25, 0, 5)
+    assert groups.rating(2) is None
+    for success in ([False, False], [True, False], [True, True]):
+        groups.observe(["A"], np.array([success]))
+    assert groups.rating(2) is None  # nothing is known of B
+    groups.observe(["B", "B"], np.array([[True, False], [False, False]]))
+    assert groups.rating(2) == pytest.approx((0.75 + 0.25) / 2) and groups.rating(3) == pytest.approx((0.5 + 0.25) / 2)
+
+
 def test_one_task_is_left_alone():
     alone = TaskGroups(["A"], "uniform", 0.25, 0, 5)
     assert alone.of_groups(3, 4) == ["A"] * 4

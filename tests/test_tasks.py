@@ -186,7 +186,7 @@ def test_demonstrations_of_several_tasks(drawers, capsys, tmp_path):
 def test_a_dataset_that_lacks_a_task_is_refused(drawers, capsys):
     given = f"demos.dataset={drawers}"
     opened("tasks=drawers", given, "env.workers=0")
-    with pytest.raises(ConfigError, match="demos.dataset: not of the world of the environments: task differs"):
+    with pytest.raises(ConfigError, match="demos.dataset: does not match the environments: task differs"):
         opened("tasks=drawers,TurnOnStove", given, "env.workers=0")
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("differs: task")]
     assert len(told) == 1 and "has OpenDrawer, CloseDrawer, the environment of TurnOnStove TurnOnStove" in told[0]
@@ -200,7 +200,7 @@ def test_a_checkpoint_of_other_tasks_is_refused(tmp_path, capsys):
     checkpoints.close()
     given = f"init={tmp_path / '1'}", f"env.cameras={tiny.CAMERA}", "env.workers=0"
     opened("task=OpenDrawer", *given)
-    with pytest.raises(ConfigError, match="config key init: not of the world of the environments: task differs"):
+    with pytest.raises(ConfigError, match="config key init: does not match the environments: task differs"):
         opened("tasks=drawers", *given)
     assert "the environment of CloseDrawer CloseDrawer" in capsys.readouterr().out
 

@@ -194,12 +194,20 @@ def compare(before: Evaluation, after: Evaluation, confidence: float) -> dict[st
                 # As if the tasks were drawn from many like them.
                 "difference_interval_over_tasks": list(
                     clustered_interval(gains, after.tasks, after.seeds.tolist(), 0, confidence)
+                    if np.ptp(gains)
+                    else _alike(before, after, confidence)
                 ),
             }
             if parts
             else {}
         ),
     }
+
+
+def _alike(before: Evaluation, after: Evaluation, confidence: float) -> tuple[float, float]:
+    """The interval over tasks where all pairs differ alike: that of one pair a task, for tasks are what is drawn."""
+    first = [after.tasks.index(task) for task in dict.fromkeys(after.tasks)]
+    return paired_difference_interval(before.success[first], after.success[first], 0, confidence)
 
 
 def task_lines(result: dict[str, Any], confidence: float) -> list[str]:

@@ -132,8 +132,10 @@ def _best(config: Config, directory: pathlib.Path) -> dict[str, Any]:
     checkpoints = Checkpoints(directory)
     found = checkpoints.best()
     checkpoints.close()
-    window = config.train.keep_best
-    return {"best_checkpoint": {"step": found[0], "success": found[1], "window": window}} if found else {}
+    if not found:
+        return {}
+    several = {"tasks": len(config.every_task)} if len(config.every_task) > 1 else {}
+    return {"best_checkpoint": {"step": found[0], "success": found[1], "window": config.train.keep_best, **several}}
 
 
 def settled(recent: Sequence[float], config: TrainConfig) -> bool:

@@ -36,16 +36,19 @@ def compiled() -> GrpoTrainer:
     return GrpoTrainer(tiny.policy(), CONFIG, tiny.one_device(), 16)
 
 
-def trainer(config: Config = CONFIG) -> GrpoTrainer:
-    """A trainer at iteration 0 with the functions of `compiled`; `config` may differ in what they do not know."""
-    new, shared = GrpoTrainer(tiny.policy(), config, tiny.one_device(), 16), compiled()
+def trainer(config: Config = CONFIG, **episodes: Any) -> GrpoTrainer:
+    """A trainer at iteration 0 with the functions of `compiled`; `config` may differ in what they do not know.
+
+    Args: `episodes`: the trainer's `episode_of`.
+    """
+    new, shared = GrpoTrainer(tiny.policy(), config, tiny.one_device(), 16, **episodes), compiled()
     new.actor, new._updater = shared.actor, shared._updater
     return new
 
 
-def grpo(run_dir: pathlib.Path, made: GrpoTrainer) -> Policy:
+def grpo(run_dir: pathlib.Path, made: GrpoTrainer, pool: Any = None) -> Policy:
     with MetricsWriter(run_dir) as writer:
-        return train_grpo(made, tiny.pool(16), run_dir / "checkpoints" / "grpo", writer)
+        return train_grpo(made, pool or tiny.pool(16), run_dir / "checkpoints" / "grpo", writer)
 
 
 def records(run_dir: pathlib.Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

@@ -365,6 +365,9 @@ FREE_KEYS = (
 # Keys that fingerprints did not know, and their defaults.
 _YOUNGER: dict[str, Any] = {
     "env.options": [],
+    "env.protocol": "openpi",
+    "env.train_on": "placements",
+    "model.acting": "auto",
     "inputs.relative_actions": [],
     "tasks": [],
     "demos.sampling": "proportional",

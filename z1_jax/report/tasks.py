@@ -46,7 +46,8 @@ def _trained(record: Mapping[str, Any] | None) -> list[str]:
     if record is None:
         return []
     success = "–" if record["success"] is None else f"{record['success']:.1%}"
-    return [f"{record['groups']:,}", success, f"{100 * record['fall']:.1f} points"]
+    fall = "–" if record["fall"] is None else f"{100 * record['fall']:.1f} points"
+    return [f"{record['groups']:,}", success, fall]
 
 
 def curves(records: Sequence[dict[str, Any]]) -> str:

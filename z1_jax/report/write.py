@@ -185,7 +185,10 @@ def _results(summary: dict) -> str:
 def best_sentence(best: Mapping[str, Any]) -> str:
     """Which checkpoint of RL is the best that is kept, and by what."""
     rate, window = f"{100 * best['success']:.1f} %", best["window"]
-    return f"grpo/{best['step']}, training success {rate} over the {window} iterations before it"
+    head = f"grpo/{best['step']}, training success {rate}"
+    if "tasks" in best:
+        return f"{head}, the mean over {best['tasks']} tasks of the last {window} iterations with groups of each"
+    return f"{head} over the {window} iterations before it"
 
 
 def _labels(summary: dict) -> tuple[str, str]:

@@ -61,7 +61,7 @@ def train_grpo(
                 "training": trainer.progress(),
                 "counts": {**dataclasses.asdict(counts), "recent": list(counts.recent)},
             },
-            success=_rating(counts, train.keep_best),
+            success=_rating(trainer, counts),
         )
 
     last = config.train.iterations
@@ -94,8 +94,7 @@ def train_grpo(
             tasks = [episode.task for episode in rollouts.episodes[: len(first)]]
             by_task = trainer.tasks.observe(tasks, first)
             looked_at = max(train.stop_window, train.keep_best)
-            rated = by_task.get("tasks/mean_success", success)  # whichever tasks the groups of this iteration were of
-            counts = counts.plus(rollouts.simulated_steps, rollouts.success.size, rated, looked_at)
+            counts = counts.plus(rollouts.simulated_steps, rollouts.success.size, success, looked_at)
             unstable += stats["unstable"]
             values = {
                 "success": success,
@@ -123,9 +122,15 @@ def _settled(trainer: GrpoTrainer, counts: Counts) -> bool:
     return trainer.tasks.settled(train.stop_window, train.stop_success)
 
 
-def _rating(counts: Counts, window: int) -> float | None:
-    """The mean training success by which the best checkpoint is chosen; None before there were so many iterations."""
-    return float(np.mean(counts.recent[-window:])) if window and len(counts.recent) >= window else None
+def _rating(trainer: GrpoTrainer, counts: Counts) -> float | None:
+    """The mean training success by which the best checkpoint is chosen; None before there were so many iterations.
+
+    Of several tasks, which an iteration's groups need not all be of, it is the mean over tasks.
+    """
+    window = trainer.config.train.keep_best
+    if not window or len(counts.recent) < window:
+        return None
+    return float(np.mean(counts.recent[-window:])) if len(trainer.tasks.tasks) == 1 else trainer.tasks.rating(window)
 
 
 def _decided(decision: selective.Decision | None, progress: Progress) -> dict[str, Any]:

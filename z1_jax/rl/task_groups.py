@@ -134,14 +134,22 @@ class TaskGroups:
         recent = [record.recent[-window:] for record in self.records.values()]
         return all(len(last) >= window and float(np.mean(last)) >= success for last in recent)
 
+    def rating(self, window: int) -> float | None:
+        """The mean over tasks of each one's success over its last `window` iterations; None where one had none."""
+        recent = [record.recent[-window:] for record in self.records.values()]
+        return float(np.mean([np.mean(last) for last in recent])) if all(recent) else None
+
     def summary(self) -> dict[str, dict[str, Any]]:
-        """By task: groups, mean success over its last iterations, the best such mean, and the largest fall from it."""
+        """By task: groups, mean success over its last iterations, the best such mean, and the largest fall from it.
+
+        The latter two are None where it had fewer than WINDOW iterations.
+        """
         return {
             task: {
                 "groups": record.groups,
                 "success": None if np.isnan(record.mean) else record.mean,
-                "best": record.best,
-                "fall": record.fall,
+                "best": record.best if record.iterations >= WINDOW else None,
+                "fall": record.fall if record.iterations >= WINDOW else None,
             }
             for task, record in self.records.items()
         }
