@@ -1,6 +1,7 @@
 """Checkpoints come back bit for bit or say in one line what is wrong; resuming falls back to the one before."""
 
 import pathlib
+import resource
 import shutil
 import signal
 import types
@@ -283,3 +284,17 @@ def test_the_same_step_may_be_damaged_twice(tmp_path):
         checkpoints.close()
         flip(largest(tmp_path / "2"))
         assert loop._restore(Checkpoints(tmp_path), stub(parts(0)))[0] == 0
+
+
+def test_a_full_disk_is_told_with_its_reason_however_long_the_path(tmp_path):
+    checkpoints = Checkpoints(tmp_path / ("a" * 120) / ("b" * 120))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))  # no file may be larger
+    try:
+        with pytest.raises(CheckpointError) as told:
+            checkpoints.save(1, parts(1), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = str(told.value)
+    assert str(checkpoints.directory / "1") in message and "File too large" in message and "source loc" not in message
+    assert len(message) < 1000 and "\n" not in message

@@ -123,7 +123,16 @@ def test_damaged_results_are_one_line_and_stay(directory, damage):
 
 
 @pytest.mark.parametrize(
-    "change", [{"success": 2}, {"success": "false"}, {"success": None}, {"steps": -5}, {"steps": 2.5}]
+    "change",
+    [
+        {"success": 2},
+        {"success": "false"},
+        {"success": None},
+        {"steps": -5},
+        {"steps": 2.5},
+        {"steps": 10**30},
+        {"unstable": "no"},
+    ],
 )
 def test_edited_results_are_not_counted(directory, change):
     whole(directory)

@@ -18,6 +18,7 @@ from z1_jax.config.schema import Config, DemosConfig, flat
 from z1_jax.data.dataset import write_dataset
 from z1_jax.data.journal import EpisodeJournal
 from z1_jax.errors import UserError
+from z1_jax.extending import known_changes
 from z1_jax.files import hold
 from z1_jax.policy import TOKENIZER
 from z1_jax.run_dir import claim_directory, claim_policy, dataset_identity, policy_identity, results_of, write_json
@@ -214,3 +215,44 @@ def test_episodes_of_a_policy_that_was_trained_again_are_not_believed(tmp_path):
     assert results_of(tmp_path, "before", None) == tmp_path / "evaluation" / "before.jsonl"
     results.unlink()
     assert results_of(tmp_path, "after", "grpo") == results
+
+
+DAMAGES = [
+    b"",
+    b"{",
+    b"\xff",
+    b"3",
+    b"[1]",
+    b'{"a": 3}',
+    b'{"protocol": []}',
+    b'{"checkpoint": {"a": 1}}',
+    b"[" * 99_999,
+]
+READERS = {
+    "environments.json": run_dir.note_environments,
+    "policies.json": lambda path: claim_policy(path, {"checkpoint": "abc"}),
+    "evaluation/policies.json": lambda path: results_of(path, "after", "grpo"),
+    "summary.json": run_dir.finished_sentence,
+    "wall_seconds.json": lambda path: run_dir.StageClock(path / "wall_seconds.json").seconds,
+    "videos/outcomes.json": run_dir.known_outcomes,
+    "lengths.json": known_changes,
+}
+
+
+@pytest.mark.parametrize("content", [*DAMAGES, None], ids=repr)
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_side_file_is_a_line_or_no_matter(name, content, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_dir, "policy_identity", lambda path: "abc")
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.mkdir() if content is None else path.write_bytes(content)
+    try:
+        READERS[name](tmp_path)
+    except UserError as error:
+        assert str(path) in str(error) and "\n" not in str(error) and len(str(error)) < 1000
+
+
+def test_times_that_are_none_are_left_out(tmp_path):
+    path = tmp_path / "wall_seconds.json"
+    path.write_text('{"sft": 3.5, "grpo": "long", "evaluation": [1]}')
+    assert run_dir.StageClock(path).seconds == {"sft": 3.5}

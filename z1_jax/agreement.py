@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +20,8 @@ from z1_jax.checkpoint import CheckpointError
 from z1_jax.config.schema import RANDOM, Config, ConfigError
 from z1_jax.data.dataset import Dataset, open_dataset
 from z1_jax.data.normalize import stats_from_json
-from z1_jax.files import absolute
+from z1_jax.errors import UserError
+from z1_jax.files import absolute, read_json
 from z1_jax.initial_policy import policy_document
 from z1_jax.policy import Policy
 from z1_jax.run_dir import SUMMARY
@@ -71,8 +71,8 @@ def check_worlds(config: Config) -> list[str]:
 
 
 def _known_differences(path: pathlib.Path) -> list[str]:
-    with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged summary is refused where it is used
-        return list(json.loads(path.read_text())["protocol"].get("differences", []))
+    with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):  # damaged: refused where it is used
+        return list(map(str, read_json(path, dict, {})["protocol"].get("differences", [])))
     return []
 
 

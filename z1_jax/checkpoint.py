@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from z1_jax.config.schema import ConfigError
+from z1_jax.errors import shortened
 from z1_jax.files import require_plain, write_whole
 from z1_jax.interrupt import held
 
@@ -66,8 +67,8 @@ def _check_files(folder: pathlib.Path) -> None:
     if not (folder / _FILES).is_file():
         return  # killed before the list was written; the arrays have checksums of their own
     try:
-        listed = json.loads((folder / _FILES).read_text())
-    except ValueError:
+        listed = dict(json.loads((folder / _FILES).read_text()))
+    except (ValueError, TypeError, RecursionError):
         raise ValueError(f"{_FILES} cannot be read") from None
     for name, entry in listed.items():
         if not (folder / name).is_file():
@@ -358,6 +359,7 @@ def _first(names: list[str]) -> str:
 def _short(error: BaseException) -> str:
     while error.__cause__ is not None:  # Orbax wraps the reason several times
         error = error.__cause__
-    text = " ".join(str(error).split())[:160]
+    told = str(error).partition("[source locations=")[0].partition("[tensorstore_spec=")[0]  # the reason stands before
+    text = shortened(told, 400)
     plain = isinstance(error, (OSError, ValueError)) and text
     return text if plain else f"{type(error).__name__} {text}".strip()

@@ -17,6 +17,7 @@ import numpy as np
 from envs.base import Episode, Pool, episodes
 from z1_jax.config.schema import EvalConfig, FlowConfig
 from z1_jax.errors import UserError
+from z1_jax.files import writing
 from z1_jax.metrics import ALARMS, Progress, drop_half_line, read_records
 from z1_jax.policy import Policy
 from z1_jax.rl import rollout
@@ -123,7 +124,7 @@ def evaluate(
                         wave, out.success[:, 0], out.steps[:, 0], out.unstable[:, 0], strict=True
                     )
                 ]
-                with results.open("a") as file:
+                with writing(results), results.open("a") as file:
                     file.writelines(json.dumps(row) + "\n" for row in rows)
                 done.extend(rows)
                 success = float(np.mean([row["success"] for row in done]))
@@ -157,10 +158,12 @@ def _read_results(path: pathlib.Path, episodes: Sequence[Episode]) -> list[dict[
             raise UserError(
                 f"{path}:{number} is no result of an episode: the file is damaged; mend or delete that line"
             )
-        if type(row["success"]) is not bool or type(row["steps"]) is not int or row["steps"] < 1:
+        told = [row["success"], row["steps"], row.get("unstable", False)]
+        if list(map(type, told)) != [bool, int, bool] or not 1 <= row["steps"] < 2**31:
             raise UserError(
-                f"{path}:{number} has success={row['success']!r} and steps={row['steps']!r}, expected true or false "
-                "and 1 or more: the file was edited; mend or delete that line"
+                f"{path}:{number} has success={row['success']!r:.80}, steps={row['steps']!r:.80} and "
+                f"unstable={row.get('unstable', False)!r:.80}, expected true or false, 1 or more, and true or false: "
+                "the file was edited; mend or delete that line"
             )
         if any(row.get(key, value) != value for key, value in episode.to_json().items()):  # older rows hold seeds alone
             raise UserError(f"{path} holds other episodes than this evaluation's; move it away to evaluate anew")

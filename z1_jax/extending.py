@@ -12,6 +12,7 @@ import pathlib
 from typing import Any
 
 from z1_jax.config.schema import Config, ConfigError, build, flat, lengths
+from z1_jax.files import read_json
 from z1_jax.policy import policy_steps
 from z1_jax.run_dir import SUMMARY, write_json
 
@@ -80,8 +81,7 @@ def take_lengths(config: Config, run_dir: pathlib.Path, changes: list[Change]) -
 
 def known_changes(run_dir: pathlib.Path) -> list[dict[str, Any]]:
     """Every change of a run's length so far: "key", "was", "wanted", "done"."""
-    path = run_dir / LENGTHS
-    return json.loads(path.read_text()) if path.exists() else []
+    return read_json(run_dir / LENGTHS, list, [])
 
 
 def _move_conclusions(run_dir: pathlib.Path, done: int) -> pathlib.Path | None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import json
 import os
 import pathlib
 import shutil
-from collections.abc import Set
-from typing import IO, Any
+from collections.abc import Iterator, Set
+from typing import IO, Any, TypeVar
 
-from z1_jax.errors import UserError
+from z1_jax.errors import UserError, first_line
 
+T = TypeVar("T")
 _held: dict[pathlib.Path, IO[str]] = {}
 
 
@@ -39,8 +42,49 @@ def require_plain(path: pathlib.Path) -> None:
 def write_whole(path: pathlib.Path, content: str | bytes) -> None:
     """Writes a file under another name and then gives it its own: a kill leaves the old file or the new one."""
     aside = partial_path(path)
-    aside.write_bytes(content.encode() if isinstance(content, str) else content)
-    aside.replace(path)
+    with writing(path):
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        aside.replace(path)
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Names the path in an error that does not: a full disk shows at a file that is open, whose name is not told."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def read_json(path: pathlib.Path, kind: type[T], default: T) -> T:
+    """A JSON file that this project wrote: a list or an object; `default` where there is none.
+
+    Raises:
+        UserError: it is damaged, or something else.
+    """
+    if not os.path.lexists(path):
+        return default
+    require_file(path)
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}): restore it, or delete it") from None
+    if not isinstance(content, kind):
+        wanted = "a list" if kind is list else "an object"
+        raise UserError(f"{path} is damaged: it holds no JSON of {wanted}; restore it, or delete it")
+    return content
+
+
+def require_file(path: pathlib.Path) -> None:
+    """Refuses what stands under the name of a file and is none; one that is missing is fine.
+
+    Raises:
+        UserError: one line.
+    """
+    if os.path.lexists(path) and not path.is_file():
+        raise UserError(f"{path} is no file: move it away")
 
 
 def partial_path(path: pathlib.Path) -> pathlib.Path:
@@ -90,14 +134,16 @@ def hold(directory: pathlib.Path) -> None:
     known = _held.get(path)
     if known is not None and path.exists() and os.path.samestat(os.fstat(known.fileno()), path.stat()):
         return
-    file = path.open("a+")
+    require_file(path)
+    file = path.open("a+", errors="replace")
     file.seek(0)
     try:
         lock(file, directory, file.read(20).strip())
     except UserError:
         file.close()
         raise
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
+    with writing(path):
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
     _held[path] = file

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from z1_jax.errors import UserError
-from z1_jax.files import write_whole
+from z1_jax.files import require_file, write_whole, writing
 from z1_jax.wandb_run import WandbRun
 
 METRICS = "metrics.jsonl"
 EPISODES = "episodes.jsonl"
+NUMBERED: dict[str, type] = {"stage": str, "step": int}  # what each record of these two says
 ALARMS = ("unstable",)  # episodes that failed because the simulation broke down
 
 
@@ -66,8 +67,9 @@ class MetricsWriter:
         The records of `stage` with a step >= `step` go; those of other stages stay.
         """
         for name, file in self._files.items():
-            file.close()
             path = self.run_dir / name
+            with writing(path):
+                file.close()
             _drop(path, stage, step)
             self._files[name] = open(path, "a", encoding="utf-8")
 
@@ -122,8 +124,9 @@ class MetricsWriter:
             self._wandb.video_once(f"videos/{name}@{step}", f"videos/{name}", path, caption)
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+        for name, file in self._files.items():
+            with writing(self.run_dir / name):
+                file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -136,8 +139,9 @@ class MetricsWriter:
         self.close()
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        self._files[name].write(json.dumps(record, allow_nan=False) + "\n")
-        self._files[name].flush()
+        with writing(self.run_dir / name):
+            self._files[name].write(json.dumps(record, allow_nan=False) + "\n")
+            self._files[name].flush()
 
 
 class Progress:
@@ -248,13 +252,17 @@ class Progress:
         self._stream.flush()
 
 
-def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
+def read_records(path: str | os.PathLike, kinds: Mapping[str, type] | None = None) -> list[dict[str, Any]]:
     """The records of a .jsonl file, in order; [] when it is missing. A half-written last line is left out.
 
+    Args:
+      kinds: of values that every record has.
+
     Raises:
-      ValueError: another line is not a JSON object; names the file and the line.
+      ValueError: another line is not a JSON object with such values; names the file and the line.
     """
     path = Path(path)
+    require_file(path)
     if not path.exists():
         return []
     records = []
@@ -262,10 +270,16 @@ def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
     for number, line in enumerate(lines[:-1], 1):  # after the last newline stands nothing, or half a record
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             raise UserError(f"{path}:{number} is not a JSON object: the file is damaged; mend or delete that line")
+        for name, kind in (kinds or {}).items():
+            if type(record.get(name)) is not kind:
+                raise UserError(
+                    f"{path}:{number} has {name}={record.get(name)!r:.80}, expected {kind.__name__}: the file is "
+                    "damaged; mend or delete that line"
+                )
         records.append(record)
     return records
 
@@ -302,7 +316,7 @@ def drop_half_line(path: Path) -> None:
 def _drop(path: Path, stage: str, step: int) -> None:
     """Removes the records of `stage` at or after `step`: a kill leaves the old file or the new one."""
     lines = path.read_bytes().splitlines(keepends=True)
-    again = [r.get("stage") == stage and r.get("step", -1) >= step for r in read_records(path)]
+    again = [r.get("stage") == stage and r.get("step", -1) >= step for r in read_records(path, NUMBERED)]
     if any(again):
         write_whole(path, b"".join(line for line, dropped in zip(lines, again, strict=True) if not dropped))
 

@@ -18,7 +18,7 @@ import jax
 
 from envs.pool import PoolError
 from z1_jax.config.schema import Config, ConfigError
-from z1_jax.errors import UserError
+from z1_jax.errors import UserError, shortened
 from z1_jax.files import absolute
 from z1_jax.interrupt import INTERRUPTED, imported
 
@@ -37,6 +37,7 @@ _DISK = {
     errno.EDQUOT,
     errno.EFBIG,
     errno.ENOTDIR,
+    errno.EISDIR,
     errno.ENAMETOOLONG,
     errno.ELOOP,
     errno.EIO,
@@ -59,7 +60,7 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
     except (UserError, PoolError, FloatingPointError, OSError) as error:
         if TRACEBACK in os.environ or isinstance(error, OSError) and error.errno not in _DISK:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {shortened(str(error), 4000)}", file=sys.stderr)
         code = 2
     sys.exit(code or 0)
 

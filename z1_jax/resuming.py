@@ -17,7 +17,7 @@ import numpy as np
 from z1_jax.checkpoint import CheckpointError, Checkpoints
 from z1_jax.config.schema import Config, TrainConfig
 from z1_jax.errors import UserError
-from z1_jax.metrics import EPISODES, METRICS, read_records
+from z1_jax.metrics import EPISODES, METRICS, NUMBERED, read_records
 from z1_jax.policy import Policy, load_policy
 from z1_jax.rl.task_groups import TaskGroups
 from z1_jax.run_dir import missing_clips
@@ -65,8 +65,10 @@ def counted_grpo(run_dir: pathlib.Path, step: int, document: Mapping[str, Any]) 
     Raises:
         UserError: the records are not those of this checkpoint.
     """
-    records = [r for r in read_records(run_dir / METRICS) if r.get("stage") == "grpo" and r.get("step", step) < step]
-    episodes = [r for r in read_records(run_dir / EPISODES) if r.get("stage") == "grpo" and r.get("step", step) < step]
+    records, episodes = (
+        [r for r in read_records(run_dir / name, NUMBERED) if r["stage"] == "grpo" and r["step"] < step]
+        for name in (METRICS, EPISODES)
+    )
     if [record["step"] for record in records] != list(range(step)):
         raise _lost(run_dir, "grpo", step, f"{METRICS} holds {len(records)} of the {step} GRPO iterations")
     by_iteration = collections.Counter(record["step"] for record in episodes)
@@ -150,9 +152,8 @@ def counted_sft(run_dir: pathlib.Path, step: int, document: Mapping[str, Any], s
     Raises:
         UserError: there are fewer or more than when the checkpoint was written.
     """
-    rows = [
-        r["step"] for r in read_records(run_dir / METRICS) if r.get("stage") == stage and r.get("step", step) <= step
-    ]
+    records = read_records(run_dir / METRICS, NUMBERED)
+    rows = [r["step"] for r in records if r["stage"] == stage and r["step"] <= step]
     wanted = document.get("records", len(rows))
     if len(rows) != wanted or rows != sorted(set(rows)):
         raise _lost(run_dir, stage, step, f"{METRICS} holds {len(rows)} of the {wanted} SFT records")

@@ -30,7 +30,7 @@ from z1_jax.config.schema import identity as config_identity
 from z1_jax.data.dataset import open_dataset
 from z1_jax.errors import UserError
 from z1_jax.evaluation import task_lines
-from z1_jax.files import partial_path, require_plain, write_whole
+from z1_jax.files import partial_path, read_json, require_plain, write_whole, writing
 from z1_jax.metrics import drop_half_line
 from z1_jax.policy import BEST, TOKENIZER, Policy, find_policy
 from z1_jax.report.write import COMMANDS, REPORT, best_sentence, write_report
@@ -60,7 +60,7 @@ def claim_directory(config: Config) -> pathlib.Path:
     if os.path.exists(path):  # false too where the path cannot be one
         try:
             theirs = config_identity(build(Config, json.loads(path.read_text())))
-        except (ValueError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
             raise ConfigError(
                 f"{path} cannot be read ({error}); restore it or choose another --config.run_dir"
             ) from error
@@ -92,8 +92,9 @@ def note_command(run_dir: pathlib.Path, argv: Sequence[str]) -> None:
     """
     program = pathlib.Path(argv[0] or "?")
     name = f"python -m z1_jax.{program.stem}" if program.suffix == ".py" else program.name
-    drop_half_line(run_dir / COMMANDS)
-    with (run_dir / COMMANDS).open("a") as file:
+    path = run_dir / COMMANDS
+    drop_half_line(path)
+    with writing(path), path.open("a") as file:
         file.write(json.dumps({"began": _now(), "command": " ".join([name, shlex.join(argv[1:])])}) + "\n")
 
 
@@ -111,7 +112,7 @@ def note_environments(run_dir: pathlib.Path) -> list[str]:
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
     today = f"mujoco {importlib.metadata.version('mujoco')}, envs {digest}"
     path = run_dir / "environments.json"
-    told: list[str] = json.loads(path.read_text()) if path.exists() else []
+    told = list(map(str, read_json(path, list, [])))
     if told and told[-1] != today:
         print(
             f"warning: {run_dir} was simulated with {told[-1]}, and goes on with {today}: its episodes may not be "
@@ -130,12 +131,11 @@ def finished_sentence(run_dir: pathlib.Path) -> str | None:
         UserError: its summary is damaged.
     """
     path = run_dir / SUMMARY
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
-    try:
-        sentence = str(json.loads(path.read_text())["sentence"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged; delete it, and the same command writes it anew") from None
+    sentence = read_json(path, dict, {}).get("sentence")
+    if not isinstance(sentence, str):
+        raise UserError(f"{path} is damaged; delete it, and the same command writes it anew")
     if not (run_dir / REPORT).exists():
         write_report(run_dir)
     return sentence
@@ -190,7 +190,7 @@ def claim_policy(run_dir: pathlib.Path, identities: Mapping[str, str]) -> None:
         UserError: a path leads to something else than before: its run went on, or it was made anew.
     """
     path = run_dir / "policies.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = known_identities(path)
     for name, identity in identities.items():
         if not _same(known.get(name, identity), identity):
             what = "dataset" if name == DATASET else "policy"
@@ -199,6 +199,18 @@ def claim_policy(run_dir: pathlib.Path, identities: Mapping[str, str]) -> None:
                 "choose another --config.run_dir"
             )
     write_json(path, dict(identities))
+
+
+def known_identities(path: pathlib.Path) -> dict[str, str]:
+    """What a policies.json says; empty where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    known = read_json(path, dict, {})
+    if wrong := [name for name, identity in known.items() if not isinstance(identity, str)]:
+        raise UserError(f"{path} is damaged: {wrong[0]} is {known[wrong[0]]!r:.80}, expected a text; restore it")
+    return known
 
 
 def _same(known: str, identity: str) -> bool:
@@ -229,7 +241,7 @@ def results_of(run_dir: pathlib.Path, name: str, stage: str | None) -> pathlib.P
     if stage is None:
         return results
     identity = policy_identity(str(run_dir / "checkpoints" / stage))
-    known = json.loads(claims.read_text()) if claims.exists() else {}
+    known = known_identities(claims)
     if results.exists() and not _same(known.get(name, identity), identity):
         raise UserError(
             f"{results} holds episodes of policy {known[name]}, and what is evaluated now is {identity}, trained again "
@@ -267,8 +279,8 @@ def missing_clips(config: Config, run_dir: pathlib.Path, name: str) -> list[tupl
 
 def known_outcomes(run_dir: pathlib.Path) -> dict[str, bool]:
     """Of each video, whether its episode succeeded."""
-    with contextlib.suppress(FileNotFoundError, ValueError):  # damaged: the episodes are filmed again
-        return dict(json.loads((run_dir / "videos" / OUTCOMES).read_text()))
+    with contextlib.suppress(UserError):  # damaged: the episodes are filmed again
+        return read_json(run_dir / "videos" / OUTCOMES, dict, {})
     return {}
 
 
@@ -279,8 +291,9 @@ class StageClock:
         """Args: every_s: how often a running stage's time is noted."""
         self._path, self._every_s = path, every_s
         self.seconds: dict[str, float] = {}
-        with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged file costs only the times it held
-            self.seconds = dict(json.loads(path.read_text()))
+        with contextlib.suppress(UserError):  # a damaged file costs only the times it held
+            known = read_json(path, dict, {})
+            self.seconds = {name: float(told) for name, told in known.items() if isinstance(told, int | float)}
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -12,6 +12,7 @@ import numpy as np
 from envs.base import Episode, Pool
 from envs.video import write_video
 from z1_jax.config.schema import Config, EvalConfig
+from z1_jax.files import writing
 from z1_jax.policy import Policy
 from z1_jax.rl.actor import Actor, act, stack_ids
 from z1_jax.run_dir import OUTCOMES, clip_file, clip_paths, known_outcomes, missing_clips, write_json
@@ -49,7 +50,8 @@ def record_clips(
             filmed = [episode(task, seed) for task, seed in wave]
             clips = film(policy, pool, actor, params, filmed, config.eval, camera, size)
             for key, clip in zip(wave, clips, strict=True):
-                write_video(paths[key], clip.frames, fps=20)
+                with writing(paths[key]):
+                    write_video(paths[key], clip.frames, fps=20)
                 write_json(run_dir / "videos" / OUTCOMES, {**known_outcomes(run_dir), paths[key].name: clip.success})
     known = known_outcomes(run_dir)
     return {path.name: known[path.name] for path in paths.values()}

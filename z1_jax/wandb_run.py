@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from z1_jax.errors import UserError
-from z1_jax.files import write_whole
+from z1_jax.files import read_json, write_whole
 
 STATE = "wandb.json"
 
@@ -37,8 +37,9 @@ class WandbRun:
         self._wandb, self._path = wandb, directory / STATE
         state = self._state()
         self._id = state.get("id") or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-        self._logged = list(state.get("logged", []))
-        self._sent = int(state.get("sent", 0))  # W&B's own counter: offline it would begin anew whenever a run goes on
+        self._logged = list(state["logged"]) if isinstance(state.get("logged"), list) else []
+        # W&B's own counter: offline it would begin anew whenever a run goes on.
+        self._sent = state["sent"] if isinstance(state.get("sent"), int) else 0
         self._keep()  # before anything is sent: a run that is killed at once goes on under this id too
         self._run = wandb.init(
             project=project,
@@ -74,8 +75,8 @@ class WandbRun:
         self._run.finish()
 
     def _state(self) -> dict[str, Any]:
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            return dict(json.loads(self._path.read_text()))
+        with contextlib.suppress(UserError):
+            return read_json(self._path, dict, {})
         return {}
 
     def _note(self, name: str) -> None:

@@ -24,7 +24,7 @@ from PIL import Image
 from z1_jax.data.normalize import NormStats, StatsAccumulator, load_norm_stats, save_norm_stats
 from z1_jax.data.relative import RelativeActions
 from z1_jax.errors import UserError, first_line
-from z1_jax.files import clear
+from z1_jax.files import clear, writing
 
 FORMAT = 2
 _MANIFEST, _EPISODES, _STATS = "manifest.json", "episodes.jsonl", "norm_stats.json"
@@ -191,6 +191,14 @@ def write_dataset(
     partial.mkdir(parents=True)
     writer = _EpisodeWriter(first, jpeg)
     _write_records(partial, writer, itertools.chain([first], stream))
+    with writing(partial):
+        _write_tables(partial, writer, manifest)
+    os.rename(partial, path)
+    return open_dataset(path)
+
+
+def _write_tables(partial: pathlib.Path, writer: _EpisodeWriter, manifest: Mapping[str, Any]) -> None:
+    """All that stands beside the records."""
     shutil.rmtree(partial / _DOWNLOADS, ignore_errors=True)  # TFDS makes it, empty
     save_norm_stats(partial / _STATS, {key: value.result() for key, value in writer.stats.items()})
     lines = [json.dumps(dataclasses.asdict(row)) + "\n" for row in writer.rows]
@@ -208,8 +216,6 @@ def write_dataset(
         "files": {str(f.relative_to(partial)): _file_entry(f) for f in sorted(partial.rglob("*")) if f.is_file()},
     }
     (partial / _MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
-    os.rename(partial, path)
-    return open_dataset(path)
 
 
 def open_dataset(path: str | pathlib.Path) -> Dataset:
@@ -329,7 +335,8 @@ def _write_records(directory: pathlib.Path, writer: _EpisodeWriter, episodes: It
     builder = builder_class(writer, examples(), data_dir=str(directory), file_format="array_record")
     tfds.disable_progress_bar()
     try:
-        builder.download_and_prepare()
+        with writing(directory):
+            builder.download_and_prepare()
     except Exception as error:
         if failures:
             raise failures[0] from None

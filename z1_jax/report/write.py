@@ -302,7 +302,7 @@ def _attempt(what: str, notes: list[str], build: Callable[..., str], *args: Any)
     """A section, or a note where its data does not have the expected form: half a run still gets its page."""
     try:
         return build(*args)
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         notes.append(f"The section “{what}” could not be made: {type(error).__name__}: {error}")
         return ""
 
@@ -316,7 +316,7 @@ def _read_object(path: Path, notes: list[str]) -> dict:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         notes.append(f"{path.name} is damaged and not shown: {error}")
         return {}
     if not isinstance(content, dict):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
+from z1_jax.files import writing
 from z1_jax.rl import flow
 from z1_jax.rl.rollout import BrokenIteration, Rollouts
 
@@ -43,7 +44,8 @@ def save_broken(
     path = run_dir / "broken" / f"iteration-{iteration}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = dict(evidence)
-    np.savez(path, **arrays)
+    with writing(path):
+        np.savez(path, **arrays)
     return path
 
 

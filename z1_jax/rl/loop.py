@@ -12,7 +12,7 @@ import numpy as np
 from envs.base import Pool
 from z1_jax.checkpoint import Checkpoints, Keep
 from z1_jax.interrupt import GracefulStop
-from z1_jax.metrics import ALARMS, METRICS, MetricsWriter, Progress, read_records
+from z1_jax.metrics import ALARMS, METRICS, NUMBERED, MetricsWriter, Progress, read_records
 from z1_jax.policy import Policy
 from z1_jax.profiling import PROFILE, profiled
 from z1_jax.resuming import Counts, counted_grpo, nothing_left, settled
@@ -47,7 +47,7 @@ def train_grpo(
         raise nothing_left(writer.run_dir)
     counts = counted_grpo(writer.run_dir, start, document)
     writer.resume("grpo", start)
-    records = [record for record in read_records(writer.run_dir / METRICS) if record["stage"] == "grpo"]
+    records = [record for record in read_records(writer.run_dir / METRICS, NUMBERED) if record["stage"] == "grpo"]
     unstable = sum(record.get("unstable", 0) for record in records)
 
     def save(step: int) -> None:

@@ -1,0 +1,12 @@
+"""Text of others that has to fit into a line: what an exception says may be megabytes."""
+
+from __future__ import annotations
+
+
+def shortened(text: str, most: int) -> str:
+    """One line of at most `most` characters: of a longer text the start, and the end, where the reason often stands."""
+    if len(text) > 4 * most:  # never split all of a huge one
+        text = f"{text[: 2 * most]} {text[-2 * most :]}"
+    line = " ".join(text.split())
+    head = (most - 3) // 2
+    return line if len(line) <= most else f"{line[:head]} … {line[head + 3 - most :]}"
