@@ -132,7 +132,7 @@ def main() -> None:
                 row = run_cell(policy, pool, method, delay, np.arange(first, first + options.episodes))
                 rows.append(row)
                 write_json(options.results, known | {options.task: {"about": about, "rows": rows}})
-            outcomes[method, delay] = np.array(row["success"], bool)
+            outcomes[method, delay] = outcomes_of(row)
             print(line(options.task, row, outcomes["guidance", delay]), flush=True)
 
 
@@ -149,13 +149,18 @@ def run_cell(policy: Policy, pool: EnvPool, method: str, delay: int, seeds: np.n
         "rate": float(success.mean()),
         "interval": list(wilson_interval(int(success.sum()), len(success), 0.95)),
         "seam": float(np.mean(seams)),
-        "success": [int(one) for one in success],
+        "success": "".join(str(int(one)) for one in success),  # by seed
     }
+
+
+def outcomes_of(row: dict[str, Any]) -> np.ndarray:
+    """bool [episodes]"""
+    return np.array([one == "1" for one in row["success"]])
 
 
 def line(task: str, row: dict[str, Any], guided: np.ndarray) -> str:
     """The figure of a cell, paired with guidance under the same delay."""
-    success = np.array(row["success"], bool)
+    success = outcomes_of(row)
     more = {} if row["method"] == "guidance" else {"mcnemar_p_against_guidance": float(mcnemar_exact(guided, success))}
     name = f"{task}, delay {row['delay']}, {row['method']}"
     seam = round(row["seam"], 4)
