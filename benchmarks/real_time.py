@@ -2,9 +2,14 @@
 
 `python benchmarks/real_time.py` trains a policy that predicts 16 steps and executes 8 (SFT alone), then runs the
 same held-out episodes under delays of 0 to 4 control steps. The policy looks every 8 steps; its answer is there `delay`
-steps later, and until then the robot executes what the chunk before had for these steps. Methods: `guidance` (real-time
-chunking), `overwriting` (the delay's steps are put into the new chunk as it is sampled) and `neither` (the new chunk
-knows nothing of the old one). Finished cells are kept in `--results`. Longer tasks want more training:
+steps later, and until then the robot executes what the chunk before had for these steps. Methods:
+
+- guidance: real-time chunking;
+- hard_mask: guidance of the delay's steps alone;
+- overwriting: the delay's steps are put into the new chunk as it is sampled;
+- neither: the new chunk knows nothing of the old one.
+
+Finished cells are kept in `--results`. Longer tasks want more training:
 `--task=OpenDrawer --steps=450 --config.demos.episodes=500 --config.sft.optim.name=muon`.
 """
 
@@ -34,7 +39,7 @@ from z1_jax.serve.engine import Engine
 from z1_jax.statistics import mcnemar_exact, wilson_interval
 
 RESULTS = pathlib.Path(__file__).parent.parent / "docs" / "results" / "real_time.json"
-METHODS = ("guidance", "overwriting", "neither")
+METHODS = ("guidance", "hard_mask", "overwriting", "neither")
 DELAYS = (0, 1, 2, 3, 4)  # control steps of 50 ms
 HORIZON, EXECUTED = 16, 8
 PARALLEL = 64  # episodes at once
@@ -69,8 +74,9 @@ def run_wave(
     while slots:
         requests = []
         for slot, look in zip(slots, looks, strict=True):
-            told = chunk > 0 and method != "neither"
-            previous = (left[slot], delay) if told else (None, 0)
+            told = chunk > 0 and method != "neither" and (delay > 0 or method != "hard_mask")
+            kept = delay if method == "hard_mask" else HORIZON - EXECUTED
+            previous = (left[slot][:kept], delay) if told else (None, 0)
             requests.append(engine.prepare(look, (0, int(seeds[slot]), chunk, 0), *previous))
         starts = range(0, len(requests), engine.largest)
         answers = [answer for start in starts for answer in engine.decide(requests[start : start + engine.largest])]
@@ -126,7 +132,7 @@ def main() -> None:
                 row = run_cell(policy, pool, method, delay, np.arange(first, first + options.episodes))
                 rows.append(row)
                 write_json(options.results, known | {options.task: {"about": about, "rows": rows}})
-            outcomes[method, delay] = np.array(row["success"], bool)
+            outcomes[method, delay] = outcomes_of(row)
             print(line(options.task, row, outcomes["guidance", delay]), flush=True)
 
 
@@ -143,13 +149,18 @@ def run_cell(policy: Policy, pool: EnvPool, method: str, delay: int, seeds: np.n
         "rate": float(success.mean()),
         "interval": list(wilson_interval(int(success.sum()), len(success), 0.95)),
         "seam": float(np.mean(seams)),
-        "success": [int(one) for one in success],
+        "success": "".join(str(int(one)) for one in success),  # by seed
     }
+
+
+def outcomes_of(row: dict[str, Any]) -> np.ndarray:
+    """bool [episodes]"""
+    return np.array([one == "1" for one in row["success"]])
 
 
 def line(task: str, row: dict[str, Any], guided: np.ndarray) -> str:
     """The figure of a cell, paired with guidance under the same delay."""
-    success = np.array(row["success"], bool)
+    success = outcomes_of(row)
     more = {} if row["method"] == "guidance" else {"mcnemar_p_against_guidance": float(mcnemar_exact(guided, success))}
     name = f"{task}, delay {row['delay']}, {row['method']}"
     seam = round(row["seam"], 4)
