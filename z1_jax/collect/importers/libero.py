@@ -56,7 +56,9 @@ class LiberoFile(RobomimicFile):
     def facts(self) -> dict[str, Any]:
         return super().facts() | {"format": "libero hdf5" + " replayed" * (not self._late)}
 
-    def read(self, episode: EpisodeRef, cameras: Sequence[str], stride: int) -> RawEpisode:
+    def read(
+        self, episode: EpisodeRef, cameras: Sequence[str], stride: int, instruction: str | None = None
+    ) -> RawEpisode:
         """See `Source`."""
         where = f"{self.path}, {episode.name}"
         demo = self._data[episode.name]
@@ -76,7 +78,7 @@ class LiberoFile(RobomimicFile):
             if len(actions) < 2:
                 raise BadData(f"{where} has {len(actions)} actions, expected at least 2: the first has no observation")
             state, actions = state[:-1], actions[1:]
-        return RawEpisode(images, state, actions, self._words(where))
+        return RawEpisode(images, state, actions, self._words(where) if instruction is None else instruction)
 
     def _column(self, observations: Any, name: str, width: int, where: str, steps: int) -> np.ndarray:
         if name not in observations:
