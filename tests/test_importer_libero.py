@@ -57,6 +57,7 @@ def test_pictures_are_turned_and_each_action_follows_what_it_was_chosen_on(late,
                 frames = demo[f"obs/{stored}"][: count - one : stride]
                 np.testing.assert_array_equal(raw.images[camera], np.rot90(frames, 2, axes=(1, 2)))
             assert raw.instruction == "pick up the milk and place it in the basket"
+            assert source.read(reference, (), stride, "carry it").instruction == "carry it"
 
 
 def test_words_are_the_benchmarks_in_a_suite_and_else_the_files(rng, tmp_path):

@@ -414,7 +414,7 @@ def test_nothing_to_import_is_told(tmp_path, demos, capsys):
     libero = files.write_hdf5(tmp_path / "libero.hdf5", [dataclasses.replace(d, images={}) for d in demos])
     edit_hdf5(libero, lambda data: data["demo_1/obs"].create_dataset("agentview_rgb", data=demos[0].images[CAMERA]))
     with pytest.raises(
-        UserError, match=r"images are read from obs/\*_image .*; this file has pictures in agentview_rgb; import"
+        UserError, match=r"images are read from obs/\*_image .*; this file has pictures in agentview_rgb; LIBERO"
     ):
         run([libero], tmp_path / "data", cameras=())
     for path, message in (("empty", "holds nothing to import"), ("none", "does not exist"), ("notes.txt", "no HDF5")):

@@ -40,9 +40,10 @@ def check_dataset(arguments: Sequence[str]) -> None:
     given = parser.parse_args(list(arguments))
     path = absolute(given.check)
     place = absolute(given.html) if given.html else path.with_name(path.name + ".check.html")
+    flaws: list[str] = []
     if (path / _MANIFEST).is_file():
         dataset = open_dataset(path)
-        stride, count, facts, flaws = int(dataset.source.get("stride", 1)), len(dataset.episodes), _facts(dataset), []
+        stride, count, facts = int(dataset.source.get("stride", 1)), len(dataset.episodes), _facts(dataset)
         stream: Stream = _ours(dataset)
     else:
         sources, flaws = open_sources([path], "", True)

@@ -73,7 +73,9 @@ def check_episodes(stream: Iterable[tuple[str, JournaledEpisode | BadData]], str
     tasks: collections.Counter[str] = collections.Counter()
     words: collections.Counter[str] = collections.Counter()
     numbers: dict[str, list[np.ndarray]] = {"state": [], "actions": []}
-    pictures, duplicates, strips, sizes = _Pictures(), Duplicates(), {}, {}
+    pictures, duplicates = _Pictures(), Duplicates()
+    strips: dict[str, tuple[np.ndarray, ...]] = {}
+    sizes: dict[str, tuple[int, int]] = {}
     for name, episode in stream:
         if isinstance(episode, BadData):
             findings.append(Finding("broken", str(episode)))
