@@ -78,6 +78,12 @@ def test_links_lead_somewhere(page):
             assert place in map(anchor, headings(path)), f"{page.name}: {link}"
 
 
+def test_pages_that_the_code_names_exist():
+    for path in CODE:
+        for name in re.findall(r"docs/[\w-]+\.md", path.read_text()):
+            assert (ROOT / name).is_file(), f"{path}: {name}"
+
+
 def shown(value: object) -> str:
     return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
