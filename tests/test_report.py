@@ -14,7 +14,7 @@ from seeds import fresh_seed
 
 from envs.video import write_video
 from z1_jax.metrics import MetricsWriter
-from z1_jax.report import charts
+from z1_jax.report import charts, tasks
 from z1_jax.report import html as page_parts
 from z1_jax.report.write import write_report
 from z1_jax.statistics import mcnemar_exact, paired_difference_interval, wilson_interval
@@ -358,3 +358,19 @@ def test_long_curves_are_averaged_not_thinned():
 def test_numbers_are_short():
     shown = [charts.short(value) for value in (0, 0.25, 64, 1200, 12_000, 3_400_000, 2e-5)]
     assert shown == ["0", "0.25", "64", "1200", "12k", "3.4M", "2e-05"]
+
+
+def test_each_task_of_two_policies_has_their_names():
+    """In an evaluation neither is "before"; training that is too short to have a fall shows none."""
+
+    def rate(successes):
+        return {"successes": successes, "episodes": 4, "rate": successes / 4, "interval": [0.1, 0.9], "unstable": 0}
+
+    pair = {"before": rate(1), "after": rate(3), "difference": 0.5, "difference_interval": [0, 1], "mcnemar_p": 0.5}
+    summary = {"after": {**rate(3), "tasks": {"OpenDrawer": rate(3)}}, "tasks": {"OpenDrawer": pair}}
+    names = re.findall("<th>(.*?)</th>", tasks.table({**summary, "labels": ["A: run/sft/300", "B: run/grpo/240"]}))
+    assert names == ["task", "A", "B", "difference", "McNemar"]
+    trained = {"OpenDrawer": {"groups": 3, "success": 0.25, "best": None, "fall": None}}
+    shown = tasks.table({**summary, "training_by_task": trained})
+    assert re.findall("<th>(.*?)</th>", shown)[:3] == ["task", "before", "after"]
+    assert re.findall("<td>(.*?)</td>", shown)[-3:] == ["3", "25.0%", "–"]

@@ -18,7 +18,8 @@ def table(summary: Mapping[str, Any]) -> str:
     if not rates:
         return ""
     rows = [[task, *_compared(rates[task], paired.get(task)), *_trained(trained.get(task))] for task in rates]
-    head = ["task", "before", "after", "difference", "McNemar"] if paired else ["task", "rate", "interval"]
+    sides = [label.partition(":")[0] for label in summary.get("labels", ("before", "after"))]  # "A: run/sft/300"
+    head = ["task", *sides, "difference", "McNemar"] if paired else ["task", "rate", "interval"]
     head += ["groups", "training success", "largest fall"] if trained else []
     note = (
         '<p class="note">Training success: mean of the last 10 iterations with groups of the task; the fall is that of '
