@@ -183,9 +183,9 @@ def _alike(sources: Sequence[Source], shapes: Shapes, skip_bad: bool) -> tuple[l
 
 def _unread(source: Source) -> str:
     return (
-        f"{source.path}: images are read from obs/*_image and the state from RoboCasa's robot0_* observations, or both "
-        "from LIBERO's (ee_pos, ee_ori and gripper_states beside obs/*_rgb); this file has pictures in "
-        f"{', '.join(source.pictures)}; import a LeRobot version of these demonstrations"
+        f"{source.path}: images are read from obs/*_image and the state from RoboCasa's robot0_* observations; this "
+        f"file has pictures in {', '.join(source.pictures)}; LIBERO's own files are known by obs/ee_pos, ee_ori and "
+        "gripper_states; of others import a LeRobot version"
     )
 
 

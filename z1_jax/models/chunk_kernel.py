@@ -86,7 +86,8 @@ def _kernel(
 
     def rotated(start: Any, number: int, head: Any, known: Array | None = None) -> tuple[Array, Array]:
         """The halves of rotated heads, in the dtype of the computation; zeros where tokens are not known."""
-        tokens, given = pl.ds(start, number), {} if known is None else {"mask": known[:, None], "other": 0.0}
+        tokens = pl.ds(start, number)
+        given: dict[str, Any] = {} if known is None else {"mask": known[:, None], "other": 0.0}
         x, y = (plgpu.load(qkv.at[b, tokens, head, pl.ds(at, half)], **given).astype(jnp.float32) for at in (0, half))
         s, c = (plgpu.load(table.at[b, tokens, :], **given) for table in (sin, cos))
         if x.ndim == 3:
@@ -95,7 +96,7 @@ def _kernel(
 
     q = [(part * width**-0.5).reshape(count * heads, half) for part in rotated(first, count, pl.ds(0, heads))]
 
-    def look(carry: tuple[Array, Array, Array], keys: tuple[Array, Array], values: Array, allowed: Array) -> Any:
+    def look(carry: tuple[Array, Array, Array], keys: tuple[Array, ...], values: Array, allowed: Array) -> Any:
         total, largest, weight = carry
         logits = plgpu.dot(q[0], keys[0], trans_b=True) + plgpu.dot(q[1], keys[1], trans_b=True)
         logits = jnp.where(allowed[None, :], logits, MASKED_LOGIT)
