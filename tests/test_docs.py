@@ -16,6 +16,7 @@ import pytest
 import z1_jax
 from z1_jax.config.command_line import parse_command_line
 from z1_jax.config.schema import Config, flat
+from z1_jax.study.config import parse_study
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -175,7 +176,11 @@ def test_commands_have_their_modules_presets_keys_and_options(page, monkeypatch)
             config = [option for option in options if option.startswith("--config")]
             parse_command_line(["", *config], f"configs/{'eval' if module == 'z1_jax.evaluate' else 'grpo'}.py")
             options = [option for option in options if option not in config]
+        if module == "z1_jax.study":
+            parse_study(["", *options])
+            continue
         if options and options != ["--help"]:
-            known = options_of(module, *(option for option in options if option.startswith("--from=")))
+            modes = [option for option in options if option.startswith(("--from=", "--check="))]  # a parser for each
+            known = options_of(module, *modes)
             unknown = {option.partition("=")[0] for option in options} - known
             assert not unknown, f"{page.name}: {line}: there is no {', '.join(unknown)}"
