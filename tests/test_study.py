@@ -51,6 +51,7 @@ def test_the_kitchens_study_has_24_tasks():
         (["--joint.group.cuont=3"], "joint: config key group.cuont does not exist; did you mean group.count"),
         (["--grpo.seed=3"], "grpo.seed: the study sets seed of each run itself"),
         (["--specialists.group.spread=adaptive"], "specialists: config key group.spread: .*no effect on one task"),
+        (["--joint.eval.episodes=8"], r"joint.eval.episodes: all runs are evaluated alike; give it as --every.eval"),
         (["--solo.seed=3"], "argument '--solo.seed=3' is not understood, expected --config.key=value, --every.key"),
     ],
 )
@@ -90,7 +91,10 @@ def test_tables_by_hand():
     assert over[1].difference == 0.375
     assert over[1].difference_interval == (0.0, 0.75)  # two tasks drawn: both B, or both A
     text = markdown(over, list(each.values()), {"tasks": 2, "seeds": 1}, 0.95)
-    assert "| specialists | 100.0 [100.0, 100.0] | +37.5 [+0.0, +75.0] |" in text
+    # Two of two tasks: Wilson's interval of them. With one training seed the interquartile mean has none.
+    assert "| specialists | 100.0 [34.2, 100.0] | +37.5 [+0.0, +75.0] | 100.0 |" in text
+    low, high = each["B", "specialists"].interval  # eight equal pairs: Tango's ±z²/(8 + z²)
+    assert low == -high and high == pytest.approx(3.8415 / (8 + 3.8415), abs=1e-4)
     assert "| A | specialists | 25.0 | 100.0 | +75.0 [" in text and "| 0.062 |" in text
 
 
@@ -101,6 +105,8 @@ def test_training_noise_is_in_the_intervals():
     found += [outcome("joint", task, "xxxx....", 2) for task in "AB"]
     row = rows(found, 0.95)[0]
     assert row.interval == (0.0, 1.0) and row.after == 0.5
+    assert "nan" not in markdown(means(found, 0.95), [row], {"tasks": 2, "seeds": 3}, 0.95)
+    assert means(found, 0.95)[0].interquartile_interval == (0.0, 0.0)  # of three training seeds that all fail
     with pytest.raises(ValueError, match="on different seeds"):
         rows([*found[:6], Outcome("joint", "A", 0, tuple(range(1, 9)), np.ones(8, bool))], 0.95)
 

@@ -17,6 +17,7 @@ from z1_jax.suites import check_settings, with_tasks
 
 SFT, SPECIALIST, JOINT = "sft", "specialists", "joint"  # kinds of runs, as the table names them
 FORMS = (SPECIALIST, JOINT)
+FILMS = ("eval.video", "eval.film_seeds")  # keys of the evaluation that change no result
 SECTIONS = ("every", "sft", "grpo", "specialists", "joint")  # overrides: of all runs, of SFT, of RL, of one form of it
 
 
@@ -101,6 +102,8 @@ def _check(study: StudyConfig) -> None:
         for key in study.overrides.get(section, {}):
             if key in ("task", "tasks", "seed", "run_dir", "algorithm", "checkpoint", "compare"):
                 raise ConfigError(f"{section}.{key}: the study sets {key} of each run itself; leave it out")
+            if section != "every" and key.startswith("eval.") and not key.startswith(FILMS):
+                raise ConfigError(f"{section}.{key}: all runs are evaluated alike; give it as --every.{key}=VALUE")
     if "init" in study.overrides.get("grpo", {}):
         raise ConfigError("grpo.init: RL starts from the study's common SFT; leave it out")
 

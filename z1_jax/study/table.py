@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from z1_jax.statistics import clustered_interval, holm, interquartile_mean, mcnemar_exact, stratified_interval
+from z1_jax.statistics import (
+    clustered_interval,
+    holm,
+    interquartile_mean,
+    mcnemar_exact,
+    paired_difference_interval,
+    stratified_interval,
+    wilson_interval,
+)
 
 START = "sft"
 
@@ -46,7 +54,7 @@ class Mean:
     rate: float
     interval: tuple[float, float]  # clustered by task, then training seed
     interquartile: float  # mean of the middle half of all (task, training seed) rates
-    interquartile_interval: tuple[float, float]  # training seeds drawn within each task
+    interquartile_interval: tuple[float, float] | None  # training seeds drawn within each task; None: there is one
     difference: float = 0.0  # from the start
     difference_interval: tuple[float, float] = (0.0, 0.0)
 
@@ -60,8 +68,7 @@ def rows(outcomes: Sequence[Outcome], confidence: float) -> list[Row]:
         corrected = holm([mcnemar_exact(*_joined(paired)) for paired in pairs.values()])
         for (task, paired), p_value in zip(pairs.items(), corrected, strict=True):
             before, after = _joined(paired)
-            gains, seeds = after.astype(float) - before, [seed for seed, one, _ in paired for _ in one]
-            interval = _over_seeds(gains, task, seeds, confidence)
+            interval = _over_seeds(before, after, [seed for seed, one, _ in paired for _ in one], confidence)
             found.append(Row(task, form, float(before.mean()), float(after.mean()), interval, p_value))
     return found
 
@@ -74,22 +81,31 @@ def means(outcomes: Sequence[Outcome], confidence: float) -> list[Mean]:
 def _mean(outcomes: Sequence[Outcome], form: str, confidence: float) -> Mean:
     mine = [outcome for outcome in outcomes if outcome.form == form]
     cells = _cells(mine)
+    tasks, seeds = cells.shape
+    rate = float(cells.mean())
+    if rate in (0.0, 1.0):  # every resample is the sample; tasks are what is drawn
+        interval = wilson_interval(int(rate) * tasks, tasks, confidence)
+    else:
+        interval = _clustered([(outcome, outcome.success.astype(float)) for outcome in mine], confidence)
     found = Mean(
         form,
-        float(cells.mean()),
-        _clustered([(outcome, outcome.success.astype(float)) for outcome in mine], confidence),
+        rate,
+        interval,
         interquartile_mean(cells),
-        stratified_interval(cells, interquartile_mean, 0, confidence),
+        stratified_interval(cells, interquartile_mean, 0, confidence) if seeds > 1 else None,
     )
     if form == START:
         return found
-    gains = []
-    for outcome in mine:
-        start = _start_of(outcomes, outcome)
-        if start is not None:
-            gains.append((outcome, outcome.success.astype(float) - start.success))
+    pairs = [(outcome, start) for outcome in mine if (start := _start_of(outcomes, outcome)) is not None]
+    gains = [(outcome, outcome.success.astype(float) - start.success) for outcome, start in pairs]
     difference = float(np.mean([values.mean() for _, values in gains]))
-    return dataclasses.replace(found, difference=difference, difference_interval=_clustered(gains, confidence))
+    if np.ptp(np.concatenate([values for _, values in gains])):
+        interval = _clustered(gains, confidence)
+    else:  # as above: one pair a task
+        firsts = {outcome.task: (start.success[0], outcome.success[0]) for outcome, start in pairs}
+        before, after = np.array(list(firsts.values())).T
+        interval = paired_difference_interval(before, after, 0, confidence)
+    return dataclasses.replace(found, difference=difference, difference_interval=interval)
 
 
 def _clustered(values: Sequence[tuple[Outcome, np.ndarray]], confidence: float) -> tuple[float, float]:
@@ -98,11 +114,12 @@ def _clustered(values: Sequence[tuple[Outcome, np.ndarray]], confidence: float) 
     return clustered_interval(np.concatenate([each for _, each in values]), tasks, seeds, 0, confidence)
 
 
-def _over_seeds(gains: np.ndarray, task: str, seeds: Sequence[int], confidence: float) -> tuple[float, float]:
-    """Training seeds are drawn where there are several; with one, its episodes."""
-    if len(set(seeds)) > 1:
-        return clustered_interval(gains, [task] * len(gains), seeds, 0, confidence)
-    return clustered_interval(gains, [task] * len(gains), range(len(gains)), 0, confidence)
+def _over_seeds(before: np.ndarray, after: np.ndarray, seeds: Sequence[int], confidence: float) -> tuple[float, float]:
+    """Training seeds are drawn where there are several; with one, or where all pairs differ alike, episodes."""
+    gains = after.astype(float) - before
+    if len(set(seeds)) > 1 and np.ptp(gains):
+        return clustered_interval(gains, [""] * len(gains), seeds, 0, confidence)
+    return paired_difference_interval(before, after, 0, confidence)
 
 
 def _cells(outcomes: Sequence[Outcome]) -> Float[np.ndarray, "tasks seeds"]:
@@ -160,7 +177,9 @@ def markdown(found: Sequence[Mean], each: Sequence[Row], facts: Mapping[str, Any
     lines.append("|---|---|---|---|")
     for mean in found:
         gain = "" if mean.form == START else _points(mean.difference, mean.difference_interval)
-        iqm = _rate(mean.interquartile, mean.interquartile_interval)
+        iqm = f"{100 * mean.interquartile:.1f}"
+        if mean.interquartile_interval:
+            iqm = _rate(mean.interquartile, mean.interquartile_interval)
         lines.append(f"| {mean.form} | {_rate(mean.rate, mean.interval)} | {gain} | {iqm} |")
     lines += ["", f"| task | form | {START} | after | difference [{percent}] | p (Holm) |", "|---|---|---|---|---|---|"]
     for row in each:
