@@ -288,7 +288,7 @@ def test_what_is_refused_as_without_effect_has_none(rule):
 
 
 def test_the_table_names_every_key_with_its_default():
-    text = (ROOT / "docs" / "switches.md").read_text()
+    text = (ROOT / "docs" / "switches.md").read_text().partition("## What each iteration logs")[0]
     values, rows = flat(Config()), {}
     for row in re.findall(r"^\| (`.*?) \| (.*?) \|", text, flags=re.M):
         keys = re.findall(r"`([^`]+)`", row[0])

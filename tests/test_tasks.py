@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -135,7 +136,7 @@ def test_what_cannot_be_is_one_line(arguments, parts):
 
 def test_one_of_two_names_of_a_task_is_enough():
     with pytest.raises(ConfigError, match="PickPlaceCounterToSink is there twice, as PnPCounterToSink and as Pick"):
-        parse("tasks=PnPCounterToSink,PickPlaceCounterToSink", file="grpo.py:robocasa")
+        suites.check_settings(parse("tasks=PnPCounterToSink,PickPlaceCounterToSink", file="grpo.py:robocasa"))
 
 
 def test_tasks_may_differ_in_their_horizon():
@@ -245,3 +246,15 @@ def test_a_whole_run_of_two_tasks(drawers, tmp_path, capsys):
     assert len(list((run_dir / "videos").glob("*_CloseDrawer_seed*.webp"))) == 2
     train.main(command)
     assert "already finished" in capsys.readouterr().out
+    shutil.rmtree(run_dir / "checkpoints" / "grpo" / "2")  # as if it had been killed in the second iteration
+    for name in ("summary.json", "evaluation/after.jsonl"):
+        (run_dir / name).unlink()
+    train.main(command)
+    again = json.loads((run_dir / "summary.json").read_text())
+    assert [again[key] for key in ("tasks", "training_by_task")] == [
+        summary[key] for key in ("tasks", "training_by_task")
+    ]
+    untimed = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in records]
+    assert untimed == [
+        {k: v for k, v in row.items() if not k.startswith("time/")} for row in read_records(run_dir / "metrics.jsonl")
+    ]
