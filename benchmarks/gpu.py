@@ -213,6 +213,7 @@ class Bench:
         def decide() -> Any:
             return half.decide(params)
 
+        half.use(compiled)
         actions = decide()  # prepares the parameters
         reference = expected.setdefault(size, actions)
         error = float(np.linalg.norm(actions - reference) / np.linalg.norm(reference))
@@ -284,6 +285,7 @@ class Bench:
 
             how = {"attention": form.attention, "remat": form.remat}
             with self.reported(name):
+                updater._step = compiled[name].function
                 self.measure(
                     "gpu/rl_update_batch_16_cached", step, self.step_floor(work), **how, kernels=compiled[name].kernels
                 )
@@ -363,6 +365,7 @@ class Bench:
         def step() -> None:
             norms.append(float(trainer.step(data, 0)["grad_norm"]))
 
+        trainer._step = compiled[f"sft {form.named('attention', 'remat')}"].function
         name, how = f"gpu/sft_batch_{len(data['tokens'])}", {"attention": form.attention, "remat": form.remat}
         step()
         launched = compiled[f"sft {form.named('attention', 'remat')}"].kernels
@@ -546,6 +549,10 @@ class Halves:
         for name, options in graphs.items():
             made[denoise if name == "usual" else f"{denoise}_graphs_{name}"] = Job(traced, options)
         return made
+
+    def use(self, compiled: dict[str, Made]) -> None:
+        """What is compiled already: a first call with arrays would compile it once more."""
+        self.actor._encode, self.actor._sample = (compiled[name].function for name in self.names())
 
     def decide(self, params: Any) -> Any:
         """The actions [B, M, H, A], NumPy."""

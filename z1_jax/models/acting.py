@@ -226,7 +226,7 @@ def denoiser(config: Pi05Config, params: Prepared, cache: PrefixCache, chunks: i
     return step, held
 
 
-def _chunk_tables(config: Pi05Config, cache: PrefixCache, chunks: int) -> tuple[Array, ...]:
+def _chunk_tables(config: Pi05Config, cache: PrefixCache, chunks: int) -> tuple[Array, Array]:
     step = jnp.tile(jnp.arange(_round_up(config.horizon)), chunks)
     positions = jnp.sum(cache.mask, axis=1, dtype=jnp.int32)[:, None] + step
     return rope_tables(positions, config.expert.head_dim)

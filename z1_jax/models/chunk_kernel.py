@@ -33,7 +33,7 @@ def takes(heads: int, cache: tuple[int, ...]) -> bool:
 
 def chunk_attention(
     qkv: Float[Array, "B R X D"],
-    tables: tuple[Array, ...],
+    tables: tuple[Float[Array, "B R 1 D/2"], Float[Array, "B R 1 D/2"]],
     prefix_k: Float[Array, "layers B T 1 D"],
     prefix_v: Float[Array, "layers B T 1 D"],
     prefix_mask: Bool[Array, "B T"],

@@ -201,7 +201,9 @@ def rope(x: Float[Array, "... T N D"], positions: Int[Array, "... T"]) -> Float[
     return rotate(x, rope_tables(positions, x.shape[-1]))
 
 
-def rope_tables(positions: Int[Array, "... T"], width: int) -> tuple[Float[Array, "... T 1 D/2"], ...]:
+def rope_tables(
+    positions: Int[Array, "... T"], width: int
+) -> tuple[Float[Array, "... T 1 D/2"], Float[Array, "... T 1 D/2"]]:
     """Sines and cosines of the positions, for `rotate`."""
     half = width // 2
     timescale = ROPE_BASE ** ((2.0 / width) * jnp.arange(half, dtype=jnp.float32))
