@@ -473,6 +473,17 @@ def test_each_number_of_an_action_moves_what_the_table_says(rng, envs):
     assert opened > 0.07 and closed < 0.02
 
 
+@pytest.mark.parametrize("task", [STOVE, "libero_object/0"])  # on a table, on the floor
+def test_states_lie_within_the_tables_bounds(task, rng, envs):
+    env = envs(task)
+    env.reset(Episode(fresh_seed(rng)))
+    low, high = np.array(tables.STATE_BOUNDS).T
+    for action in np.sign(random_actions(rng, 12)):
+        env.step_chunk(np.tile(action, (8, 1)))
+        state = env._proprioception()
+        assert ((low <= state) & (state <= high)).all(), state
+
+
 def test_a_chunk_is_clipped_copied_latched_and_ends_at_the_horizon(rng, envs, monkeypatch):
     env = envs(STOVE)
     env.reset(Episode(fresh_seed(rng)))

@@ -236,6 +236,13 @@ def test_what_libero_does_not_offer_is_refused_without_it(argument, parts):
     assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)
 
 
+def test_liberos_tasks_without_an_expert_can_start_untrained():
+    config = libero_config("--config.task=libero_10/0", "--config.init=random")
+    stats = suites.assumed_statistics(config)
+    assert stats["state"].dim == 8 and stats["actions"].dim == 7
+    np.testing.assert_array_equal(stats["state"].q99[6:], [0.045, 0.005])
+
+
 def test_held_out_seeds_are_liberos_initial_states():
     config = libero_config()
     episode_of, first = suites.episode_of(config), config.eval.first_seed

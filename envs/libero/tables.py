@@ -19,6 +19,13 @@ SUBSTEPS = 25
 # Position of the gripper's tip in the world, its rotation as an axis times an angle, and both fingers, metres.
 STATE = {"eef_pos": slice(0, 3), "eef_axis_angle": slice(3, 6), "gripper_qpos": slice(6, 8)}
 STATE_DIM = 8
+# (lowest, highest) of each number: where the arm reaches over tables and floors, any rotation (robosuite's angles go
+# up to a whole turn), fingers of 4 cm each way, which bend by a little.
+STATE_BOUNDS = (
+    *((-0.8, 0.7), (-0.9, 0.9), (-0.05, 1.9)),
+    *((-6.2832, 6.2832),) * 3,
+    *((-0.005, 0.045), (-0.045, 0.005)),
+)
 # ±1 is 0.05 m or 0.5 rad a control step (operational space control); the gripper opens below 0 and closes above.
 ACTION = {"eef_pos": slice(0, 3), "eef_rot": slice(3, 6), "gripper": slice(6, 7)}
 ACTION_DIM = 7
