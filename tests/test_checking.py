@@ -13,6 +13,7 @@ from z1_jax.collect.importers.base import BadData
 from z1_jax.data.dataset import write_dataset
 from z1_jax.data.journal import JournaledEpisode
 from z1_jax.errors import UserError
+from z1_jax.suites import training_statistics
 
 STRIDE, CHUNK, SIDE = 2, 4, 16
 
@@ -155,6 +156,20 @@ def test_a_dataset_of_ours_in_the_terminal_and_as_a_page(rng, tmp_path, capsys):
     assert (tmp_path / "x.html").read_text() == page
     with pytest.raises(UserError, match="--html: .* cannot be written"):
         main(["collect", f"--check={tmp_path / 'data'}", f"--html={tmp_path / 'no' / 'x.html'}"])
+
+
+def test_what_counts_as_constant_is_what_training_will_hold(rng, tmp_path, capsys):
+    """The kitchen's state is in metres: a tremble of 0.4 mm is held, by SFT and so by the check."""
+    made = episodes(rng)
+    for episode in made:
+        episode.state[:, 1] = rng.uniform(0, 4e-4, len(episode.state))
+    assert check_episodes(stream(made), STRIDE).findings == ()
+    source = {"made_by": "kitchen expert", "stride": STRIDE}
+    dataset = write_dataset(tmp_path / "data", iter(made), source)
+    main(["collect", f"--check={tmp_path / 'data'}"])
+    told = re.findall(r"constant: state dimension (\d+) moves by (\S+) in all", capsys.readouterr().out)
+    assert told == [("1", "0.00039")]
+    assert np.flatnonzero(training_statistics(dataset.source, dataset.stats)["state"].constant).tolist() == [1]
 
 
 def test_data_that_are_not_imported_yet(rng, tmp_path, capsys):

@@ -19,7 +19,7 @@ from z1_jax.data.journal import JournaledEpisode
 from z1_jax.errors import UserError
 from z1_jax.files import absolute
 from z1_jax.metrics import Progress
-from z1_jax.suites import rate_of
+from z1_jax.suites import rate_of, training_statistics
 
 _MANIFEST = "manifest.json"  # of a dataset of ours
 Stream = Iterator[tuple[str, JournaledEpisode | BadData]]
@@ -45,15 +45,16 @@ def check_dataset(arguments: Sequence[str]) -> None:
         dataset = open_dataset(path)
         stride, count, facts = int(dataset.source.get("stride", 1)), len(dataset.episodes), _facts(dataset)
         stream: Stream = _ours(dataset)
+        rules = {key: stats.rule for key, stats in training_statistics(dataset.source, dataset.stats).items()}
     else:
         sources, flaws = open_sources([path], "", True)
         if not sources:
             raise UserError(f"nothing in {path} can be read, the first: {flaws[0]}" if flaws else f"nothing in {path}")
         stride, count, facts = 1, sum(len(source.episodes) for source in sources), _source_facts(sources)
-        stream = _theirs(sources)
+        stream, rules = _theirs(sources), {}
     broken = ((str(path), BadData(flaw)) for flaw in flaws)
     with Progress("check", count, "episode", {}, interval_s=5.0) as progress:
-        checked = check_episodes(itertools.chain(broken, _counted(stream, progress)), stride)
+        checked = check_episodes(itertools.chain(broken, _counted(stream, progress)), stride, rules)
     for line in terminal(checked, facts):
         print(line)
     try:

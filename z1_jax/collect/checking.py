@@ -13,7 +13,7 @@ from PIL import Image
 from z1_jax.collect.importers.base import BadData
 from z1_jax.collect.importers.duplicates import Duplicates
 from z1_jax.data.journal import JournaledEpisode
-from z1_jax.data.normalize import NormStats, StatsAccumulator
+from z1_jax.data.normalize import NormStats, Rule, StatsAccumulator
 
 OUTLYING = 2.0  # spans of the 1 % … 99 % beyond them: quantile normalisation makes ±5 of it
 _SHORT, _LONG = 0.1, 10.0  # of the median length
@@ -57,12 +57,15 @@ class Checked:
     findings: tuple[Finding, ...]
 
 
-def check_episodes(stream: Iterable[tuple[str, JournaledEpisode | BadData]], stride: int) -> Checked:
+def check_episodes(
+    stream: Iterable[tuple[str, JournaledEpisode | BadData]], stride: int, rules: Mapping[str, Rule] | None = None
+) -> Checked:
     """Looks at every episode once.
 
     Args:
         stream: name of each episode, and the episode or why it cannot be read.
         stride: control steps from one decision to the next; actions of a chunk beyond them belong to the next one.
+        rules: by which dimensions of "state" and "actions" count as constant, where that is not the guard.
 
     Raises:
         BadData: not one episode can be read.
@@ -101,7 +104,7 @@ def check_episodes(stream: Iterable[tuple[str, JournaledEpisode | BadData]], str
         raise BadData(f"no episode can be read, the first: {findings[0].line}" if findings else "there are no episodes")
     quantities = {}
     for key, parts in numbers.items():
-        quantities[key], told = _quantity(key, parts, names)
+        quantities[key], told = _quantity(key, parts, names, (rules or {}).get(key, NormStats.rule))
         findings += told
     findings += _lengths(names, lengths) + pictures.findings()
     decisions = sum(len(part) for part in numbers["state"])
@@ -125,13 +128,13 @@ def _lengths(names: Sequence[str], lengths: Sequence[int]) -> list[Finding]:
 
 
 def _quantity(
-    key: str, parts: Sequence[Float[np.ndarray, "n d"]], names: Sequence[str]
+    key: str, parts: Sequence[Float[np.ndarray, "n d"]], names: Sequence[str], rule: Rule
 ) -> tuple[Quantity, list[Finding]]:
     found: list[Finding] = []
     accumulator = StatsAccumulator()
     for part in parts:
         accumulator.update(part)
-    stats = accumulator.result()
+    stats = dataclasses.replace(accumulator.result(), rule=rule)
     values = np.concatenate(parts)
     reach = OUTLYING * np.maximum(stats.span, stats.negligible)
     beyond = np.maximum(stats.q01 - values, values - stats.q99)
@@ -139,9 +142,8 @@ def _quantity(
     starts = np.cumsum([0, *(len(part) for part in parts)])
     for dim in range(stats.dim):
         if stats.constant[dim]:
-            line = (
-                f"{key} dimension {dim} never moves ({stats.mean[dim]:.4g}): it is held constant in labels and actions"
-            )
+            moves = f"moves by {stats.span[dim]:.2g} in all" if stats.span[dim] else "never moves"
+            line = f"{key} dimension {dim} {moves} ({stats.mean[dim]:.4g}): it is held constant in labels and actions"
             found.append(Finding("constant", line))
         elif _nearly_constant(stats)[dim]:
             usual = np.median(values[:, dim])
