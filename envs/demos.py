@@ -9,27 +9,20 @@ could foresee from the observation; or `undisturbed`: what the expert does on a 
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
-import contextlib
 import dataclasses
+import functools
 import itertools
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
 
 from envs.base import LABELS, Env, EnvObservation, Episode
-from envs.worker import HOME, exit_with_parent
+from envs.jobs import Job, run_jobs
 
 WHITE, OFFSET = 0.5, 0.35  # standard deviations of white noise and constant offsets, as parts of the noise scale
 OFFSET_STEPS = 6  # control steps that an offset lasts
+Steps = Generator[None, None, "Demonstration"]
 _NOISE_STREAM = 1  # keeps the noise of a seed apart from the randomisation of the same seed
 
 
@@ -90,6 +83,18 @@ def run_episode(
     Raises:
       ValueError: unknown labels.
     """
+    steps = _steps(demonstrator, env, episode, noise, stride, chunk, labels)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as ended:
+            return ended.value
+
+
+def _steps(
+    demonstrator: Demonstrator, env: Env, episode: Episode, noise: float, stride: int, chunk: int, labels: str
+) -> Steps:
+    """`run_episode`, a step of this from each observation to the next."""
     if labels not in LABELS:
         raise ValueError(f"labels must be one of {', '.join(LABELS)}; got {labels!r}")
     env.reset(episode)
@@ -102,6 +107,8 @@ def run_episode(
     done = success = False
     while not done:
         if len(recorded) % stride == 0:
+            if recorded:
+                yield
             observations.append(env.observe())
             if branched:
                 chunks.append(_undisturbed(env, expert, chunk))
@@ -159,20 +166,6 @@ def disturb(seed: int, noise: float, profile: tuple[float, ...]) -> tuple[float,
     return scale, disturbances()
 
 
-_worker: tuple[Demonstrator, Env] | None = None
-
-
-def _start_worker(demonstrator: Demonstrator, parent: int) -> None:
-    global _worker
-    threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
-    _worker = demonstrator, demonstrator.make_env()
-
-
-def _run_in_worker(episode: Episode, noise: float, stride: int, chunk: int, labels: str) -> Demonstration:
-    assert _worker is not None
-    return run_episode(*_worker, episode, noise, stride, chunk, labels)
-
-
 def collect(
     demonstrator: Demonstrator,
     episodes: Iterable[Episode],
@@ -181,6 +174,8 @@ def collect(
     stride: int = 4,
     chunk: int = 8,
     labels: str = "undisturbed",
+    timeout_s: float = 60.0,
+    start_timeout_s: float = 120.0,
 ) -> Iterator[Demonstration]:
     """Demonstrations of `episodes`, in their order, also those that failed.
 
@@ -188,41 +183,21 @@ def collect(
       episodes: may be endless, because only a few are under way beyond what was consumed.
       noise, stride, chunk, labels: as in `run_episode`.
       processes: worker processes; 1 or less runs in this process.
+      timeout_s: seconds that a worker may take from one observation to the next; start_timeout_s: to build its
+        environment. One that is late or dies is replaced, and its episode begun again, once.
 
     Raises:
       ValueError: an unknown task or option value.
+      PoolError: an episode failed twice; one line.
     """
     env = demonstrator.make_env()  # a mistake in the arguments shows here, not inside a worker
     if processes <= 1:
         yield from (run_episode(demonstrator, env, episode, noise, stride, chunk, labels) for episode in episodes)
         return
-    pool = concurrent.futures.ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), _start_worker, (demonstrator, os.getpid())
-    )
-    try:
-        pending: collections.deque[concurrent.futures.Future[Demonstration]] = collections.deque()
-        for episode in episodes:
-            with _starting_workers():
-                pending.append(pool.submit(_run_in_worker, episode, noise, stride, chunk, labels))
-            if len(pending) >= 4 * processes:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    work = functools.partial(_steps, demonstrator, noise=noise, stride=stride, chunk=chunk, labels=labels)
+    jobs = (Job(f"seed {episode.seed}", functools.partial(_of_episode, work, episode)) for episode in episodes)
+    yield from run_jobs(demonstrator.make_env, jobs, processes, timeout_s, start_timeout_s)
 
 
-@contextlib.contextmanager
-def _starting_workers() -> Iterator[None]:
-    """Processes that start within inherit a blocked SIGINT (Ctrl-C is the parent's to handle, from their first moment)
-    and do not import the parent's main module, which may take seconds and hold an accelerator."""
-    main = sys.modules["__main__"]
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    sys.path.insert(0, HOME)  # the workers' path is a copy: they find this `envs`, whatever the working directory holds
-    try:
-        yield
-    finally:
-        sys.path.remove(HOME)
-        sys.modules["__main__"] = main
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _of_episode(work: Callable[..., Steps], episode: Episode, env: Env) -> Steps:
+    return work(env, episode)

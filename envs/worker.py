@@ -6,6 +6,8 @@ and never imports JAX.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import os
 import pathlib
@@ -13,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -22,8 +24,13 @@ import numpy as np
 from envs.base import ChunkResult, Env, EnvObservation, EnvSpec, Episode, Snapshot
 from envs.contract import ContractError, check_frame, check_observation, check_result
 from envs.simulators import Factories, Simulators
+from envs.text import shortened
 
 Request = tuple[str, list[tuple[int, Any]]]  # operation, then (slot, payload) in order of execution
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+STRETCH_S = 0.5  # of a job between two answers
+MOST_TEXT = 4000  # characters of an exception that reach the parent
 
 HOME = str(pathlib.Path(__file__).resolve().parent.parent)  # of the package envs
 
@@ -35,6 +42,8 @@ DOING = {
     "restore": "restoring a snapshot",
     "render": "rendering",
     "replay": "replaying the episode so far",
+    "begin": "beginning an episode",
+    "advance": "in an episode",
 }
 
 
@@ -83,6 +92,7 @@ class SlotServer:
 
     def __init__(self, factories: Factories, simulators: int) -> None:
         self._simulators = Simulators(factories, simulators)
+        self._running: dict[int, Generator[None, None, Any]] = {}
         self._simulate_s = 0.0
         self._render_s = 0.0
 
@@ -96,7 +106,7 @@ class SlotServer:
                 results.append(getattr(self, f"_{operation}")(slot, payload))
             except Exception as error:  # noqa: BLE001 - whatever an environment raises must reach the parent
                 broken = isinstance(error, ContractError)
-                text = " ".join((str(error) if broken else f"{type(error).__name__}: {error}").split())
+                text = shortened(str(error) if broken else f"{type(error).__name__}: {error}", MOST_TEXT)
                 return Reply(
                     results,
                     self._simulate_s,
@@ -152,6 +162,22 @@ class SlotServer:
         self._render_s += time.perf_counter() - start
         return check_frame(frame, payload[1])
 
+    def _begin(self, slot: int, payload: tuple[str, Callable[[Env], Generator[None, None, Any]]]) -> Any:
+        task, work = payload
+        self._running[slot] = work(self._simulators.begin(slot, task))
+        return self._advance(slot, None)
+
+    def _advance(self, slot: int, payload: None) -> Any:
+        """Runs what was begun up to a yield after some time: None, or what it returns at its end."""
+        until = time.monotonic() + STRETCH_S
+        try:
+            while True:
+                next(self._running[slot])
+                if time.monotonic() >= until:
+                    return None
+        except StopIteration as ended:
+            return ended.value
+
     def _replay(self, slot: int, journal: Journal) -> None:
         if not journal.started:
             return
@@ -173,16 +199,24 @@ def _frame(env: Env, camera: str, size: int) -> np.ndarray:
     return np.ascontiguousarray(image[rows][:, rows])
 
 
-def main(fd: int, parent: int) -> None:
-    """Serves requests from the pipe `fd` until it closes. `parent` is the process id of the pool's owner."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it closes the pipe
+def main(fd: int, parent: int, with_thread: bool) -> None:
+    """Serves requests from the pipe `fd` until it closes.
+
+    Args:
+      parent: the process id of the pool's owner; with_thread: the thread that started this process lives as long.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):  # a stop is the parent's to handle: it closes the pipe
+        signal.signal(number, signal.SIG_IGN)
+    if with_thread:
+        kill_with_parent(parent)
     threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
     connection = Connection(fd)
     try:
         server = SlotServer(*connection.recv())
     except Exception as error:  # noqa: BLE001 - an environment that cannot be imported here is the parent's to report
         connection.recv()
-        connection.send(Reply([], error=" ".join(f"{type(error).__name__}: {error}".split()), lasting=True))
+        text = shortened(f"{type(error).__name__}: {error}", MOST_TEXT)
+        connection.send(Reply([], error=text, lasting=True))
         return
     try:
         while True:
@@ -197,9 +231,22 @@ def command(fd: int, parent: int) -> Sequence[str]:
         "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         f"import sys; sys.path.insert(0, {HOME!r}); import envs\n"  # ours, whatever the working directory holds
         f"sys.path[:] = {sys.path!r}\n"
-        f"from envs.worker import main; main({fd}, {parent})"
+        f"from envs.worker import main; main({fd}, {parent}, {threading.current_thread() is threading.main_thread()})"
     )
     return [sys.executable, "-c", code]
+
+
+def kill_with_parent(parent: int) -> None:
+    """Has the kernel end this process when the thread that started it ends: also one that is stopped, or deep in C.
+
+    Linux alone can; elsewhere nothing happens.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
 
 
 def exit_with_parent(parent: int) -> None:

@@ -93,7 +93,7 @@ def test_what_is_allowed_is_trained_and_recorded(foreign, tmp_path, monkeypatch,
                                  "images": dict.fromkeys(CAMERAS.split(","), [32, 32])}  # fmt: skip
     capsys.readouterr()
     evaluation = f"--config={CONFIGS / 'eval.py'}", f"--config.checkpoint={run}", "--config.eval.episodes=2"
-    with pytest.raises(ConfigError, match="key checkpoint: .*: task and rate differ"):
+    with pytest.raises(ConfigError, match="key checkpoint: .*: task, rate and images differ .*allow=task,rate,images$"):
         evaluate.main(["evaluate", *evaluation, task, "--config.env.workers=0", f"--config.run_dir={tmp_path / 'e'}"])
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("differs: ")]
     assert [line.split(": ")[1] for line in told] == ["task", "instruction", "rate", "images"]

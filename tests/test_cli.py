@@ -154,9 +154,36 @@ process.run_main(main)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{INTERRUPTED}\n")
 
 
-def test_ctrl_c_while_collecting_loses_no_episode(tmp_path):
+@pytest.mark.parametrize("held", [False, True])
+def test_sigterm_is_one_line_and_nothing_is_skipped(held):
+    code = f"""
+import signal, time
+from z1_jax import interrupt, process
+
+def main(argv):
+    try:
+        if {held}:
+            with interrupt.held():
+                signal.raise_signal(signal.SIGTERM)
+                print("done", end="", flush=True)
+        else:
+            signal.raise_signal(signal.SIGTERM)
+        time.sleep(20)
+    finally:
+        print(" cleaned", flush=True)
+
+interrupt.install_hooks()
+process.run_main(main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    told = "done cleaned\n" if held else " cleaned\n"
+    assert (done.returncode, done.stdout, done.stderr) == (130, told, f"{INTERRUPTED}\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_collecting_loses_no_episode(number, tmp_path):
     command = ("z1_jax.collect", "OpenDrawer", "--episodes=40", f"--out={tmp_path / 'data'}")
-    code, out = run_and_signal(signal.SIGINT, "1/40", 0.0, *command)
+    code, out = run_and_signal(number, "1/40", 0.0, *command)
     assert code == 130 and "the same command continues" in out and "Traceback" not in out, out
     collected = (tmp_path / "data.episodes").stat().st_size
     code, out = run(*command)

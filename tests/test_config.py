@@ -11,6 +11,7 @@ from z1_jax.config import checks
 from z1_jax.config import schema as z1_config
 from z1_jax.config.command_line import parse_command_line
 from z1_jax.config.schema import Config, ConfigError, flat
+from z1_jax.extending import take_forced
 from z1_jax.run_dir import claim_directory
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -114,7 +115,14 @@ def test_presets():
         (["--config.algorithm=eval", "--config.checkpoint=x", "--config.init=y"], ["config key init", "no effect"]),
         (["--config.reward.discount=nan"], ["reward.discount", "nan"]),
         (["--config.flow.noise_level=0"], ["flow.noise_level", "got 0.0"]),
-        (["--config.update.epochs=0"], ["update.epochs", "at least 1"]),
+        (["--config.update.epochs=0"], ["update.epochs", "got 0, expected 1 … 1000"]),
+        (["--config.sft.batch_size=1000000000000"], ["sft.batch_size", "expected 1 … 65536"]),
+        (["--config.update.kl_coef=inf"], ["update.kl_coef", "got inf", "0.0 … 1000.0"]),
+        (["--config.env.cameras=robot0_eye_in_hand,robot0_eye_in_hand"], ["env.cameras", "robot0_eye_in_hand twice"]),
+        (["--config.sft.optim.warmup_steps=400"], ["sft.optim.warmup_steps", "got 400", "at most sft.steps = 300"]),
+        (["--config.update.optim.warmup_steps=241"], ["update.optim.warmup_steps", "train.iterations = 240"]),
+        (["--config.sft.optim.lr=1e-6"], ["sft.optim.lr_end", "got 1e-05", "at most sft.optim.lr = 1e-06"]),
+        (["--config.update.optim.lr_end=0.1"], ["update.optim.lr_end", "got 0.1", "at most update.optim.lr"]),
         (["--config.seed=-1"], ["seed", "-1"]),
         (["--config.group.branching=star"], ["group.branching", "'star'", "none, prefix, tree"]),
         (["--config.group.size=6", "--config.env.parallel=66"], ["group.size", "got 6", "power of two"]),
@@ -150,7 +158,7 @@ def test_presets():
         (["--config.inputs.norm=minmax"], ["inputs.norm", "'minmax'", "quantile, z_score"]),
         (["--config.inputs.slots=robot0_agentview_left,none"], ["inputs.slots", "robot0_eye_in_hand", "once"]),
         (["--config.mesh.data=0"], ["mesh.data", "got 0", "-1"]),
-        (["--config.mesh.fsdp=0"], ["mesh.fsdp", "got 0", "at least 1"]),
+        (["--config.mesh.fsdp=0"], ["mesh.fsdp", "got 0", "1 … 65536"]),
         (["--config.algorithm=eval"], ["checkpoint", "expected a run directory"]),
         (["--config.algorithm=ppo"], ["algorithm", "'ppo'", "grpo, sft, eval"]),
         (["--conf.seed=1"], ["'--conf.seed=1' is not understood"]),
@@ -205,9 +213,21 @@ def test_every_bound_is_enforced(key):
     low, high = checks._RANGES[key]
     kind = type(flat(Config())[key])
     for bound, outside in ((low, -1), (high, +1)):
-        if bound is not None:
-            beyond = bound + outside if kind is int else bound + outside * max(1e-9, abs(bound) * 1e-3)
-            assert f"config key {key}: got" in refusal(GRPO, f"--config.{key}={beyond}")
+        beyond = bound + outside if kind is int else bound + outside * max(1e-9, abs(bound) * 1e-3)
+        assert f"config key {key}: got" in refusal(GRPO, f"--config.{key}={beyond}")
+    for nonsense in (10**12,) if kind is int else ("nan", "inf", "-inf"):
+        assert f"config key {key}: got" in refusal(GRPO, f"--config.{key}={nonsense}")
+
+
+def test_a_run_that_is_made_short_keeps_its_warm_up_and_says_so(capsys):
+    config = parse(GRPO, "--config.sft.steps=20")
+    assert (config.sft.steps, config.sft.optim.warmup_steps) == (20, 50)
+    assert (
+        capsys.readouterr().out == "sft.optim.warmup_steps=50 is more than sft.steps=20: the learning rate only rises\n"
+    )
+    assert "sft.optim.warmup_steps: got 50" in refusal(
+        GRPO, "--config.sft.steps=20", "--config.sft.optim.warmup_steps=50"
+    )
 
 
 @pytest.mark.parametrize("key", sorted(checks.CHOICES))
@@ -252,15 +272,53 @@ def test_a_run_directory_belongs_to_its_config(tmp_path):
     assert "seed is 0, asked for 3" in message and "group.size is 8, asked for 4" in message and "\n" not in message
 
 
-def test_free_keys_may_change(tmp_path):
+def test_free_keys_may_change_and_are_told(tmp_path, capsys):
     run = tmp_path / "run"
     claim_directory(with_run_dir(run))
     changes = {"log.every": 7, "env.workers": 5, "env.timeout_s": 9.0, "train.checkpoint_every": 3}
     claim_directory(with_run_dir(run, **changes))
+    told = "env.workers 2 → 5, env.timeout_s 60.0 → 9.0, train.checkpoint_every 10 → 3, log.every 50 → 7"
+    assert capsys.readouterr().out == f"changed, moves no number: {told}\n"
     run.rename(tmp_path / "moved")
     claim_directory(with_run_dir(tmp_path / "moved"))
-    for key in z1_config.FREE_KEYS:  # none of them is misspelt
+    assert capsys.readouterr().out == ""
+    for key in (*z1_config.FREE_KEYS, *z1_config.FORCIBLE):  # none of them is misspelt
         assert any(leaf == key or leaf.startswith(key + ".") for leaf in flat(Config()))
+
+
+def test_one_place_may_be_spelled_in_several_ways(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("runs")
+    given = {"demos.dataset": "runs/data"}
+    claim_directory(with_run_dir(tmp_path / "run", **given))
+    for spelled in (str(tmp_path / "runs" / "data"), "runs/../runs/data/", "link/data"):
+        claim_directory(with_run_dir(tmp_path / "run", **{"demos.dataset": spelled}))
+    for other in ("runs/data@best", "runs/data2", "data"):
+        with pytest.raises(ConfigError, match="demos.dataset is 'runs/data', asked for"):
+            claim_directory(with_run_dir(tmp_path / "run", **{"demos.dataset": other}))
+
+
+def test_what_is_forced_goes_on_and_is_recorded(tmp_path, capsys):
+    claim_directory(with_run_dir(tmp_path))
+    changed = with_run_dir(tmp_path, **{"update.kl_coef": 0.1, "group.size": 4})
+    with pytest.raises(ConfigError, match=r"another config .group.size is 8, asked for 4, .*, or --force to go on"):
+        claim_directory(changed)
+    assert claim_directory(changed, force=True) == tmp_path
+    (tmp_path / "checkpoints" / "grpo" / "30" / "params").mkdir(parents=True)
+    take_forced(changed, tmp_path)
+    assert "changed by force, recorded in" in capsys.readouterr().out
+    rows = [("group.size", 8, 4), ("update.kl_coef", 0.0, 0.1)]
+    assert json.loads((tmp_path / "forced.json").read_text()) == [
+        {"key": key, "was": was, "now": now, "done": {"grpo": 30}} for key, was, now in rows
+    ]
+    claim_directory(changed)  # it is the run's own now
+    take_forced(changed, tmp_path)
+    assert len(json.loads((tmp_path / "forced.json").read_text())) == 2
+    other = with_run_dir(tmp_path, **{"update.kl_coef": 0.2, "group.size": 4, "seed": 3})
+    for force in (False, True):  # demonstrations and checkpoints are of the other seed
+        with pytest.raises(ConfigError, match="seed is 0, asked for 3") as error:
+            claim_directory(other, force=force)
+        assert "--force" not in str(error.value)
 
 
 def test_directories_that_are_something_else(tmp_path):

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 
@@ -172,6 +173,22 @@ def test_a_failing_source_leaves_no_dataset_and_may_be_tried_again(tmp_path, epi
         open_dataset(tmp_path / "demos")
     assert len(write_dataset(tmp_path / "demos", episodes, {}).episodes) == len(episodes)
     assert [p.name for p in tmp_path.iterdir()] == ["demos"]
+
+
+def test_a_run_directory_is_no_dataset_and_names_its_own(tmp_path, episodes):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"dataset {tmp_path} is a run directory, it has collected none; expected"):
+        open_dataset(tmp_path)
+    write_dataset(tmp_path / "demonstrations", episodes[:1], {})
+    with pytest.raises(ValueError, match=f"a run directory, its own is {tmp_path / 'demonstrations'}; expected"):
+        open_dataset(tmp_path)
+
+
+def test_nothing_is_left_for_temporary_files(tmp_path, episodes, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    write_dataset(tmp_path / "demos", episodes, {})[0]
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_unfit_episodes_are_refused(tmp_path, episodes):

@@ -324,6 +324,8 @@ def one_line(capfd, *arguments) -> str:
         (["--config=configs/sft.py", "--devices=0"], "--devices: got 0, expected 1"),
         (["--config=configs/sft.py", "--devices=two"], "invalid int value: 'two'"),
         (["--config=configs/sft.py", "--memory=-3"], "--memory: got -3, expected"),
+        (["--config=configs/sft.py", "--memory=nan"], "--memory: got nan, expected"),
+        (["--config=configs/sft.py", "--memory=inf"], "--memory: got inf, expected"),
         (["--config=configs/sft.py", "--compile=gpu"], "--compile: invalid choice: 'gpu'"),
         (["--config=configs/sft.py", "--fsdp=2"], "'--fsdp=2' is not understood"),
         (["--config=configs/eval.py", "--config.checkpoint=x"], "algorithm: got 'eval'"),

@@ -301,7 +301,7 @@ def test_close_reaps_every_worker():
     pool.close()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "ctrl-c"])
+@pytest.mark.parametrize("how", ["killed", "ctrl-c", "killed, workers stopped"])
 def test_workers_end_with_their_parent(how):
     script = textwrap.dedent(f"""
         import sys, time
@@ -320,9 +320,11 @@ def test_workers_end_with_their_parent(how):
     try:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2
-        if how == signal.SIGINT:
-            os.killpg(parent.pid, how)  # as a terminal does: to the workers too
+        if how == "ctrl-c":
+            os.killpg(parent.pid, signal.SIGINT)  # as a terminal does: to the workers too
         else:
+            for pid in pids if "stopped" in how else ():
+                os.kill(pid, signal.SIGSTOP)
             parent.kill()
         parent.wait(timeout=10)
         deadline = time.monotonic() + 5

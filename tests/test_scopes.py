@@ -290,7 +290,7 @@ def test_remat_and_attention_reach_the_model():
     assert (model.vision.compute.attention, model.language.compute.attention) == ("xla", "xla")
     cudnn = Config(model=ModelConfig(dtype="bfloat16", attention="cudnn"))
     with pytest.raises(ConfigError, match="got cudnn on cpu, expected einsum or xla without a GPU"):
-        initial_policy._check_attention(cudnn)
+        initial_policy.check_attention(cudnn)
 
 
 def test_remat_gives_the_same_gradients_from_fewer_bytes(rng):

@@ -95,6 +95,12 @@ def test_a_policys_ranges_are_compared_with_the_data():
     assert lines(policy, policy) == {}
 
 
+def test_pictures_must_be_of_the_size_that_a_policy_saw():
+    found = differences(dataclasses.replace(DATA, images={"left": (48, 64), "wrist": (64, 64)}), ENV)
+    assert must_agree(found, ()) == ["images"] and must_agree(found, ("images",)) == []
+    assert must_agree(found, (), pictures=False) == []
+
+
 def test_task_and_rate_must_agree_unless_they_are_allowed():
     found = differences(dataclasses.replace(DATA, rate=5.0, tasks=("Juggle",), instructions=("juggle",)), ENV)
     assert must_agree(found, ()) == ["task", "rate"] and must_agree(found, ("rate",)) == ["task"]

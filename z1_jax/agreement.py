@@ -38,7 +38,7 @@ def check_worlds(config: Config) -> list[str]:
         The lines, for the summary.
 
     Raises:
-        ConfigError: task or rate differ from the environments' and `allow` does not name it.
+        ConfigError: task, rate or a policy's pictures differ from the environments' and `allow` does not name it.
         UserError: a dataset or policy is absent or damaged; PoolError: no environment starts.
     """
     if (config.directory / SUMMARY).exists():  # finished: it was looked at when it began
@@ -54,14 +54,15 @@ def check_worlds(config: Config) -> list[str]:
     if len(policies) > 1 and not config.env.executed:  # two that are compared, each with its own number
         found += [difference for difference in differences(*policies) if difference.kind == "executed"]
     goes_on = config.algorithm == "sft" and not trained_on  # on our own demonstrations: it may come from elsewhere
-    refused = [] if goes_on else must_agree(against, config.allow)
+    refused = [] if goes_on else must_agree(against, config.allow, pictures=not trained_on)
     found += against
     for difference in found:
         print(f"differs: {difference.line}", flush=True)
     if without := [kind for kind in config.allow if kind not in {difference.kind for difference in against}]:
         print(f"config key allow: {', '.join(without)} does not differ, or is not known: without effect")
     if refused:
-        kinds = f"{' and '.join(refused)} differ{'s' * (len(refused) == 1)}"
+        *others, last = refused
+        kinds = f"{', '.join(others)} and {last} differ" if others else f"{last} differs"
         flag = f"--config.allow={','.join((*config.allow, *refused))}"
         raise ConfigError(
             f"config key {key}: does not match the environments: {kinds} (the lines above say how); choose "

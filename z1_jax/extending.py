@@ -1,6 +1,7 @@
-"""A run whose length is changed: it goes on from its newest checkpoint to the new one.
+"""A run whose config is changed: its length, or by force what else its checkpoints allow.
 
-Schedules follow the new length from there on. What was concluded at the old one is kept aside and made anew.
+Schedules follow a new length from the newest checkpoint on. What was concluded at the old one is kept aside and made
+anew. What is forced is recorded, and said wherever the run's result is.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import json
 import pathlib
 from typing import Any
 
-from z1_jax.config.schema import Config, ConfigError, build, flat, lengths
+from z1_jax.config.schema import FORCIBLE, Config, ConfigError, among, build, flat, lengths
 from z1_jax.files import read_json
 from z1_jax.policy import policy_steps
-from z1_jax.run_dir import SUMMARY, write_json
+from z1_jax.run_dir import FORCED, SUMMARY, differing, write_json
 
 LENGTHS = "lengths.json"  # in a run directory: every change of its length
 _CONCLUSIONS = (SUMMARY, "report.html", "evaluation/after.jsonl", "videos/after_*")
@@ -76,6 +77,20 @@ def take_lengths(config: Config, run_dir: pathlib.Path, changes: list[Change]) -
     if aside:
         print(f"the earlier results are kept in {aside}", flush=True)
     write_json(run_dir / LENGTHS, [*known_changes(run_dir), *map(dataclasses.asdict, changes)])
+    write_json(run_dir / "config.json", dataclasses.asdict(config))
+
+
+def take_forced(config: Config, run_dir: pathlib.Path) -> None:
+    """Makes a config that was claimed by force that of the run directory, and records what has changed."""
+    theirs = build(Config, json.loads((run_dir / "config.json").read_text()))
+    changes = {key: both for key, both in differing(theirs, config).items() if among(key, FORCIBLE)}
+    if not changes:
+        return
+    done = {stage: steps[-1] for stage in ("sft", "grpo") if (steps := policy_steps(run_dir / "checkpoints" / stage))}
+    shown = ", ".join(f"{key} {was} → {now}" for key, (was, now) in changes.items())
+    print(f"changed by force, recorded in {run_dir / FORCED}: {shown}", flush=True)
+    rows = [{"key": key, "was": was, "now": now, "done": done} for key, (was, now) in changes.items()]
+    write_json(run_dir / FORCED, [*read_json(run_dir / FORCED, list, []), *rows])
     write_json(run_dir / "config.json", dataclasses.asdict(config))
 
 

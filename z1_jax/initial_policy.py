@@ -45,7 +45,12 @@ def configured_model(config: Config) -> Pi05Config:
     return chosen
 
 
-def _check_attention(config: Config) -> None:
+def check_attention(config: Config) -> None:
+    """Refuses an attention that the devices have not.
+
+    Raises:
+        ConfigError: one line.
+    """
     attention, backend = config.model.attention, jax.default_backend()
     if attention in ("cudnn", "pallas") and backend != "gpu":
         raise ConfigError(
@@ -101,7 +106,7 @@ def untrained_policy(config: Config, mesh: jax.sharding.Mesh) -> Policy:
 def _new_policy(
     config: Config, stats: Mapping[str, NormStats], instructions: Sequence[str], mesh: jax.sharding.Mesh
 ) -> Policy:
-    _check_attention(config)
+    check_attention(config)
     shapes = configured_model(config)
     prompts = prompt_tokenizer(config, shapes)
     length = _prompt_length(config, stats, instructions, prompts)
@@ -169,7 +174,7 @@ def given_policy(config: Config, path: str, mesh: jax.sharding.Mesh, dataset: Da
         ConfigError: it wants other cameras than the run's environments have, or cannot compute as `model` says.
     """
     check_policy(config, path)
-    _check_attention(config)
+    check_attention(config)
     directory, step = find_policy(path)
     checkpoints = Checkpoints(directory)
     missing, document = None, policy_document(path)
@@ -201,12 +206,17 @@ def with_pinned_init(config: Config) -> Config:
         return config
     if remote.is_address(config.init):
         raise ConfigError(f"config key init: a policy behind {config.init} cannot be trained; expected its checkpoint")
-    given = pathlib.Path(split_best(config.init)[0])
+    given = _place(config.init)
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # no run yet, or one that will be refused
         kept = json.loads((config.directory / "config.json").read_text())["init"]
-        if kept and pathlib.Path(kept).is_relative_to(given):
+        if kept and _place(kept).is_relative_to(given):
             return dataclasses.replace(config, init=kept)
     return dataclasses.replace(config, init=newest_policy(config.init))
+
+
+def _place(path: str) -> pathlib.Path:
+    """Where a path leads, however it is spelled."""
+    return absolute(split_best(path)[0]).resolve()
 
 
 def newest_policy(path: str) -> str:

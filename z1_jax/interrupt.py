@@ -1,4 +1,4 @@
-"""Ctrl-C: it prints one line, is never lost, and waits until a running step is saved."""
+"""Ctrl-C and SIGTERM: they print one line, are never lost, and wait until a running step is saved."""
 
 from __future__ import annotations
 
@@ -11,25 +11,28 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = "\ninterrupted: the same command continues where it stopped"
 
 
 def install_hooks() -> None:
-    """Sets up Ctrl-C for a command: an uncaught interruption prints one line, and none is lost.
+    """Sets up Ctrl-C and SIGTERM for a command: an uncaught interruption prints one line, and none is lost.
 
-    Until `imported` is called, Ctrl-C ends the process at once: there is nothing to save yet, and an extension module
+    Until `imported` is called, they end the process at once: there is nothing to save yet, and an extension module
     that is interrupted while it loads raises misleading errors.
     """
     sys.excepthook = _tell
     sys.unraisablehook = _deliver_again
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _leave)
+    for number, usual in zip(STOPS, (signal.default_int_handler, signal.SIG_DFL), strict=True):
+        if signal.getsignal(number) is usual:
+            signal.signal(number, _leave)
 
 
 def imported() -> None:
-    """Ctrl-C raises KeyboardInterrupt again."""
-    if signal.getsignal(signal.SIGINT) is _leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Ctrl-C raises KeyboardInterrupt again, and so does SIGTERM."""
+    for number in STOPS:
+        if signal.getsignal(number) is _leave:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -39,22 +42,24 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Delays Ctrl-C until the end of this context, for code that would lose it or take it for damage.
+    """Delays Ctrl-C and SIGTERM until the end of this context, for code that would lose them or take them for damage.
 
-    It then takes effect as usual. Only the main thread receives Ctrl-C; in others this does nothing.
+    They then take effect as usual. Only the main thread receives them; in others this does nothing.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    before = {number: handler for number in STOPS if callable(handler := signal.getsignal(number))}
+    came: list[int] = []
+    for number in before:
+        signal.signal(number, lambda number, frame: came.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        if came:
-            signal.raise_signal(signal.SIGINT)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 def _tell(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
@@ -85,7 +90,7 @@ class GracefulStop:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> GracefulStop:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPS:
             self._before[number] = signal.signal(number, self._on_signal)
         return self
 

@@ -11,7 +11,7 @@ import jax
 from z1_jax.agreement import check_worlds
 from z1_jax.config.command_line import parse_command_line
 from z1_jax.config.schema import RANDOM, Config, ConfigError
-from z1_jax.extending import changed_lengths, take_lengths
+from z1_jax.extending import changed_lengths, take_forced, take_lengths
 from z1_jax.files import hold
 from z1_jax.initial_policy import newest_policy
 from z1_jax.metrics import MetricsWriter
@@ -29,6 +29,8 @@ from z1_jax.run_dir import (
 )
 from z1_jax.stages import check_inputs, make_mesh
 from z1_jax.suites import label, settled
+
+FORCE = "--force"  # a run that has begun goes on under other settings, where its checkpoints allow it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,8 @@ def open_run(argv: Sequence[str], command: str, algorithms: Sequence[str], defau
         UserError: a setting, or something that it names, cannot be used; nothing was written. Or the directory belongs
             to another config, to other policies, or to a process that is running.
     """
+    force = FORCE in argv[1:]
+    argv = [argument for argument in argv if argument != FORCE]
     config = parse_command_line(argv, default)
     require_algorithm(config, algorithms, command)
     config = settled(config)
@@ -76,7 +80,7 @@ def open_run(argv: Sequence[str], command: str, algorithms: Sequence[str], defau
     if len(set(identities.values())) < len(identities):
         raise ConfigError("config key compare: got the same policy as checkpoint, expected another one")
     mesh = make_mesh(config)
-    directory = claim_directory(config)
+    directory = claim_directory(config, force)
     if claimed := {**identities, **dataset_identity(config)}:
         claim_policy(directory, claimed)
     print(f"run directory {directory}", flush=True)
@@ -86,8 +90,9 @@ def open_run(argv: Sequence[str], command: str, algorithms: Sequence[str], defau
         print(f"already finished: {finished}")
         return None
     hold(directory)
+    take_forced(config, directory)
     take_lengths(config, directory, changes)
-    note_command(directory, argv)
+    note_command(directory, [*argv, *[FORCE] * force])
     note_environments(directory)
     clock = StageClock(directory / "wall_seconds.json")
     return Run(config, mesh, directory, clock, differing, policies, identities)

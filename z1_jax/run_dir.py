@@ -25,19 +25,30 @@ import jax
 import envs
 from z1_jax import __version__, suites
 from z1_jax.checkpoint import Checkpoints
-from z1_jax.config.schema import Config, ConfigError, build, fingerprint, lengths
+from z1_jax.config.schema import (
+    FORCIBLE,
+    RANDOM,
+    Config,
+    ConfigError,
+    among,
+    build,
+    fingerprint,
+    flat,
+    lengths,
+)
 from z1_jax.config.schema import identity as config_identity
 from z1_jax.data.dataset import open_dataset
 from z1_jax.errors import UserError
 from z1_jax.evaluation import task_lines
-from z1_jax.files import partial_path, read_json, require_plain, write_whole, writing
+from z1_jax.files import absolute, partial_path, read_json, require_plain, write_whole, writing
 from z1_jax.metrics import drop_half_line
-from z1_jax.policy import BEST, TOKENIZER, Policy, find_policy
+from z1_jax.policy import BEST, TOKENIZER, Policy, find_policy, split_best
 from z1_jax.report.write import COMMANDS, REPORT, best_sentence, write_report
 from z1_jax.serve import remote
 
 SUMMARY = "summary.json"
 DATASET = "demos.dataset"
+FORCED = "forced.json"  # in a run directory: every key that was changed by force
 OUTCOMES = "outcomes.json"  # in the folder of videos: of each file, whether its episode succeeded
 # What repetitions of the default run gave on one core, on two and on other machines; see docs/runs.md.
 REPEATS = (
@@ -47,28 +58,40 @@ REPEATS = (
 )
 
 
-def claim_directory(config: Config) -> pathlib.Path:
+def claim_directory(config: Config, force: bool = False) -> pathlib.Path:
     """Creates the run directory with its config.json, or checks that it belongs to this config, its length aside.
+
+    Args:
+        force: keys of `FORCIBLE` may differ too.
 
     Raises:
         UserError: the directory belongs to another config, or is something else.
     """
     directory = config.directory
     path = directory / "config.json"
-    mine = config_identity(config)
     require_plain(directory)
     if os.path.exists(path):  # false too where the path cannot be one
         try:
-            theirs = config_identity(build(Config, json.loads(path.read_text())))
+            theirs = build(Config, json.loads(path.read_text()))
         except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
             raise ConfigError(
                 f"{path} cannot be read ({error}); restore it or choose another --config.run_dir"
             ) from error
-        different = [k for k in mine if mine[k] != theirs.get(k) and k not in lengths(config)]
-        if different:
-            shown = ", ".join(f"{k} is {theirs.get(k)!r}, asked for {mine[k]!r}" for k in different[:3])
-            more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-            raise ConfigError(f"{directory} belongs to another config ({shown}{more}); choose another --config.run_dir")
+        different = differing(theirs, config)
+        frees = [key for key in different if key not in config_identity(config) and key != "run_dir"]
+        if frees:
+            shown = ", ".join(f"{key} {was} → {now}" for key, (was, now) in different.items() if key in frees)
+            print(f"changed, moves no number: {shown}", flush=True)
+        fixed = [key for key in different if key in config_identity(config) and key not in lengths(config)]
+        refused = [key for key in fixed if not (force and among(key, FORCIBLE))]
+        if refused:
+            shown = ", ".join(f"{k} is {different[k][0]!r}, asked for {different[k][1]!r}" for k in refused[:3])
+            more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
+            forced = ", or --force to go on with what is new, which the run records" if not force else ""
+            forced *= all(among(key, FORCIBLE) for key in refused)
+            raise ConfigError(
+                f"{directory} belongs to another config ({shown}{more}); choose another --config.run_dir{forced}"
+            )
         return directory
     if os.path.isdir(directory) and any(entry != partial_path(path) for entry in directory.iterdir()):
         raise ConfigError(
@@ -82,6 +105,22 @@ def claim_directory(config: Config) -> pathlib.Path:
             f"config key run_dir: {directory} cannot be written ({error.strerror}); choose another --config.run_dir"
         ) from error
     return directory
+
+
+_PATHS = ("init", "checkpoint", "compare", "demos.dataset", "inputs.tokenizer")
+
+
+def differing(theirs: Config, mine: Config) -> dict[str, tuple[Any, Any]]:
+    """Keys in which two configs differ, with both values; one place may be spelled in several ways."""
+    one, other = flat(theirs), flat(mine)
+
+    def plain(key: str, value: Any) -> Any:
+        if key not in _PATHS or value in ("", RANDOM) or remote.is_address(value):
+            return value
+        place, best = split_best(value)
+        return os.path.realpath(absolute(place)) + BEST * best
+
+    return {k: (one[k], other[k]) for k in other if one[k] != other[k] and plain(k, one[k]) != plain(k, other[k])}
 
 
 def note_command(run_dir: pathlib.Path, argv: Sequence[str]) -> None:
@@ -330,8 +369,10 @@ def conclude(
 ) -> None:
     """Writes summary.json and the report, and prints the result; `differing` is what `check_worlds` found."""
     simulators = note_environments(run_dir)
-    note = suites.label(config)
-    line += f" [{note}]" * bool(note)
+    forced = read_json(run_dir / FORCED, list, [])
+    changed = ", ".join(f"{one['key']} {one['was']} → {one['now']}" for one in forced)
+    for note in filter(None, (suites.label(config), f"changed by force on the way: {changed}" * bool(forced))):
+        line += f" [{note}]"
     summary = {
         "task": list(config.tasks) or config.task,
         "seeds": {"run": config.seed, "evaluation": [config.eval.first_seed, config.eval.episodes]},
@@ -340,6 +381,7 @@ def conclude(
             **({"allowed_to_differ": list(config.allow)} if config.allow else {}),
             **({"differences": list(differing)} if differing else {}),
             **({"environments": simulators} if len(simulators) > 1 else {}),
+            **({"forced": forced} if forced else {}),
         },
         **result,
         **({} if config.algorithm == "eval" else {"repeats": REPEATS}),

@@ -104,6 +104,7 @@ def make_mesh(config: Config) -> jax.sharding.Mesh:
         named = os.environ.get("JAX_PLATFORMS", "")
         hint = f"; JAX_PLATFORMS={named} asks for it: unset it, or install JAX for it" * bool(named)
         raise ConfigError(f"JAX finds no device ({first_line(error)}){hint}") from error
+    initial_policy.check_attention(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_batches(config, mesh)
     return mesh
@@ -261,6 +262,8 @@ def _successful_episodes(config: Config, task: str, journal: EpisodeJournal) -> 
         stride=config.demos.stride,
         chunk=initial_policy.trained_horizon(config),
         labels=config.demos.labels,
+        timeout_s=config.env.timeout_s,
+        start_timeout_s=max(120.0, 2 * config.env.timeout_s),
     )
     columns, title = {"success": ".1%"}, f"demonstrations{f' of {task}' * (len(config.every_task) > 1)}"
     with (

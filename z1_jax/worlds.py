@@ -12,7 +12,7 @@ import numpy as np
 
 from z1_jax.data.normalize import NormStats
 
-MUST_AGREE = ("task", "rate")  # what cannot be right where it differs
+MUST_AGREE = ("task", "rate", "images")  # what cannot be right where it differs; pictures only of a policy
 _SAME_RATE = 0.01  # of a rate: cameras of 29.97 and 30 Hz are the same
 _SHOWN = 3  # examples in a line
 _WIDER = 10.0  # times the span of a policy: its labels would reach as far beyond -1..1
@@ -176,7 +176,11 @@ def _few(values: Iterable[str]) -> str:
     return ", ".join(values[:_SHOWN]) + f" and {len(values) - _SHOWN} more" * (len(values) > _SHOWN)
 
 
-def must_agree(found: Sequence[Difference], allowed: Sequence[str]) -> list[str]:
-    """Kinds of differences that cannot be right and are not allowed."""
-    kinds = {difference.kind for difference in found}
+def must_agree(found: Sequence[Difference], allowed: Sequence[str], pictures: bool = True) -> list[str]:
+    """Kinds of differences that cannot be right and are not allowed.
+
+    Args:
+        pictures: they must be of one size: a policy saw no other; a dataset's are brought to the model's size.
+    """
+    kinds = {difference.kind for difference in found if pictures or difference.kind != "images"}
     return [kind for kind in MUST_AGREE if kind in kinds and kind not in allowed]

@@ -78,6 +78,24 @@ class TinyEnv:
         pass
 
 
+class TinyExpert:
+    """Its actions follow from the environment's state."""
+
+    def __init__(self, env: TinyEnv) -> None:
+        self._env = env
+
+    def act(self) -> np.ndarray:
+        return np.array([*self._env._x, 0.1 * self._env._t])
+
+
+def die_once(flag: str) -> TinyEnv:
+    """An environment whose first process dies while it builds it."""
+    env = TinyEnv("die", flag)
+    if not os.path.exists(flag):
+        env._misbehave()
+    return env
+
+
 class FleetingEnv(TinyEnv):
     """Succeeds often, and for a single step: the check need not hold any more when the chunk would have ended."""
 

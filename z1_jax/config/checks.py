@@ -7,7 +7,17 @@ from collections.abc import Iterable
 from typing import Any
 
 from envs.base import LABELS
-from z1_jax.config.schema import RANDOM, Config, ConfigError, LoraConfig, SelectiveConfig, build, flat
+from z1_jax.config.schema import (
+    RANDOM,
+    Config,
+    ConfigError,
+    LoraConfig,
+    OptimConfig,
+    SelectiveConfig,
+    build,
+    flat,
+    ranges,
+)
 from z1_jax.data.normalize import NORM_MODES
 from z1_jax.data.order import SAMPLING
 from z1_jax.models import choices
@@ -49,88 +59,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "selective.then": ("joint", "lora", "everything"),
 }
 
-# key: (lowest, highest) allowed, both included; None: no bound.
-_RANGES: dict[str, tuple[float | None, float | None]] = {
-    "seed": (0, 9_999),
-    "env.image_size": (14, 1024),
-    "env.horizon": (0, None),
-    "env.executed": (0, None),
-    "env.parallel": (1, 4096),
-    "env.workers": (0, 512),
-    "env.simulators": (0, 4096),
-    "env.timeout_s": (0.1, 86_400.0),
-    "demos.episodes": (1, 50_000),
-    "demos.noise": (0.0, 1.0),
-    "demos.stride": (1, None),
-    "sft.steps": (1, None),
-    "sft.batch_size": (1, None),
-    "sft.flows": (1, None),
-    "sft.checkpoint_every": (1, None),
-    "sft.keep_last": (1, None),
-    "sft.keep_every": (0, None),
-    "sft.ema": (0.0, 0.99999),
-    "lora.vlm_rank": (0, 1024),
-    "lora.vlm_alpha": (1e-6, 1e6),
-    "lora.expert_rank": (0, 1024),
-    "lora.expert_alpha": (1e-6, 1e6),
-    "group.count": (1, 9_999),
-    "group.size": (2, 1024),
-    "group.floor": (0.0, 1.0),
-    "group.oversample": (1.0, 100.0),
-    "group.prefix_chunks": (0, None),
-    "group.prefix_chunks_end": (0, None),
-    "flow.steps": (0, 1000),
-    "flow.noise_level": (1e-6, 10.0),
-    "flow.noise_level_end": (1e-6, 10.0),
-    "reward.discount": (1e-3, 1.0),
-    "reward.penalty": (0.0, 1.0),
-    "reward.keep_low": (-10.0, 1.0),  # a penalty's returns may be negative
-    "reward.keep_high": (-10.0, 1.0),
-    "update.epochs": (1, None),
-    "update.batch_size": (1, None),
-    "update.micro_batch": (1, None),
-    "update.clip_low": (0.0, 1.0),
-    "update.clip_high": (0.0, None),
-    "update.ratio_gate": (0.0, None),
-    "update.ratio_max": (0.0, None),
-    "update.kl_coef": (0.0, None),
-    "update.vlm_lr_factor": (1e-6, 1e3),
-    "train.iterations": (1, 9_999),
-    "train.checkpoint_every": (1, None),
-    "train.keep_last": (1, None),
-    "train.keep_every": (0, None),
-    "train.keep_best": (0, None),
-    "train.stop_window": (1, None),
-    "train.stop_success": (0.0, None),
-    "selective.iterations": (3, 9_998),
-    "selective.confidence": (0.5, 0.9999),
-    "selective.enough": (0.0, 1.01),
-    "eval.episodes": (0, 100_000),
-    "eval.first_seed": (900_000_000, 2**31 - 1_000_000),
-    "eval.noise_seed": (0, 2**31 - 1),
-    "eval.confidence": (0.5, 0.9999),
-    "eval.videos": (0, 64),
-    "eval.video_size": (16, 1024),
-    "mesh.data": (-1, None),
-    "mesh.fsdp": (1, None),
-    "mesh.tensor": (1, None),
-    "log.every": (1, None),
-    "sft.optim.muon_rms": (1e-6, 100.0),
-    **{
-        f"{part}.{key}": bounds
-        for part in ("sft.optim", "update.optim")
-        for key, bounds in {
-            "lr": (1e-12, 1.0),
-            "lr_end": (0.0, 1.0),
-            "warmup_steps": (0, None),
-            "b1": (0.0, 0.99999),
-            "b2": (0.0, 0.99999),
-            "eps": (0.0, 1.0),
-            "weight_decay": (0.0, 1.0),
-            "clip_norm": (1e-9, None),
-        }.items()
-    },
-}
+_RANGES = ranges()
 
 
 def checked(values: dict[str, Any]) -> Config:
@@ -156,9 +85,8 @@ def check(config: Config) -> None:
             raise ConfigError(f"config key {key}: got {values[key]!r}, expected one of {', '.join(known)}")
     for key, (low, high) in _RANGES.items():
         value = values[key]
-        if not ((low is None or value >= low) and (high is None or value <= high)):
-            bounds = f"at least {low}" if high is None else f"{low} … {high}"
-            raise ConfigError(f"config key {key}: got {value}, expected {bounds}")
+        if not low <= value <= high:  # nan neither
+            raise ConfigError(f"config key {key}: got {value}, expected {low} … {high}")
     _check_combinations(config)
 
 
@@ -199,6 +127,7 @@ def _check_combinations(config: Config) -> None:
     if config.algorithm == "grpo":
         _check_switches(config)
     _check_slots(config)
+    _check_rates(config)
     if config.init == RANDOM and config.algorithm != "grpo":
         raise ConfigError(f"config key init: got random with algorithm={config.algorithm}, expected grpo")
     if config.mesh.data == 0:
@@ -339,6 +268,7 @@ def check_given(config: Config, keys: Iterable[str]) -> None:
         ConfigError: one line.
     """
     keys = list(keys)
+    _check_warmup(config, keys)
     if config.eval.film_seeds and "eval.videos" in keys:
         raise ConfigError("config key eval.videos: it has no effect beside eval.film_seeds; leave one of them out")
     if "task" in keys and "tasks" in keys:
@@ -387,8 +317,44 @@ def check_horizon(config: Config, control_steps: int, executed: int) -> None:
             )
 
 
+def _optimisers(config: Config) -> list[tuple[str, OptimConfig, str, int]]:
+    """The key of each optimiser that a run uses, its settings, the key of its length and that length."""
+    found: list[tuple[str, OptimConfig, str, int]] = []
+    if _trains_sft(config):
+        found.append(("sft.optim", config.sft.optim, "sft.steps", config.sft.steps))
+    if config.algorithm == "grpo":
+        found.append(("update.optim", config.update.optim, "train.iterations", config.train.iterations))
+    return found
+
+
+def _check_rates(config: Config) -> None:
+    for section, optim, _, _ in _optimisers(config):
+        if optim.schedule == "cosine" and optim.lr_end > optim.lr:
+            raise ConfigError(
+                f"config key {section}.lr_end: got {optim.lr_end:g}, expected at most {section}.lr = {optim.lr:g}, "
+                f"from which the rate falls; or {section}.schedule=constant"
+            )
+
+
+def _check_warmup(config: Config, given: Iterable[str]) -> None:
+    """Refuses a warm-up that is asked for and does not end; tells of a file's, in a run that was made that short."""
+    for section, optim, length, steps in _optimisers(config):
+        if optim.warmup_steps <= steps:
+            continue
+        key = f"{section}.warmup_steps"
+        if key not in given:
+            print(f"{key}={optim.warmup_steps} is more than {length}={steps}: the learning rate only rises", flush=True)
+            continue
+        raise ConfigError(
+            f"config key {key}: got {optim.warmup_steps}, expected at most {length} = {steps}: the learning rate would "
+            "only rise"
+        )
+
+
 def _check_slots(config: Config) -> None:
     """Checks that each rendered camera fills exactly one slot."""
+    if twice := [camera for camera in config.env.cameras if config.env.cameras.count(camera) > 1]:
+        raise ConfigError(f"config key env.cameras: got {twice[0]} twice, expected each camera once")
     named = [camera for camera in config.inputs.slots if camera != "none"]
     if config.inputs.slots and sorted(named) != sorted(config.env.cameras):
         raise ConfigError(

@@ -62,6 +62,7 @@ def _help(argv: Sequence[str], default: str) -> NoReturn:
     values = flat(build(Config, load(given[0] if given else default, mine=bool(given))))
     known, heads, section = meanings(), sections(), ""
     print(f"usage: python -m z1_jax.COMMAND [--config=FILE.py[:PRESET]] [--config.KEY=VALUE ...]  (default: {default})")
+    print("       --force (train, evaluate): a run that has begun goes on under other settings, and records them")
     print("The config FILE.py is yours or one of these:")
     for path in sorted(PRESETS / f"{name}.py" for name in ("grpo", "sft", "eval")):
         print(f"  configs/{path.name}:{{{','.join(_module(path).PRESETS)}}}")

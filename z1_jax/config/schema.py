@@ -12,7 +12,8 @@ import hashlib
 import json
 import pathlib
 import typing
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
 
 import ml_collections
 
@@ -22,6 +23,13 @@ from z1_jax.files import absolute
 
 class ConfigError(UserError):
     """A setting that cannot be used."""
+
+
+class Within(NamedTuple):
+    """The values that a key may have, both ends included."""
+
+    low: float
+    high: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +43,10 @@ class EnvConfig:
     version: str = ""  # robocasa, libero, metaworld: its version, e.g. 1.0.1; empty: the one that is installed
     standins: bool = False  # robocasa: primitive stand-ins for the downloaded assets; a smoke test, and labelled so
     cameras: tuple[str, ...] = ("robot0_agentview_left", "robot0_eye_in_hand")  # in the order of the image slots
-    image_size: int = 64  # pixels
-    horizon: int = 0  # control steps of an episode; 0: the task's own
-    executed: int = 0  # E, steps of a predicted chunk that run before the policy looks again; 0: the policy's own
+    image_size: Annotated[int, Within(14, 1024)] = 64  # pixels
+    horizon: Annotated[int, Within(0, 100_000)] = 0  # control steps of an episode; 0: the task's own
+    # E, steps of a predicted chunk that run before the policy looks again; 0: the policy's own
+    executed: Annotated[int, Within(0, 1000)] = 0
     scenes: tuple[str, ...] = ()  # robocasa: training | evaluation | …, or layout/style; each episode draws one
     layouts: tuple[str, ...] = ("straight",)  # kitchens; each episode draws one; also: train, heldout (all of a split)
     styles: tuple[str, ...] = ("oak",)  # colours; the same
@@ -45,10 +54,11 @@ class EnvConfig:
     # Whose steps and no-ops. libero: openpi | rlinf | lerobot (docs/libero.md); metaworld: lerobot | rlinf | quick
     protocol: str = "openpi"
     train_on: str = "placements"  # libero: drawn ones; initial_states: the evaluation's own, and labelled so
-    parallel: int = 64  # environments alive at once, over all workers
-    workers: int = 2  # worker processes; 0: step inside this process
-    simulators: int = 0  # most that a worker keeps, in which its environments take turns; 0: as the suite does best
-    timeout_s: float = 60.0  # longest that one call to a worker may take
+    parallel: Annotated[int, Within(1, 4096)] = 64  # environments alive at once, over all workers
+    workers: Annotated[int, Within(0, 512)] = 2  # worker processes; 0: step inside this process
+    # most that a worker keeps, in which its environments take turns; 0: as the suite does best
+    simulators: Annotated[int, Within(0, 4096)] = 0
+    timeout_s: Annotated[float, Within(0.1, 86_400.0)] = 60.0  # longest that one call to a worker may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +91,10 @@ class InputsConfig:
 class DemosConfig:
     """Expert demonstrations."""
 
-    episodes: int = 250  # successful ones to keep; above 3,333 runs of neighbouring seeds share some
-    noise: float = 0.2  # an episode's action noise is one of 0, noise, 2·noise
-    stride: int = 4  # control steps between recorded observations
+    # successful ones to keep; above 3,333 runs of neighbouring seeds share some
+    episodes: Annotated[int, Within(1, 50_000)] = 250
+    noise: Annotated[float, Within(0.0, 1.0)] = 0.2  # an episode's action noise is one of 0, noise, 2·noise
+    stride: Annotated[int, Within(1, 10_000)] = 4  # control steps between recorded observations
     # recorded: a chunk holds what the expert did amid the noise. As in people's demonstrations, these are answers to
     # what could not be foreseen, and SFT is stuck near one half. undisturbed: what it would have done from there
     # without noise, which suits SFT alone.
@@ -96,15 +107,15 @@ class DemosConfig:
 class OptimConfig:
     """AdamW after global-norm clipping."""
 
-    lr: float = 1e-3  # the peak
-    warmup_steps: int = 100  # from 0 to lr, linearly
+    lr: Annotated[float, Within(1e-12, 1.0)] = 1e-3  # the peak
+    warmup_steps: Annotated[int, Within(0, 10_000_000)] = 100  # from 0 to lr, linearly
     schedule: str = "cosine"  # cosine: to lr_end at the last step; constant
-    lr_end: float = 1e-5  # after the last step
-    b1: float = 0.9  # decay of the mean of gradients
-    b2: float = 0.95  # decay of the mean of their squares
-    eps: float = 1e-8  # beside the root of the latter
-    weight_decay: float = 1e-4  # decoupled, times the learning rate
-    clip_norm: float = 1.0  # largest global norm of a gradient
+    lr_end: Annotated[float, Within(0.0, 1.0)] = 1e-5  # after the last step
+    b1: Annotated[float, Within(0.0, 0.99999)] = 0.9  # decay of the mean of gradients
+    b2: Annotated[float, Within(0.0, 0.99999)] = 0.95  # decay of the mean of their squares
+    eps: Annotated[float, Within(0.0, 1.0)] = 1e-8  # beside the root of the latter
+    weight_decay: Annotated[float, Within(0.0, 1.0)] = 1e-4  # decoupled, times the learning rate
+    clip_norm: Annotated[float, Within(1e-9, 1e9)] = 1.0  # largest global norm of a gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +123,8 @@ class SftOptimConfig(OptimConfig):
     """The same, or Muon."""
 
     name: str = "adamw"  # adamw; muon: orthogonalised momentum for kernels, AdamW for the rest
-    muon_rms: float = 0.4  # root mean square of a kernel's step with muon, as a share of the learning rate
+    # root mean square of a kernel's step with muon, as a share of the learning rate
+    muon_rms: Annotated[float, Within(1e-6, 100.0)] = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,53 +134,58 @@ class LoraConfig:
     The vision-language model is frozen with and without. The expert without adapters (rank 0) is trained whole.
     """
 
-    vlm_rank: int = 16  # of the vision tower and the language model; 0: no adapters
-    vlm_alpha: float = 16.0  # the change is scaled by alpha / rank
-    expert_rank: int = 32  # of the action expert; 0: trained whole
-    expert_alpha: float = 32.0  # as vlm_alpha
+    vlm_rank: Annotated[int, Within(0, 1024)] = 16  # of the vision tower and the language model; 0: no adapters
+    vlm_alpha: Annotated[float, Within(1e-6, 1e6)] = 16.0  # the change is scaled by alpha / rank
+    expert_rank: Annotated[int, Within(0, 1024)] = 32  # of the action expert; 0: trained whole
+    expert_alpha: Annotated[float, Within(1e-6, 1e6)] = 32.0  # as vlm_alpha
 
 
 @dataclasses.dataclass(frozen=True)
 class SftConfig:
     """Supervised flow matching on the demonstrations."""
 
-    steps: int = 300  # of the optimiser
-    batch_size: int = 64  # observations a step
-    flows: int = 4  # flow times and noises drawn per encoded observation
+    steps: Annotated[int, Within(1, 10_000_000)] = 300  # of the optimiser
+    batch_size: Annotated[int, Within(1, 65_536)] = 64  # observations a step
+    flows: Annotated[int, Within(1, 1024)] = 4  # flow times and noises drawn per encoded observation
     loss_dims: str = "all"  # all: padding included, as openpi; real: the environment's action dimensions
     scope: str = "everything"  # what is trained, as in train.scope
-    ema: float = 0.0  # decay of a moving average of the parameters, with which the policy then acts; 0: none
+    # decay of a moving average of the parameters, with which the policy then acts; 0: none
+    ema: Annotated[float, Within(0.0, 0.99999)] = 0.0
     augment: bool = False  # openpi's crop, rotation (first slot only) and colour jitter of the images
     optim: SftOptimConfig = dataclasses.field(default_factory=lambda: SftOptimConfig(lr=3e-3, warmup_steps=50))
-    checkpoint_every: int = 250  # steps
-    keep_last: int = 2  # the newest checkpoints, so many, are kept
-    keep_every: int = 0  # also those of each such step, a multiple of checkpoint_every; 0: none
+    checkpoint_every: Annotated[int, Within(1, 10_000_000)] = 250  # steps
+    keep_last: Annotated[int, Within(1, 10_000)] = 2  # the newest checkpoints, so many, are kept
+    # also those of each such step, a multiple of checkpoint_every; 0: none
+    keep_every: Annotated[int, Within(0, 10_000_000)] = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupConfig:
     """Groups of rollouts that start from one state, and how their members part."""
 
-    count: int = 8  # groups an iteration
-    size: int = 8  # G, members of a group
+    count: Annotated[int, Within(1, 9_999)] = 8  # groups an iteration
+    size: Annotated[int, Within(2, 1024)] = 8  # G, members of a group
     branching: str = "tree"  # none: from the start; prefix: after P chunks; tree: after P chunks, again and again
-    prefix_chunks: int = 2  # P at the first iteration
-    prefix_chunks_end: int = 1  # P at the last iteration
+    prefix_chunks: Annotated[int, Within(0, 10_000)] = 2  # P at the first iteration
+    prefix_chunks_end: Annotated[int, Within(0, 10_000)] = 1  # P at the last iteration
     prefix_schedule: str = "linear"  # from the one to the other
     shuffle_advantages: bool = False  # control: permutes the advantages within each group, which must gain nothing
     # Of a run of several tasks: uniform: each task in turn; adaptive: more where training success is neither 0 nor 1.
     spread: str = "uniform"
-    floor: float = 0.25  # adaptive: least groups of a task, as a share of what it would get in turn
-    oversample: float = 1.0  # groups that the filter drops are drawn again, up to so many times `count` in all
+    # adaptive: least groups of a task, as a share of what it would get in turn
+    floor: Annotated[float, Within(0.0, 1.0)] = 0.25
+    # groups that the filter drops are drawn again, up to so many times `count` in all
+    oversample: Annotated[float, Within(1.0, 100.0)] = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class FlowConfig:
     """The stochastic sampler (Flow-SDE)."""
 
-    steps: int = 4  # K, denoising steps of a decision; 0: those that the given policy acts with
-    noise_level: float = 1.0  # a, at the first iteration
-    noise_level_end: float = 0.5  # a at the last iteration
+    # K, denoising steps of a decision; 0: those that the given policy acts with
+    steps: Annotated[int, Within(0, 1000)] = 4
+    noise_level: Annotated[float, Within(1e-6, 10.0)] = 1.0  # a, at the first iteration
+    noise_level_end: Annotated[float, Within(1e-6, 10.0)] = 0.5  # a at the last iteration
     noise_schedule: str = "linear"  # from the one to the other
     # Denoising steps that draw noise. Of one that does there may be more: success rises faster than with noise in all
     # four, and an update costs a quarter (docs/switches.md).
@@ -183,28 +200,33 @@ class RewardConfig:
     """Completion-aware returns, advantages and the group filter."""
 
     kind: str = "decay"  # decay: γ^chunks of a success; penalty: success − penalty·chunks; sparse: success
-    discount: float = 0.998  # γ per chunk
-    penalty: float = 0.002  # per chunk; to first order what γ = 0.998 takes from a success
+    discount: Annotated[float, Within(1e-3, 1.0)] = 0.998  # γ per chunk
+    penalty: Annotated[float, Within(0.0, 1.0)] = 0.002  # per chunk; to first order what γ = 0.998 takes from a success
     std: str = "population"  # deviation that the centred returns of a group are divided by
     filter_on: str = "return"  # what the filter averages: the return, after the decay, or success, before it
-    keep_low: float = 0.1  # a group is kept when its mean is at least this
-    keep_high: float = 0.99  # and at most this
+    # a group is kept when its mean is at least this; penalties may make that negative
+    keep_low: Annotated[float, Within(-10.0, 1.0)] = 0.1
+    keep_high: Annotated[float, Within(-10.0, 1.0)] = 0.99  # and at most this
 
 
 @dataclasses.dataclass(frozen=True)
 class UpdateConfig:
     """The policy update."""
 
-    epochs: int = 2  # passes over the nodes of an iteration
-    batch_size: int = 128  # nodes (deduplicated chunks) an optimiser step
-    micro_batch: int = 32  # nodes that go through the network at once; those that are all padding cost nothing
-    clip_low: float = 0.2  # η below 1
-    clip_high: float = 0.2  # η above 1
-    ratio_max: float = 0.0  # dual clip: bounds ρ for negative advantages; above 1, or 0 for none
-    kl_coef: float = 0.0  # weight of the KL to the policy that RL started from; 0: none
-    vlm_lr_factor: float = 0.5  # learning rate of vision and language, where they are trained, over the expert's
+    epochs: Annotated[int, Within(1, 1000)] = 2  # passes over the nodes of an iteration
+    batch_size: Annotated[int, Within(1, 1_048_576)] = 128  # nodes (deduplicated chunks) an optimiser step
+    # nodes that go through the network at once; those that are all padding cost nothing
+    micro_batch: Annotated[int, Within(1, 65_536)] = 32
+    clip_low: Annotated[float, Within(0.0, 1.0)] = 0.2  # η below 1
+    clip_high: Annotated[float, Within(0.0, 1e3)] = 0.2  # η above 1
+    # dual clip: bounds ρ for negative advantages; above 1, or 0 for none
+    ratio_max: Annotated[float, Within(0.0, 1e6)] = 0.0
+    kl_coef: Annotated[float, Within(0.0, 1e3)] = 0.0  # weight of the KL to the policy that RL started from; 0: none
+    # learning rate of vision and language, where they are trained, over the expert's
+    vlm_lr_factor: Annotated[float, Within(1e-6, 1e3)] = 0.5
     prefix_cache: str = "auto"  # where it is kept; auto: the first that fits, recompute if the VLM is trained
-    ratio_gate: float = 0.0  # largest |ρ − 1| at the first update; 0: 1e-3 in float32, 0.1 in bfloat16
+    # largest |ρ − 1| at the first update; 0: 1e-3 in float32, 0.1 in bfloat16
+    ratio_gate: Annotated[float, Within(0.0, 1e6)] = 0.0
     optim: OptimConfig = dataclasses.field(
         # Steps of this schedule are iterations.
         default_factory=lambda: OptimConfig(lr=1.5e-4, warmup_steps=2, lr_end=1e-5, b2=0.999, weight_decay=0.01)
@@ -215,23 +237,26 @@ class UpdateConfig:
 class TrainConfig:
     """The loop."""
 
-    iterations: int = 240  # of GRPO
+    iterations: Annotated[int, Within(1, 9_999)] = 240  # of GRPO
     scope: str = "expert"  # what is trained; joint: all but the token embedding; auto: see selective
-    checkpoint_every: int = 10  # iterations
-    keep_last: int = 2  # the newest checkpoints, so many, are kept
-    keep_every: int = 0  # also those of each such iteration, a multiple of checkpoint_every; 0: none
-    keep_best: int = 10  # also the best by mean training success of the iterations, so many, before it; 0: not
-    stop_success: float = 1.01  # stop early when the training success over `stop_window` iterations reaches this
-    stop_window: int = 5  # iterations
+    checkpoint_every: Annotated[int, Within(1, 9_999)] = 10  # iterations
+    keep_last: Annotated[int, Within(1, 9_999)] = 2  # the newest checkpoints, so many, are kept
+    # also those of each such iteration, a multiple of checkpoint_every; 0: none
+    keep_every: Annotated[int, Within(0, 9_999)] = 0
+    # also the best by mean training success of the iterations, so many, before it; 0: not
+    keep_best: Annotated[int, Within(0, 9_999)] = 10
+    # stop early when the training success over `stop_window` iterations reaches this
+    stop_success: Annotated[float, Within(0.0, 100.0)] = 1.01
+    stop_window: Annotated[int, Within(1, 9_999)] = 5  # iterations
 
 
 @dataclasses.dataclass(frozen=True)
 class SelectiveConfig:
     """`train.scope=auto`: probes with the expert alone; after each, the trend of training success decides."""
 
-    iterations: int = 30  # of a probe
-    confidence: float = 0.9  # one-sided, at which a rising trend keeps the expert alone
-    enough: float = 0.95  # mean success over the probe's later half that keeps it too
+    iterations: Annotated[int, Within(3, 9_998)] = 30  # of a probe
+    confidence: Annotated[float, Within(0.5, 0.9999)] = 0.9  # one-sided, at which a rising trend keeps the expert alone
+    enough: Annotated[float, Within(0.0, 1.01)] = 0.95  # mean success over the probe's later half that keeps it too
     then: str = "joint"  # scope from there on, where neither holds
 
 
@@ -239,15 +264,17 @@ class SelectiveConfig:
 class EvalConfig:
     """The protocol of the paired evaluation."""
 
-    episodes: int = 256  # 0: sft on a given dataset trains and simulates nothing
-    first_seed: int = 900_000_000  # held-out seeds are first_seed … first_seed + episodes − 1
+    episodes: Annotated[int, Within(0, 100_000)] = 256  # 0: sft on a given dataset trains and simulates nothing
+    # held-out seeds are first_seed … first_seed + episodes − 1
+    first_seed: Annotated[int, Within(900_000_000, 2**31 - 1_000_000)] = 900_000_000
     scenes: tuple[str, ...] = ()  # robocasa: the held-out seeds take these in turn, as many episodes in each
     objects: str = ""  # robocasa: the split of their objects
-    noise_seed: int = 0  # of the sampler's initial noise
-    confidence: float = 0.95  # of all intervals
-    videos: int = 4  # the first held-out seeds, so many, are filmed: before and after RL, or with an evaluated policy
+    noise_seed: Annotated[int, Within(0, 2**31 - 1)] = 0  # of the sampler's initial noise
+    confidence: Annotated[float, Within(0.5, 0.9999)] = 0.95  # of all intervals
+    # the first held-out seeds, so many, are filmed: before and after RL, or with an evaluated policy
+    videos: Annotated[int, Within(0, 64)] = 4
     film_seeds: tuple[str, ...] = ()  # the seeds that are filmed instead of those, e.g. 900000007,12
-    video_size: int = 160  # pixels
+    video_size: Annotated[int, Within(16, 1024)] = 160  # pixels
 
     @property
     def filmed(self) -> tuple[int, ...]:
@@ -261,9 +288,9 @@ class EvalConfig:
 class MeshConfig:
     """Devices along each axis; data = −1 takes the rest."""
 
-    data: int = -1  # copies of the model, each with its share of the batch
-    fsdp: int = 1  # devices that share parameters and batch
-    tensor: int = 1  # devices that share each matrix product
+    data: Annotated[int, Within(-1, 65_536)] = -1  # copies of the model, each with its share of the batch
+    fsdp: Annotated[int, Within(1, 65_536)] = 1  # devices that share parameters and batch
+    tensor: Annotated[int, Within(1, 65_536)] = 1  # devices that share each matrix product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,7 +299,7 @@ class LogConfig:
 
     tensorboard: bool = False  # in the run directory; needs the extra log
     wandb: bool = False  # project z1-jax; needs the extra log
-    every: int = 50  # SFT steps between reports
+    every: Annotated[int, Within(1, 10_000_000)] = 50  # SFT steps between reports
     # Iterations of GRPO whose trace is written to RUN_DIR/profile, by their step in metrics.jsonl (the first is 0),
     # e.g. 3,4; for TensorBoard's profile plug-in, XProf or Perfetto.
     profile: tuple[str, ...] = ()
@@ -290,7 +317,7 @@ class Config:
     algorithm: str = "grpo"  # grpo: demonstrations → SFT → GRPO → paired evaluation; sft: without GRPO; eval
     task: str = "TurnOnSinkFaucet"  # of the suite
     tasks: tuple[str, ...] = ()  # several in one run, in place of task: names, and sets of the suite, e.g. kitchen24
-    seed: int = 0  # of demonstrations, parameters, data order and rollouts
+    seed: Annotated[int, Within(0, 9_999)] = 0  # of demonstrations, parameters, data order and rollouts
     run_dir: str = ""  # empty: runs/<algorithm>-<task>-seed<seed>, runs/eval-<task>-<fingerprint>
     # A run directory or checkpoint: grpo starts from its policy, without SFT; sft trains it on. "random", for grpo in a
     # suite without demonstrations: an untrained policy, which shows that everything works.
@@ -299,7 +326,7 @@ class Config:
     # is short for this key.
     checkpoint: str = ""
     compare: str = ""  # eval: the base A that it, B, is compared with on the same seeds
-    allow: tuple[str, ...] = ()  # task, rate: may differ between the dataset or policy and the environments
+    allow: tuple[str, ...] = ()  # task, rate, images: may differ between the dataset or policy and the environments
     env: EnvConfig = dataclasses.field(default_factory=EnvConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     inputs: InputsConfig = dataclasses.field(default_factory=InputsConfig)
@@ -361,6 +388,35 @@ FREE_KEYS = (
     "update.prefix_cache",
 )
 
+
+# Keys under which a run that has begun can go on when it is forced to: what is there still fits, but its numbers are of
+# two configs.
+FORCIBLE = (
+    "env.parallel",
+    "model.remat",
+    "model.attention",
+    "model.acting",
+    "sft.flows",
+    "sft.loss_dims",
+    "sft.augment",
+    *(f"sft.optim.{key}" for key in ("lr", "warmup_steps", "lr_end", "b1", "b2", "eps", "weight_decay", "clip_norm")),
+    "group",
+    "reward",
+    "update",
+    "flow.noise_level",
+    "flow.noise_level_end",
+    "flow.noise_schedule",
+    "flow.sde_steps",
+    "flow.last_step",
+    "flow.logprob_reduce",
+    "flow.logprob_coords",
+    "train.stop_success",
+    "train.stop_window",
+    "eval.confidence",
+    "eval.videos",
+    "eval.film_seeds",
+    "eval.video_size",
+)
 
 # Keys that fingerprints did not know, and their defaults.
 _YOUNGER: dict[str, Any] = {
@@ -436,10 +492,26 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+def ranges(cls: type = Config, prefix: str = "") -> dict[str, Within]:
+    """What each number may be, by its dotted key."""
+    found: dict[str, Within] = {}
+    for name, kind in typing.get_type_hints(cls, include_extras=True).items():
+        if dataclasses.is_dataclass(kind):
+            found |= ranges(typing.cast(type, kind), f"{prefix}{name}.")
+        for bounds in getattr(kind, "__metadata__", ()):
+            found[prefix + name] = bounds
+    return found
+
+
 def identity(config: Config) -> dict[str, Any]:
     """The leaves that a run's numbers depend on: what two invocations of one run directory must share."""
     frees = FREE_KEYS + ("eval.videos", "eval.film_seeds") * (config.algorithm == "eval")  # films what is lacking
-    return {k: v for k, v in flat(config).items() if not any(k == free or k.startswith(free + ".") for free in frees)}
+    return {key: value for key, value in flat(config).items() if not among(key, frees)}
+
+
+def among(key: str, names: Sequence[str]) -> bool:
+    """Whether a dotted key is one of these names, or in a section of that name."""
+    return any(key == name or key.startswith(name + ".") for name in names)
 
 
 def lengths(config: Config) -> tuple[str, ...]:

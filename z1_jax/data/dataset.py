@@ -226,6 +226,10 @@ def open_dataset(path: str | pathlib.Path) -> Dataset:
     """
     path = pathlib.Path(path).absolute()
     if not (path / _MANIFEST).is_file():
+        if (path / "config.json").is_file():  # of a run
+            own = path / "demonstrations"
+            there = f"its own is {own}" if (own / _MANIFEST).is_file() else "it has collected none"
+            raise UserError(f"dataset {path} is a run directory, {there}; expected a directory with {_MANIFEST}")
         half = _partial_path(path).exists() or (path.is_dir() and any(path.iterdir()))
         state = "was only half written" if half else "does not exist"
         raise UserError(f"dataset {path} {state}; expected a directory with {_MANIFEST}, as z1_jax.collect makes")
@@ -353,6 +357,12 @@ def _write_records(directory: pathlib.Path, writer: _EpisodeWriter, episodes: It
 def _builder_class() -> tuple[Any, type]:
     import tensorflow_datasets as tfds  # a second to import
 
+    class Info(tfds.core.DatasetInfo):
+        """What TFDS looks for nowhere else: it would leave an empty folder in TMPDIR each time."""
+
+        def initialize_from_bucket(self) -> None:
+            pass
+
     class Demonstrations(tfds.core.GeneratorBasedBuilder):
         """Demonstrations of a robot, one record a decision."""
 
@@ -374,9 +384,7 @@ def _builder_class() -> tuple[Any, type]:
                 "episode": tfds.features.Scalar(np.int64),
                 "step": tfds.features.Scalar(np.int64),
             }
-            return tfds.core.DatasetInfo(
-                builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
-            )
+            return Info(builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True)
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
             del dl_manager  # nothing is downloaded

@@ -161,8 +161,10 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     options, rest = parser.parse_known_args(list(argv[1:]))
     if not 1 <= options.devices <= 4096:
         raise ConfigError(f"--devices: got {options.devices}, expected 1 … 4096")
-    if options.memory < 0:
-        raise ConfigError(f"--memory: got {options.memory:g}, expected a number of GB above 0")
+    if not 0 <= options.memory <= 1e6:  # nan neither
+        raise ConfigError(
+            f"--memory: got {options.memory:g}, expected GB above 0, at most 1e6; 0 for the accelerator's"
+        )
     return options, [argv[0], *rest]
 
 
