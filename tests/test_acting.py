@@ -15,8 +15,7 @@ from envs.base import episodes
 from z1_jax import sharding
 from z1_jax.config.schema import LoraConfig
 from z1_jax.evaluation import make_actor
-from z1_jax.models import acting, attention, chunk_kernel, pi05
-from z1_jax.models.layers import rope_tables, rotate
+from z1_jax.models import acting, pi05
 from z1_jax.models.presets import get_preset
 from z1_jax.rl import flow, rollout
 from z1_jax.rl.actor import stack_ids
@@ -214,47 +213,3 @@ def test_lengths_are_rounded_up_and_never_seen(rng):
     wanted, got, beside_poison = velocities(state)
     np.testing.assert_array_equal(got, beside_poison)
     assert distance(wanted, got) < 1e-5
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_kernel_attends_as_the_plain_form(rng, dtype):
-    """Interpreted: what it computes, not how fast. Prefix and chunk are no multiples of what it looks at at once."""
-    batch, chunks, length, horizon, prefix, heads, width = 2, 3, 72, 70, 75, 8, 16
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)  # noqa: E731
-    qkv = draw(batch, chunks * length, heads + 2, width)
-    keys, values = draw(2, batch, prefix, 1, width), draw(2, batch, prefix, 1, width)
-    mask = jnp.asarray(rng.random((batch, prefix)) < 0.7).at[1].set(False)  # one sees itself alone
-    tables = rope_tables(jnp.sum(mask, axis=1)[:, None] + jnp.tile(jnp.arange(length), chunks), width)
-    arrays = qkv, tables, keys, values, mask
-    got = jax.jit(lambda *given: chunk_kernel.chunk_attention(*given, layer=1, length=length, horizon=horizon))(*arrays)
-
-    q, k, v = jnp.split(qkv, [heads, heads + 1], axis=2)
-    split = lambda x: x.reshape(batch, chunks, length, *x.shape[2:])[:, :, :horizon]  # noqa: E731
-    q, k, v = split(rotate(q, tables) * width**-0.5), split(rotate(k, tables)), split(v)
-    wanted = attention.attend_shared_prefix(q, k, v, keys[1], values[1], mask)
-    assert distance(wanted, split(got)) < {"float32": 1e-6, "bfloat16": 1e-2}[dtype]
-
-
-def test_denoising_with_the_kernel(rng):
-    """The same steps with it and without."""
-    config = get_preset("tiny", dtype="bfloat16")
-    stacks = {name: dataclasses.replace(getattr(config, name), heads=8) for name in ("language", "expert")}
-    config = dataclasses.replace(config, **stacks)
-    graphdef, state = nnx.split(pi05.init_model(config, 0))
-    state = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, "f"), state)
-    language, length, chunks = config.language, config.prefix_length, 2
-    shape = (2, language.depth, 2, length, language.kv_heads, language.head_dim)
-    cache = PrefixCache(*jnp.asarray(rng.standard_normal(shape), jnp.bfloat16), rng.random((2, length)) < 0.7)
-    x = rng.standard_normal((2, chunks, config.horizon, config.action_dim), np.float32)
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def velocity(state, how):
-        expert = acting.prepare_expert(nnx.merge(graphdef, state), flow.times(STEPS))
-        step, held = acting.denoiser(dataclasses.replace(config, attention=how), expert, cache, chunks)
-        v, held = step(held, x, expert["modulation"][0])
-        return step(held, x - v, expert["modulation"][1])
-
-    wanted, held = velocity(state, "einsum")
-    got, nothing = velocity(state, "pallas")
-    assert jax.tree.leaves(held) and not jax.tree.leaves(nothing)
-    assert distance(wanted, got) < 0.02

@@ -52,7 +52,7 @@ def check_attention(config: Config) -> None:
         ConfigError: one line.
     """
     attention, backend = config.model.attention, jax.default_backend()
-    if attention in ("cudnn", "pallas") and backend != "gpu":
+    if attention == "cudnn" and backend != "gpu":
         raise ConfigError(
             f"config key model.attention: got {attention} on {backend}, expected einsum or xla without a GPU"
         )

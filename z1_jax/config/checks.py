@@ -192,7 +192,7 @@ def _check_scopes(config: Config) -> None:
                 f"config key {key}: got {value}, but no scope of this run is lora; set train.scope or sft.scope to it"
             )
     attention = config.model.attention
-    if attention in ("cudnn", "pallas") and config.model.dtype != "bfloat16":
+    if attention == "cudnn" and config.model.dtype != "bfloat16":
         raise ConfigError(
             f"config key model.attention: {attention} computes in bfloat16 only; set model.dtype=bfloat16"
         )

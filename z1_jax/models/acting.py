@@ -21,12 +21,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
-from z1_jax.models import attention, chunk_kernel
+from z1_jax.models import attention
 from z1_jax.models.gemma import GemmaBlock, prefix_positions
 from z1_jax.models.layers import Einsum, layer_normalise, rms_normalise, rope_tables, rotate
 from z1_jax.models.pi05 import Pi05, Pi05Config, normalised_images
 from z1_jax.models.siglip import SiglipBlock, split_patches
-from z1_jax.sharding import constrain, on_one_device, partition_spec
+from z1_jax.sharding import constrain, partition_spec
 from z1_jax.types import Observation, PrefixCache
 
 Prepared = dict[str, Any]  # a tree of arrays
@@ -202,10 +202,7 @@ def denoiser(config: Pi05Config, params: Prepared, cache: PrefixCache, chunks: i
     """
     horizon, depth = config.horizon, config.expert.depth
     padded = _round_up(horizon)
-    if config.attention == "pallas" and on_one_device() and chunk_kernel.takes(config.expert.heads, cache.k.shape):
-        attend, held = _by_kernel(config, cache, chunks)
-    else:
-        attend, held = _by_buffers(config, cache, chunks)
+    attend, held = _by_buffers(config, cache, chunks)
 
     def step(held: list[Any], x_t: Array, modulation: Array) -> tuple[Array, list[Any]]:
         batch = x_t.shape[0]
@@ -253,20 +250,6 @@ def _by_buffers(config: Pi05Config, cache: PrefixCache, chunks: int) -> tuple[At
         return attention.attend_in_order(q, keys, values, allowed, config.attention), (keys, values)
 
     return attend, list(zip(buffers(cache.k), buffers(cache.v), strict=True))
-
-
-def _by_kernel(config: Pi05Config, cache: PrefixCache, chunks: int) -> tuple[Attend, list[Any]]:
-    """One kernel a layer; nothing is held."""
-    tables = _chunk_tables(config, cache, chunks)
-    length, keys, values = _round_up(config.horizon), cache.k.astype(config.dtype), cache.v.astype(config.dtype)
-
-    def attend(layer: int, qkv: Array, held: None) -> tuple[Array, None]:
-        attended = chunk_kernel.chunk_attention(
-            qkv, tables, keys, values, cache.mask, layer=layer, length=length, horizon=config.horizon
-        )
-        return attended, held
-
-    return attend, [None] * config.expert.depth
 
 
 def _round_up(count: int) -> int:

@@ -21,7 +21,7 @@ def attend(
     """Bidirectional attention; `N` is a multiple of `K`, and keys where `mask` is false are ignored.
 
     "einsum" is the reference, with float32 logits; "xla" and "cudnn" go through `jax.nn.dot_product_attention`
-    (cudnn: GPU and bfloat16 only; "pallas" too, but for what `chunk_kernel` does).
+    (cudnn: GPU and bfloat16 only).
     """
     if implementation != "einsum":
         full_mask = None
@@ -37,7 +37,7 @@ def attend(
 
 
 def _library(q: Array, k: Array, v: Array, mask: Array | None, implementation: str) -> Array:
-    name: Any = "cudnn" if implementation == "pallas" else implementation
+    name: Any = implementation
     return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=1.0, implementation=name)
 
 

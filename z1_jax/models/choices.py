@@ -2,7 +2,7 @@
 
 DTYPES = ("float32", "bfloat16")  # of the computation
 REMAT = ("none", "dots", "full")  # see layers.REMAT_POLICIES
-ATTENTION = ("einsum", "xla", "cudnn", "pallas")  # pallas: cudnn, and a kernel of our own while denoising
+ATTENTION = ("einsum", "xla", "cudnn")
 ACTING = ("auto", "plain", "prepared")  # the form of the parameters that decisions read: see acting
 SCOPES = ("expert", "joint", "lora", "everything")  # what is trained
 

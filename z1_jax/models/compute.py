@@ -18,7 +18,7 @@ class Compute:
     dtype: str = "bfloat16"  # of the computation
     remat: str = "none"  # activations kept for the backward pass: none (all) | dots | full (recompute all)
     unroll: bool = False  # write the layers out instead of looping: faster for a few small layers on a CPU
-    attention: str = "einsum"  # einsum | xla | cudnn | pallas
+    attention: str = "einsum"  # einsum | xla | cudnn
     # Parameters that decisions read: plain | prepared (see acting) | auto: prepared on accelerators, where there are no
     # adapters. A CPU launches nothing, and compiling written-out layers would take it longer.
     acting: str = "auto"
@@ -27,7 +27,7 @@ class Compute:
         for name, allowed in (("dtype", DTYPES), ("remat", REMAT), ("attention", ATTENTION), ("acting", ACTING)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        if self.attention in ("cudnn", "pallas") and self.dtype != "bfloat16":
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
             raise ValueError(f"attention {self.attention} computes in bfloat16 only; got dtype {self.dtype}")
 
     @property
