@@ -289,37 +289,6 @@ class Bench:
                 self.measure(
                     "gpu/rl_update_batch_16_cached", step, self.step_floor(work), **how, kernels=compiled[name].kernels
                 )
-        for attention in {form.attention for form in forms} - {"einsum"}:
-            with self.reported(f"gradients of attention {attention}"):
-                self.compare_attention(attention, steps)
-
-    def compare_attention(self, attention: str, steps: int) -> None:
-        """How far attention of an update, and its gradients, are from the reference: parts of their size."""
-        import jax
-        import jax.numpy as jnp
-        import numpy as np
-
-        from z1_jax.models.attention import attend_shared_prefix
-
-        size, batch = self.model.expert, 2
-        rng = np.random.default_rng(0)
-        shapes = {
-            "q": (batch, steps, self.model.horizon, size.heads, size.head_dim),
-            "k": (batch, steps, self.model.horizon, size.kv_heads, size.head_dim),
-            "prefix": (batch, self.model.prefix_length, size.kv_heads, size.head_dim),
-        }
-        q, k, v, prefix_k, prefix_v = (
-            jnp.asarray(rng.standard_normal(shapes[name]) / 4, self.model.dtype)
-            for name in ("q", "k", "k", "prefix", "prefix")
-        )
-        mask = jnp.asarray(rng.random(prefix_k.shape[:2]) < 0.8)
-        found = []
-        for name in ("einsum", attention):
-            attend = lambda q, k, v, name=name: attend_shared_prefix(q, k, v, prefix_k, prefix_v, mask, name)  # noqa: E731
-            value, pullback = jax.vjp(attend, q, k, v)
-            found.append([np.asarray(x, np.float32) for x in (value, *pullback(q))])
-        apart = [float(np.linalg.norm(a - b) / np.linalg.norm(a)) for a, b in zip(*found, strict=True)]
-        self.result(f"gpu/attention_{attention}_apart", max(apart), "fraction", None, 4, [min(apart), max(apart)])
 
     def sft(self, batch: int, forms: list[Form]) -> bool:
         """The optimiser step, everything trained; the forms take the state over from each other. True: one failed."""
