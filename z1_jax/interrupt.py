@@ -58,8 +58,8 @@ def held() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for stopped in came[:1]:
-            signal.raise_signal(stopped)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _tell(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
