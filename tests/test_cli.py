@@ -70,7 +70,7 @@ def run_and_signal(number: int, at: str, delay_s: float, *arguments: str) -> tup
         (("z1_jax.collect", "OpenDrawer"), "--out"),
         (("z1_jax.report", "/nowhere"), "is not a directory"),
         (("z1_jax.convert", "/nowhere", "/tmp/there"), "there is nothing at /nowhere"),
-        (("z1_jax.convert", "/nowhere"), "the following arguments are required: DST"),
+        (("z1_jax.convert", "/nowhere"), "argument DST: got none, expected one"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message):

@@ -118,7 +118,10 @@ def test_the_built_in_suites_are_whole():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere", "'nowhere' does not exist; known: kitchen, robocasa, libero, gym:ENV_ID, or package.module:name"),
+        (
+            "nowhere",
+            "'nowhere' does not exist; known: kitchen, robocasa, libero, metaworld, gym:ENV_ID, or package.module:name",
+        ),
         ("no.such:thing", "cannot be imported: ModuleNotFoundError"),
         ("test_own_suite:missing", "cannot be imported: AttributeError"),
         ("test_own_suite:NOTHING", "is a int; expected a suite or a function"),

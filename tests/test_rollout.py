@@ -296,7 +296,7 @@ def test_members_of_a_branch_are_denoised_in_one_scan(monkeypatch):
     rows, members, steps = cache.mask.shape[0], 8, 4
     graphdef, _, _ = tiny.policy().split("expert")
     noise, drawn = np.zeros((rows, members, steps + 1, 8, 16), "f"), np.ones((rows, members, steps), bool)
-    trace = jax.make_jaxpr(functools.partial(actor._sample_impl, graphdef))(*params, cache, noise, drawn, 0.5)
+    trace = jax.make_jaxpr(functools.partial(actor._sample_impl, graphdef))(None, *params, cache, noise, drawn, 0.5)
     assert seen == [(rows, (rows, members, 8, 16))]  # the cache is not copied per member
     loops = [eqn for eqn in trace.eqns if eqn.primitive.name == "scan"]
     assert [eqn.params["length"] for eqn in loops].count(steps) == 1

@@ -210,7 +210,7 @@ EFFECTS = {
 ELSEWHERE = {
     "update.micro_batch": ("test_update.py", "test_micro_batches_change_nothing"),
     "update.prefix_cache": ("test_trainer.py", "test_caches_on_the_device_change_no_bit"),
-    "train.checkpoint_every": ("test_config.py", "test_free_keys_may_change"),
+    "train.checkpoint_every": ("test_config.py", "test_free_keys_may_change_and_are_told"),
     "train.keep_last": ("test_loop.py", "test_the_best_by_training_success_is_kept_and_told"),
     "train.keep_every": ("test_checkpoint.py", "test_which_checkpoints_are_kept"),
     "train.keep_best": ("test_loop.py", "test_the_best_by_training_success_is_kept_and_told"),
