@@ -120,7 +120,7 @@ def test_the_built_in_suites_are_whole():
     [
         (
             "nowhere",
-            "'nowhere' does not exist; known: kitchen, robocasa, libero, metaworld, gym:ENV_ID, or package.module:name",
+            "'nowhere' does not exist; known: kitchen, robocasa, libero, metaworld, gym:ENV_ID, or package",
         ),
         ("no.such:thing", "cannot be imported: ModuleNotFoundError"),
         ("test_own_suite:missing", "cannot be imported: AttributeError"),
