@@ -189,8 +189,8 @@ def _image_tokens(config: Pi05Config, params: Prepared, images: Array) -> Float[
 # --- denoising ------------------------------------------------------------------------------------------------------
 
 Step = Callable[[Any, Array, Array], tuple[Array, Any]]
-# Of a layer: its number, the product of `qkv` [B, R, N + 2 K, D], and what it holds -> attended [B, R, N, D], and that.
-Attend = Callable[[int, Array, Any], tuple[Array, Any]]
+# Of a layer: the product of `qkv` [B, R, N + 2 K, D] and what it holds -> attended [B, R, N, D], what it holds then.
+Attend = Callable[[Array, Any], tuple[Array, Any]]
 
 
 def denoiser(config: Pi05Config, params: Prepared, cache: PrefixCache, chunks: int) -> tuple[Step, Any]:
@@ -211,7 +211,7 @@ def denoiser(config: Pi05Config, params: Prepared, cache: PrefixCache, chunks: i
         handed = []
         for i, (layer, kept) in enumerate(zip(params["layers"], held, strict=True)):
             h, gate = _modulated(x, modulation[i])
-            attended, kept = attend(i, _product(h, layer["qkv"]), kept)
+            attended, kept = attend(_product(h, layer["qkv"]), kept)
             x = constrain(x + constrain(_product(attended, layer["out"], 2), "batch") * gate, "batch")
             h, gate = _modulated(x, modulation[depth + i])
             x = constrain(x + _gated_mlp(h, layer) * gate, "batch")
@@ -223,12 +223,6 @@ def denoiser(config: Pi05Config, params: Prepared, cache: PrefixCache, chunks: i
     return step, held
 
 
-def _chunk_tables(config: Pi05Config, cache: PrefixCache, chunks: int) -> tuple[Array, Array]:
-    step = jnp.tile(jnp.arange(_round_up(config.horizon)), chunks)
-    positions = jnp.sum(cache.mask, axis=1, dtype=jnp.int32)[:, None] + step
-    return rope_tables(positions, config.expert.head_dim)
-
-
 def _by_buffers(config: Pi05Config, cache: PrefixCache, chunks: int) -> tuple[Attend, list[Any]]:
     """Each layer holds keys and values, of the prefix and behind them of the chunks, written there at each step.
 
@@ -236,14 +230,15 @@ def _by_buffers(config: Pi05Config, cache: PrefixCache, chunks: int) -> tuple[At
     """
     padded, length = _round_up(config.horizon), cache.mask.shape[1]
     room = _round_up(length + chunks * padded) - length
-    tables = _chunk_tables(config, cache, chunks)
+    positions = jnp.sum(cache.mask, axis=1, dtype=jnp.int32)[:, None] + jnp.tile(jnp.arange(padded), chunks)
+    tables = rope_tables(positions, config.expert.head_dim)
     allowed = attention.chunk_mask(cache.mask, chunks, padded, config.horizon, room)
 
     def buffers(stacked: Float[Array, "layers B T K D"]) -> list[Array]:
         widths = [(0, 0), (0, room), (0, 0), (0, 0)]
         return [constrain(jnp.pad(layer.astype(config.dtype), widths), "batch") for layer in stacked]
 
-    def attend(layer: int, qkv: Array, held: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+    def attend(qkv: Array, held: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         q, k, v = _rotated(config, qkv, tables)
         keys = jax.lax.dynamic_update_slice_in_dim(held[0], k, length, axis=1)
         values = jax.lax.dynamic_update_slice_in_dim(held[1], v, length, axis=1)
