@@ -131,13 +131,12 @@ def _size(images: Mapping[str, Sequence[int]], camera: str) -> tuple[int, int] |
 def environment_worlds(config: Config) -> list[World]:
     """What the environments of each task of a run show at the start of a few held-out episodes."""
     suite = suites.resolve(config)
-    timeout_s = config.env.timeout_s
     with EnvPool(
         suites.make_envs(config),
         1,
         min(1, config.env.workers),
-        timeout_s=timeout_s,
-        start_timeout_s=max(120.0, 2 * timeout_s),
+        timeout_s=config.env.timeout_s,
+        start_timeout_s=config.env.start_timeout_s,
     ) as pool:
         seeds = range(config.eval.first_seed, config.eval.first_seed + min(_RESETS, config.eval.episodes))
         seen = {task: [pool.reset([0], [suite.episode(task, seed)])[0] for seed in seeds] for task in config.every_task}

@@ -84,9 +84,9 @@ def check_alike(config: Config) -> None:
     factories = make_envs(config)
     if len(factories) == 1 or config.env.suite in BUILT_IN:
         return
-    timeout_s = config.env.timeout_s
+    env = config.env
     try:
-        with EnvPool(factories, 1, min(1, config.env.workers), timeout_s, max(120.0, 2 * timeout_s)):
+        with EnvPool(factories, 1, min(1, env.workers), env.timeout_s, env.start_timeout_s):
             pass
     except PoolError as error:
         raise ConfigError(f"config key tasks: {error}; run such tasks by themselves") from error
@@ -124,13 +124,12 @@ def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 def make_pool(config: Config) -> Pool:
     """Starts the worker processes of a run; call it once."""
-    timeout_s = config.env.timeout_s
     return EnvPool(
         make_envs(config),
         config.env.parallel,
         config.env.workers,
-        timeout_s=timeout_s,
-        start_timeout_s=max(120.0, 2 * timeout_s),
+        timeout_s=config.env.timeout_s,
+        start_timeout_s=config.env.start_timeout_s,
         simulators=simulators(config),
     )
 
@@ -263,7 +262,7 @@ def _successful_episodes(config: Config, task: str, journal: EpisodeJournal) -> 
         chunk=initial_policy.trained_horizon(config),
         labels=config.demos.labels,
         timeout_s=config.env.timeout_s,
-        start_timeout_s=max(120.0, 2 * config.env.timeout_s),
+        start_timeout_s=config.env.start_timeout_s,
     )
     columns, title = {"success": ".1%"}, f"demonstrations{f' of {task}' * (len(config.every_task) > 1)}"
     with (

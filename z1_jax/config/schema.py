@@ -60,6 +60,11 @@ class EnvConfig:
     simulators: Annotated[int, Within(0, 4096)] = 0
     timeout_s: Annotated[float, Within(0.1, 86_400.0)] = 60.0  # longest that one call to a worker may take
 
+    @property
+    def start_timeout_s(self) -> float:
+        """Longest that a worker may take to start: it imports and builds its first environment."""
+        return max(120.0, 2 * self.timeout_s)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
