@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from envs.pool import PoolError
+from z1_jax import processes
 from z1_jax.config.schema import Config, ConfigError
 from z1_jax.errors import UserError, shortened
 from z1_jax.files import absolute
@@ -50,8 +51,10 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
     try:
         imported()
         code = main(sys.argv)
-    except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
+        processes.depart()
+    except KeyboardInterrupt as interruption:
+        if not processes.failed(interruption):
+            print(INTERRUPTED, file=sys.stderr)
         code = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails once more as it ends
@@ -59,9 +62,14 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
         code = 128 + signal.SIGPIPE
     except (UserError, PoolError, FloatingPointError, OSError) as error:
         if TRACEBACK in os.environ or isinstance(error, OSError) and error.errno not in _DISK:
+            processes.failed(error)
             raise
-        print(f"error: {shortened(str(error), 4000)}", file=sys.stderr)
+        if not processes.failed(error):
+            print(f"error: {shortened(str(error), 4000)}", file=sys.stderr)
         code = 2
+    except Exception as error:
+        processes.failed(error)
+        raise
     sys.exit(code or 0)
 
 
