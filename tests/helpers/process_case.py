@@ -119,6 +119,7 @@ def main() -> None:
     case, axes, out = argv[1], argv[2], pathlib.Path(argv[3])
     data, fsdp = map(int, axes.split("x"))
     mesh = sharding.make_mesh(data, fsdp)
+    distributed.connect(mesh)
     with jax.set_mesh(mesh):
         policy, told = {"sft": sft, "grpo": grpo}[case](mesh, out)
         from z1_jax.policy import named
