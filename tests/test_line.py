@@ -12,7 +12,7 @@ import pytest
 
 from z1_jax import line
 from z1_jax.errors import UserError
-from z1_jax.line import INTERRUPTED, open_line
+from z1_jax.line import open_line
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Exchanges its number again and again, and says so; then does what it is told to.
