@@ -129,8 +129,8 @@ class ServedPolicy:
             )
         if is_unknown(address):
             print(
-                f"{name(address)} does not say which policy it serves: after a restart with another one, results of both "
-                f"would be taken for one policy's; name it, as in --policy='{name(address)}?policy=pi05_libero'",
+                f"{name(address)} does not say which policy it serves: after a restart with another one, results of "
+                f"both would be taken for one policy's; name it, as in --policy='{name(address)}?policy=pi05_libero'",
                 flush=True,
             )
         if not self._repeats:

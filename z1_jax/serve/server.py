@@ -236,10 +236,11 @@ class PolicyServer:
         return f"error: {told}"
 
     async def _answer(self, message: bytes | str, began: float, before_ms: float) -> bytes:
-        if (size := len(message)) > self._limits.message_bytes:
+        size_mb, most_mb = len(message) / (1 << 20), self._limits.message_bytes / (1 << 20)
+        if size_mb > most_mb:
             raise Refused(
-                f"the message has {size / (1 << 20):.3g} MB, more than the {self._limits.message_bytes / (1 << 20):.3g} "
-                "that this server takes (--max-message-mb); send smaller images"
+                f"the message has {size_mb:.3g} MB, more than the {most_mb:.3g} that this server takes "
+                "(--max-message-mb); send smaller images"
             )
         if len(self._waiting) >= self._limits.queue:
             raise Refused(f"{self._limits.queue} requests wait already, the most that this server keeps; try again")
