@@ -14,8 +14,7 @@ from collections.abc import Sequence
 
 from envs.base import LABELS
 from z1_jax.collect.check_command import check_dataset
-from z1_jax.collect.importers.base import Columns
-from z1_jax.collect.importers.instructions import read_instructions
+from z1_jax.collect.columns import add_columns, names, read_columns
 from z1_jax.collect.importing import ImportConfig, check_source, import_demonstrations
 from z1_jax.config.checks import check
 from z1_jax.config.command_line import Parser
@@ -142,26 +141,16 @@ def parse_import(arguments: Sequence[str]) -> tuple[ImportConfig, pathlib.Path]:
     default = ImportConfig(paths=())
     parser = Parser(
         prog="python -m z1_jax.collect",
-        description="Demonstrations of others (RoboCasa's HDF5 files, LeRobot v2.x or v3 directories) into a dataset.",
+        description="Demonstrations of others (HDF5 files, LeRobot v2.x or v3 directories) into a dataset.",
     )
     add = parser.add_argument
     add("--from", dest="paths", type=pathlib.Path, nargs="+", action="extend", required=True, metavar="PATH",
         help="files, directories")  # fmt: skip
     add("--out", type=pathlib.Path, required=True, metavar="DIR", help="directory of the dataset")
     add("--cameras", default="", help="names, in the order of the policy's image slots (all)")
-    add("--state", default="", metavar="COLUMNS", help="of LeRobot datasets; several are joined (observation.state)")
-    add("--actions", default="", metavar="COLUMNS", help="of LeRobot datasets; several are joined (action)")
-    add("--images", default="", metavar="CAMERA:COLUMN,…", help="of LeRobot datasets (all, by the columns' names)")
-    add("--instruction", default="", metavar="TEXT", help="of every episode, instead of the source's own")
-    add("--instructions", type=pathlib.Path, metavar="TABLE", help="JSON or CSV: an episode's name or number, and text")
-    add("--task-changes", choices=("refuse", "split"), default="refuse", help="of LeRobot episodes whose task changes: "
-        "an error, or an episode of each part (%(default)s)")  # fmt: skip
-    add(
-        "--tolerance-s",
-        type=float,
-        default=0.0,
-        help="seconds that LeRobot's time stamps may be off (a tenth of a frame)",
-    )
+    add_columns(parser)
+    add("--rate", type=float, default=0.0, metavar="HZ", help="control steps a second, where the source tells none or "
+        "a wrong one")  # fmt: skip
     add("--image-size", type=int, default=default.image_size, help="pixels of the stored frames (as the source's)")
     add("--jpeg", type=int, default=default.jpeg, metavar="QUALITY", help="store frames as JPEG (PNG: loses nothing)")
     add("--stride", type=int, default=default.stride, help="control steps between observations (%(default)s)")
@@ -180,43 +169,26 @@ def parse_import(arguments: Sequence[str]) -> tuple[ImportConfig, pathlib.Path]:
         parser.error(f"argument --jpeg: got {given.jpeg}, expected 1 to 100, or 0 for PNG")
     if given.episodes < 0:
         parser.error(f"argument --episodes: got {given.episodes}, expected 0 or more")
-    if not 0 <= given.tolerance_s < 10:
-        parser.error(f"argument --tolerance-s: got {given.tolerance_s:g}, expected 0 or more seconds, less than 10")
-    images = _named_images(given.images, parser)
+    if not (given.rate == 0 or 0.1 <= given.rate <= 10_000):
+        parser.error(f"argument --rate: got {given.rate:g}, expected 0.1 to 10000 control steps a second")
+    columns, instructions = read_columns(given, parser)
     config = ImportConfig(
         paths=tuple(absolute(path) for path in given.paths),
-        cameras=_names(given.cameras),
-        columns=Columns(
-            _names(given.state), _names(given.actions), images, given.tolerance_s, given.task_changes == "split"
-        ),
-        instructions=read_instructions(given.instruction, given.instructions),
+        cameras=names(given.cameras),
+        columns=columns,
+        instructions=instructions,
+        rate=given.rate,
         image_size=given.image_size,
         jpeg=given.jpeg,
         stride=given.stride,
         chunk=given.chunk,
-        tasks=_names(given.tasks),
+        tasks=names(given.tasks),
         episodes=given.episodes,
         split=given.split,
         skip_bad=given.skip_bad,
         keep_duplicates=given.keep_duplicates,
     )
     return config, absolute(given.out)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
-
-
-def _named_images(text: str, parser: Parser) -> tuple[tuple[str, str], ...]:
-    """(camera, column) of each "camera:column"."""
-    pairs = [name.partition(":") for name in _names(text)]
-    for camera, _, column in pairs:
-        if not camera or not column:
-            parser.error(f"argument --images: got {camera or text}, expected CAMERA:COLUMN such as front:front_image")
-    found = {camera: column for camera, _, column in pairs}
-    if len(found) != len(pairs):
-        parser.error(f"argument --images: got {text}, expected each camera once")
-    return tuple(found.items())
 
 
 if __name__ == "__main__":

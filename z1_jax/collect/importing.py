@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from z1_jax.collect.importers.base import LEROBOTS, BadData, Columns, EpisodeRef, Source
+from z1_jax.collect.importers.base import STANDARD, BadData, Columns, EpisodeRef, Source
 from z1_jax.collect.importers.convert import Shapes, read_episode
 from z1_jax.collect.importers.detect import open_sources
 from z1_jax.collect.importers.duplicates import Duplicates
@@ -38,8 +38,9 @@ class ImportConfig:
     episodes: int = 0  # the first ones of each task; 0: all
     split: str = ""  # a mask of HDF5 files, a split of LeRobot directories
     skip_bad: bool = False
-    columns: Columns = LEROBOTS
+    columns: Columns = STANDARD
     instructions: Instructions = OWN
+    rate: float = 0.0  # control steps a second; 0: as the sources tell
     keep_duplicates: bool = False  # episodes that are there twice are imported twice
 
 
@@ -145,7 +146,8 @@ def _shapes(config: ImportConfig, sources: Sequence[Source]) -> Shapes:
         if sources[0].pictures:
             raise ConfigError(_unread(sources[0]))
         raise ConfigError(
-            f"{sources[0].path} has no images; expected at least one camera (for RoboCasa, the *_im128 files)"
+            f"{sources[0].path} has no images; expected at least one camera (for RoboCasa, the *_im128 files), or "
+            "--images=CAMERA:COLUMN where they have names of their own"
         )
     widths = collections.Counter((source.action_dim, source.state_dim) for source in sources)
     (action_dim, state_dim), _ = widths.most_common(1)[0]
@@ -182,10 +184,10 @@ def _alike(sources: Sequence[Source], shapes: Shapes, skip_bad: bool) -> tuple[l
 
 
 def _unread(source: Source) -> str:
+    example = ",".join(f"CAMERA:{picture}" for picture in source.pictures)
     return (
         f"{source.path}: images are read from obs/*_image and the state from RoboCasa's robot0_* observations; this "
-        f"file has pictures in {', '.join(source.pictures)}; LIBERO's own files are known by obs/ee_pos, ee_ori and "
-        "gripper_states; of others import a LeRobot version"
+        f"file has pictures in {', '.join(source.pictures)}: name the columns, --images={example} --state=COLUMN,COLUMN"
     )
 
 
@@ -212,7 +214,7 @@ def _origin(config: ImportConfig, sources: Sequence[Source], shapes: Shapes) -> 
     return {
         "made_by": "import",
         "sources": [{**source.facts(), "order": source.order} for source in sources],
-        "fps": next((source.fps for source in sources if source.fps), None),
+        "fps": config.rate or next((source.fps for source in sources if source.fps), None),
         "cameras": list(shapes.cameras),
         "image_size": shapes.image_size,
         "jpeg": config.jpeg,

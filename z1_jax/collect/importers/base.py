@@ -23,16 +23,16 @@ class BadData(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """How a LeRobot directory is read, where it is not as LeRobot's own are."""
+    """How a source is read where its columns are not called as its format calls them."""
 
-    state: tuple[str, ...] = ()  # columns, joined in this order; empty: LeRobot's own, as in the other two
+    state: tuple[str, ...] = ()  # columns, joined in this order; empty: the format's own, as in the other two
     actions: tuple[str, ...] = ()
     images: tuple[tuple[str, str], ...] = ()  # (camera, column)
-    tolerance_s: float = 0.0  # seconds that a time stamp may be off; 0: a tenth of a frame
-    split_tasks: bool = False  # an episode in which the task changes becomes one of each task
+    tolerance_s: float = 0.0  # LeRobot: seconds that a time stamp may be off; 0: a tenth of a frame
+    split_tasks: bool = False  # LeRobot: an episode in which the task changes becomes one of each task
 
 
-LEROBOTS = Columns()
+STANDARD = Columns()
 
 
 @dataclasses.dataclass(frozen=True)

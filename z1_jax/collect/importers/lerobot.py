@@ -17,7 +17,7 @@ from PIL import Image
 
 from z1_jax.collect.importers import orders
 from z1_jax.collect.importers.base import (
-    LEROBOTS,
+    STANDARD,
     BadData,
     Columns,
     EpisodeRef,
@@ -53,7 +53,7 @@ class LeRobotDirectory:
 
     pictures: tuple[str, ...] = ()
 
-    def __init__(self, path: pathlib.Path, split: str = "", columns: Columns = LEROBOTS):
+    def __init__(self, path: pathlib.Path, split: str = "", columns: Columns = STANDARD):
         self.path, self._how = path, columns
         self._meta: Meta = read_meta(path)
         self.flaws = self._meta.flaws
