@@ -70,7 +70,9 @@ def test_groups_of_another_layout(rng, tmp_path, capsys):
     main(["collect", f"--check={path}", *named, words[0]])
     out = capsys.readouterr().out
     assert "episodes       3, 16 decisions" in out and "broken" not in out
-    with pytest.raises(UserError, match=r"has no group data, which robomimic's have; it has .*run_0/cams/front \[5, 12, 16, 3\]"):
+    with pytest.raises(
+        UserError, match=r"has no group data, which robomimic's have; it has .*run_0/cams/front \[5, 12, 16, 3\]"
+    ):
         main(["collect", f"--check={path}"])
     with pytest.raises(UserError, match="is a dataset of ours, whose columns"):
         main(["collect", f"--check={tmp_path / 'data'}", "--state=arm"])
