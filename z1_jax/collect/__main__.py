@@ -1,8 +1,8 @@
-"""Demonstrations → a dataset, for --config.demos.dataset=DIR.
+"""Makes a dataset of demonstrations, for --config.demos.dataset=DIR.
 
-python -m z1_jax.collect TASK --out DIR: those of our expert. python -m z1_jax.collect --from=PATH --out DIR: those of
-others, from RoboCasa's HDF5 files or LeRobot directories. What is interrupted loses no finished episode: the same
-command goes on. python -m z1_jax.collect --check=PATH: what a dataset holds.
+python -m z1_jax.collect TASK --out DIR records our scripted expert. python -m z1_jax.collect --from=PATH --out DIR
+imports HDF5 files or LeRobot directories. An interruption loses no finished episode: the same command continues.
+python -m z1_jax.collect --check=PATH shows what a dataset holds.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from z1_jax.process import run_main
 from z1_jax.stages import check_inputs, demonstrations, demonstrations_source
 from z1_jax.suites import check_settings, training_statistics, with_tasks
 
-# Suits SFT alone, which a dataset of its own is mostly for; before RL it takes `recorded`, as the first command does.
+# For SFT alone, the usual purpose of a dataset that is collected apart. Before RL, `recorded` is better.
 SFT_LABELS = "undisturbed"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Collects what the command line asks for, or says that it is there."""
+    """Collects what the command line asks for, or says that it exists already."""
     if any(argument == "--check" or argument.startswith("--check=") for argument in argv[1:]):
         check_dataset(argv[1:])
         return
@@ -108,7 +108,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, pathlib.Path]:
 
 
 def import_others(config: ImportConfig, out: pathlib.Path) -> None:
-    """Imports, and tells what was done to the data and what was left out."""
+    """Imports, and prints what was done to the data and what was left out."""
     dataset, known = import_demonstrations(config, out)
     source, tasks = dataset.source, {row.task for row in dataset.episodes}
     for order in dict.fromkeys(entry["order"] for entry in source["sources"]):

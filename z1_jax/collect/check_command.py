@@ -1,4 +1,4 @@
-"""python -m z1_jax.collect --check PATH: what a dataset holds, ours or one that could be imported."""
+"""python -m z1_jax.collect --check PATH: what a dataset holds. It may be one of ours or one that could be imported."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Stream = Iterator[tuple[str, JournaledEpisode | BadData]]
 
 
 def check_dataset(arguments: Sequence[str]) -> None:
-    """Prints what is there and what looks wrong, and writes the same as a page.
+    """Prints what the dataset holds and what looks wrong in it, and writes both to a page.
 
     Raises:
         UserError: nothing is there, or not one episode can be read.
@@ -103,7 +103,7 @@ def _ours(dataset: Dataset) -> Stream:
 
 
 def _theirs(sources: Sequence[Source], instructions: Instructions) -> Stream:
-    """Each step is a decision, and its action a chunk of one."""
+    """Episodes of sources that are not imported: each step counts as a decision with a chunk of one action."""
     number = 0
     for source in sources:
         shapes = Shapes(tuple(source.cameras), source.action_dim, source.state_dim, 1, 1, 0)

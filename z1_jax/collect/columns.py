@@ -1,4 +1,4 @@
-"""Options that say how the columns of demonstrations are called, the same for an import and for a check."""
+"""Options that name the columns of demonstrations. An import and a check take the same ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_columns(given: argparse.Namespace, parser: Parser) -> tuple[Columns, In
     """What the options say.
 
     Raises:
-        ConfigError: a value that cannot be.
+        ConfigError: a value is malformed or out of range.
         UserError: the table of instructions cannot be read.
     """
     if not 0 <= given.tolerance_s < 10:

@@ -1,6 +1,6 @@
-"""Demonstrations of others into one dataset: which episodes, what they must share, and where an import goes on.
+"""Imports other people's demonstrations into one dataset: chooses episodes, checks that they are alike, and resumes.
 
-Every episode is kept in `<directory>.episodes` until the dataset is written, like those of our own experts.
+Every finished episode is kept in `<directory>.episodes` until the dataset is written, like those of our own experts.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ImportConfig:
 
 
 def import_demonstrations(config: ImportConfig, directory: pathlib.Path) -> tuple[Dataset, bool]:
-    """The dataset at `directory`, and whether it was there already. An interrupted import goes on where it was.
+    """The dataset at `directory`, and whether it existed already. An interrupted import continues where it stopped.
 
     Raises:
         UserError: nothing to import, a broken episode without `skip_bad`, or a directory that holds something else.
@@ -82,7 +82,7 @@ def import_demonstrations(config: ImportConfig, directory: pathlib.Path) -> tupl
 def _episodes(
     config: ImportConfig, chosen: Sequence[Chosen], shapes: Shapes, journal: EpisodeJournal, source: dict[str, Any]
 ) -> Iterator[JournaledEpisode]:
-    """Those in the journal, then new ones that enter it; `source` hears of what is left out."""
+    """The journal's episodes, then new ones, which are added to it. What is left out is added to `source`."""
     source["left_out"] += journal.left_out()
     sizes: dict[str, tuple[int, ...]] = {}  # of the frames of the first episode
     duplicates = Duplicates()
@@ -140,7 +140,7 @@ def _check_sizes(got: Mapping[str, tuple[int, ...]], first: Mapping[str, tuple[i
 
 
 def _shapes(config: ImportConfig, sources: Sequence[Source]) -> Shapes:
-    """What most of the sources have; the cameras of the first that has any."""
+    """The widths that most sources have, and the cameras of the first source that has any."""
     cameras = config.cameras or next((tuple(source.cameras) for source in sources if source.cameras), ())
     if not cameras:
         if sources[0].pictures:
@@ -210,7 +210,7 @@ def _chosen(config: ImportConfig, sources: Sequence[Source]) -> list[Chosen]:
 
 
 def _origin(config: ImportConfig, sources: Sequence[Source], shapes: Shapes) -> dict[str, Any]:
-    """The source's identity, and what the records depend on besides."""
+    """The sources' identities, and all settings that the records depend on."""
     return {
         "made_by": "import",
         "sources": [{**source.facts(), "order": source.order} for source in sources],

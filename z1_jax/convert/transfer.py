@@ -177,7 +177,7 @@ def _ahead(work: Callable, jobs: Iterator) -> Iterator:
 
 
 def contiguous(view: Shaped[np.ndarray, "..."]) -> np.ndarray:
-    """The array in C order, copied in tiles: copying a large transposed matrix at once misses the cache at every entry."""
+    """The array in C order, copied in tiles: a plain copy of a large transposed matrix misses the cache each time."""
     if view.flags.c_contiguous:
         return view
     out = np.empty(view.shape, view.dtype)

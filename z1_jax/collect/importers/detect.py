@@ -17,7 +17,7 @@ _HDF5 = (".hdf5", ".h5")
 def open_sources(
     paths: Sequence[pathlib.Path], split: str, skip_bad: bool, columns: Columns = STANDARD
 ) -> tuple[list[Source], list[str]]:
-    """(sources found at the paths, in the order of their names; what is broken and left out, a line each).
+    """(sources found at the paths, in the order of their names; a line for each broken one that was left out).
 
     Args:
         paths: HDF5 files, LeRobot directories, or directories anywhere above such.

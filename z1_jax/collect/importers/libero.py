@@ -3,8 +3,9 @@
 Frames are stored as rendered, upside down. They are turned by 180 degrees, as every protocol of `envs.libero` does, so
 that they are upright and mirrored. Actions are the simulator's, the gripper's included: −1 opens, +1 closes.
 
-LIBERO's own files hold with each action what was observed *after* it: observations are put one step later here, and the
-first action has none. Replayed files, which have no `env_args`, hold what was observed before.
+LIBERO's own files store with each action what was observed *after* it. So the reader pairs each action with the row
+before it, and drops the first action, which has no observation. Replayed files, which have no `env_args`, store what
+was observed before the action.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _SCENE = re.compile(r"^[A-Z_]+SCENE\d+_")  # before the words in the names of li
 def is_libero(path: pathlib.Path) -> bool:
     """Whether a file names a task of LIBERO's, or its first demonstration has LIBERO's observations.
 
-    False for what cannot be read. Pictures called as LIBERO's are not enough: others may have turned theirs.
+    False for files that cannot be read. The names of LIBERO's pictures are not enough: others may have turned theirs.
     """
     h5py = need("h5py", "h5py", path)
     try:
@@ -42,7 +43,7 @@ def is_libero(path: pathlib.Path) -> bool:
 class LiberoFile(RobomimicFile):
     """One HDF5 file (see `Source`), of one task. Arguments and errors are RobomimicFile's.
 
-    Frames are turned, and observations put a step later, whether the columns are LIBERO's own or named.
+    Whichever columns are named, frames are turned and actions are paired with the observation before them.
     """
 
     parts = tuple((f"obs/{name}", width) for name, width in _STATE)
@@ -61,7 +62,7 @@ class LiberoFile(RobomimicFile):
         return super().facts() | {"format": "libero hdf5" + " replayed" * (not self.late)}
 
     def _task(self) -> str:
-        """SUITE/NAME by the task's own file, or else by this one's name and folder."""
+        """SUITE/NAME from the name of the task's BDDL file, or else from this file's name and folder."""
         told = str(self._data.attrs.get("bddl_file_name", ""))
         place = pathlib.PurePosixPath(told) if told else pathlib.PurePosixPath(self.path.absolute().as_posix())
         name = place.stem.removesuffix("_demo")
@@ -69,7 +70,7 @@ class LiberoFile(RobomimicFile):
         return f"{suite}/{name}" if suite.startswith("libero_") else name
 
     def _instruction(self, demo: Any, where: str) -> str:
-        """In a suite the benchmark's, which environments and openpi's data have; else the file's."""
+        """For a task of a suite the benchmark's words, as environments and openpi's data have; else the file's."""
         suite, _, name = self._task().rpartition("/")
         if suite:
             return _SCENE.sub("", name).replace("_", " ")

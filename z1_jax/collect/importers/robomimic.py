@@ -192,7 +192,7 @@ class RobomimicFile:
         )
 
     def _check_names(self) -> None:
-        """That the first demonstration has the named columns: a wrong name is wrong for the whole file."""
+        """Checks the named columns on the first demonstration, since a wrong name is wrong for the whole file."""
         try:
             demo = self._demo(self.episodes[0].name)
             options = (("state", self._named.state), ("actions", self._named.actions))
@@ -207,7 +207,7 @@ class RobomimicFile:
             )
 
     def _told(self) -> str:
-        """What was done to the parts, in words."""
+        """What was done to actions, state and pictures, in words."""
         named = self._named
         actions = f" from {' + '.join(named.actions)}" * bool(named.actions)
         late = ", from the second on: observations were stored a step late" * bool(self.late)
