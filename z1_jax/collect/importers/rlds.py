@@ -142,12 +142,12 @@ class RldsDirectory:
         for name in (column, _IN + column):
             if name in self._steps:
                 return name
-        known = ", ".join(name for name, feature in self._steps.items() if not _is_picture(feature))
+        known = ", ".join(name for name in sorted(self._steps) if not _is_picture(self._steps[name]))
         raise BadData(f"option {option}: steps of {self.path} have no {column!r}; they have {known}")
 
     def _cameras(self) -> dict[str, str]:
         """Camera -> the entry of its pictures."""
-        pictures = [name for name, feature in self._steps.items() if _is_picture(feature)]
+        pictures = [name for name in sorted(self._steps) if _is_picture(self._steps[name])]  # features.json has no order
         if self._how.images:
             chosen = {camera: self._named(column, "--images") for camera, column in self._how.images}
             wrong = [name for name in chosen.values() if name not in pictures]
