@@ -147,7 +147,7 @@ class RldsDirectory:
 
     def _cameras(self) -> dict[str, str]:
         """Camera -> the entry of its pictures."""
-        pictures = [name for name in sorted(self._steps) if _is_picture(self._steps[name])]  # features.json has no order
+        pictures = [name for name in sorted(self._steps) if _is_picture(self._steps[name])]  # unordered in the file
         if self._how.images:
             chosen = {camera: self._named(column, "--images") for camera, column in self._how.images}
             wrong = [name for name in chosen.values() if name not in pictures]
