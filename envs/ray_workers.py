@@ -331,9 +331,9 @@ class RayWorker(Worker):
         self._dead = True
         gone = self.node and self.node not in self._place.hosts()
         text = " ".join(str(error).split())
-        detail = text.rpartition("Worker exit detail: ")[2] if "Worker exit detail: " in text else text
+        detail = text.rpartition("Worker exit detail: ")[2].partition(" Some common causes")[0]
         where = f" on host {self.host} (pid {self._facts['pid']})" if self._facts else ""
-        why = "its node is gone" if gone else shortened(detail, 300)
+        why = "its node is gone" if gone else shortened(detail, 200)
         self._death = f"the actor{where} died: {why}"
 
     def death(self) -> str:
