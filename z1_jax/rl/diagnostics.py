@@ -14,6 +14,9 @@ from z1_jax.rl import flow
 from z1_jax.rl.rollout import BrokenIteration, Rollouts
 
 
+OF_LOOKS = ("looks", "tokens/encoded")  # of `sharing_metrics`, those that several processes count each for its own
+
+
 class RatioError(BrokenIteration):
     """The importance ratio of the first update is not 1, or a number of an update is not finite."""
 
