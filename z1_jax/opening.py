@@ -13,8 +13,9 @@ from z1_jax.config.command_line import parse_command_line
 from z1_jax.config.schema import RANDOM, Config, ConfigError
 from z1_jax.extending import changed_lengths, take_forced, take_lengths
 from z1_jax.files import hold
-from z1_jax.initial_policy import newest_policy
+from z1_jax.initial_policy import newest_policy, trained_model
 from z1_jax.metrics import MetricsWriter
+from z1_jax.plan.fitting import check_memory
 from z1_jax.process import require_algorithm, start_jax
 from z1_jax.run_dir import (
     StageClock,
@@ -29,7 +30,7 @@ from z1_jax.run_dir import (
 )
 from z1_jax.serve import remote
 from z1_jax.stages import check_inputs, make_mesh
-from z1_jax.suites import label, settled
+from z1_jax.suites import episode_steps, label, settled
 
 FORCE = "--force"  # a run that has begun goes on under other settings, where its checkpoints allow it
 
@@ -86,6 +87,8 @@ def open_run(argv: Sequence[str], command: str, algorithms: Sequence[str], defau
             * unknown
         )
     mesh = make_mesh(config)
+    if config.algorithm != "eval":
+        check_memory(config, trained_model(config), mesh, episode_steps(config))
     directory = claim_directory(config, force)
     if claimed := {**identities, **dataset_identity(config)}:
         claim_policy(directory, claimed)
