@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Iterator, Sequence
 
-from z1_jax.collect.importers.base import LEROBOTS, BadData, Columns, Source, reading
+from z1_jax.collect.importers.base import STANDARD, BadData, Columns, Source, reading
 from z1_jax.collect.importers.lerobot import LeRobotDirectory
 from z1_jax.collect.importers.libero import LiberoFile, is_libero
 from z1_jax.collect.importers.rlds import RldsDirectory, is_rlds
@@ -16,13 +16,13 @@ _HDF5 = (".hdf5", ".h5")
 
 
 def open_sources(
-    paths: Sequence[pathlib.Path], split: str, skip_bad: bool, columns: Columns = LEROBOTS
+    paths: Sequence[pathlib.Path], split: str, skip_bad: bool, columns: Columns = STANDARD
 ) -> tuple[list[Source], list[str]]:
-    """(sources found at the paths, in the order of their names; what is broken and left out, a line each).
+    """(sources found at the paths, in the order of their names; a line for each broken one that was left out).
 
     Args:
         paths: HDF5 files, LeRobot and RLDS directories, or directories anywhere above such.
-        columns: of LeRobot directories.
+        columns: names of the sources' columns; the time stamps' tolerance and tasks that change are LeRobot's alone.
         skip_bad: leave out what cannot be opened; otherwise it raises.
 
     Raises:
@@ -41,13 +41,11 @@ def open_sources(
                 if place.is_dir():
                     reader = RldsDirectory if is_rlds(place) else LeRobotDirectory
                     source: Source = reader(place, split, columns)
-                elif columns != LEROBOTS:
-                    raise BadData(
-                        f"options --state, --actions, --images, --tolerance-s, --task-changes: {place} is HDF5; they "
-                        "are for LeRobot datasets"
-                    )
+                elif columns.tolerance_s or columns.split_tasks:
+                    option = "--tolerance-s" if columns.tolerance_s else "--task-changes=split"
+                    raise BadData(f"option {option}: {place} is HDF5; it is for LeRobot datasets")
                 else:
-                    source = (LiberoFile if is_libero(place) else RobomimicFile)(place, split)
+                    source = (LiberoFile if is_libero(place) else RobomimicFile)(place, split, columns)
             if source.flaws and not skip_bad:
                 raise BadData(source.flaws[0])
             flaws += source.flaws

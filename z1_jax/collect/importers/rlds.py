@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from z1_jax.collect.importers.base import (
-    LEROBOTS,
+    STANDARD,
     BadData,
     Columns,
     EpisodeRef,
@@ -72,7 +72,7 @@ class RldsDirectory:
 
     pictures: tuple[str, ...] = ()
 
-    def __init__(self, path: pathlib.Path, split: str = "", columns: Columns = LEROBOTS):
+    def __init__(self, path: pathlib.Path, split: str = "", columns: Columns = STANDARD):
         self.path, self._how = path, columns
         if columns.tolerance_s or columns.split_tasks:
             option = "--tolerance-s" if columns.tolerance_s else "--task-changes=split"
