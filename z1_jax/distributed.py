@@ -119,5 +119,3 @@ def check_alike(devices: list[int]) -> None:
             f"process {odd} has {devices[odd]} devices, process 0 has {devices[0]}: every process needs as many "
             "(CUDA_VISIBLE_DEVICES, or JAX_NUM_CPU_DEVICES on CPUs)"
         )
-
-

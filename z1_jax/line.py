@@ -39,7 +39,7 @@ class _Link:
         self._reader = connection.makefile("r", encoding="utf-8", newline="\n")
         self._lock = threading.Lock()
         self.heard = time.monotonic()
-        self.parted = False  # it said goodbye
+        self.parted = self.lost = False  # it said goodbye; it ended without a word
 
     def send(self, **message: Any) -> None:
         """Raises OSError where nobody listens."""
@@ -82,7 +82,9 @@ class Line:
         self, index: int, hosts: Sequence[str], pids: Sequence[int], links: dict[int, _Link], listening: Any = None
     ):
         self.index, self.count, self.hosts = index, len(hosts), list(hosts)
-        self.names = [f"process {i} (pid {pid} on {host})" for i, (pid, host) in enumerate(zip(pids, hosts, strict=True))]
+        self.names = [
+            f"process {i} (pid {pid} on {host})" for i, (pid, host) in enumerate(zip(pids, hosts, strict=True))
+        ]
         self.over, self.code = False, 0
         self._links, self._listening = links, listening
         self._round = 0
@@ -118,13 +120,13 @@ class Line:
             self._send(process, kind="values", round=number, values=values)
         return values
 
-    def end(self, why: str, code: int) -> None:
-        """Tells the others that this process ends before its time, which ends them too."""
+    def end(self, why: str, code: int) -> bool:
+        """Tells the others that this process ends before its time, which ends them too; whether process 0 heard it."""
         with self._alarm:
-            if self.over:
-                return
-            self.over, self.code = True, code
-        self._tell_all(self.index, why, code)
+            if not self.over:
+                self.over, self.code = True, code
+                self._tell_all(self.index, why, code)
+        return self.index > 0 and not self._links[0].lost
 
     def close(self) -> None:
         """Parts from the others at the end of the run."""
@@ -145,8 +147,10 @@ class Line:
     def _tell_all(self, process: int, why: str, code: int) -> None:
         for number, link in self._links.items():
             if number != process:
-                with contextlib.suppress(OSError):
+                try:
                     link.send(kind="end", process=process, why=why, code=code)
+                except OSError:
+                    link.lost = True
 
     def _listen(self, process: int, link: _Link) -> None:
         while (message := link.receive()) is not None:
@@ -163,6 +167,7 @@ class Line:
                         self._answers[message["round"]] = message["values"]
                     self._changed.notify_all()
         if not link.parted:
+            link.lost = True
             self._gone(process)
 
     def _gone(self, process: int) -> None:
@@ -193,7 +198,9 @@ class Line:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             mine = f"process {self.index}: " * bool(self.index)
-            sys.stderr.write(f"\n{mine}{'' if code == INTERRUPTED else 'error: '}{self.names[process]} {why}; {_AGAIN}\n")
+            sys.stderr.write(
+                f"\n{mine}{'' if code == INTERRUPTED else 'error: '}{self.names[process]} {why}; {_AGAIN}\n"
+            )
             sys.stderr.flush()
         os._exit(code)  # the main thread may wait in a collective for ever
 

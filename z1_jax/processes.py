@@ -32,7 +32,7 @@ def join(argv: Sequence[str]) -> list[str]:
     """Joins the other processes of a run, where there are any; call it before anything uses a device.
 
     Which they are is said by `--coordinator=HOST:PORT --processes=N --process=I`, or by SLURM, Open MPI or a TPU pod.
-    JAX's own coordinator listens at the port beside it (`jax_port`). All but process 0 are silent on stdout from here on.
+    JAX's own coordinator listens at the port beside it (`jax_port`). All but process 0 are silent on stdout from here.
 
     Args:
         argv: as `sys.argv`.
@@ -173,21 +173,21 @@ def require_shared(directory: os.PathLike[str], wait_s: float = 60.0) -> None:
         )
 
 
-def failed(error: BaseException) -> None:
+def failed(error: BaseException) -> bool:
     """Tells the others why this process ends, which ends them too. Does nothing where it works alone.
 
     An error that only follows from another process's end is not told: that end is waited for, and ends this one.
+
+    Returns:
+        Whether process 0 tells the user, so that this one need not.
     """
     if _line is None:
-        return
-    if isinstance(error, SystemExit) and not error.code:
-        return
+        return False
     if isinstance(error, KeyboardInterrupt):
-        _line.end("was interrupted", INTERRUPTED)
-        return
+        return _line.end("was interrupted", INTERRUPTED)
     if not isinstance(error, UserError):
         time.sleep(3.0)  # a broken connection shows here first; the line then says whose, and ends this process
-    _line.end(f"failed: {shortened(str(error) or type(error).__name__, 500)}", FAILED)
+    return _line.end(f"failed: {shortened(str(error) or type(error).__name__, 500)}", FAILED)
 
 
 def depart() -> None:

@@ -74,9 +74,10 @@ def processes_of_shards(mesh: Mesh) -> list[set[int]]:
 def _in_blocks(mesh: Mesh) -> bool:
     """Whether each process holds shards of a batch that are neighbours: a loader's part is then its rows."""
     order = [process for shard in processes_of_shards(mesh) for process in sorted(shard)]
-    return len(order) == mesh.shape["data"] * mesh.shape["fsdp"] and sum(
-        one != other for one, other in zip(order, order[1:], strict=False)
-    ) == len(set(order)) - 1
+    return (
+        len(order) == mesh.shape["data"] * mesh.shape["fsdp"]
+        and sum(one != other for one, other in zip(order, order[1:], strict=False)) == len(set(order)) - 1
+    )
 
 
 def _smaller(fsdp: int, tensor: int, devices: int) -> str:
@@ -173,7 +174,7 @@ def shard(state: nnx.State, mesh: Mesh) -> nnx.State:
 
 
 def place(value: Any, sharding: NamedSharding | None) -> jax.Array:
-    """A host array that every process has whole, on its shards; where there are several, nothing is sent or compared."""
+    """A host array that every process has whole, on its shards; nothing is sent between processes, or compared."""
     if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(value, sharding)
     value = np.asarray(value)

@@ -38,7 +38,9 @@ def sft(mesh: jax.sharding.Mesh, out: pathlib.Path):
     from z1_jax.config.schema import OptimConfig, SftConfig
     from z1_jax.sft import SftTrainer
 
-    config = SftConfig(steps=20, batch_size=8, flows=2, ema=0.0, augment=True, optim=OptimConfig(lr=1e-3, warmup_steps=2))
+    config = SftConfig(
+        steps=20, batch_size=8, flows=2, ema=0.0, augment=True, optim=OptimConfig(lr=1e-3, warmup_steps=2)
+    )
     trainer = SftTrainer(policy_on(mesh), config, SEED, mesh)
     part, parts = distributed.share_of_batch(mesh)
     rng, losses = np.random.default_rng(SEED), []

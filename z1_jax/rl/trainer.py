@@ -175,7 +175,11 @@ class GrpoTrainer:
                 self.actor.finish(self.params)
                 new = [number for number in mine if number in fresh]
                 last = slice(len(mine) - len(new), None)
-                told = {"groups": new, "success": outcome.success[last].tolist(), "chunks": outcome.chunks[last].tolist()}
+                told = {
+                    "groups": new,
+                    "success": outcome.success[last].tolist(),
+                    "chunks": outcome.chunks[last].tolist(),
+                }
                 dropped = [drawn[group].task for group in self._dropped(processes.exchange(told))]
                 first = len(drawn)
                 drawn.extend(self._episode_of(task, next(seeds)) for task in dropped[: most - first])
