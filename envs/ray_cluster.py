@@ -47,7 +47,6 @@ class Told(NamedTuple):
 
     text: str  # why it cannot be joined, one line; empty: it can
     units: float = 0.0  # of the resource, on all its nodes
-    absent: bool = False  # there is none
 
 
 def refusal(address: str) -> Told:
@@ -68,22 +67,25 @@ def refusal(address: str) -> Told:
     kind, text, units = json.loads(lines[-1].removeprefix("told: "))
     if not kind:
         return Told("", units)
-    absent = kind == "ConnectionError" and address == "auto"
-    text = "none is running" if absent else shortened(text, 400)
-    return Told(f"cannot join the Ray cluster {where}: {text}", absent=absent)
+    if kind == "ConnectionError" and address == "auto":
+        text = "none is running; start one with ray start --head"
+    return Told(f"cannot join the Ray cluster {where}: {shortened(text, 400)}")
 
 
 def connect(ray: Any, address: str, units: int) -> bool:
     """Joins a cluster, or starts one of `units` units here. Returns whether this process was in none before."""
     if ray.is_initialized():
         return False
-    told = refusal(address or "auto")
-    if told.text and (address or not told.absent):
-        raise PoolError(told.text)
-    options: dict[str, Any] = {"address": address or "auto"}
-    if told.text:  # none is here, and none was asked for
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    if address:
+        if told := refusal(address).text:
+            raise PoolError(told)
+        options: dict[str, Any] = {"address": address}
+    else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options = {"address": "local", "resources": {RESOURCE: units}, "object_store_memory": _STORE}
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(logging_level="warning", **options)
