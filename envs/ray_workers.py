@@ -141,7 +141,7 @@ class RayWorkers:
     ) -> None:
         self._ray = ray_module()
         self._num_workers, self._name = num_workers, name
-        self._connected = connect(self._ray, address, num_workers)
+        self._leave = connect(self._ray, address, num_workers)
         try:
             self._packed = self._ray.cloudpickle.dumps((dict(factories), simulators))
         except Exception as error:  # noqa: BLE001 - pickling runs the factories' own code
@@ -182,9 +182,7 @@ class RayWorkers:
         return set(moving)
 
     def close(self) -> None:
-        if self._connected:
-            self._connected = False
-            self._ray.shutdown()
+        self._leave()
 
     def summary(self) -> str:
         """Where the actors are, in a line."""
@@ -192,7 +190,7 @@ class RayWorkers:
         for index, member in sorted(self._members.items()):
             hosts.setdefault(member.host, []).append(index)
         told = "; ".join(f"{host}: {_numbered('simulator', indices)}" for host, indices in hosts.items())
-        return f"{len(self._members)} simulator actors of Ray on {len(hosts)} hosts ({told})"
+        return f"{len(self._members)} simulator actors of Ray on {len(hosts)} host{'s' * (len(hosts) > 1)} ({told})"
 
     # --- for its workers -------------------------------------------------------------------------------------------
 
