@@ -71,7 +71,8 @@ class RolloutConfig:
     """Where the environments of rollouts and evaluations run; it moves no number."""
 
     backend: str = "local"  # local: in env.workers processes; ray: in as many actors of a Ray cluster (docs/ray.md)
-    # ray: of the cluster, HOST:PORT, or auto: the one of this machine; empty: the same, else one is started here
+    # ray: of the cluster, HOST:PORT, or auto: the one that runs on this machine; empty: RAY_ADDRESS, or else a cluster
+    # of this machine alone, which ends with the run
     address: str = ""
 
 
