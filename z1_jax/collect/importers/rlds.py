@@ -168,12 +168,12 @@ class RldsDirectory:
     def _words(self, steps: Sequence[Any], where: str) -> str:
         for column in _WORDS:
             if column in self._steps:
-                words = dict.fromkeys(_text(_at(step, column)) for step in steps)
+                words = list(dict.fromkeys(_text(_at(step, column)) for step in steps))
                 if len(words) > 1:
-                    told = ", then ".join(map(repr, list(words)[:3]))
+                    told = ", then ".join(map(repr, words[:3]))
                     raise BadData(f"{where} changes its instruction: {told}; give one with --instruction=TEXT")
-                if words and next(iter(words)):
-                    return next(iter(words))
+                if words and words[0]:
+                    return words[0]
         raise BadData(
             f"{where} has no instruction; expected {_WORDS[0]} in its steps, or --instruction=TEXT, or "
             "--instructions=TABLE for one an episode"
