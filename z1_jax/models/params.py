@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Key
 
-from z1_jax.sharding import param_sharding
+from z1_jax.sharding import param_sharding, place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ def initialise(state: nnx.State, seed: int | Key[jax.Array, ""], mesh: Mesh | No
         if isinstance(variable.get_value(), jax.ShapeDtypeStruct):
             value = _initial_value(variable, [*words, *"/".join(map(str, path)).encode()])
             sharding = None if mesh is None else param_sharding(variable, mesh).get_value()  # type: ignore[operator]
-            variable = variable.replace(jax.device_put(value, sharding))
+            variable = variable.replace(place(value, sharding))
         filled.append((path, variable))
     return nnx.from_flat_state(filled)
 

@@ -199,6 +199,9 @@ class ServedPolicy:
         chain: Any = (np.stack(answers)[:, None, None], np.zeros((count, 1, 1), bool), np.zeros((count, 1), np.float32))
         return Chain(*chain)
 
+    def finish(self, params: Any) -> None:
+        """The decisions of several processes do not wait for one another: the server makes them."""
+
     def close(self) -> None:
         """Ends the connections."""
         self._threads.shutdown()
