@@ -225,16 +225,13 @@ def different(one: dict[str, Any], other: dict[str, Any]) -> str:
     return ", ".join(key for key in one if one[key] != other[key])
 
 
-class Interrupted(Exception):
-    """The run ended where it should not have."""
-
-
 def disturbed(runs: Runs, name: str, injections: list[Injection], reference: dict[str, Any], faults: str = "") -> None:
     """One run with its injections in turn, to its end; fills in what became of each."""
     run_dir = fresh(runs.work / name)
     waiting, ended = list(injections), False
     pending: list[Injection] = []  # that happened, and the run is not yet where it was
     until, at = 0, 0.0  # where that is, and when it happened
+    failures = 0  # ends that nobody asked for
     while not ended:
         process, moment = runs.start(run_dir, faults=faults), None
         began, children, struck = time.monotonic(), [], None
@@ -263,9 +260,14 @@ def disturbed(runs: Runs, name: str, injections: list[Injection], reference: dic
         if ended:
             pending = recovered(pending, at)
         else:  # by what should have been survived: the same command goes on once
-            for one in pending or [Injection("nothing")]:
-                if one.survived is False:
-                    raise Interrupted(f"{name} ends with {code}: {runs.last_line(run_dir)}")
+            if not pending or failures:  # not by what was injected last, or again: it does not go on
+                for one in injections:
+                    one.survived = False if one not in waiting else None
+                    one.note = one.note or f"exit {code}: {runs.last_line(run_dir)}"
+                print(f"  {name}: given up after exit {code}: {runs.last_line(run_dir)}", flush=True)
+                return
+            failures += 1
+            for one in pending:
                 one.survived, one.note = False, f"exit {code}: {runs.last_line(run_dir)}"
                 one.lost = max(0, now.grpo - now.saved)
                 print(f"  {name}: {one.kind} ended the run: {one.note}", flush=True)
@@ -569,6 +571,8 @@ def main() -> None:
         stored["runs"][name][0]["new_in_dev_shm"] = sorted(new)
         shutil.rmtree(runs.work / "tmp")
         (runs.work / "tmp").mkdir()
+        loads = [*stored.get("load", []), round(os.getloadavg()[0], 1)]
+        stored["load"], stored["cores"] = [min(loads), max(loads)], os.cpu_count()
         given.results.parent.mkdir(parents=True, exist_ok=True)
         aside = given.results.with_suffix(".tmp")
         aside.write_text(json.dumps(stored | {"summary": summary(stored)}, indent=1))
