@@ -25,12 +25,13 @@ class Fault:
 
     text: str  # one line
     slot: int | None = None  # None when the worker could not say
-    retry: bool = True
+    retry: bool = True  # trying again may help
+    ends: bool = False  # whatever other slots do
 
     @classmethod
     def of(cls, reply: Reply) -> Fault:
         """What a reply that holds an error tells."""
-        return cls(reply.error or "", reply.error_slot, retry=not reply.lasting)
+        return cls(reply.error or "", reply.error_slot, retry=not (reply.wrong or reply.lasting), ends=reply.lasting)
 
 
 class Worker(Protocol):

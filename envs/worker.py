@@ -80,7 +80,8 @@ class Reply:
     render_s: float = 0.0  # seconds in observe and render
     error: str | None = None  # one line: the exception's type and text
     error_slot: int | None = None  # the slot at which it happened
-    lasting: bool = False  # the request itself is wrong, or the environment is: a retry is pointless
+    lasting: bool = False  # the environment is wrong: nothing can go on
+    wrong: bool = False  # the request itself is wrong: a retry is pointless
 
 
 class SlotServer:
@@ -113,7 +114,8 @@ class SlotServer:
                     self._render_s,
                     text,
                     error_slot=slot,
-                    lasting=broken or type(error) is ValueError,
+                    lasting=broken,
+                    wrong=type(error) is ValueError,
                 )
         return Reply(results, self._simulate_s, self._render_s)
 

@@ -110,7 +110,8 @@ class GrpoTrainer:
                 f"config key update.vlm_lr_factor: got {factor}, which has no effect with "
                 f"train.scope={scope}: it trains nothing of the VLM; leave it at {default}"
             )
-        self.actor: Actor = make_actor(policy, self.graphdef, config.flow, self._mesh, self._slots)
+        largest = rollout.largest_batch(self._slots, config.group.size, config.rollout.overlap)
+        self.actor: Actor = make_actor(policy, self.graphdef, config.flow, self._mesh, largest)
         update = config.update
         node_loss = loss.grpo(update.clip_low, update.clip_high, update.ratio_max)
         self._updater = Updater(
@@ -154,8 +155,10 @@ class GrpoTrainer:
             config.noise_schedule, config.noise_level, config.noise_level_end, iteration, self.config.train.iterations
         )
 
-    def collect(self, pool: Pool, iteration: int) -> rollout.Rollouts:
+    def collect(self, pool: Pool, iteration: int, before: tuple[int, int] = (0, 0)) -> rollout.Rollouts:
         """One iteration's groups, on seeds and noise of this iteration alone.
+
+        `before`: groups lost and drawn by the iterations before.
 
         With `group.oversample`, groups that the filter drops are drawn again, of the same task, until `group.count` are
         kept or the budget is spent.
@@ -192,6 +195,8 @@ class GrpoTrainer:
             noise_level=self.noise_level(iteration),
             store=self._store,
             again=again if most > count else None,
+            overlap=config.rollout.overlap,
+            before=before,
         )
 
     def _place_caches(self, control_steps: int) -> None:
@@ -253,7 +258,8 @@ class GrpoTrainer:
         return {
             "scope": self.scope,
             "return": float(credit.returns.mean()),
-            **({"groups/drawn": len(success)} if self.config.group.oversample > 1 else {}),
+            **({"groups/drawn": rollouts.drawn} if self.config.group.oversample > 1 or rollouts.lost else {}),
+            **({"groups/lost": len(rollouts.lost)} if rollouts.lost else {}),
             "groups/kept": int(credit.kept.sum()),
             "groups/kept_share": float(credit.kept.mean()),
             "groups/all_success": int(success.all(axis=1).sum()),
