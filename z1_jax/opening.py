@@ -27,6 +27,7 @@ from z1_jax.run_dir import (
     note_environments,
     policy_identity,
 )
+from z1_jax.serve import remote
 from z1_jax.stages import check_inputs, make_mesh
 from z1_jax.suites import label, settled
 
@@ -78,7 +79,12 @@ def open_run(argv: Sequence[str], command: str, algorithms: Sequence[str], defau
     policies = _given_policies(config)
     identities = {key: policy_identity(path) for key, path in policies.items()}
     if len(set(identities.values())) < len(identities):
-        raise ConfigError("config key compare: got the same policy as checkpoint, expected another one")
+        unknown = any(remote.is_address(path) and remote.is_unknown(path) for path in policies.values())
+        raise ConfigError(
+            "config key compare: got the same policy as checkpoint, expected another one"
+            + "; servers that do not say which policy they serve count as one: name each, ws://HOST:PORT?policy=NAME"
+            * unknown
+        )
     mesh = make_mesh(config)
     directory = claim_directory(config, force)
     if claimed := {**identities, **dataset_identity(config)}:

@@ -1,6 +1,7 @@
 """The other end of openpi's protocol: a policy behind an address, evaluated as one that is here.
 
-An address is ws://HOST:PORT, or wss://; of a server that does not say what it calls things, ws://HOST:PORT?inputs=NAME.
+An address is ws://HOST:PORT, or wss://. A server that is not ours may not say what it calls things, nor which policy it
+serves: ws://HOST:PORT?inputs=TABLE&policy=NAME says it.
 """
 
 from __future__ import annotations
@@ -50,14 +51,53 @@ def document(address: str) -> dict[str, Any]:
 
 
 def identity(address: str) -> str:
-    """What tells the policy at an address from others, as far as its server does."""
-    told = metadata(address)
-    return str(told.get("policy") or hashlib.sha256(wire.pack(told)).hexdigest()[:12])
+    """What tells the policy at an address from others: the server's own word, or else `policy` of the address.
+
+    Of a server that says nothing, behind an address that says nothing, it is the same whatever policy is served.
+
+    Raises:
+        UserError: the address names a policy although the server does.
+    """
+    told, named = metadata(address), _options(address).get("policy", "")
+    if own := told.get("policy"):
+        if named:
+            raise UserError(f"{address}: the server says which policy it serves ({own}); leave policy={named} away")
+        return str(own)
+    return hashlib.sha256(wire.pack([told, named] if named else told)).hexdigest()[:12]
+
+
+def is_unknown(address: str) -> bool:
+    """Whether nothing says which policy is behind an address."""
+    return not (metadata(address).get("policy") or _options(address).get("policy"))
 
 
 def name(address: str) -> str:
     """The address without its options."""
     return urllib.parse.urlsplit(address)._replace(query="").geturl()
+
+
+def label(address: str) -> str:
+    """The policy behind an address in words."""
+    if named := _options(address).get("policy"):
+        return f"{named} at {name(address)}"
+    return name(address) + " (which policy: not told)" * is_unknown(address)
+
+
+def _options(address: str) -> dict[str, str]:
+    """What an address says behind its question mark.
+
+    Raises:
+        UserError: an option is not known, or is empty.
+    """
+    found = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(address).query, keep_blank_values=True))
+    if unknown := sorted(set(found) - {"inputs", "policy"}):
+        raise UserError(
+            f"{address}: option {unknown[0]!r} is not known, expected ?inputs=TABLE, ?policy=NAME, or "
+            "?inputs=TABLE&policy=NAME"
+        )
+    if empty := [option for option, value in found.items() if not value.strip()]:
+        raise UserError(f"{address}: option {empty[0]!r} is empty, expected a name")
+    return found
 
 
 class ServedPolicy:
@@ -87,6 +127,12 @@ class ServedPolicy:
                 f"config key env.executed: {name(address)} does not say how many steps of an answer are to be run; "
                 "set it"
             )
+        if is_unknown(address):
+            print(
+                f"{name(address)} does not say which policy it serves: after a restart with another one, results of "
+                f"both would be taken for one policy's; name it, as in --policy='{name(address)}?policy=pi05_libero'",
+                flush=True,
+            )
         if not self._repeats:
             print(f"{name(address)} takes no noise_seed: another evaluation of it will draw other noise", flush=True)
         self._most = min(CONNECTIONS, int(told.get("largest_batch", 1)))
@@ -97,6 +143,7 @@ class ServedPolicy:
             self._idle.put(self._stack.enter_context(_connected(address)))
         self.facts: dict[str, Any] = {
             "server": told.get("server", "not told"),
+            "served_policy": told.get("policy") or _options(address).get("policy", "not told"),
             "predicted_steps_per_chunk": told.get("horizon", "not told"),
             "executed_steps_per_chunk": self.executed,
             "denoising_steps": told.get("denoising_steps", "not told"),
@@ -178,10 +225,7 @@ def inputs_name(address: str) -> str:
     Raises:
         UserError: neither says so.
     """
-    query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(address).query))
-    if unknown := sorted(set(query) - {"inputs"}):
-        raise UserError(f"{address}: option {unknown[0]!r} is not known, expected ?inputs=NAME or none")
-    found = query.get("inputs") or metadata(address).get("inputs")
+    found = _options(address).get("inputs") or metadata(address).get("inputs")
     if not found:
         raise UserError(
             f"{name(address)} does not say what it calls things: give it, as in --policy={name(address)}?inputs=libero"

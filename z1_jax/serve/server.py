@@ -26,6 +26,8 @@ from z1_jax.serve.inputs import Inputs
 
 _log = logging.getLogger(__name__)
 
+# Times the limit: a message up to here is read and refused by an error frame, a larger one ends its connection unread.
+READ_TO_REFUSE = 2
 GRACE_S = 30.0  # longest that a stop waits for answers that are under way
 
 
@@ -33,7 +35,7 @@ GRACE_S = 30.0  # longest that a stop waits for answers that are under way
 class Limits:
     """What one client may take from the others."""
 
-    message_bytes: int = 16 << 20
+    message_bytes: int = 16 << 20  # beyond it a message is refused, beyond READ_TO_REFUSE times it the client dropped
     connections: int = 64
     queue: int = 64  # requests that wait for the device
     send_s: float = 10.0  # a client that does not read its answer for so long is dropped
@@ -109,7 +111,7 @@ class PolicyServer:
             port,
             origins=[None],  # no web page that is open in somebody's browser
             compression=None,
-            max_size=limits.message_bytes,
+            max_size=READ_TO_REFUSE * limits.message_bytes,
             max_queue=2,  # messages of one client that wait in memory
             ping_interval=limits.ping_s,
             ping_timeout=limits.ping_s,
@@ -160,7 +162,11 @@ class PolicyServer:
         self.stop()
 
     def _admit(self, connection: Any, request: Any) -> Any:
-        """Answers /healthz, and turns away whom the server does not serve, before any message."""
+        """Answers /healthz, and turns away whom the server does not serve, before any message.
+
+        By an HTTP status, not by an error frame: a client takes the first frame for the metadata, and openpi's would
+        end in an error of msgpack about it, while a status stops its constructor with "HTTP 401".
+        """
         if request.path == "/healthz":
             return connection.respond(http.HTTPStatus.OK, "OK\n")
         given = request.headers.get("Authorization", "")
@@ -230,6 +236,12 @@ class PolicyServer:
         return f"error: {told}"
 
     async def _answer(self, message: bytes | str, began: float, before_ms: float) -> bytes:
+        size_mb, most_mb = len(message) / (1 << 20), self._limits.message_bytes / (1 << 20)
+        if size_mb > most_mb:
+            raise Refused(
+                f"the message has {size_mb:.3g} MB, more than the {most_mb:.3g} that this server takes "
+                "(--max-message-mb); send smaller images"
+            )
         if len(self._waiting) >= self._limits.queue:
             raise Refused(f"{self._limits.queue} requests wait already, the most that this server keeps; try again")
         loop = asyncio.get_running_loop()
