@@ -68,11 +68,14 @@ class EnvConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """Where the environments of rollouts and evaluations run; it moves no number."""
+    """Where and how the environments of rollouts and evaluations run."""
 
     backend: str = "local"  # local: in env.workers processes; ray: in as many actors of a Ray cluster (docs/ray.md)
     # ray: of the cluster, HOST:PORT, or auto: the one of this machine; empty: the same, else one is started here
     address: str = ""
+    # In two halves: while one is simulated, the other's chunks are sampled. Batches have half the size, which moves the
+    # last digits. It pays where sampling leaves the cores to the simulators, on a GPU or TPU (docs/pool.md)
+    overlap: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,7 +396,8 @@ FREE_KEYS = (
     "env.workers",
     "env.timeout_s",
     "env.simulators",
-    "rollout",
+    "rollout.backend",
+    "rollout.address",
     "train.checkpoint_every",
     "train.keep_last",
     "train.keep_every",

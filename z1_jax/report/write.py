@@ -167,9 +167,7 @@ def _results(summary: dict) -> str:
         if row.get(key)
     ]
     if summary.get("groups_lost"):
-        facts.append(
-            ["groups dropped in training, for an environment failed again and again", f"{summary['groups_lost']:,}"]
-        )
+        facts.append(["training groups dropped: an environment broke down", f"{summary['groups_lost']:,}"])
     if summary.get("difference") is not None:
         text = f"{100 * summary['difference']:+.1f} points"
         if summary.get("difference_interval"):

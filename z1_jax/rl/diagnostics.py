@@ -103,7 +103,7 @@ def sharing_metrics(rollouts: Rollouts, image_tokens: int, counted: int, noise_l
 
 
 def times(rollouts: Rollouts, collect_s: float, update_s: float) -> dict[str, float]:
-    """Seconds of an iteration by activity; idle is the rest. Simulating and rendering while chunks were sampled is hidden."""
+    """Seconds of an iteration by activity; idle is the rest. What was simulated while chunks were sampled is hidden."""
     seconds = rollouts.seconds
     known = seconds["simulate"] + seconds["render"] + seconds["sample"]
     return {

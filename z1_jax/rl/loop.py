@@ -81,7 +81,8 @@ def train_grpo(
             began = time.perf_counter()
             try:
                 with profiled(writer.run_dir / PROFILE, iteration, config.log.profiled):
-                    rollouts = trainer.collect(pool, iteration, (counts.lost, counts.groups))
+                    trainer.lost_before = counts.lost, counts.groups
+                    rollouts = trainer.collect(pool, iteration)
                     collected = time.perf_counter()
                     stats = trainer.update(rollouts, iteration)
             except rollout.BrokenIteration as error:

@@ -86,6 +86,7 @@ class GrpoTrainer:
         self._earlier_traces: list[dict[str, int]] = []
         self.probe: list[float] = []
         self.decision: selective.Decision | None = None
+        self.lost_before = (0, 0)  # groups lost and drawn before the next iteration
         self.opt_state: Any = None
         self._reference: Any = None  # what is trained, as it was before RL, where the KL to it is a term of the loss
         self._enter(EXPERT if config.train.scope == "auto" else config.train.scope, policy, policy)
@@ -155,10 +156,8 @@ class GrpoTrainer:
             config.noise_schedule, config.noise_level, config.noise_level_end, iteration, self.config.train.iterations
         )
 
-    def collect(self, pool: Pool, iteration: int, before: tuple[int, int] = (0, 0)) -> rollout.Rollouts:
+    def collect(self, pool: Pool, iteration: int) -> rollout.Rollouts:
         """One iteration's groups, on seeds and noise of this iteration alone.
-
-        `before`: groups lost and drawn by the iterations before.
 
         With `group.oversample`, groups that the filter drops are drawn again, of the same task, until `group.count` are
         kept or the budget is spent.
@@ -196,7 +195,7 @@ class GrpoTrainer:
             store=self._store,
             again=again if most > count else None,
             overlap=config.rollout.overlap,
-            before=before,
+            before=self.lost_before,
         )
 
     def _place_caches(self, control_steps: int) -> None:
