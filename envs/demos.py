@@ -182,7 +182,7 @@ def collect(
     Args:
       episodes: may be endless, because only a few are under way beyond what was consumed.
       noise, stride, chunk, labels: as in `run_episode`.
-      processes: worker processes; 1 or less runs in this process.
+      processes: worker processes; 0 runs in this process, where a fault ends the collection and a hang is not noticed.
       timeout_s: seconds that a worker may take from one observation to the next; start_timeout_s: to build its
         environment. One that is late or dies is replaced, and its episode begun again, once.
 
@@ -190,8 +190,8 @@ def collect(
       ValueError: an unknown task or option value.
       PoolError: an episode failed twice; one line.
     """
-    env = demonstrator.make_env()  # a mistake in the arguments shows here, not inside a worker
-    if processes <= 1:
+    if processes == 0:
+        env = demonstrator.make_env()
         yield from (run_episode(demonstrator, env, episode, noise, stride, chunk, labels) for episode in episodes)
         return
     work = functools.partial(_steps, demonstrator, noise=noise, stride=stride, chunk=chunk, labels=labels)

@@ -29,8 +29,11 @@ from envs.simulators import Factories
 from envs.text import shortened
 from envs.worker import HOME, MOST_TEXT, Reply, Request, SlotServer
 
-CROWD_AFTER_S = 15.0  # so long a replacement waits for a unit of its own; then it shares a host with others
+# So long a replacement waits for a unit of its own, then it shares a host with others; Ray needs up to 25 s to see that
+# a node is gone.
+CROWD_AFTER_S = 30.0
 WAITING_EVERY_S = 20.0  # between two lines that say that actors wait
+TRIES = 4  # to start an actor
 MOST_PENDING = 8  # requests that may lie at one actor; the pool has one there, or two
 _LOOK_S = 1.0
 _FETCH_S = 30.0  # longest that an answer may take which Ray said was here
@@ -71,8 +74,9 @@ def _actor_class() -> type:
             if self._server is None:
                 return None
             if request[0] == "make":
-                made = ", ".join(f"slot {slot} {task}".rstrip() for slot, task in request[1])
-                print(f"{self._title}: {made}", flush=True)
+                from envs.ray_workers import environments
+
+                print(f"{self._title} on {self._facts['host']}: {environments(request)}", file=sys.stderr, flush=True)
             return self._server.serve(request)
 
         def close(self) -> None:
@@ -90,6 +94,14 @@ def opened(packed: bytes) -> SlotServer:
     from ray import cloudpickle
 
     return SlotServer(*cloudpickle.loads(packed))
+
+
+def environments(request: Request) -> str:
+    """The slots of a request to build, by their tasks."""
+    slots: dict[str, list[int]] = {}
+    for slot, task in request[1]:
+        slots.setdefault(task, []).append(slot)
+    return "; ".join(f"{_numbered('slot', numbers)} {task}".rstrip() for task, numbers in slots.items())
 
 
 @functools.cache
@@ -114,8 +126,8 @@ class RayWorkers:
 
     Args:
         num_workers: actors, each with one unit of the resource `simulator`.
-        address: of the cluster, HOST:PORT; "auto": the one that runs on this machine. Empty: the same, or else one is
-            started here and ends with the pool.
+        address: of the cluster, HOST:PORT; "auto": the one that runs on this machine. Empty: that of RAY_ADDRESS, or
+            else one is started here and ends with the pool.
         name: of the pool, before the names of its actors in Ray's dashboard, e.g. "grpo-OpenDrawer-seed0".
 
     Raises:
@@ -129,7 +141,7 @@ class RayWorkers:
     ) -> None:
         self._ray = ray_module()
         self._num_workers, self._name = num_workers, name
-        self._connected = connect(self._ray, address, num_workers)
+        self._leave = connect(self._ray, address, num_workers)
         try:
             self._packed = self._ray.cloudpickle.dumps((dict(factories), simulators))
         except Exception as error:  # noqa: BLE001 - pickling runs the factories' own code
@@ -138,6 +150,7 @@ class RayWorkers:
         self._actor = self._ray.remote(_actor_class())
         self._members: dict[int, RayWorker] = {}
         self._starts: Counter[int] = Counter()
+        self.deadly: set[str] = set()  # nodes where an actor died
         self._told = time.monotonic()
 
     def start(self, index: int, slots: Sequence[int]) -> RayWorker:
@@ -153,7 +166,8 @@ class RayWorkers:
             patience = max(0.0, min(_LOOK_S, deadline - time.monotonic()))
             if self._ray.wait(list(by_ref), num_returns=1, timeout=patience)[0]:
                 ready, _ = self._ray.wait(list(by_ref), num_returns=len(by_ref), timeout=0)
-                return [by_ref[ref] for ref in ready]
+                if heard := [by_ref[ref] for ref in ready if not by_ref[ref].stillborn()]:
+                    return heard
             if time.monotonic() >= deadline:
                 return []
 
@@ -168,9 +182,7 @@ class RayWorkers:
         return set(moving)
 
     def close(self) -> None:
-        if self._connected:
-            self._connected = False
-            self._ray.shutdown()
+        self._leave()
 
     def summary(self) -> str:
         """Where the actors are, in a line."""
@@ -178,7 +190,7 @@ class RayWorkers:
         for index, member in sorted(self._members.items()):
             hosts.setdefault(member.host, []).append(index)
         told = "; ".join(f"{host}: {_numbered('simulator', indices)}" for host, indices in hosts.items())
-        return f"{len(self._members)} simulator actors of Ray on {len(hosts)} hosts ({told})"
+        return f"{len(self._members)} simulator actors of Ray on {len(hosts)} host{'s' * (len(hosts) > 1)} ({told})"
 
     # --- for its workers -------------------------------------------------------------------------------------------
 
@@ -215,7 +227,8 @@ class RayWorkers:
     def _roomiest(self) -> str:
         hosts = {node: units for node, units in self.hosts().items() if units}
         crowd = Counter(member.node for member in self._members.values())
-        return max(hosts, key=lambda node: hosts[node] / (1 + crowd[node]))
+        # Ray takes seconds to see that a node is gone: rather not one where an actor died.
+        return max(hosts, key=lambda node: (node not in self.deadly, hosts[node] / (1 + crowd[node])))
 
     def lacking(self) -> str:
         """What the cluster has and what is wanted, in a line."""
@@ -250,6 +263,7 @@ class RayWorker(Worker):
         self._facts: dict[str, Any] = {}
         self._death = "the actor is dead"
         self._closing: Any = None
+        self._tries = 0
         self._create()
 
     def _create(self) -> None:
@@ -287,8 +301,25 @@ class RayWorker(Worker):
             CROWD_AFTER_S,
             self._place.lacking(),
         )
-        self.kill()
         self.crowded = True
+        self._create_again()
+
+    def stillborn(self) -> bool:
+        """Whether it died before it ran, as on a node that Ray did not know to be gone; then it is created again."""
+        if self._facts:
+            return False
+        try:
+            self._facts = self._ray.get(self._hello, timeout=_FETCH_S)
+        except self._ray.exceptions.RayError as error:
+            self._tries += 1
+            if self._tries < TRIES:
+                _log.warning("simulator %d did not start (%s); trying again", self.index, shortened(str(error), 200))
+                self._create_again()
+                return True
+        return False
+
+    def _create_again(self) -> None:
+        self.kill()
         self._create()
         self._requests = deque((request, self._actor.serve.remote(request)) for request, _ in self._requests)
 
@@ -304,7 +335,8 @@ class RayWorker(Worker):
     def receive(self) -> Reply:
         _, ref = self._requests.popleft()
         try:
-            self._facts = self._facts or self._ray.get(self._hello, timeout=_FETCH_S)
+            if not self._facts:
+                self._facts = self._ray.get(self._hello, timeout=_FETCH_S)
             if wrong := self._unlike():
                 return Reply([], error=wrong, lasting=True)
             return self._ray.get(ref, timeout=_FETCH_S)
@@ -329,6 +361,7 @@ class RayWorker(Worker):
     def _note(self, error: Exception) -> None:
         """Keeps why the actor died: the sentence of Ray's pages that says it."""
         self._dead = True
+        self._place.deadly.add(self.node)
         gone = self.node and self.node not in self._place.hosts()
         text = " ".join(str(error).split())
         detail = text.rpartition("Worker exit detail: ")[2].partition(" Some common causes")[0]

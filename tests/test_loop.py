@@ -255,8 +255,8 @@ class OneForAll:
     def __getattr__(self, name):
         return getattr(tiny.pool(16), name)
 
-    def reset(self, slots, episodes):
-        return tiny.pool(16).reset(slots, [dataclasses.replace(episode, task="") for episode in episodes])
+    def begin_reset(self, slots, episodes):
+        return tiny.pool(16).begin_reset(slots, [dataclasses.replace(episode, task="") for episode in episodes])
 
 
 def test_the_best_of_several_tasks_is_by_the_mean_over_them(tmp_path):
@@ -349,8 +349,8 @@ def selective_trainer(monkeypatch) -> GrpoTrainer:
 def test_a_run_that_switches_its_scope_resumes_bit_for_bit(tmp_path, monkeypatch, capsys):
     """Left alone; killed in the iteration that decides; and killed after the decision, in joint training."""
     seeds = []
-    reset = tiny.pool(16).reset
-    monkeypatch.setattr(tiny.pool(16), "reset", lambda slots, given: seeds.extend(given) or reset(slots, given))
+    reset = tiny.pool(16).begin_reset
+    monkeypatch.setattr(tiny.pool(16), "begin_reset", lambda slots, given: seeds.extend(given) or reset(slots, given))
     whole = grpo(tmp_path / "whole", selective_trainer(monkeypatch))
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train.scope=auto: ")]
     rows = records(tmp_path / "whole")

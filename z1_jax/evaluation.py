@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from envs.base import Episode, Pool, episodes
+from z1_jax import processes
 from z1_jax.config.schema import EvalConfig, FlowConfig
 from z1_jax.errors import UserError
 from z1_jax.files import writing
@@ -99,48 +100,33 @@ def evaluate(
     """
     if held_out is None:
         held_out = episodes(range(config.first_seed, config.first_seed + config.episodes))
-    done = _read_results(results, held_out)
+    done = processes.on_leader(lambda: _read_results(results, held_out))
     if len(done) < len(held_out):
         if actor is None or params is None:
             graphdef, trainable, frozen = policy.split("expert")
             params = (trainable, frozen)
             actor = make_actor(policy, graphdef, flow, mesh, rollout.largest_batch(pool.num_envs, 1, overlap))
-        results.parent.mkdir(parents=True, exist_ok=True)
+        if processes.leads():
+            results.parent.mkdir(parents=True, exist_ok=True)
         columns = {"success": ".1%"}
         with Progress(
             title, len(held_out), "episode", columns, start=len(done), interval_s=5.0, alarms=ALARMS
         ) as progress:
-            for start in range(len(done), len(held_out), pool.num_envs):
-                wave = held_out[start : start + pool.num_envs]
-                out = rollout.play(
-                    pool,
-                    actor,
-                    params,
-                    policy.processor,
-                    wave,
-                    (config.noise_seed,),
-                    executed=policy.executed,
-                    overlap=overlap,
-                    before=(sum(row.get("lost", False) for row in done), len(done)),
-                )
-                for number, why in out.lost.items():
-                    progress.say(f"episode {start + number + 1} counts as a failure: {why}")
-                note = {"assets": pool.spec.label} if pool.spec.label else {}
-                rows = [
-                    {
-                        **episode.to_json(),
-                        "success": bool(success),
-                        "steps": int(steps),
-                        "unstable": bool(broken),
-                        **({"lost": True} if number in out.lost else {}),
-                        **note,
-                    }
-                    for number, (episode, success, steps, broken) in enumerate(
-                        zip(wave, out.success[:, 0], out.steps[:, 0], out.unstable[:, 0], strict=True)
-                    )
-                ]
-                with writing(results), results.open("a") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in rows)
+            at_once = pool.num_envs * processes.count()
+            for start in range(len(done), len(held_out), at_once):
+                wave = held_out[start : start + at_once]
+                mine = wave[processes.index() * pool.num_envs :][: pool.num_envs]
+                lost = sum(row.get("lost", False) for row in done)
+                how = {"overlap": overlap, "before": (lost, len(done) + len(wave) - len(mine))}
+                rows, broken = _play(policy, pool, actor, params, config, mine, how) if mine else ([], [])
+                if processes.count() > 1:
+                    actor.finish(params)
+                for why in [why for part in processes.exchange(broken) for why in part]:
+                    progress.say(f"an episode counts as a failure: {why}")
+                rows = [row for part in processes.exchange(rows) for row in part]
+                if processes.leads():
+                    with writing(results), results.open("a") as file:
+                        file.writelines(json.dumps(row) + "\n" for row in rows)
                 done.extend(rows)
                 success = float(np.mean([row["success"] for row in done]))
                 unstable = sum(row.get("unstable", False) for row in done)
@@ -157,6 +143,30 @@ def evaluate(
     for task, part in outcome.by_task().items():
         print(f"  {task}: {part.success.mean():.1%} of {len(part.seeds)} episodes", flush=True)
     return outcome
+
+
+def _play(
+    policy: Policy,
+    pool: Pool,
+    actor: Actor,
+    params: tuple[Any, Any],
+    config: EvalConfig,
+    wave: Sequence[Episode],
+    how: Mapping[str, Any],
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """What came of as many episodes as the pool holds, and why environments failed at one."""
+    out = rollout.play(
+        pool, actor, params, policy.processor, wave, (config.noise_seed,), executed=policy.executed, **how
+    )
+    note = {"assets": pool.spec.label} if pool.spec.label else {}
+    outcomes = zip(wave, out.success[:, 0], out.steps[:, 0], out.unstable[:, 0], strict=True)
+    rows = [
+        {**episode.to_json(), "success": bool(success), "steps": int(steps), "unstable": bool(broken), **note}
+        for episode, success, steps, broken in outcomes
+    ]
+    for number in out.lost:
+        rows[number]["lost"] = True
+    return rows, list(out.lost.values())
 
 
 def instructions(pool: Pool, held_out: Sequence[Episode]) -> list[str]:

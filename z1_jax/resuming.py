@@ -79,7 +79,9 @@ def counted_grpo(run_dir: pathlib.Path, step: int, document: Mapping[str, Any]) 
         raise _lost(run_dir, "grpo", step, f"{METRICS} holds {len(records)} of the {step} GRPO iterations")
     by_iteration = collections.Counter(record["step"] for record in episodes)
     steps = int(records[-1].get("steps/total", 0)) if records else 0
-    counts = Counts(step, steps, len(episodes), tuple(record["success"] for record in records))
+    lost = sum(record.get("groups/lost", 0) for record in records)
+    groups = len({(record["step"], record.get("group")) for record in episodes}) + lost
+    counts = Counts(step, steps, len(episodes), tuple(record["success"] for record in records), groups, lost)
     if "counts" in document:
         known = Counts(**{**document["counts"], "recent": tuple(document["counts"]["recent"])})
         if counts.simulated_steps != known.simulated_steps:

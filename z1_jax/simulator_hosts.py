@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 
 import jax
@@ -30,7 +31,7 @@ def check_ray(config: Config) -> None:
         ray_module()
     except ModuleNotFoundError as error:
         raise ConfigError(f"config key rollout.backend: got ray, but {error}") from None
-    address = config.rollout.address
+    address = config.rollout.address or os.environ.get("RAY_ADDRESS", "")
     if not address:
         if learners() > 1:
             raise ConfigError(

@@ -71,7 +71,8 @@ class RolloutConfig:
     """Where and how the environments of rollouts and evaluations run."""
 
     backend: str = "local"  # local: in env.workers processes; ray: in as many actors of a Ray cluster (docs/ray.md)
-    # ray: of the cluster, HOST:PORT, or auto: the one of this machine; empty: the same, else one is started here
+    # ray: of the cluster, HOST:PORT, or auto: the one that runs on this machine; empty: RAY_ADDRESS, or else a cluster
+    # of this machine alone, which ends with the run
     address: str = ""
     # In two halves: while one is simulated, the other's chunks are sampled. Batches have half the size, which moves the
     # last digits. It pays where sampling leaves the cores to the simulators, on a GPU or TPU (docs/pool.md)
@@ -450,6 +451,7 @@ _YOUNGER: dict[str, Any] = {
     "group.spread": "uniform",
     "group.floor": 0.25,
     "group.oversample": 1.0,
+    "rollout.overlap": False,
 }
 
 

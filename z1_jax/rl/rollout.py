@@ -55,6 +55,16 @@ class NodeTable:
 
 
 @dataclasses.dataclass(frozen=True)
+class Share:
+    """Of N nodes, which of several processes made each: `part` of `parts` is this one."""
+
+    owner: np.ndarray  # int [N]
+    row: np.ndarray  # int [N], in the owner's own table
+    part: int
+    parts: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Rollouts:
     """What one call of `collect` brought home. g groups of G members, O observations."""
 
@@ -69,6 +79,7 @@ class Rollouts:
     seconds: dict[str, float]  # sample; simulate and render, as far as they were waited for; hidden, the rest of these
     first: int  # groups of the episodes that were asked for at first; which came after follows from what came of them
     lost: Mapping[int, str] = dataclasses.field(default_factory=dict)  # dropped groups, by number as drawn, and why
+    share: Share | None = None  # where several processes made them; see `shares`
 
     @property
     def drawn(self) -> int:
@@ -227,12 +238,16 @@ class _Lost:
         if group in self.why:
             return
         self.why[group] = self.newest = why
-        count = self._before + len(self.why)
-        if count > max(LOST_FREELY, LOST_SHARE * self.drawn):
-            raise TooManyLost(
-                f"{count} of {self.drawn} {self._what} were lost, for an environment failed again and again at one "
-                f"state; more than {LOST_SHARE:.0%} would falsify the result. The last: {why}"
-            )
+        check_lost(self._before + len(self.why), self.drawn, self._what, why)
+
+
+def check_lost(lost: int, drawn: int, what: str, why: str) -> None:
+    """Raises TooManyLost: see `collect`. `what` was lost, and `why` the last one."""
+    if lost > max(LOST_FREELY, LOST_SHARE * drawn):
+        raise TooManyLost(
+            f"{lost} of {drawn} {what} were lost, for an environment failed again and again at one state; more than "
+            f"{LOST_SHARE:.0%} would falsify the result. The last: {why}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
