@@ -17,8 +17,9 @@ from z1_jax.config.command_line import parse_command_line
 from z1_jax.config.schema import RANDOM, Config, ConfigError, flat
 from z1_jax.extending import changed_lengths, take_forced, take_lengths
 from z1_jax.files import hold
-from z1_jax.initial_policy import newest_policy
+from z1_jax.initial_policy import newest_policy, trained_model
 from z1_jax.metrics import MetricsWriter, SilentWriter
+from z1_jax.plan.fitting import check_memory
 from z1_jax.process import require_algorithm, start_jax
 from z1_jax.run_dir import (
     StageClock,
@@ -32,8 +33,9 @@ from z1_jax.run_dir import (
     policy_identity,
     revision,
 )
+from z1_jax.serve import remote
 from z1_jax.stages import check_inputs, make_mesh
-from z1_jax.suites import label, settled
+from z1_jax.suites import episode_steps, label, settled
 
 FORCE = "--force"  # a run that has begun goes on under other settings, where its checkpoints allow it
 
@@ -87,10 +89,17 @@ def open_run(argv: Sequence[str], command: str, algorithms: Sequence[str], defau
     policies = _given_policies(config)
     identities = {key: policy_identity(path) for key, path in policies.items()}
     if len(set(identities.values())) < len(identities):
-        raise ConfigError("config key compare: got the same policy as checkpoint, expected another one")
+        unknown = any(remote.is_address(path) and remote.is_unknown(path) for path in policies.values())
+        raise ConfigError(
+            "config key compare: got the same policy as checkpoint, expected another one"
+            + "; servers that do not say which policy they serve count as one: name each, ws://HOST:PORT?policy=NAME"
+            * unknown
+        )
     claimed = {**identities, **dataset_identity(config)}
     processes.require_agreement({f"what config key {key} leads to": value for key, value in claimed.items()})
     mesh = make_mesh(config)
+    if config.algorithm != "eval":
+        check_memory(config, trained_model(config), mesh, episode_steps(config))
     if not processes.on_leader(lambda: _take(config, force, argv, claimed, policies)):
         return None
     directory = config.directory

@@ -26,6 +26,7 @@ from z1_jax.errors import UserError, first_line
 from z1_jax.metrics import MetricsWriter, Progress
 from z1_jax.policy import Policy, load_policy
 from z1_jax.sft import train_sft
+from z1_jax.simulator_hosts import check_ray, ray_workers
 from z1_jax.suites import (
     BUILT_IN,
     demonstrator,
@@ -50,6 +51,7 @@ def check_inputs(config: Config) -> Config:
     Raises:
         UserError: an unknown task, camera or preset; a policy or dataset that is absent, damaged or does not fit.
     """
+    check_ray(config)
     if config.eval.episodes:
         check_alike(config)
     config = initial_policy.with_pinned_init(config)
@@ -154,16 +156,23 @@ def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 
 def make_pool(config: Config) -> Pool:
-    """Starts the worker processes of a run; call it once."""
+    """Starts the workers of a run, where `rollout.backend` has them; call it once."""
+    factories, place = make_envs(config), None
+    if config.rollout.backend == "ray":
+        place = ray_workers(config, factories)
     several = processes.count()  # each has its part of them
-    return EnvPool(
-        make_envs(config),
+    pool = EnvPool(
+        factories,
         config.env.parallel // several,
         -(-config.env.workers // several),
         timeout_s=config.env.timeout_s,
         start_timeout_s=config.env.start_timeout_s,
         simulators=simulators(config),
+        place=place,
     )
+    if place is not None:
+        print(place.summary(), flush=True)
+    return pool
 
 
 def demonstrations(config: Config, directory: pathlib.Path) -> Dataset:
