@@ -19,7 +19,7 @@ from z1_jax.config.schema import Config, ConfigError, EnvConfig, GroupConfig, Up
 from z1_jax.detection import Place
 from z1_jax.errors import UserError
 from z1_jax.rl import shares
-from z1_jax.rl.lockstep import blank
+from z1_jax.rl.actor import blank
 from z1_jax.rl.rollout import Share
 
 ROOT = pathlib.Path(__file__).parent.parent
