@@ -1,7 +1,7 @@
-"""The other end of openpi's protocol: a policy behind an address, evaluated as one that is here.
+"""A client of openpi's protocol: a policy behind an address is evaluated as a local one is.
 
-An address is ws://HOST:PORT, or wss://. A server that is not ours may not say what it calls things, nor which policy it
-serves: ws://HOST:PORT?inputs=TABLE&policy=NAME says it.
+An address is ws://HOST:PORT, or wss://. Servers of other projects do not say which keys they take, nor which policy
+they serve; ws://HOST:PORT?inputs=TABLE&policy=NAME says it for them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from z1_jax.serve import wire
 from z1_jax.serve.inputs import Inputs
 
 API_KEY = "Z1_API_KEY"  # environment variable: on the command line everybody on the machine would see the key
-CONNECTIONS = 16  # at most; a server that says how much it decides at once gets no more
+CONNECTIONS = 16  # at most, and never more than the server's largest batch
 TIMEOUT_S = 600.0  # of one answer: the first may compile
 
 
@@ -36,24 +36,24 @@ def is_address(path: str) -> bool:
 
 @functools.cache
 def metadata(address: str) -> dict[str, Any]:
-    """What the server says when somebody connects.
+    """The server's first message.
 
     Raises:
-        UserError: nobody serves there, or not this protocol.
+        UserError: no server answers at the address, or it does not speak this protocol.
     """
     with _connected(address) as connection:
         return connection.told
 
 
 def document(address: str) -> dict[str, Any]:
-    """What a policy of ours says of itself, as a checkpoint's document; empty for a policy of others."""
+    """The document that a checkpoint of ours has; empty for policies of other projects."""
     return dict(metadata(address).get("document", {}))
 
 
 def identity(address: str) -> str:
-    """What tells the policy at an address from others: the server's own word, or else `policy` of the address.
+    """What distinguishes the policy at an address: the identity that the server tells, or else the address's `policy`.
 
-    Of a server that says nothing, behind an address that says nothing, it is the same whatever policy is served.
+    If neither is there, the identity does not depend on the policy, and two policies cannot be told apart.
 
     Raises:
         UserError: the address names a policy although the server does.
@@ -67,7 +67,7 @@ def identity(address: str) -> str:
 
 
 def is_unknown(address: str) -> bool:
-    """Whether nothing says which policy is behind an address."""
+    """Whether neither server nor address say which policy is served."""
     return not (metadata(address).get("policy") or _options(address).get("policy"))
 
 
@@ -84,7 +84,7 @@ def label(address: str) -> str:
 
 
 def _options(address: str) -> dict[str, str]:
-    """What an address says behind its question mark.
+    """The options behind the question mark of an address.
 
     Raises:
         UserError: an option is not known, or is empty.
@@ -101,21 +101,21 @@ def _options(address: str) -> dict[str, str]:
 
 
 class ServedPolicy:
-    """Stands where evaluations have a policy, its processor and its actor: observations go out, actions come back.
+    """Takes the place of a policy, its processor and its actor in an evaluation: sends observations, receives actions.
 
     Attributes:
         executed: E, steps of each answer that the environment runs.
-        facts: what the protocol of an evaluation says of it.
+        facts: what the evaluation's protocol records about it.
     """
 
     def __init__(self, address: str, cameras: Sequence[str | None], widths: Mapping[str, int], executed: int):
         """Args:
-        cameras: of the environments, in the order of the slots, for a server that does not name its policy's.
+        cameras: of the environments, in the order of the slots; used if the server does not name its policy's.
         widths: of the environments' "state" and "actions".
-        executed: 0: as the policy was trained, where the server says so.
+        executed: 0: as many as the policy was trained to run, if the server says so.
 
         Raises:
-            UserError: nobody serves there, the server does not say what is needed, or it is of another robot.
+            UserError: no server answers, it does not say what is needed, or its policy is of another robot.
         """
         told, known = metadata(address), document(address)
         self.address, self._action_dim = address, widths["actions"]
@@ -155,11 +155,11 @@ class ServedPolicy:
 
     @property
     def processor(self) -> ServedPolicy:
-        """Itself: what stands between environment and model is the server's."""
+        """Itself: normalisation and tokenizer are the server's."""
         return self
 
     def observation(self, raw: Sequence[Any]) -> Shaped[np.ndarray, " B"]:
-        """The messages of observations [B], without options."""
+        """A message for each observation [B], without options."""
         looks = np.empty(len(raw), object)
         looks[:] = [self._inputs.write(observation) for observation in raw]
         return looks
@@ -183,7 +183,7 @@ class ServedPolicy:
         stochastic: bool,
         noise_level: float | None = None,
     ) -> Chain:
-        """The server's actions as the end of chains that nobody saw, as `Actor.sample` gives them.
+        """The server's actions in the form of `Actor.sample`; the denoising steps before the last are not known.
 
         Raises:
             UserError: the server refused an observation, went away, or answered something else than actions.
@@ -198,6 +198,9 @@ class ServedPolicy:
         count = len(answers)
         chain: Any = (np.stack(answers)[:, None, None], np.zeros((count, 1, 1), bool), np.zeros((count, 1), np.float32))
         return Chain(*chain)
+
+    def finish(self, params: Any) -> None:
+        """The decisions of several processes do not wait for one another: the server makes them."""
 
     def close(self) -> None:
         """Ends the connections."""
@@ -220,7 +223,7 @@ class ServedPolicy:
 
 
 def inputs_name(address: str) -> str:
-    """What the server calls things: by the address, or by itself.
+    """The table of keys that the server takes: as the address says, or else the server.
 
     Raises:
         UserError: neither says so.
@@ -255,7 +258,7 @@ def _connected(address: str) -> Iterator[_Connection]:
     headers = {"Authorization": f"Api-Key {key}"} if key else None
     with contextlib.ExitStack() as stack:
         with _told_of(address):
-            # Without pings: a server that computes in its only thread answers none meanwhile.
+            # No pings: openpi's server computes in its only thread and answers none meanwhile.
             options = {"compression": None, "max_size": None, "ping_interval": None, "additional_headers": headers}
             socket = stack.enter_context(connect(name(address), **options))
             first = socket.recv(TIMEOUT_S)
@@ -274,7 +277,7 @@ def _dict(address: str, message: bytes | str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _told_of(address: str) -> Iterator[None]:
-    """The library's errors in one line."""
+    """Turns the library's errors into a UserError of one line."""
     errors = wire.package("websockets.exceptions")
     try:
         yield
