@@ -20,7 +20,8 @@ from envs.pool import EnvPool
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'z1-jax[ray]'")
 pytestmark = pytest.mark.slow
-BRIDGE, NET = "z1rayb", "10.77.0"
+MARK = f"z1r{os.getpid() % 10**6}"  # in the names of what this process makes: at most 15 characters each
+BRIDGE, NET = f"{MARK}b", "10.77.0"
 
 LEARNER = """
 import sys
@@ -55,7 +56,7 @@ class Host:
     """A namespace with an address in a common network, and a Ray node in it."""
 
     def __init__(self, number: int, scratch) -> None:
-        self.name, self.address, self.link = f"z1ray{number}", f"{NET}.{number}", f"z1rayv{number}"
+        self.name, self.address, self.link = f"{MARK}n{number}", f"{NET}.{number}", f"{MARK}v{number}"
         self._scratch, self._node = scratch, None
         ip("netns", "add", self.name)
         ip("link", "add", self.link, "type", "veth", "peer", "name", "eth0", "netns", self.name)
