@@ -166,7 +166,7 @@ def test_open_calls_give_what_single_environments_do(workers):
         seen = run_in_halves(pool, base, actions)
         assert len(seen) == 24
         np.testing.assert_array_equal(seen, expected(base, actions))
-        assert set(pool.take_times()) == {"simulate", "render", "wait", "hidden"}
+        assert set(pool.take_times()) == {"simulate", "render", "wait", "hidden", "busy"}
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
