@@ -25,6 +25,7 @@ from envs.base import ChunkResult, EnvObservation, EnvSpec, Episode, episodes
 from envs.pool import EnvPool
 
 TASK, EXECUTED, WORKERS = "TurnOnSinkFaucet", 8, 2
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENDLESS = 100_000  # control steps: no episode ends while it is measured
 FACTOR = 0.05  # of random actions: nothing succeeds
 
@@ -219,7 +220,7 @@ def iterations(run: pathlib.Path, count: int) -> dict[str, dict[str, float]]:
     from z1_jax.rl.trainer import GrpoTrainer
     from z1_jax.stages import make_pool
 
-    config = parse_command_line(["pool", f"--config.env.workers={WORKERS}"], "grpo")
+    config = parse_command_line(["pool", f"--config.env.workers={WORKERS}"], str(ROOT / "configs" / "grpo.py"))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     directory, step = find_policy(run)
     policy = load_policy(Checkpoints(directory), step, mesh)

@@ -38,7 +38,9 @@ class Fault:
 class Worker(Protocol):
     """One worker, wherever it runs: it answers requests in their order."""
 
-    placed: bool  # it runs somewhere; where it does not, starting it again would not help
+    @property
+    def placed(self) -> bool:
+        """It runs somewhere. Where it does not, starting it again would not help."""
 
     def send(self, request: Request) -> None:
         """Asks, without waiting for the answer. Raises BlockingIOError where the message stood still, else OSError."""

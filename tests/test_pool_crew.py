@@ -176,7 +176,7 @@ def test_a_worker_that_fails_with_two_open_calls_loses_neither(how):
     actions = chunks_of(base, 3, 8)
 
     def fail(chunk):
-        os.kill(pool._crew.workers[int(rng.integers(2))]._process.pid, how)
+        pool._crew.workers[int(rng.integers(2))]._process.send_signal(how)
 
     with EnvPool(Unending, 8, 2, timeout_s=1.0) as pool:
         seen = run_in_halves(pool, base, actions, fail)
