@@ -156,10 +156,19 @@ class Pool(Protocol):
         """How many slots there are."""
 
     def reset(self, slots: Sequence[int], episodes: Sequence[Episode]) -> list[EnvObservation]:
-        """Starts an episode in each slot; returns its first observation."""
+        """Starts an episode in each slot; returns its first observation. This and the rest may raise `SlotsLost`."""
 
     def step(self, slots: Sequence[int], actions: np.ndarray) -> tuple[list[ChunkResult], list[EnvObservation | None]]:
         """Executes a chunk in each slot: float [len(slots), E, action_dim]. A done episode gives no observation."""
+
+    def begin_reset(self, slots: Sequence[int], episodes: Sequence[Episode]) -> Any:
+        """As `reset`, without waiting: what `finish` takes."""
+
+    def begin_step(self, slots: Sequence[int], actions: np.ndarray) -> Any:
+        """As `step`, without waiting: what `finish` takes. Other slots may be asked meanwhile."""
+
+    def finish(self, call: Any) -> list[Any]:
+        """Waits for what was begun. Slot by slot, a reset's observation, or a step's result and observation."""
 
     def branch(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Makes slot targets[i] a bit-exact copy of slot sources[i] as it was before the call."""
@@ -174,7 +183,10 @@ class Pool(Protocol):
         """One frame of each slot, uint8 [size, size, 3]."""
 
     def take_times(self) -> dict[str, float]:
-        """Wall seconds in calls since the last take, by kind: simulate, render, wait."""
+        """Wall seconds in calls since the last take, by kind: simulate, render, wait.
+
+        `hidden` are those that workers simulated and rendered while the caller did other things.
+        """
 
     def close(self) -> None:
         """Ends the environments. Closing twice is harmless."""
@@ -182,6 +194,23 @@ class Pool(Protocol):
     def __enter__(self) -> Pool: ...
 
     def __exit__(self, *exception: object) -> None: ...
+
+
+class PoolError(RuntimeError):
+    """A worker failed and replacing it did not help. One line: worker, slot, what it was doing, why."""
+
+
+class SlotsLost(PoolError):
+    """Some slots failed at one state again and again; the others have done what was asked.
+
+    Attributes:
+        lost: by slot, what it was doing and why it failed. Such a slot stays as it was until it is reset or restored.
+        answers: of the call, in the order of its slots; None for those that are lost.
+    """
+
+    def __init__(self, lost: Mapping[int, str], answers: Sequence[Any]) -> None:
+        super().__init__("; ".join(dict.fromkeys(lost.values())))
+        self.lost, self.answers = dict(lost), list(answers)
 
 
 def copies(env: object) -> bool:

@@ -150,7 +150,7 @@ class RayWorkers:
         self._actor = self._ray.remote(_actor_class())
         self._members: dict[int, RayWorker] = {}
         self._starts: Counter[int] = Counter()
-        self.deadly: set[str] = set()  # nodes where an actor died
+        self.deadly: set[str] = set()  # nodes where an actor died or did not answer
         self._told = time.monotonic()
 
     def start(self, index: int, slots: Sequence[int]) -> RayWorker:
@@ -376,6 +376,7 @@ class RayWorker(Worker):
     def late(self, timeout_s: float) -> str:
         if not self.placed:
             return f"no host took it within {timeout_s:g} s: {self._place.lacking()}"
+        self._place.deadly.add(self.node)
         return f"no answer within {timeout_s:g} s" + (f" from host {self.host}" if self._facts else "")
 
     def kill(self) -> None:

@@ -88,9 +88,9 @@ def share_of_batch(mesh: Mesh) -> tuple[int, int]:
     return order.index(jax.process_index()) // each, count
 
 
-def local_rows(x: jax.Array, axis: int = 0) -> np.ndarray:
+def local_rows(x: jax.Array | np.ndarray, axis: int = 0) -> np.ndarray:
     """This process's rows of an array that is spread along `axis` alone; all of them where there is one process."""
-    if x.is_fully_addressable:
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
         return np.asarray(x)
     parts = {shard.index[axis].start or 0: shard for shard in x.addressable_shards}
     return np.concatenate([np.asarray(parts[start].data) for start in sorted(parts)], axis=axis)

@@ -1,7 +1,7 @@
 """One process of several that train the tiny policy: python process_case.py CASE MESH OUT [--coordinator=… …].
 
-CASE: sft (20 steps on random batches) or grpo (3 updates on the rollouts that one process left in OUT). MESH: DATAxFSDP. Writes
-OUT/params-P.npz, P the number of processes.
+CASE: sft (20 steps on random batches) or grpo (3 updates on the rollouts that one process left in OUT). MESH:
+DATAxFSDP. Writes OUT/params-P.npz, P the number of processes.
 """
 
 from __future__ import annotations
