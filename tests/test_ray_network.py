@@ -41,7 +41,7 @@ if __name__ == "__main__":
                 if count == 0:
                     pool.reset(range(8), episodes(range(8)))
                 if count == 1:
-                    print("nodes:", *(member.node for member in pool._workers.values()), pool.replaced, flush=True)
+                    print("nodes:", *(member.node for member in pool._crew.workers.values()), pool.replaced, flush=True)
                     sys.stdin.readline()
                 looks = pool.step(range(8), chunk)[1]
             print("states:", [None if look is None else look.state.tolist() for look in looks], flush=True)
