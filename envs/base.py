@@ -185,7 +185,7 @@ class Pool(Protocol):
     def take_times(self) -> dict[str, float]:
         """Wall seconds in calls since the last take, by kind: simulate, render, wait.
 
-        `hidden` are those that workers simulated and rendered while the caller did other things.
+        `hidden` are those that workers simulated and rendered while the caller did other things; there may be more.
         """
 
     def close(self) -> None:

@@ -206,7 +206,8 @@ class EnvPool:
     def take_times(self) -> dict[str, float]:
         """Wall seconds in calls since the last take: simulate and render of the slowest worker, and the rest, wait.
 
-        What that worker simulated and rendered while the caller did other things is `hidden`.
+        What that worker simulated and rendered while the caller did other things is `hidden`; `busy` are the seconds
+        that all workers together simulated and rendered.
         """
         times, self._crew.times = self._crew.times, dict.fromkeys(self._crew.times, 0.0)
         return times

@@ -78,7 +78,7 @@ class Crew:
         self.specs: dict[str, EnvSpec] = {}  # by task
         self.replaced = 0
         self.gone: dict[int, str] = {}  # slots without a state, for it could not be reached again, and why
-        self.times = dict.fromkeys(("simulate", "render", "wait", "hidden"), 0.0)
+        self.times = dict.fromkeys(("simulate", "render", "wait", "hidden", "busy"), 0.0)
         self._behind: set[int] = set()  # workers whose environments may differ from the journals
         self._open: list[Call] = []
         self._heard: dict[int, float] = {}  # when a worker last gave an answer
@@ -197,6 +197,7 @@ class Crew:
         self.times["render"] += seen * slowest.render_s
         self.times["wait"] += max(0.0, wall_s - busy)
         self.times["hidden"] += (1.0 - seen) * busy
+        self.times["busy"] += sum(map(_busy_s, call.replies.values()))
 
     # --- messages --------------------------------------------------------------------------------------------------
 
@@ -244,9 +245,10 @@ class Crew:
         self._slowest[operation] = max(self._slowest.get(operation, 0.0), _busy_s(reply) / len(items))
 
     def _late(self, index: int, longest_s: float) -> Fault:
-        text = self.workers[index].late(longest_s)
-        self.workers[index].kill()
-        return Fault(text)
+        member = self.workers[index]
+        fault = Fault(member.late(longest_s), retry=member.placed)
+        member.kill()
+        return fault
 
     def _gather(self, requests: dict[int, Request], longest_s: float) -> tuple[dict[int, Reply], dict[int, Fault]]:
         """What workers that nothing else is asked of answer."""

@@ -74,7 +74,7 @@ class SharedAnswers:
             return pickle.loads(data)
         block = np.empty(total, np.uint8)
         block[:] = np.frombuffer(self._mapped(turn, total, grow=False), np.uint8, total)
-        view = memoryview(block)
+        view = block.data
         return pickle.loads(data, buffers=[view[start : start + size] for start, size in spans])
 
     def close(self) -> None:

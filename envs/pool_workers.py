@@ -38,6 +38,10 @@ class Fault:
 class Worker(Protocol):
     """One worker, wherever it runs: it answers requests in their order."""
 
+    @property
+    def placed(self) -> bool:
+        """It runs somewhere. Where it does not, starting it again would not help."""
+
     def send(self, request: Request) -> None:
         """Asks, without waiting for the answer. Raises BlockingIOError where the message stood still, else OSError."""
 
@@ -122,6 +126,8 @@ class InThisProcess:
 class ProcessWorker:
     """A worker in its own interpreter."""
 
+    placed = True
+
     def __init__(self, factories: Factories, simulators: int, timeout_s: float) -> None:
         self.connection, child = multiprocessing.Pipe()
         _bound_waits(self.connection, timeout_s)
@@ -188,6 +194,8 @@ class ProcessWorker:
 
 class LocalWorker:
     """The same in this process, for debugging: an exception is survived, a death or a hang is not."""
+
+    placed = True
 
     def __init__(self, factories: Factories, simulators: int) -> None:
         self._server = SlotServer(factories, simulators)

@@ -166,7 +166,7 @@ def test_open_calls_give_what_single_environments_do(workers):
         seen = run_in_halves(pool, base, actions)
         assert len(seen) == 24
         np.testing.assert_array_equal(seen, expected(base, actions))
-        assert set(pool.take_times()) == {"simulate", "render", "wait", "hidden"}
+        assert set(pool.take_times()) == {"simulate", "render", "wait", "hidden", "busy"}
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
@@ -176,7 +176,7 @@ def test_a_worker_that_fails_with_two_open_calls_loses_neither(how):
     actions = chunks_of(base, 3, 8)
 
     def fail(chunk):
-        os.kill(pool._crew.workers[int(rng.integers(2))]._process.pid, how)
+        pool._crew.workers[int(rng.integers(2))]._process.send_signal(how)
 
     with EnvPool(Unending, 8, 2, timeout_s=1.0) as pool:
         seen = run_in_halves(pool, base, actions, fail)

@@ -20,7 +20,8 @@ from envs.pool import EnvPool
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'z1-jax[ray]'")
 pytestmark = pytest.mark.slow
-BRIDGE, NET = "z1rayb", "10.77.0"
+MARK = f"z1r{os.getpid() % 10**6}"  # in the names of what this process makes: at most 15 characters each
+BRIDGE, NET = f"{MARK}b", "10.77.0"
 
 LEARNER = """
 import sys
@@ -40,7 +41,7 @@ if __name__ == "__main__":
                 if count == 0:
                     pool.reset(range(8), episodes(range(8)))
                 if count == 1:
-                    print("nodes:", *(member.node for member in pool._workers.values()), pool.replaced, flush=True)
+                    print("nodes:", *(member.node for member in pool._crew.workers.values()), pool.replaced, flush=True)
                     sys.stdin.readline()
                 looks = pool.step(range(8), chunk)[1]
             print("states:", [None if look is None else look.state.tolist() for look in looks], flush=True)
@@ -55,7 +56,7 @@ class Host:
     """A namespace with an address in a common network, and a Ray node in it."""
 
     def __init__(self, number: int, scratch) -> None:
-        self.name, self.address, self.link = f"z1ray{number}", f"{NET}.{number}", f"z1rayv{number}"
+        self.name, self.address, self.link = f"{MARK}n{number}", f"{NET}.{number}", f"{MARK}v{number}"
         self._scratch, self._node = scratch, None
         ip("netns", "add", self.name)
         ip("link", "add", self.link, "type", "veth", "peer", "name", "eth0", "netns", self.name)

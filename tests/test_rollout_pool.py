@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import os
-import signal
 import time
 
 import jax
@@ -202,7 +200,7 @@ def test_workers_killed_at_random_move_nothing():
         def kill_and_finish(call):
             if left[0] and rng.random() < 0.6:
                 left[0] -= 1
-                os.kill(pool._crew.workers[int(rng.integers(2))]._process.pid, signal.SIGKILL)
+                pool._crew.workers[int(rng.integers(2))].kill()
             return finish(call)
 
         pool.finish = kill_and_finish
