@@ -113,6 +113,10 @@ def _check_combinations(config: Config) -> None:
             f"config key flow.steps: got {config.flow.steps}, expected 2 … 1000"
             + ", or 0 for those that the given policy acts with" * given
         )
+    if -1 < config.flow.temperature < 0:
+        raise ConfigError(
+            f"config key flow.temperature: got {config.flow.temperature:g}, expected 0 … 1, or -1 for the policy's own"
+        )
     if group.branching == "none" and (group.prefix_chunks or group.prefix_chunks_end):
         raise ConfigError(
             "config key group.prefix_chunks: branching=none shares no prefix, "

@@ -39,7 +39,7 @@ def make_actor(policy: Policy, graphdef: Any, flow: FlowConfig, mesh: jax.shardi
     counted = counted_coordinates(
         policy.config.horizon, policy.executed, policy.processor.counted_dims, flow.logprob_coords
     )
-    return Actor(graphdef, flow, counted, mesh, largest, policy.config.acting)
+    return Actor(graphdef, flow, counted, mesh, largest, policy.config.acting, policy.temperature)
 
 
 class Actor:
@@ -61,12 +61,13 @@ class Actor:
         mesh: jax.sharding.Mesh,
         largest: int,
         form: str = "auto",
+        temperature: float = 1.0,
     ):
         """Args: `counted` bool [H, A]; `largest`: the most observations that one call will bring; `form`: of
-        the parameters that it reads, see `Compute.acting`."""
+        the parameters that it reads, see `Compute.acting`; `temperature`: see `Policy`."""
         self._mesh = mesh
         self.counted = jnp.asarray(counted)
-        self._config = config
+        self._config, self._temperature = config, np.float32(temperature)
         devices = mesh.shape["data"] * mesh.shape["fsdp"]
         sizes = {largest // 4, largest // 2, largest}
         self._sizes = sorted({-(-max(size, 1) // devices) * devices for size in sizes})
@@ -135,6 +136,7 @@ class Actor:
         config = self._config
         # The noise comes first: the ODE sampler starts from the same, whichever steps would draw noise.
         noise = rng.standard_normal((config.steps + 1, *self.counted.shape), np.float32)
+        noise[0] *= self._temperature
         return noise, flow.stochastic_steps(rng, config.steps, config.sde_steps, config.last_step)
 
     def _size(self, count: int) -> int:
