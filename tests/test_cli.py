@@ -132,6 +132,21 @@ def test_a_bug_keeps_its_traceback(tmp_path):
     assert done.returncode == 1 and "Traceback" in done.stderr and "IndexError" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        ("jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\\nmore')", "9 bytes."),
+        ("MemoryError('Unable to allocate 7.28 TiB')", "7.28 TiB"),
+        ("jax.errors.JaxRuntimeError('INTERNAL: a bug')", ""),
+    ],
+)
+def test_memory_that_does_not_suffice_is_one_line(raised, told):
+    code = f"import jax\nfrom z1_jax import process\ndef main(argv): raise {raised}\nprocess.run_main(main)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    line = done.stderr.startswith("error: memory does not suffice (") and done.stderr.count("\n") == 1
+    assert (done.returncode, line) == ((2, True) if told else (1, False)) and told in done.stderr, done.stderr
+
+
 def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost():
     code = """
 import gc, signal, time
@@ -178,6 +193,68 @@ process.run_main(main)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     told = "done cleaned\n" if held else " cleaned\n"
     assert (done.returncode, done.stdout, done.stderr) == (130, told, f"{INTERRUPTED}\n")
+
+
+STUCK = """
+import ctypes
+from z1_jax import interrupt, process
+
+interrupt.AGAIN_S = 1.0
+
+def main(argv):
+    with interrupt.GracefulStop():
+        lock, take = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+        take(lock)
+        print("stuck", flush=True)
+        take(lock)  # for ever, in C: no handler of Python runs
+
+interrupt.install_hooks()
+process.run_main(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("signals", "told"),
+    [
+        ([signal.SIGTERM], "stopping: what is under way has 1 s to end (Z1_JAX_STOP_SECONDS=SECONDS changes this)\n"),
+        ([signal.SIGINT, 0], "stopping when the call under way is over (again: within 1 s)\n"),
+        ([signal.SIGINT, signal.SIGINT], ""),
+    ],
+)
+def test_a_stop_is_answered_in_time_where_python_cannot_answer(signals, told):
+    """By a line, and after SIGTERM or a second signal by the end of the process; the first Ctrl-C waits."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK],
+        cwd=ROOT,
+        env=os.environ | {"Z1_JAX_STOP_SECONDS": "3"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "stuck\n"
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.3)
+    began = time.monotonic()
+    if 0 in signals:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=4)
+        process.kill()
+    _, err = process.communicate(timeout=8)
+    lost = "" if 0 in signals else f"{INTERRUPTED}; what was under way did not end in time and is lost\n"
+    assert (process.returncode, err) == (-9 if 0 in signals else 130, told + lost) and time.monotonic() - began < 6
+
+
+def test_the_seconds_of_a_stop_are_checked():
+    code = "from z1_jax import interrupt, process; interrupt.install_hooks(); process.run_main(lambda argv: 0)"
+    for text in ("soon", "-1", "nan", "inf"):
+        environment = os.environ | {"Z1_JAX_STOP_SECONDS": text}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 2 and done.stderr == (
+            f"error: Z1_JAX_STOP_SECONDS: got {text!r}, expected seconds, or 0 for as long as a step takes\n"
+        )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -72,7 +72,7 @@ def test_unknown_labels_are_refused(seed):
 def test_collect_keeps_the_order_of_seeds_and_equals_one_process(seed):
     seeds = [seed + i for i in (3, 0, 5, 1)]
     options = {"image_size": 8}
-    alone = list(collect("TurnOnStove", seeds, processes=1, options=options))
+    alone = list(collect("TurnOnStove", seeds, processes=0, options=options))
     shared = list(collect("TurnOnStove", seeds, processes=2, options=options))
     assert [episode.seed for episode in shared] == seeds
     for one, two in zip(alone, shared, strict=True):

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from z1_jax.host_memory import free_host_bytes
+from z1_jax.host_memory import free_host_bytes, host_bytes
 
 MB = 2**20
 
@@ -83,6 +83,15 @@ def test_version_1_in_a_container(root):
     assert free_host_bytes(root) == 330 * MB
     write(root, **{f"{top}limit_in_bytes": f"{2**63 - 4096}\n"})
     assert free_host_bytes(root) == 1000 * MB
+
+
+def test_what_there_is_in_all(root):
+    """Swap is memory, and the narrowest limit counts, however much of it is in use."""
+    write(root, **{"proc/meminfo": f"MemTotal: {4000 * 1024} kB\nMemAvailable: 1 kB\nSwapTotal: {500 * 1024} kB\n"})
+    assert host_bytes(root) == 4500 * MB
+    group = "sys/fs/cgroup/outer/memory."
+    write(root, **{"proc/self/cgroup": "0::/outer/inner\n", f"{group}max": f"{900 * MB}\n", f"{group}current": "5\n"})
+    assert host_bytes(root) == 900 * MB
 
 
 def test_a_group_beyond_its_limit_has_nothing_left(root):

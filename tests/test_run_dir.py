@@ -171,7 +171,7 @@ def test_a_run_is_not_told_of_a_dataset_that_was_made_anew(tmp_path):
     config = dataclasses.replace(Config(), algorithm="sft", demos=DemosConfig(dataset=str(data)))
     for seed in (0, 1):
         shutil.rmtree(data, ignore_errors=True)
-        write_dataset(data, demos.collect("OpenDrawer", [seed], processes=1, options={"image_size": 8}), {"seed": seed})
+        write_dataset(data, demos.collect("OpenDrawer", [seed], processes=0, options={"image_size": 8}), {"seed": seed})
         if seed:
             with pytest.raises(UserError, match="began with dataset .* as demos.dataset, the path leads to"):
                 claim_policy(tmp_path, dataset_identity(config))

@@ -18,6 +18,14 @@ def free_host_bytes(root: pathlib.Path = pathlib.Path("/")) -> int:
     return max(0, min([_free_of_system(root), *_free_of_groups(root)]))
 
 
+def host_bytes(root: pathlib.Path = pathlib.Path("/")) -> int:
+    """Bytes that the host has in all, swap included, within the limits of this process's control groups (Linux)."""
+    lines = (line.split() for line in _read(root / "proc/meminfo").splitlines())
+    known = {entry[0]: 1024 * int(entry[1]) for entry in lines if entry[0] in ("MemTotal:", "SwapTotal:")}
+    total = sum(known.values()) or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([total, *(limit for limit, _ in _limits(root))])
+
+
 def _free_of_system(root: pathlib.Path) -> int:
     for line in _read(root / "proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
@@ -29,7 +37,12 @@ def _free_of_system(root: pathlib.Path) -> int:
 
 
 def _free_of_groups(root: pathlib.Path) -> Iterator[int]:
-    """Bytes that each memory limit leaves: of the process's control group and of its parents, v2 then v1."""
+    """Bytes that each memory limit leaves."""
+    return (limit - used for limit, used in _limits(root))
+
+
+def _limits(root: pathlib.Path) -> Iterator[tuple[int, int]]:
+    """Each memory limit of the process's control group and of its parents, v2 then v1, and what is in use of it."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         number, controllers, group = line.split(":", 2)
         if number == "0":
@@ -44,7 +57,7 @@ def _free_of_groups(root: pathlib.Path) -> Iterator[int]:
         for folder in (f for f in (inside, *inside.parents) if f.is_relative_to(top)):
             limit, used = (_read(folder / name).strip() for name in names)
             if limit.isdigit() and used.isdigit() and int(limit) < _UNLIMITED:
-                yield int(limit) - int(used) + _entry(_read(folder / "memory.stat"), cached)
+                yield int(limit), int(used) - _entry(_read(folder / "memory.stat"), cached)
 
 
 def _entry(table: str, name: str) -> int:

@@ -12,16 +12,26 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from z1_jax.checkpoint import Checkpoints
+from z1_jax.checkpoint import CheckpointError, Checkpoints
 from z1_jax.config.schema import RANDOM, Config, ConfigError, InputsConfig, ModelConfig
 from z1_jax.data import tokenizer
 from z1_jax.data.dataset import Dataset
 from z1_jax.data.normalize import NormMode, NormStats, Rule
 from z1_jax.data.relative import RelativeActions, parse_relative, relative_from_json
+from z1_jax.errors import first_line
 from z1_jax.files import absolute
 from z1_jax.models.pi05 import Pi05Config
 from z1_jax.models.presets import PRESETS, get_preset
-from z1_jax.policy import OPENPI_SLOTS, Policy, find_policy, fresh_policy, load_policy, make_processor, split_best
+from z1_jax.policy import (
+    OPENPI_SLOTS,
+    Policy,
+    architecture,
+    find_policy,
+    fresh_policy,
+    load_policy,
+    make_processor,
+    split_best,
+)
 from z1_jax.serve import remote
 from z1_jax.suites import assumed_statistics, check_names, resolve, training_statistics, widths
 
@@ -43,6 +53,22 @@ def configured_model(config: Config) -> Pi05Config:
         )
     check_executed(config, chosen.horizon)
     return chosen
+
+
+def trained_model(config: Config) -> Pi05Config:
+    """The shapes of the policy that a run trains, computed with as `model` says.
+
+    Raises:
+        ConfigError: as `configured_model`. CheckpointError: there is no policy at `init`, or it is damaged.
+    """
+    if config.init in ("", RANDOM):
+        return configured_model(config)
+    document = policy_document(config.init)
+    try:
+        shapes = architecture(document["architecture"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the policy at {config.init} says no architecture ({first_line(error)})") from error
+    return dataclasses.replace(shapes, remat=config.model.remat, attention=config.model.attention)
 
 
 def check_attention(config: Config) -> None:
@@ -295,8 +321,8 @@ def _check_served_steps(config: Config, document: dict[str, Any], path: str) -> 
     """Refuses a number of denoising steps that a served policy would not take from here."""
     if config.flow.temperature >= 0:
         raise ConfigError(
-            f"config key flow.temperature: got {config.flow.temperature:g}; the policy at {remote.name(path)} acts with "
-            "its own: leave it at -1"
+            f"config key flow.temperature: got {config.flow.temperature:g}; the policy at {remote.name(path)} acts "
+            "with its own: leave it at -1"
         )
     own = document.get("denoising_steps", 0)
     if config.flow.steps not in (0, own):

@@ -1,17 +1,29 @@
-"""Ctrl-C and SIGTERM: they print one line, are never lost, and wait until a running step is saved."""
+"""Ctrl-C and SIGTERM: they print one line, are never lost, and wait until a running step is saved, but not for ever.
+
+Python runs a signal's handler when its main thread is back from compiled code, and a step on a large batch may take an
+hour. A thread that is woken within the signal answers meanwhile, and ends the process in time.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
+from z1_jax.errors import UserError
+
 STOPS = (signal.SIGINT, signal.SIGTERM)
+STOP_SECONDS = "Z1_JAX_STOP_SECONDS"  # set: how long SIGTERM lets the running step take; 0: as long as it does
+PATIENCE_S = 60.0  # else
+AGAIN_S = 5.0  # how long a second signal leaves to end in order
+_SILENT_S = 2.0  # most that a signal goes without a line
 INTERRUPTED = "\ninterrupted: the same command continues where it stopped"
 
 
@@ -29,10 +41,66 @@ def install_hooks() -> None:
 
 
 def imported() -> None:
-    """Ctrl-C raises KeyboardInterrupt again, and so does SIGTERM."""
-    for number in STOPS:
-        if signal.getsignal(number) is _leave:
-            signal.signal(number, signal.default_int_handler)
+    """Ctrl-C raises KeyboardInterrupt again, and so does SIGTERM; both end the process in time, whatever it does.
+
+    Raises:
+        UserError: Z1_JAX_STOP_SECONDS is no number of seconds.
+    """
+    found = [number for number in STOPS if signal.getsignal(number) is _leave]
+    for number in found:
+        signal.signal(number, signal.default_int_handler)
+    if found:
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        threading.Thread(target=_watch, args=(reading, _patience_s()), daemon=True).start()
+
+
+def _patience_s() -> float:
+    text = os.environ.get(STOP_SECONDS, "") or str(PATIENCE_S)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise UserError(f"{STOP_SECONDS}: got {text!r}, expected seconds, or 0 for as long as a step takes")
+    return seconds or float("inf")
+
+
+_answered = threading.Event()  # a handler has told what happens
+
+
+def _watch(pipe: int, patience_s: float) -> None:
+    """Ends the process where signals that came, their numbers in `pipe`, are not answered in time."""
+    never = float("inf")
+    speaks_at = ends_at = never
+    stops = 0
+    while True:
+        wakes_at = min(speaks_at, ends_at)
+        pause = None if wakes_at == never else max(0.0, wakes_at - time.monotonic())
+        if select.select([pipe], [], [], pause)[0]:
+            for number in filter(STOPS.__contains__, os.read(pipe, 64)):
+                stops, now = stops + 1, time.monotonic()
+                patience = AGAIN_S if stops > 1 else patience_s if number == signal.SIGTERM else never
+                ends_at = min(ends_at, now + patience)
+                speaks_at = now + _SILENT_S if stops == 1 else never
+        elif time.monotonic() >= ends_at:
+            _say(f"{INTERRUPTED}; what was under way did not end in time and is lost")
+            os._exit(130)
+        else:
+            if ends_at < never:
+                left = ends_at - time.monotonic()
+                _say(f"stopping: what is under way has {left:.0f} s to end ({STOP_SECONDS}=SECONDS changes this)")
+            elif not _answered.is_set():
+                _say(f"stopping when the call under way is over (again: within {AGAIN_S:.0f} s)")
+            speaks_at = never
+
+
+def _say(line: str) -> None:
+    """Writes a line past Python's streams, whose locks the main thread may hold, unless nobody reads it."""
+    with contextlib.suppress(OSError, ValueError):
+        if select.select([], [2], [], 0)[1]:
+            os.write(2, f"{line}\n".encode())
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -98,6 +166,7 @@ class GracefulStop:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        _answered.set()
         print("\nstopping: the running step ends and is saved first (again: stop at once)", flush=True)
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:

@@ -23,7 +23,8 @@ from z1_jax.wandb_run import WandbRun
 METRICS = "metrics.jsonl"
 EPISODES = "episodes.jsonl"
 NUMBERED: dict[str, type] = {"stage": str, "step": int}  # what each record of these two says
-ALARMS = ("unstable",)  # episodes that failed because the simulation broke down
+# Shown when there are any: episodes in which the simulation broke down; groups and episodes lost by their environments.
+ALARMS = ("unstable", "groups lost", "episodes lost")
 
 
 class MetricsWriter:
@@ -142,6 +143,21 @@ class MetricsWriter:
         with writing(self.run_dir / name):
             self._files[name].write(json.dumps(record, allow_nan=False) + "\n")
             self._files[name].flush()
+
+
+class SilentWriter(MetricsWriter):
+    """The writer of a process that leaves writing to another one: takes everything, checks it, and keeps nothing."""
+
+    def __init__(self, run_dir: str | os.PathLike) -> None:
+        self._constant, self.run_dir = {}, Path(run_dir)
+        self._tensorboard = self._wandb = None
+        self._files = {}
+
+    def resume(self, stage: str, step: int) -> None:
+        """Nothing was written."""
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        pass
 
 
 class Progress:

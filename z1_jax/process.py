@@ -5,6 +5,7 @@ A user's mistake ends in one line here; a bug keeps its traceback.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import importlib.util
@@ -13,12 +14,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import jax
 
 from envs.pool import PoolError
+from z1_jax import processes
 from z1_jax.config.schema import Config, ConfigError
-from z1_jax.errors import UserError, shortened
+from z1_jax.errors import UserError, first_line, shortened
 from z1_jax.files import absolute
 from z1_jax.interrupt import INTERRUPTED, imported
 
@@ -28,6 +31,7 @@ TRACEBACK = "Z1_JAX_TRACEBACK"  # set: a user's mistake shows its traceback too
 USABLE_MEMORY = 0.92
 _SAME_ORDER = "--xla_gpu_exclude_nondeterministic_ops"
 _GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # without one, XLA may not know the flag
+_EXHAUSTED = "RESOURCE_EXHAUSTED"  # XLA's word for it
 # A disk that is full, read-only or not ours, a path that cannot be one: the user's to mend, wherever it shows.
 _DISK = {
     errno.EACCES,
@@ -50,19 +54,49 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
     try:
         imported()
         code = main(sys.argv)
-    except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
-        code = 130
+        processes.depart()
+    except KeyboardInterrupt as interruption:
+        if not processes.failed(interruption):
+            print(INTERRUPTED, file=sys.stderr)
+        leave_at_once(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails once more as it ends
         print("stopped: the output was closed; the same command continues where it stopped", file=sys.stderr)
         code = 128 + signal.SIGPIPE
     except (UserError, PoolError, FloatingPointError, OSError) as error:
         if TRACEBACK in os.environ or isinstance(error, OSError) and error.errno not in _DISK:
+            processes.failed(error)
             raise
-        print(f"error: {shortened(str(error), 4000)}", file=sys.stderr)
+        if not processes.failed(error):
+            print(f"error: {shortened(str(error), 4000)}", file=sys.stderr)
         code = 2
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        told = processes.failed(error)
+        if TRACEBACK in os.environ or not (isinstance(error, MemoryError) or _EXHAUSTED in str(error)):
+            raise
+        if not told:
+            print(
+                f"error: memory does not suffice ({first_line(error)}): what was saved stays; python -m z1_jax.plan "
+                "says what needs less",
+                file=sys.stderr,
+            )
+        code = 2
+    except Exception as error:
+        processes.failed(error)
+        raise
     sys.exit(code or 0)
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """Ends the process without the interpreter's own end, which waits for what a device computes, or compiles.
+
+    What has registered for the end of the process is called.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _open_output() -> None:

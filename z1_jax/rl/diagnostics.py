@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
+from z1_jax import processes
 from z1_jax.files import writing
 from z1_jax.rl import flow
 from z1_jax.rl.rollout import BrokenIteration, Rollouts
+
+OF_LOOKS = ("looks", "tokens/encoded")  # of `sharing_metrics`, those that several processes count each for its own
 
 
 class RatioError(BrokenIteration):
@@ -40,8 +43,9 @@ def check_step(stats: Mapping[str, float], first: bool, gate: float) -> None:
 def save_broken(
     run_dir: pathlib.Path, iteration: int, evidence: Mapping[str, Shaped[np.ndarray, "..."]]
 ) -> pathlib.Path:
-    """Writes the arrays of a broken iteration to RUN_DIR/broken/iteration-N.npz."""
-    path = run_dir / "broken" / f"iteration-{iteration}.npz"
+    """Writes the arrays of a broken iteration to RUN_DIR/broken/iteration-N.npz; of several processes each its own."""
+    of = f"-process-{processes.index()}" * (not processes.leads())
+    path = run_dir / "broken" / f"iteration-{iteration}{of}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = dict(evidence)
     with writing(path):
@@ -103,7 +107,7 @@ def sharing_metrics(rollouts: Rollouts, image_tokens: int, counted: int, noise_l
 
 
 def times(rollouts: Rollouts, collect_s: float, update_s: float) -> dict[str, float]:
-    """Seconds of an iteration by activity; idle is the rest."""
+    """Seconds of an iteration by activity; idle is the rest. What was simulated while chunks were sampled is hidden."""
     seconds = rollouts.seconds
     known = seconds["simulate"] + seconds["render"] + seconds["sample"]
     return {
@@ -112,5 +116,6 @@ def times(rollouts: Rollouts, collect_s: float, update_s: float) -> dict[str, fl
         "time/sample": seconds["sample"],
         "time/update": update_s,
         "time/idle": max(collect_s - known, 0.0),
+        **({"time/hidden": seconds["hidden"]} if seconds["hidden"] else {}),
         "time/total": collect_s + update_s,
     }

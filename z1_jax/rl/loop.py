@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from envs.base import Pool
+from z1_jax import processes
 from z1_jax.checkpoint import Checkpoints, Keep
 from z1_jax.interrupt import GracefulStop
 from z1_jax.metrics import ALARMS, METRICS, NUMBERED, MetricsWriter, Progress, read_records
@@ -45,10 +46,10 @@ def train_grpo(
     start, document = _restore(checkpoints, trainer)
     if alone and not start:
         raise nothing_left(writer.run_dir)
-    counts = counted_grpo(writer.run_dir, start, document)
+    told = processes.on_leader(lambda: dataclasses.asdict(counted_grpo(writer.run_dir, start, document)))
+    counts = Counts(**{**told, "recent": tuple(told["recent"])})
     writer.resume("grpo", start)
-    records = [record for record in read_records(writer.run_dir / METRICS, NUMBERED) if record["stage"] == "grpo"]
-    unstable = sum(record.get("unstable", 0) for record in records)
+    unstable = processes.on_leader(lambda: _unstable_so_far(writer.run_dir))
 
     def save(step: int) -> None:
         saved = trainer.policy()
@@ -74,13 +75,14 @@ def train_grpo(
                 every = " on every task" * (len(trainer.tasks.tasks) > 1)
                 progress.say(f"training success is at least {train.stop_success:.0%}{every}: stopping early")
                 break
-            if stop.requested:
+            if processes.anyone(stop.requested):
                 save(iteration)
                 checkpoints.close()
                 raise KeyboardInterrupt
             began = time.perf_counter()
             try:
                 with profiled(writer.run_dir / PROFILE, iteration, config.log.profiled):
+                    trainer.lost_before = counts.lost, counts.groups
                     rollouts = trainer.collect(pool, iteration)
                     collected = time.perf_counter()
                     stats = trainer.update(rollouts, iteration)
@@ -89,12 +91,15 @@ def train_grpo(
                 checkpoints.close()
                 raise type(error)(f"iteration {iteration}: {error} (kept in {path})", error.evidence) from None
             finished = time.perf_counter()
-            first = rollouts.success[: config.group.count]  # what is drawn again depends on what came of these
+            for group, why in rollouts.lost.items():
+                progress.say(f"iteration {iteration}: group {group} of {rollouts.drawn} is dropped: {why}")
+            first = rollouts.success[: rollouts.first]  # what is drawn again depends on what came of these
             success = float(first.mean())
             tasks = [episode.task for episode in rollouts.episodes[: len(first)]]
             by_task = trainer.tasks.observe(tasks, first)
             looked_at = max(train.stop_window, train.keep_best)
-            counts = counts.plus(rollouts.simulated_steps, rollouts.success.size, success, looked_at)
+            drawn = {"groups": rollouts.drawn, "lost": len(rollouts.lost)}
+            counts = counts.plus(rollouts.simulated_steps, rollouts.success.size, success, looked_at, **drawn)
             unstable += stats["unstable"]
             values = {
                 "success": success,
@@ -106,12 +111,17 @@ def train_grpo(
             }
             writer.write("grpo", iteration, values)
             _write_episodes(writer, rollouts, iteration)
-            progress.report(iteration + 1, {**values, "unstable": unstable})
+            progress.report(iteration + 1, {**values, "unstable": unstable, "groups lost": counts.lost})
             if (iteration + 1) % config.train.checkpoint_every == 0 or iteration + 1 == last:
                 save(iteration + 1)
         save(last)  # within the context: a stop that was asked for late must find it written
     checkpoints.close()
     return trainer.policy()
+
+
+def _unstable_so_far(run_dir: pathlib.Path) -> int:
+    records = read_records(run_dir / METRICS, NUMBERED)
+    return sum(record.get("unstable", 0) for record in records if record["stage"] == "grpo")
 
 
 def _settled(trainer: GrpoTrainer, counts: Counts) -> bool:
