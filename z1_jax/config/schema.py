@@ -75,7 +75,7 @@ class RolloutConfig:
     # of this machine alone, which ends with the run
     address: str = ""
     # In two halves: while one is simulated, the other's chunks are sampled. Batches have half the size, which moves the
-    # last digits. It pays where sampling leaves the cores to the simulators, on a GPU or TPU (docs/pool.md)
+    # last digits. It can pay where sampling leaves the cores to the simulators: a GPU or TPU (docs/pool.md)
     overlap: bool = False
 
 
