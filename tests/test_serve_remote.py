@@ -160,6 +160,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs(tmp_path):
         for more, told in (
             (("--config.env.cameras=robot0_eye_in_hand",), "wants robot0_agentview_left"),
             (("--config.flow.steps=7",), "acts with its own 4: leave it at 0, or serve it with --steps=7"),
+            (("--config.flow.temperature=0",), "got 0; .* acts with its own: leave it at -1"),
             (("--config.env.executed=9",), "predicts chunks of 8 steps"),
             (("--config.inputs.norm=z_score",), "was trained with 'quantile'"),
         ):

@@ -42,11 +42,12 @@ def make_actor(policy: Policy, graphdef: Any, flow: FlowConfig, mesh: jax.shardi
     counted = counted_coordinates(
         policy.config.horizon, policy.executed, policy.processor.counted_dims, flow.logprob_coords
     )
+    form, temperature = policy.config.acting, policy.temperature
     if processes.count() == 1:
-        return Actor(graphdef, flow, counted, mesh, largest, policy.config.acting)
+        return Actor(graphdef, flow, counted, mesh, largest, form, temperature)
     everyone = largest * processes.count()
     row = blank(policy.processor)
-    return LockstepActor(graphdef, flow, counted, mesh, everyone, policy.config.acting, blank=row)
+    return LockstepActor(graphdef, flow, counted, mesh, everyone, form, temperature, blank=row)
 
 
 class Actor:
@@ -68,12 +69,13 @@ class Actor:
         mesh: jax.sharding.Mesh,
         largest: int,
         form: str = "auto",
+        temperature: float = 1.0,
     ):
         """Args: `counted` bool [H, A]; `largest`: the most observations that one call will bring; `form`: of
-        the parameters that it reads, see `Compute.acting`."""
+        the parameters that it reads, see `Compute.acting`; `temperature`: see `Policy`."""
         self._mesh = mesh
         self.counted = jnp.asarray(counted)
-        self._config = config
+        self._config, self._temperature = config, np.float32(temperature)
         devices = mesh.shape["data"] * mesh.shape["fsdp"]
         sizes = {largest // 4, largest // 2, largest}
         self._sizes = sorted({-(-max(size, 1) // devices) * devices for size in sizes})
@@ -151,6 +153,7 @@ class Actor:
         config = self._config
         # The noise comes first: the ODE sampler starts from the same, whichever steps would draw noise.
         noise = rng.standard_normal((config.steps + 1, *self.counted.shape), np.float32)
+        noise[0] *= self._temperature
         return noise, flow.stochastic_steps(rng, config.steps, config.sde_steps, config.last_step)
 
     def _size(self, count: int) -> int:
