@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import multiprocessing.connection
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 from envs import worker
 from envs.base import ChunkResult, Env, EnvObservation, EnvSpec, Episode, Snapshot
 from envs.contract import different_spec
-from envs.pool_workers import Fault, LocalWorker, ProcessWorker
+from envs.pool_workers import Fault, InThisProcess, Processes, Worker, Workers
 from envs.simulators import Factories
 from envs.worker import Journal, Reply, Request
 
@@ -43,6 +42,7 @@ class EnvPool:
         cannot be copied must have one each.
       timeout_s: seconds that a worker may take to answer one call; a later one is replaced and the call retried once.
       start_timeout_s: seconds that a new worker may take to import, build its environments and replay their episodes.
+      place: where the workers run, and with what; the pool closes it. None: in processes on this machine.
 
     Raises:
       ValueError: a bad argument, here or in any method (slots out of range or repeated, wrong shapes).
@@ -58,6 +58,7 @@ class EnvPool:
         timeout_s: float = 60.0,
         start_timeout_s: float = 120.0,
         simulators: int = 0,
+        place: Workers | None = None,
     ) -> None:
         if num_envs < 1 or num_workers < 0:
             raise ValueError(
@@ -70,13 +71,18 @@ class EnvPool:
             raise ValueError(f"got timeout_s={timeout_s}, start_timeout_s={start_timeout_s}: expected both > 0")
         self.num_envs = num_envs
         self.num_workers = min(num_workers, num_envs)
-        self.replaced = 0  # workers replaced after a fault, over the pool's life
+        self.replaced = 0  # workers started again, over the life of the pool: after a fault, or elsewhere
         self._simulators = simulators
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
+        self._place: Workers = place or (
+            Processes(self._factories, simulators, timeout_s)
+            if self.num_workers
+            else InThisProcess(self._factories, simulators)
+        )
         tasks = list(self._factories)
         self._journals = [Journal(tasks[slot % len(tasks)]) for slot in range(num_envs)]
-        self._workers: dict[int, ProcessWorker | LocalWorker] = {}
+        self._workers: dict[int, Worker] = {}
         self._behind: set[int] = set()  # workers whose environments may differ from the journals
         self._closed = False
         self._times = {"simulate": 0.0, "render": 0.0, "wait": 0.0}
@@ -173,6 +179,7 @@ class EnvPool:
         for member in self._workers.values():
             member.end()
         self._workers.clear()
+        self._place.close()
 
     def __enter__(self) -> EnvPool:
         return self
@@ -192,7 +199,8 @@ class EnvPool:
         requests: dict[int, Request] = {}
         for slot, payload in zip(slots, payloads, strict=True):
             requests.setdefault(self._worker_of(slot), (operation, []))[1].append((slot, payload))
-        self._revive(self._behind & requests.keys())
+        moving = self._place.misplaced() if operation == "reset" else set()
+        self._revive((self._behind | moving) & requests.keys())
 
         start = time.perf_counter()
         self._behind |= requests.keys()  # until every answer is in: an interrupt may come at any point
@@ -212,38 +220,32 @@ class EnvPool:
     def _exchange(self, requests: dict[int, Request], timeout_s: float) -> tuple[dict[int, Reply], dict[int, Fault]]:
         replies: dict[int, Reply] = {}
         faults: dict[int, Fault] = {}
-        waiting: dict[Any, int] = {}
-        asked: dict[int, ProcessWorker] = {}
+        waiting: dict[int, Worker] = {}
         late: list[int] = []  # a message to or from them stood still
         deadline = time.monotonic() + timeout_s
         for index, request in requests.items():
-            member = self._workers[index]
-            if isinstance(member, LocalWorker):
-                replies[index] = member.serve(request)
-                continue
-            asked[index] = member
             try:
-                member.send(request)
-                waiting[member.connection] = index
+                self._workers[index].send(request)
+                waiting[index] = self._workers[index]
             except BlockingIOError:
                 late.append(index)
             except OSError:
-                faults[index] = Fault(member.death())
+                faults[index] = Fault(self._workers[index].death())
         while waiting:
-            ready: list[Any] = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            ready = self._place.wait(list(waiting.values()), max(0.0, deadline - time.monotonic()))
             if not ready:
                 break
-            for connection in ready:
-                index = waiting.pop(connection)
+            for index in [index for index, member in waiting.items() if member in ready]:
+                member = waiting.pop(index)
                 try:
-                    replies[index] = connection.recv()
+                    replies[index] = member.receive()
                 except BlockingIOError:
                     late.append(index)
                 except (EOFError, OSError):
-                    faults[index] = Fault(asked[index].death())
-        for index in [*late, *waiting.values()]:
+                    faults[index] = Fault(member.death())
+        for index in [*late, *waiting]:
+            faults[index] = Fault(self._workers[index].late(timeout_s))
             self._workers[index].kill()
-            faults[index] = Fault(f"no answer within {timeout_s:g} s")
         faults |= {index: Fault.of(reply) for index, reply in replies.items() if reply.error is not None}
         return {index: reply for index, reply in replies.items() if reply.error is None}, faults
 
@@ -285,11 +287,7 @@ class EnvPool:
             others: tasks that no slot begins with.
         """
         for index in indices:
-            self._workers[index] = (
-                ProcessWorker(self._factories, self._simulators, self._timeout_s)
-                if self.num_workers
-                else LocalWorker(self._factories, self._simulators)
-            )
+            self._workers[index] = self._place.start(index, self._slots_of(index))
         made: list[tuple[int, str]] = [(slot, journal.task) for slot, journal in enumerate(self._journals)]
         made += [(number % self.num_envs, task) for number, task in enumerate(others)]
         requests: dict[int, Request] = {index: ("make", []) for index in indices}

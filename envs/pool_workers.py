@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import socket
 import struct
 import subprocess
-from typing import Any
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from envs import worker
 from envs.simulators import Factories
@@ -28,6 +31,90 @@ class Fault:
     def of(cls, reply: Reply) -> Fault:
         """What a reply that holds an error tells."""
         return cls(reply.error or "", reply.error_slot, retry=not reply.lasting)
+
+
+class Worker(Protocol):
+    """One worker, wherever it runs: it answers requests in their order."""
+
+    def send(self, request: Request) -> None:
+        """Asks, without waiting for the answer. Raises BlockingIOError where the message stood still, else OSError."""
+
+    def receive(self) -> Reply:
+        """The oldest answer that is there. Raises BlockingIOError, EOFError or OSError in place of one."""
+
+    def death(self) -> str:
+        """Says how it ended; ends one that only does not talk any more."""
+
+    def late(self, timeout_s: float) -> str:
+        """Says what it is that did not come in time."""
+
+    def kill(self) -> None:
+        """Ends it at once."""
+
+    def hang_up(self) -> None:
+        """Tells it to end; `end` waits for that."""
+
+    def end(self) -> None:
+        """Waits until it has ended, for a moment; then ends it."""
+
+
+class Workers(Protocol):
+    """Where the workers of a pool run."""
+
+    def start(self, index: int, slots: Sequence[int]) -> Worker:
+        """Starts worker `index`, which is to serve `slots`, or starts it again."""
+
+    def wait(self, members: Sequence[Any], timeout_s: float) -> list[Any]:
+        """Those of some workers that have an answer or died; none: the time is over."""
+
+    def misplaced(self) -> set[int]:
+        """Workers that would now be better off elsewhere: the pool starts them again between two episodes."""
+
+    def close(self) -> None:
+        """Leaves what the workers ran on; they have ended."""
+
+
+class Processes:
+    """Workers in interpreters of their own on this machine.
+
+    Args:
+        timeout_s: longest that a message to or from one may stand still.
+    """
+
+    def __init__(self, factories: Factories, simulators: int, timeout_s: float) -> None:
+        self._making = (factories, simulators, timeout_s)
+
+    def start(self, index: int, slots: Sequence[int]) -> ProcessWorker:
+        return ProcessWorker(*self._making)
+
+    def wait(self, members: Sequence[ProcessWorker], timeout_s: float) -> list[ProcessWorker]:
+        ready = multiprocessing.connection.wait([member.connection for member in members], timeout_s)
+        return [member for member in members if member.connection in ready]
+
+    def misplaced(self) -> set[int]:
+        return set()
+
+    def close(self) -> None:
+        pass
+
+
+class InThisProcess:
+    """The one worker of a pool without processes."""
+
+    def __init__(self, factories: Factories, simulators: int) -> None:
+        self._making = (factories, simulators)
+
+    def start(self, index: int, slots: Sequence[int]) -> LocalWorker:
+        return LocalWorker(*self._making)
+
+    def wait(self, members: Sequence[LocalWorker], timeout_s: float) -> list[LocalWorker]:
+        return list(members)
+
+    def misplaced(self) -> set[int]:
+        return set()
+
+    def close(self) -> None:
+        pass
 
 
 class ProcessWorker:
@@ -59,6 +146,12 @@ class ProcessWorker:
     def send(self, request: Request) -> None:
         self.connection.send(request)
 
+    def receive(self) -> Reply:
+        return self.connection.recv()
+
+    def late(self, timeout_s: float) -> str:
+        return f"no answer within {timeout_s:g} s"
+
     def death(self) -> str:
         """Says how the process ended; kills one that only closed its pipe."""
         try:
@@ -88,9 +181,19 @@ class LocalWorker:
 
     def __init__(self, factories: Factories, simulators: int) -> None:
         self._server = SlotServer(factories, simulators)
+        self._replies: deque[Reply] = deque()
 
-    def serve(self, request: Request) -> Reply:
-        return self._server.serve(request)
+    def send(self, request: Request) -> None:
+        self._replies.append(self._server.serve(request))
+
+    def receive(self) -> Reply:
+        return self._replies.popleft()
+
+    def death(self) -> str:
+        return "it is this process"
+
+    def late(self, timeout_s: float) -> str:
+        return f"no answer within {timeout_s:g} s"
 
     def kill(self) -> None:
         pass

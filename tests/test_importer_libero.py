@@ -3,11 +3,15 @@
 import json
 
 import numpy as np
+import openpi_layout
 import pytest
 
+from z1_jax.collect.__main__ import main
 from z1_jax.collect.importers.base import BadData
 from z1_jax.collect.importers.detect import open_sources
 from z1_jax.collect.importers.libero import LiberoFile
+from z1_jax.data.dataset import open_dataset
+from z1_jax.errors import UserError
 
 h5py = pytest.importorskip("h5py")
 NAME = "libero_object/pick_up_the_milk_and_place_it_in_the_basket"
@@ -58,6 +62,65 @@ def test_pictures_are_turned_and_each_action_follows_what_it_was_chosen_on(late,
                 np.testing.assert_array_equal(raw.images[camera], np.rot90(frames, 2, axes=(1, 2)))
             assert raw.instruction == "pick up the milk and place it in the basket"
             assert source.read(reference, (), stride, "carry it").instruction == "carry it"
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_named_columns_are_turned_and_put_in_time_as_its_own(late, rng, tmp_path, capsys):
+    """Also where the usual ones are missing, so that nothing but the task tells that the file is LIBERO's."""
+    path = write(tmp_path / f"{NAME}_demo.hdf5", rng, late)
+    if late:
+        with h5py.File(path, "r+") as file:
+            for demo in file["data"].values():
+                del demo["obs/ee_pos"], demo["obs/ee_ori"]
+    named = ["--state=ee_states,gripper_states", "--images=top:agentview_rgb", "--stride=1", "--chunk=1"]
+    if late:
+        with pytest.raises(UserError, match=r"has no obs/ee_pos; expected LIBERO's .*--state=COLUMN,COLUMN; it has "):
+            main(["collect", f"--from={path}", f"--out={tmp_path / 'data'}", *named[1:]])
+    main(["collect", f"--from={path}", f"--out={tmp_path / 'data'}", *named])
+    dataset = open_dataset(tmp_path / "data")
+    assert len(dataset) == (9 - late) + (4 - late) and tuple(dataset.cameras) == ("top",)
+    with h5py.File(path) as file:
+        for record in (dataset[i] for i in range(len(dataset))):
+            demo, step = file[f"data/demo_{record.episode}"], record.step
+            state = np.concatenate([demo["obs/ee_states"][step], demo["obs/gripper_states"][step]])
+            np.testing.assert_array_equal(record.state, state.astype("f"))
+            np.testing.assert_array_equal(record.actions[0], demo["actions"][step + late].astype("f"))
+            np.testing.assert_array_equal(record.images["top"], demo["obs/agentview_rgb"][step][::-1, ::-1])
+
+
+def test_openpis_lerobot_layout_gives_the_same_decisions(rng, tmp_path, capsys):
+    """openpi's dataset is made of OpenVLA's replays, with the pictures turned: both import alike."""
+    path = write(tmp_path / f"{NAME}_demo.hdf5", rng, late=False)
+    words = "pick up the milk and place it in the basket"
+    with h5py.File(path) as file:
+        made = [
+            {
+                "image": demo["obs/agentview_rgb"][()][:, ::-1, ::-1],
+                "wrist_image": demo["obs/eye_in_hand_rgb"][()][:, ::-1, ::-1],
+                "state": np.concatenate([demo[f"obs/{name}"] for name in ("ee_states", "gripper_states")], axis=1),
+                "actions": demo["actions"][()],
+                "task": words,
+            }
+            for demo in file["data"].values()
+        ]
+    root = openpi_layout.write(tmp_path / "lerobot", made)
+    with pytest.raises(UserError, match="has no feature action; it has image, wrist_image, state, actions, "):
+        main(["collect", f"--from={root}", f"--out={tmp_path / 'a'}"])
+    main(["collect", f"--from={root}", f"--out={tmp_path / 'a'}", "--stride=2", "--chunk=3", *openpi_layout.FLAGS])
+    named = ["--state=ee_states,gripper_states", "--stride=2", "--chunk=3"]
+    main(["collect", f"--from={path}", f"--out={tmp_path / 'b'}", *named])
+    openpis, replays = open_dataset(tmp_path / "a"), open_dataset(tmp_path / "b")
+    assert openpis.cameras == replays.cameras and openpis.source["fps"] == replays.source["fps"] == 20
+    assert len(openpis) == len(replays) == 5 + 2
+    for one, other in zip(openpis.records(range(7)), replays.records(range(7)), strict=True):
+        np.testing.assert_array_equal(one.state, other.state)
+        np.testing.assert_array_equal(one.actions, other.actions)
+        assert one.instruction == other.instruction == words
+        for camera in openpis.cameras:
+            np.testing.assert_array_equal(one.images[camera], other.images[camera])
+    capsys.readouterr()
+    main(["collect", f"--check={root}", *openpi_layout.FLAGS[:3]])
+    assert "episodes       2, 13 decisions" in capsys.readouterr().out
 
 
 def test_words_are_the_benchmarks_in_a_suite_and_else_the_files(rng, tmp_path):

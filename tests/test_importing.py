@@ -203,10 +203,6 @@ def test_columns_that_are_not_there(demos, tmp_path, capsys, option, message):
     root = files.write_lerobot(tmp_path / "lerobot", demos)
     with pytest.raises(UserError, match=message):
         main(["collect", f"--from={root}", f"--out={tmp_path / 'data'}", option])
-    if "--state" in option:
-        path = files.write_hdf5(tmp_path / "drawer.hdf5", demos)
-        with pytest.raises(UserError, match="--state, --actions, --images.*drawer.hdf5 is HDF5; they are for LeRobot"):
-            main(["collect", f"--from={path}", f"--out={tmp_path / 'data'}", option])
 
 
 @pytest.mark.parametrize("version", ["v2.1", "v3.0"])
@@ -414,7 +410,7 @@ def test_nothing_to_import_is_told(tmp_path, demos, capsys):
     libero = files.write_hdf5(tmp_path / "libero.hdf5", [dataclasses.replace(d, images={}) for d in demos])
     edit_hdf5(libero, lambda data: data["demo_1/obs"].create_dataset("agentview_rgb", data=demos[0].images[CAMERA]))
     with pytest.raises(
-        UserError, match=r"images are read from obs/\*_image .*; this file has pictures in agentview_rgb; LIBERO"
+        UserError, match=r"images are read from obs/\*_image .*; this file has pictures in agentview_rgb: name"
     ):
         run([libero], tmp_path / "data", cameras=())
     for path, message in (("empty", "holds nothing to import"), ("none", "does not exist"), ("notes.txt", "no HDF5")):

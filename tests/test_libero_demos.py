@@ -6,13 +6,16 @@ import os
 os.environ.setdefault("MUJOCO_GL", "egl")
 
 import numpy as np
+import openpi_layout
 import pytest
 
 from envs import libero
 from envs.base import Episode
 from envs.libero import compat
 from envs.libero.experts import make_expert
+from z1_jax.collect.__main__ import main
 from z1_jax.collect.importers.libero import LiberoFile
+from z1_jax.data.dataset import open_dataset
 
 try:
     FOUND, WHY = compat.find(), ""
@@ -79,3 +82,31 @@ def test_an_imported_demonstration_is_what_the_policy_sees_and_does(late, rng, t
             np.testing.assert_array_equal(raw.images[camera][step], image)
     assert raw.instruction == looks[0].instruction
     assert (raw.actions[:, 6] == -1).all()  # the gripper is open on the way down: the sign is the simulator's
+
+
+def test_openpis_lerobot_layout_is_what_the_policy_sees_and_does(rng, tmp_path):
+    """A dataset as openpi's converter writes it, of a replay in the real simulation, with its option for our names."""
+    h5py = pytest.importorskip("h5py")
+    env = libero.make("libero_object/7", image_size=SIZE)
+    env.reset(Episode(int(rng.integers(100_000_000, 800_000_000))))
+    looks, actions = record(env, rng, tmp_path / "replay.hdf5", late=False)
+    env.close()
+    with h5py.File(tmp_path / "replay.hdf5") as file:
+        seen = {key: value[()] for key, value in file["data/demo_0/obs"].items()}
+    episode = {  # pictures are turned by 180 degrees, as openpi's client turns what it sees
+        "image": np.rot90(seen["agentview_rgb"], 2, axes=(1, 2)),
+        "wrist_image": np.rot90(seen["eye_in_hand_rgb"], 2, axes=(1, 2)),
+        "state": np.concatenate([seen["ee_pos"], seen["ee_ori"], seen["gripper_states"]], axis=1),
+        "actions": actions,
+        "task": looks[0].instruction,
+    }
+    root, out = openpi_layout.write(tmp_path / "lerobot", [episode]), tmp_path / "data"
+    main(["collect", f"--from={root}", f"--out={out}", "--stride=1", "--chunk=1", *openpi_layout.FLAGS])
+    dataset = open_dataset(out)
+    assert len(dataset) == len(looks) and dataset.source["fps"] == env.spec.control_hz == 20
+    for record_, look, action in zip(dataset.records(range(len(dataset))), looks, actions, strict=True):
+        np.testing.assert_array_equal(record_.state, look.state)
+        np.testing.assert_array_equal(record_.actions[0], action.astype(np.float32))  # the gripper's sign, too
+        assert record_.instruction == look.instruction and set(record_.images) == set(look.images)
+        for camera, image in look.images.items():
+            np.testing.assert_array_equal(record_.images[camera], image)

@@ -8,13 +8,16 @@ import json
 import pathlib
 import re
 import shlex
+from collections.abc import Sequence
 
 import demo_files
 import numpy as np
+import openpi_layout
 import pi05_checkpoints as made
 import pytest
 import tiny_policy as tiny
 
+from envs.libero import compat as libero
 from envs.robocasa import compat
 from z1_jax import opening
 from z1_jax.data.tokenizer import load_tokenizer, train_small_tokenizer
@@ -25,6 +28,7 @@ from z1_jax.policy import architecture
 
 PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "one-gpu.md").read_text()
 INSTRUCTIONS = ("open the drawer", "close the drawer", "open the left drawer", "open the right drawer")
+MAIN, LIBERO = (part.partition("\n## When something")[0] for part in PAGE.split("\n## LIBERO instead of RoboCasa"))
 PRESET = {"24 GB": "sft.py:robocasa_lora", "80 GB": "sft.py:robocasa"}
 SHORT = {
     "sft": "sft.steps=2 sft.batch_size=2",
@@ -33,26 +37,45 @@ SHORT = {
     "eval": "flow.steps=2 eval.video_size=32",
 }
 ALL = "env.horizon=20 env.parallel=4 env.workers=0 env.image_size=32 eval.episodes=2"
+LIBERO_WORDS = (
+    "pick up the black bowl between the plate and the ramekin and place it on the plate",
+    "pick up the black bowl next to the ramekin and place it on the plate",
+)
+LIBERO_ALL = "tasks=libero_spatial/0,libero_spatial/1 env.horizon=10 env.parallel=2 env.workers=1 eval.episodes=1"
+LIBERO_SHORT = {
+    "sft": "sft.steps=2 sft.batch_size=2",
+    "grpo": "group.count=2 group.size=2 train.iterations=1 reward.keep_low=0 update.batch_size=8 "
+    "update.micro_batch=4 flow.steps=2 eval.video_size=32",
+    "eval": "flow.steps=2 eval.video_size=32",
+}
 WORLDS = {
     "kitchen": "env.suite=kitchen env.scenes= eval.scenes= eval.objects=",
     "robocasa": "env.standins=true env.scenes=1/1 eval.scenes=1/1",
 }
 
 
-def commands(card: str) -> list[list[str]]:
-    """The page's commands of this project for a card, in their order, each as its words from the module on."""
-    code = "\n".join(re.findall(r"^```bash\n(.*?)^```", PAGE, flags=re.M | re.S)).replace("\\\n", "")
-    lines = [line for line in code.splitlines() if "-m z1_jax." in line]
-    other = [preset for size, preset in PRESET.items() if size != card][0]
-    mine = [line for line in lines if f"train --config=configs/{other} " not in line]
-    assert len(mine) == len(lines) - 1
-    return [shlex.split(line)[2:] for line in mine]
+def commands(text: str, card: str) -> list[list[str]]:
+    """A text's commands of this project for a card, in their order, each as its words from the module on.
+
+    What stands behind "On 24 GB:" or "On 80 GB:" is for that card, all else for both.
+    """
+    found, left_out = [], 0
+    for said, code in re.findall(r"([^\n]*)\n*^```bash\n(.*?)^```", text, flags=re.M | re.S):
+        if (size := re.search(r"On (\d+ GB):$", said)) and size[1] != card:
+            left_out += 1
+            continue
+        lines = code.replace("\\\n", "").splitlines()
+        found += [shlex.split(line)[2:] for line in lines if "-m z1_jax." in line]
+    assert left_out == text.count("On 24 GB:") == text.count("On 80 GB:") > 0
+    return found
 
 
-def published(folder: pathlib.Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def published(
+    folder: pathlib.Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, words: Sequence[str] = INSTRUCTIONS
+) -> None:
     """What the page downloads: weights with statistics of another robot, a tokenizer, demonstrations."""
     tokenizer = folder / "paligemma_tokenizer.model"
-    train_small_tokenizer(INSTRUCTIONS, tokenizer)
+    train_small_tokenizer(words, tokenizer)
     monkeypatch.setattr(made, "ACTIONS", 32)
     monkeypatch.setattr(made, "VOCABULARY", load_tokenizer(tokenizer, 1).vocab_size)
     made.save_openpi(folder / "pi05_base", made.jax_weights(rng), made.statistics(rng))
@@ -86,7 +109,7 @@ def test_the_page_works_command_by_command(card, world, tmp_path, monkeypatch, r
     published(tmp_path, rng, monkeypatch)
     monkeypatch.setattr(opening, "make_mesh", lambda config: tiny.one_device())  # the tests have eight devices
     told: dict[str, str] = {}
-    for module, *arguments in commands(card):
+    for module, *arguments in commands(MAIN, card):
         name = module.removeprefix("z1_jax.")
         if arguments[:2] == ["pi05_base", "checkpoints/pi05"]:
             arguments += ["--heads=4", "--vision-heads=3", "--prompt-length=96"]
@@ -109,6 +132,47 @@ def test_the_page_works_command_by_command(card, world, tmp_path, monkeypatch, r
     assert (tmp_path / "drawer-openpi/params").is_dir() and compared["after"]["episodes"] == 2
     own = json.loads((tmp_path / "drawer-openpi" / "z1_jax.json").read_text())
     assert own["executed"] == 5 and len(own["cameras"]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", ["24 GB", "80 GB"])
+def test_the_part_about_libero_works_command_by_command(card, tmp_path, monkeypatch, rng, capfd):
+    """In the real LIBERO, two tasks of the suite; random demonstrations in the layout of openpi's dataset."""
+    try:
+        libero.find()
+    except ValueError as error:
+        pytest.skip(str(error))
+    monkeypatch.chdir(tmp_path)
+    published(tmp_path, rng, monkeypatch, words=LIBERO_WORDS)
+    openpi_layout.write(tmp_path / "libero-demos", [openpi_episode(rng, words) for words in 2 * LIBERO_WORDS])
+    monkeypatch.setattr(opening, "make_mesh", lambda config: tiny.one_device())
+    told: dict[str, str] = {}
+    for module, *arguments in commands(LIBERO, card):
+        name = module.removeprefix("z1_jax.")
+        if arguments[0] == "pi05_base":
+            arguments += ["--heads=4", "--vision-heads=3", "--prompt-length=96"]
+        if name in ("train", "evaluate"):
+            kind = arguments[0].removeprefix("--config=configs/").partition(".")[0]
+            arguments += [f"--config.{setting}" for setting in f"{LIBERO_ALL} {LIBERO_SHORT[kind]}".split()]
+        main = importlib.import_module(f"{module}.__main__" if name in ("convert", "collect") else module).main
+        assert not main([module, *arguments]), f"{module} {' '.join(arguments)}"
+        told[name] = told.get(name, "") + capfd.readouterr().out
+        if name == "convert" and not (tmp_path / "data").exists():
+            converted = policy_document("checkpoints/pi05-libero")
+            monkeypatch.setitem(presets.PRESETS, "pi05", architecture(converted["architecture"]))
+    assert "it takes those of the dataset" in told["train"] and "0 left out" in told["collect"]
+    assert "differs: rate" not in told["train"] and "differs: frame" not in told["train"]
+    summary = json.loads((tmp_path / "runs/libero-grpo/summary.json").read_text())
+    compared = json.loads((tmp_path / "runs/libero-evaluation/summary.json").read_text())
+    assert summary["after"]["episodes"] == compared["after"]["episodes"] == 2
+    own = json.loads((tmp_path / "libero-openpi" / "z1_jax.json").read_text())
+    assert own["executed"] == 5 and own["cameras"] == ["agentview", "robot0_eye_in_hand", None]
+
+
+def openpi_episode(rng: np.random.Generator, words: str, steps: int = 20) -> dict[str, object]:
+    pictures = rng.integers(0, 256, (2, steps, 256, 256, 3), dtype=np.uint8)
+    numbers = {"state": rng.normal(size=(steps, 8)), "actions": rng.uniform(-1, 1, (steps, 7))}
+    return {"image": pictures[0], "wrist_image": pictures[1], **numbers, "task": words}
 
 
 @pytest.mark.slow

@@ -133,6 +133,45 @@ def test_guided_steps_end_at_their_target_and_pull_the_steps_that_belong_to_them
     np.testing.assert_allclose(held[:, 2], free[:, 2], atol=1e-4)
 
 
+def papers_chunks(weight, bias, start, target, mask, steps, largest):
+    """Algorithm 1's guided inference for v(A, τ) = weight·A + τ·bias: NumPy, in the paper's time, Jacobian written out.
+
+    start, target [N, D]; mask [D].
+    """
+    a, eye = start.astype(np.float64), np.eye(len(weight))
+    for k in range(steps):
+        tau = k / steps
+        velocity = a @ weight.T + tau * bias
+        estimate = a + (1 - tau) * velocity
+        jacobian = eye + (1 - tau) * weight  # of the estimate by A
+        r2 = (1 - tau) ** 2 / (tau**2 + (1 - tau) ** 2)
+        strength = largest if tau == 0 else min(largest, (1 - tau) / (tau * r2))
+        a = a + (velocity + strength * ((target - estimate) * mask) @ jacobian) / steps
+    return a
+
+
+@pytest.mark.parametrize("steps, largest", [(5, 5.0), (10, 5.0), (4, 2.0), (20, 50.0)])
+def test_whole_chunks_of_a_linear_model_are_the_papers(rng, steps, largest):
+    """From noise to the end: mask, weight, pull and direction of time together."""
+    size, delay, overlap = HORIZON * WIDTH, 2, 4
+    weight, bias = rng.standard_normal((size, size)) / size, rng.standard_normal(size)
+    start, target = rng.standard_normal((2, 3, size))
+    mask = np.repeat(mask_by_hand(HORIZON, delay, overlap), WIDTH)
+    expected = papers_chunks(weight, bias, start, target, mask, steps, largest)
+
+    def ours(x, t):  # τ = 1 − t, and the velocity points the other way
+        flat = x.reshape(*x.shape[:-2], size)
+        return -(flat @ weight.T.astype("f") + (1 - t)[..., None] * bias.astype("f")).reshape(x.shape)
+
+    shaped = [jnp.asarray(y.reshape(3, HORIZON, WIDTH), jnp.float32) for y in (start, target)]
+    weights = jnp.broadcast_to(real_time.soft_mask(HORIZON, delay, overlap)[:, None], shaped[0].shape)
+    got = chunks(real_time.guided(ours, shaped[1], weights, largest), shaped[0], steps)[:, -1]
+    np.testing.assert_allclose(np.asarray(got).reshape(3, size), expected, rtol=1e-4, atol=1e-4)
+    free = chunks(ours, shaped[0], steps)[:, -1]
+    error = [np.abs(np.asarray(end).reshape(3, size) - target)[:, : delay * WIDTH].mean() for end in (got, free)]
+    assert error[0] < 0.5 * error[1]
+
+
 def test_without_weights_nothing_changes(rng):
     velocity = some_velocity(rng)
     x, target = (jnp.asarray(rng.standard_normal((2, HORIZON, WIDTH)), jnp.float32) for _ in range(2))

@@ -216,12 +216,16 @@ def bad_messages(rng):
 
 
 def oversized(port, rng):
+    """Somewhat too large: an error frame, and the connection goes on. Far too large: it is closed unread."""
     with client(port) as one:
+        told = asked(one, b"\0" * int(rng.integers(250_001, 500_000)))
+        assert "MB, more than the 0.238 that this server takes (--max-message-mb)" in told
+        assert asked(one, observation(rng))["actions"].shape == (8, 12)
         with pytest.raises(ConnectionClosed) as caught:
             for _ in range(3):  # what is on its way may still be accepted
-                one.send(b"\0" * 300_000)
+                one.send(b"\0" * 500_001)
                 one.recv(20)
-        assert caught.value.rcvd.code == 1009
+        assert caught.value.rcvd.code == 1009 and "500000" in caught.value.rcvd.reason
 
 
 def half_closed(port, rng):
@@ -456,6 +460,10 @@ try:
 except RuntimeError as error:
     print(error)
 np.save(sys.argv[4], np.stack(rows))
+try:
+    WebsocketClientPolicy("127.0.0.1", int(sys.argv[1]), api_key="wrong")
+except Exception as error:
+    print(type(error).__name__, error)
 """
     message = observation(rng)
     with serving(engine(), api_key="secret") as (port, _):
@@ -464,5 +472,6 @@ np.save(sys.argv[4], np.stack(rows))
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "error: the message has state of shape [3]; expected [16]" in done.stdout
+    assert "InvalidStatus server rejected WebSocket connection: HTTP 401" in done.stdout
     got = np.load(tmp_path / "out.npy")
     np.testing.assert_allclose(got, expected({**message, "prompt": "turn on", "noise_seed": (4, 5)}), atol=1e-4)

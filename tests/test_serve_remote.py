@@ -188,6 +188,35 @@ def test_a_peers_policy_is_measured_by_the_same_rule(tmp_path, capsys):
     assert "takes no noise_seed: another evaluation of it will draw other noise" in capsys.readouterr().out
 
 
+def test_a_server_that_says_nothing_is_named_by_its_address(tmp_path, capsys):
+    """Else two of them, or one before and after a restart, count as one policy."""
+    with Peer(still) as one, Peer(lambda message: wire.pack({"actions": np.full((50, 12), 0.1)})) as other:
+        unnamed, settings = f"{one}?inputs=z1", ("--config.env.executed=8", "--config.eval.videos=0")
+        with pytest.raises(UserError, match="count as one: name each, ws://HOST:PORT.policy=NAME"):
+            command(unnamed, tmp_path / "both", f"--config.compare={other}?inputs=z1", *settings)
+        command(unnamed, tmp_path / "unnamed", *settings)
+        summary = json.loads((tmp_path / "unnamed/summary.json").read_text())
+        assert f"{one} (which policy: not told)" in summary["sentence"]
+        assert summary["protocol"]["served_policy"] == "not told"
+        assert "does not say which policy it serves: after a restart" in capsys.readouterr().out
+
+        named = f"{unnamed}&policy=mine"
+        command(named, tmp_path / "both", f"--config.compare={other}?inputs=z1&policy=theirs", *settings)
+        summary = json.loads((tmp_path / "both/summary.json").read_text())
+        assert summary["labels"] == [f"A: theirs at {other}", f"B: mine at {one}"]
+        assert summary["policies"]["checkpoint"] != summary["policies"]["compare"] and summary["difference"] == 0
+        assert summary["protocol"]["served_policy"] == "mine" and "does not say which" not in capsys.readouterr().out
+        with pytest.raises(UserError, match="belongs to another config|began with policy"):
+            command(f"{unnamed}&policy=newer", tmp_path / "both", f"--config.compare={other}?inputs=z1&policy=theirs")
+        for options, told in (("policy=", "option 'policy' is empty"), ("name=x", "option 'name' is not known")):
+            with pytest.raises(UserError, match=told):
+                command(f"{one}?{options}", tmp_path / "run")
+    remote.metadata.cache_clear()
+    with serving(engine(), metadata=about("xyz")) as (port, _):
+        with pytest.raises(UserError, match=r"says which policy it serves \(xyz\); leave policy=mine away"):
+            command(f"ws://127.0.0.1:{port}?policy=mine", tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     "answer, told",
     [

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from z1_jax import distributed, processes
 from z1_jax.config.schema import ConfigError
 from z1_jax.errors import shortened
 from z1_jax.files import require_plain, write_whole
@@ -39,11 +40,8 @@ def _leaves(tree: Tree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _crc(leaf: Any) -> int | None:
-    # A leaf that is spread over several hosts is checked by none of them.
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return None
-    return zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).view(np.uint8).reshape(-1).data)
+def _crc(leaf: Any) -> int:
+    return zlib.crc32(np.ascontiguousarray(distributed.whole(leaf)).view(np.uint8).reshape(-1).data)
 
 
 def _file_entry(path: pathlib.Path) -> list[int]:
@@ -124,13 +122,22 @@ class Checkpoints:
         kept += [policies.EveryNSteps(keep.every)] if keep.every else []
         if keep.best:
             kept.append(policies.BestN(get_metric_fn=_success, n=1, keep_checkpoints_without_metrics=False))
-        with _quiet():
-            self._checkpointer = ocp.training.Checkpointer(
+        self._writer: Any = None
+
+        def writer() -> Any:
+            return ocp.training.Checkpointer(
                 self.directory,
                 preservation_policy=policies.AnyPreservationPolicy(kept),
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
                 cleanup_tmp_directories=True,
             )
+
+        self._make_writer = writer
+        with _quiet():
+            if processes.count() == 1:
+                self._writer = self._checkpointer = writer()
+            else:  # Orbax's writer waits for all processes wherever it is made; reading need not
+                self._checkpointer = SoloReader(self.directory)
 
     def steps(self) -> list[int]:
         """Complete checkpoints, ascending."""
@@ -194,9 +201,13 @@ class Checkpoints:
             metadata["step"] = step
             with _quiet():
                 metrics = None if success is None else {"success": success}
-                self._checkpointer.save_checkpointables(step, dict(parts), custom_metadata=metadata, metrics=metrics)
-            if jax.process_index() == 0:
+                if self._writer is None:
+                    self._writer = self._make_writer()
+                self._writer.save_checkpointables(step, dict(parts), custom_metadata=metadata, metrics=metrics)
+            if processes.leads():
                 _write_file_list(self.directory / str(step))
+            processes.exchange(None)  # it is complete when this returns, in every process
+            self._checkpointer.reload()
         except Exception as error:  # Orbax raises what its storage layers raise
             raise CheckpointError(
                 f"checkpoint {self.directory / str(step)} cannot be written: {_short(error)}"
@@ -264,11 +275,14 @@ class Checkpoints:
         metadata = self._metadata(step)
         for name, tree in abstract.items():
             self._check_keys(step, name, metadata["crc32"].get(name), tree)
+        loaded, failed = {}, None
         try:
             with _quiet():
                 loaded = self._checkpointer.load_checkpointables(step, dict(abstract))
         except Exception as error:
-            raise self._damaged(step, error) from error
+            failed = error
+        if any(told := processes.exchange("" if failed is None else _short(failed) or "not readable")):
+            raise self._damaged(step, failed or ValueError(next(filter(None, told)))) from failed
         for name, tree in abstract.items():
             wanted = _leaves(tree)
             for key, leaf in _leaves(loaded[name]).items():
@@ -293,11 +307,22 @@ class Checkpoints:
         """
         for step in reversed(self.steps()):
             try:
-                document = self.document(step)
+                document = self._agreed_document(step)
                 return step, self.load(step, abstract(document) if callable(abstract) else abstract), document
             except CheckpointError as error:
                 self.put_aside(step, error)
         return None
+
+    def _agreed_document(self, step: int) -> dict[str, Any]:
+        """The document of a step where every process can read it."""
+        document, failed = {}, None
+        try:
+            document = self.document(step)
+        except CheckpointError as error:
+            failed = error
+        if any(told := processes.exchange("" if failed is None else str(failed))):
+            raise failed or CheckpointError(next(filter(None, told)))
+        return document
 
     def _check_keys(self, step: int, name: str, stored: Mapping[str, Any] | None, tree: Tree) -> None:
         wanted = _leaves(tree)
@@ -330,9 +355,10 @@ class Checkpoints:
     def discard(self, step: int) -> None:
         """Moves a damaged step out of the way, to <step>.damaged, so that the run can write it again."""
         folder = self.directory / str(step)
-        if folder.exists():
+        if processes.leads() and folder.exists():
             names = (f"{step}.damaged{'' if n == 1 else f'-{n}'}" for n in itertools.count(1))
             folder.rename(next(path for path in map(folder.with_name, names) if not path.exists()))
+        processes.exchange(None)
         with _quiet():
             self._checkpointer.reload()
 
@@ -340,6 +366,54 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for whatever is being written."""
         self._checkpointer.close()
+        if self._writer not in (None, self._checkpointer):
+            self._writer.close()
+
+
+class SoloReader:
+    """What Orbax's Checkpointer reads, without waiting for other processes: each may read at another time."""
+
+    def __init__(self, directory: pathlib.Path):
+        from orbax.checkpoint import v1 as ocp
+
+        self._directory, self._ocp = directory, ocp
+        self.reload()
+
+    def reload(self) -> None:
+        """Looks which steps are there now."""
+        folders = [path for path in self._directory.glob("*") if path.name.isdecimal()]
+        complete = [path for path in folders if (path / "_CHECKPOINT_METADATA").is_file()]
+        self.checkpoints = [_Step(int(path.name), path) for path in sorted(complete, key=lambda path: int(path.name))]
+
+    def load_checkpointables(self, step: int, abstract: dict[str, Tree]) -> dict[str, Tree]:
+        with self._alone():
+            return self._ocp.load_checkpointables(self._directory / str(step), abstract)
+
+    def checkpointables_metadata(self, step: int) -> Any:
+        with self._alone():
+            return self._ocp.checkpointables_metadata(self._directory / str(step))
+
+    def _alone(self) -> Any:
+        me = jax.process_index()
+        options = self._ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"alone_{me}"
+        )
+        return self._ocp.Context(multiprocessing_options=options)
+
+    def close(self) -> None:
+        """There is nothing to wait for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    step: int
+    folder: pathlib.Path
+
+    @property
+    def metrics(self) -> Any:
+        """What it was saved with; None where it was saved without."""
+        path = self.folder / "metrics" / "metrics"
+        return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _success(metrics: Any) -> float:

@@ -115,7 +115,7 @@ def judge(config: Config, outcomes: dict[str, Evaluation]) -> tuple[dict[str, An
 def policy_name(path: str) -> str:
     """A policy in words: the run (or directory), the stage and the step."""
     if remote.is_address(path):
-        return remote.name(path)
+        return remote.label(path)
     directory, step = find_policy(path)
     run = directory.parents[1] if directory.parent.name == "checkpoints" else directory.parent
     return f"{run.name}/{directory.name}/{step}"

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from envs.base import Episode, Pool, episodes
+from z1_jax import processes
 from z1_jax.config.schema import EvalConfig, FlowConfig
 from z1_jax.errors import UserError
 from z1_jax.files import writing
@@ -87,45 +88,29 @@ def evaluate(
     """
     if held_out is None:
         held_out = episodes(range(config.first_seed, config.first_seed + config.episodes))
-    done = _read_results(results, held_out)
+    done = processes.on_leader(lambda: _read_results(results, held_out))
     if len(done) < len(held_out):
         if actor is None or params is None:
             graphdef, trainable, frozen = policy.split("expert")
             params = (trainable, frozen)
             actor = make_actor(policy, graphdef, flow, mesh, pool.num_envs)
-        results.parent.mkdir(parents=True, exist_ok=True)
+        if processes.leads():
+            results.parent.mkdir(parents=True, exist_ok=True)
         columns = {"success": ".1%"}
         with Progress(
             title, len(held_out), "episode", columns, start=len(done), interval_s=5.0, alarms=ALARMS
         ) as progress:
-            for start in range(len(done), len(held_out), pool.num_envs):
-                wave = held_out[start : start + pool.num_envs]
-                out = rollout.collect(
-                    pool,
-                    actor,
-                    params,
-                    policy.processor,
-                    ALONE,
-                    wave,
-                    (config.noise_seed,),
-                    executed=policy.executed,
-                    stochastic=False,
-                )
-                note = {"assets": pool.spec.label} if pool.spec.label else {}
-                rows = [
-                    {
-                        **episode.to_json(),
-                        "success": bool(success),
-                        "steps": int(steps),
-                        "unstable": bool(broken),
-                        **note,
-                    }
-                    for episode, success, steps, broken in zip(
-                        wave, out.success[:, 0], out.steps[:, 0], out.unstable[:, 0], strict=True
-                    )
-                ]
-                with writing(results), results.open("a") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in rows)
+            at_once = pool.num_envs * processes.count()
+            for start in range(len(done), len(held_out), at_once):
+                wave = held_out[start : start + at_once]
+                mine = wave[processes.index() * pool.num_envs :][: pool.num_envs]
+                rows = _play(policy, pool, actor, params, config, mine) if mine else []
+                if processes.count() > 1:
+                    actor.finish(params)
+                rows = [row for part in processes.exchange(rows) for row in part]
+                if processes.leads():
+                    with writing(results), results.open("a") as file:
+                        file.writelines(json.dumps(row) + "\n" for row in rows)
                 done.extend(rows)
                 success = float(np.mean([row["success"] for row in done]))
                 unstable = sum(row.get("unstable", False) for row in done)
@@ -140,6 +125,29 @@ def evaluate(
     for task, part in outcome.by_task().items():
         print(f"  {task}: {part.success.mean():.1%} of {len(part.seeds)} episodes", flush=True)
     return outcome
+
+
+def _play(
+    policy: Policy, pool: Pool, actor: Actor, params: tuple[Any, Any], config: EvalConfig, wave: Sequence[Episode]
+) -> list[dict[str, Any]]:
+    """What came of as many episodes as the pool holds."""
+    out = rollout.collect(
+        pool,
+        actor,
+        params,
+        policy.processor,
+        ALONE,
+        wave,
+        (config.noise_seed,),
+        executed=policy.executed,
+        stochastic=False,
+    )
+    note = {"assets": pool.spec.label} if pool.spec.label else {}
+    outcomes = zip(wave, out.success[:, 0], out.steps[:, 0], out.unstable[:, 0], strict=True)
+    return [
+        {**episode.to_json(), "success": bool(success), "steps": int(steps), "unstable": bool(broken), **note}
+        for episode, success, steps, broken in outcomes
+    ]
 
 
 def instructions(pool: Pool, held_out: Sequence[Episode]) -> list[str]:

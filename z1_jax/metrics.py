@@ -144,6 +144,21 @@ class MetricsWriter:
             self._files[name].flush()
 
 
+class SilentWriter(MetricsWriter):
+    """The writer of a process that leaves writing to another one: takes everything, checks it, and keeps nothing."""
+
+    def __init__(self, run_dir: str | os.PathLike) -> None:
+        self._constant, self.run_dir = {}, Path(run_dir)
+        self._tensorboard = self._wandb = None
+        self._files = {}
+
+    def resume(self, stage: str, step: int) -> None:
+        """Nothing was written."""
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        pass
+
+
 class Progress:
     """A live table of one stage: a title, then lines of step, total, seconds a step, time left and chosen columns.
 

@@ -19,6 +19,7 @@ from typing import NoReturn
 import jax
 
 from envs.pool import PoolError
+from z1_jax import processes
 from z1_jax.config.schema import Config, ConfigError
 from z1_jax.errors import UserError, first_line, shortened
 from z1_jax.files import absolute
@@ -53,8 +54,10 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
     try:
         imported()
         code = main(sys.argv)
-    except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
+        processes.depart()
+    except KeyboardInterrupt as interruption:
+        if not processes.failed(interruption):
+            print(INTERRUPTED, file=sys.stderr)
         leave_at_once(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails once more as it ends
@@ -62,18 +65,25 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
         code = 128 + signal.SIGPIPE
     except (UserError, PoolError, FloatingPointError, OSError) as error:
         if TRACEBACK in os.environ or isinstance(error, OSError) and error.errno not in _DISK:
+            processes.failed(error)
             raise
-        print(f"error: {shortened(str(error), 4000)}", file=sys.stderr)
+        if not processes.failed(error):
+            print(f"error: {shortened(str(error), 4000)}", file=sys.stderr)
         code = 2
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        told = processes.failed(error)
         if TRACEBACK in os.environ or not (isinstance(error, MemoryError) or _EXHAUSTED in str(error)):
             raise
-        print(
-            f"error: memory does not suffice ({first_line(error)}): what was saved stays; python -m z1_jax.plan says "
-            "what needs less",
-            file=sys.stderr,
-        )
+        if not told:
+            print(
+                f"error: memory does not suffice ({first_line(error)}): what was saved stays; python -m z1_jax.plan "
+                "says what needs less",
+                file=sys.stderr,
+            )
         code = 2
+    except Exception as error:
+        processes.failed(error)
+        raise
     sys.exit(code or 0)
 
 

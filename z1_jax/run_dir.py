@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 import envs
-from z1_jax import __version__, suites
+from z1_jax import __version__, processes, suites
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.config.schema import (
     FORCIBLE,
@@ -277,7 +277,7 @@ def results_of(run_dir: pathlib.Path, name: str, stage: str | None) -> pathlib.P
         UserError: those that are there are of another policy, which was trained again since.
     """
     results, claims = (run_dir / "evaluation" / file for file in (f"{name}.jsonl", "policies.json"))
-    if stage is None:
+    if stage is None or not processes.leads():
         return results
     identity = policy_identity(str(run_dir / "checkpoints" / stage))
     known = known_identities(claims)
@@ -341,7 +341,8 @@ class StageClock:
 
         def note() -> None:
             self.seconds[name] = before + time.perf_counter() - began
-            write_json(self._path, self.seconds)
+            if processes.leads():
+                write_json(self._path, self.seconds)
 
         def note_now_and_then() -> None:
             while not over.wait(self._every_s):
@@ -368,6 +369,8 @@ def conclude(
     differing: Sequence[str] = (),
 ) -> None:
     """Writes summary.json and the report, and prints the result; `differing` is what `check_worlds` found."""
+    if not processes.leads():
+        return
     simulators = note_environments(run_dir)
     forced = read_json(run_dir / FORCED, list, [])
     changed = ", ".join(f"{one['key']} {one['was']} → {one['now']}" for one in forced)
@@ -406,7 +409,7 @@ def protocol(config: Config, policy: Policy | remote.ServedPolicy) -> dict[str, 
     facts = policy.facts if isinstance(policy, remote.ServedPolicy) else _policy_facts(config, policy)
     return {
         "version": __version__,
-        "revision": _revision(),
+        "revision": revision(),
         "suite": config.env.suite,
         "task": list(config.tasks) or config.task,
         "config": fingerprint(config),
@@ -423,6 +426,7 @@ def protocol(config: Config, policy: Policy | remote.ServedPolicy) -> dict[str, 
         "latched_success": True,
         "jax": jax.__version__,
         "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        **({"processes": processes.count()} if processes.count() > 1 else {}),
     }
 
 
@@ -444,7 +448,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=1))
 
 
-def _revision() -> str:
+def revision() -> str:
     try:
         root = pathlib.Path(__file__).parent
         command = ["git", "-C", str(root), "describe", "--always", "--dirty"]

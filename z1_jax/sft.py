@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jaxtyping import Float, Key, Shaped
 
-from z1_jax import distributed
+from z1_jax import distributed, processes
 from z1_jax.checkpoint import Checkpoints, Keep
 from z1_jax.config.schema import LoraConfig, SftConfig
 from z1_jax.data.augment import augment
@@ -167,14 +167,16 @@ def train_sft(
     checkpoints = Checkpoints(directory, Keep(config.keep_last, config.keep_every))
     if line := held_line(policy.processor.stats):
         print(line, flush=True)
-    loader = Loader(dataset, policy.processor, config.batch_size, seed, sampling=sampling)
+    part, parts = distributed.share_of_batch(mesh)
+    own = {"process_index": part, "process_count": parts}
+    loader = Loader(dataset, policy.processor, config.batch_size, seed, sampling=sampling, **own)
     trainer = SftTrainer(policy, config, seed, mesh, adapters)
     del policy  # frees what is now kept in bfloat16
     start, document = _restore(checkpoints, trainer, loader)
     if start == config.steps:
         checkpoints.close()
         return trainer.policy()
-    written = counted_sft(writer.run_dir, start, document, stage)
+    written = processes.on_leader(lambda: counted_sft(writer.run_dir, start, document, stage))
     writer.resume(stage, start + 1)  # records count finished steps: that of `start` is covered by its checkpoint
 
     def checked(stats: dict[str, jax.Array], done: int) -> dict[str, float]:
@@ -196,7 +198,7 @@ def train_sft(
     stats: dict[str, jax.Array] = {}
     with GracefulStop() as stop, Progress(stage, config.steps, "step", columns, start=start) as progress:
         for step in range(start, config.steps):
-            if stop.requested:
+            if processes.anyone(stop.requested):
                 checked(stats, step)  # a step that is not finite spoils all that follow, and must not be saved
                 save(step)
                 checkpoints.close()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Shaped
@@ -56,7 +58,26 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
             f"there are {len(devices)}: set mesh.data=-1, or use that many devices"
         )
     # Auto is stated because the default of jax.make_mesh differs between versions.
-    return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(shape))
+    mesh = jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(shape))
+    if len({device.process_index for device in devices}) > 1 and not _in_blocks(mesh):
+        in_order = sorted(devices, key=lambda device: (device.process_index, device.id))
+        return Mesh(np.array(in_order).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+    return mesh
+
+
+def processes_of_shards(mesh: Mesh) -> list[set[int]]:
+    """Of each shard of a batch, in order, the processes whose devices hold it."""
+    rows = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    return [{device.process_index for device in row} for row in rows]
+
+
+def _in_blocks(mesh: Mesh) -> bool:
+    """Whether each process holds shards of a batch that are neighbours: a loader's part is then its rows."""
+    order = [process for shard in processes_of_shards(mesh) for process in sorted(shard)]
+    return (
+        len(order) == mesh.shape["data"] * mesh.shape["fsdp"]
+        and sum(one != other for one, other in zip(order, order[1:], strict=False)) == len(set(order)) - 1
+    )
 
 
 def _smaller(fsdp: int, tensor: int, devices: int) -> str:
@@ -150,3 +171,12 @@ def constrain(x: Shaped[jax.Array, "..."], *axes: str | None) -> jax.Array:
 def shard(state: nnx.State, mesh: Mesh) -> nnx.State:
     """`state` placed on the mesh by `param_sharding`."""
     return jax.device_put(state, param_sharding(state, mesh))
+
+
+def place(value: Any, sharding: NamedSharding | None) -> jax.Array:
+    """A host array that every process has whole, on its shards; nothing is sent between processes, or compared."""
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    value = np.asarray(value)
+    with jax.transfer_guard_host_to_device("allow"):  # it is what the caller asks for
+        return jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])

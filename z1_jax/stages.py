@@ -14,7 +14,7 @@ import jax
 from envs import demos
 from envs.base import Pool
 from envs.pool import EnvPool, PoolError
-from z1_jax import initial_policy, sharding
+from z1_jax import distributed, initial_policy, processes, sharding
 from z1_jax.agreement import dataset_world, trained_in
 from z1_jax.checkpoint import CheckpointError, Checkpoints
 from z1_jax.config.checks import check_horizon
@@ -26,6 +26,7 @@ from z1_jax.errors import UserError, first_line
 from z1_jax.metrics import MetricsWriter, Progress
 from z1_jax.policy import Policy, load_policy
 from z1_jax.sft import train_sft
+from z1_jax.simulator_hosts import check_ray, ray_workers
 from z1_jax.suites import (
     BUILT_IN,
     demonstrator,
@@ -50,6 +51,7 @@ def check_inputs(config: Config) -> Config:
     Raises:
         UserError: an unknown task, camera or preset; a policy or dataset that is absent, damaged or does not fit.
     """
+    check_ray(config)
     if config.eval.episodes:
         check_alike(config)
     config = initial_policy.with_pinned_init(config)
@@ -107,7 +109,37 @@ def make_mesh(config: Config) -> jax.sharding.Mesh:
     initial_policy.check_attention(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_batches(config, mesh)
+    if processes.count() > 1:
+        check_processes(config, mesh)
     return mesh
+
+
+def check_processes(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Refuses what several processes cannot share.
+
+    Raises:
+        UserError: one line, the same in each.
+    """
+    count, group = processes.count(), config.group
+    distributed.check_alike(processes.exchange(jax.local_device_count()))
+    distributed.share_of_batch(mesh)
+    if config.algorithm != "sft" or config.eval.episodes:
+        least = group.size if config.algorithm == "grpo" else 1
+        if config.env.parallel % (count * least):
+            raise ConfigError(
+                f"config key env.parallel: got {config.env.parallel} environments over {count} processes, expected a "
+                f"multiple of {count * least}: each process steps its own{', whole groups' * (least > 1)}"
+            )
+    if config.algorithm == "grpo":
+        if group.count < count:
+            raise ConfigError(
+                f"config key group.count: got {group.count} groups for {count} processes, expected at least one each; "
+                "use fewer processes, or draw more groups"
+            )
+        if config.update.prefix_cache == "device":
+            raise ConfigError(
+                f"config key update.prefix_cache: got device with {count} processes, expected host, recompute or auto"
+            )
 
 
 def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
@@ -123,15 +155,23 @@ def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 
 def make_pool(config: Config) -> Pool:
-    """Starts the worker processes of a run; call it once."""
-    return EnvPool(
-        make_envs(config),
-        config.env.parallel,
-        config.env.workers,
+    """Starts the workers of a run, where `rollout.backend` has them; call it once."""
+    factories, place = make_envs(config), None
+    if config.rollout.backend == "ray":
+        place = ray_workers(config, factories)
+    several = processes.count()  # each has its part of them
+    pool = EnvPool(
+        factories,
+        config.env.parallel // several,
+        -(-config.env.workers // several),
         timeout_s=config.env.timeout_s,
         start_timeout_s=config.env.start_timeout_s,
         simulators=simulators(config),
+        place=place,
     )
+    if place is not None:
+        print(place.summary(), flush=True)
+    return pool
 
 
 def demonstrations(config: Config, directory: pathlib.Path) -> Dataset:
@@ -147,18 +187,21 @@ def demonstrations(config: Config, directory: pathlib.Path) -> Dataset:
         dataset = _fitting(config, open_dataset(config.demos.dataset))
         print(f"demonstrations of {dataset.path}: the other keys of demos have no effect")
         return dataset
-    if directory.exists():
-        return _fitting(config, open_dataset(directory))
+    if not processes.on_leader(directory.exists):
+        processes.on_leader(lambda: _collect(config, directory))  # the others wait as long as process 0 lives
+    return _fitting(config, open_dataset(directory))
+
+
+def _collect(config: Config, directory: pathlib.Path) -> None:
     with contextlib.ExitStack() as stack:
         journals: dict[str, EpisodeJournal] = {}
         for task in config.every_task:
             journal = EpisodeJournal(_journal_path(config, directory, task), _task_source(config, task))
             journals[task] = stack.enter_context(journal)
         episodes = (_successful_episodes(config, task, journal) for task, journal in journals.items())
-        dataset = write_dataset(directory, itertools.chain.from_iterable(episodes), demonstrations_source(config))
+        write_dataset(directory, itertools.chain.from_iterable(episodes), demonstrations_source(config))
         for journal in journals.values():
             journal.remove()
-    return dataset
 
 
 def _journal_path(config: Config, directory: pathlib.Path, task: str) -> pathlib.Path:

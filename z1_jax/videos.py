@@ -11,6 +11,7 @@ import numpy as np
 
 from envs.base import Episode, Pool
 from envs.video import write_video
+from z1_jax import processes
 from z1_jax.config.schema import Config, EvalConfig
 from z1_jax.files import writing
 from z1_jax.policy import Policy
@@ -36,9 +37,20 @@ def record_clips(
 
     In a run of several tasks it is videos/NAME_TASK_seedN.webp, with those seeds of each.
 
+    Of several processes the first one films, and the others decide with it.
+
     Returns:
         File name -> whether the episode that the video shows succeeded.
     """
+    outcomes = _recorded(config, policy, pool, actor, params, run_dir, name) if processes.leads() else {}
+    if processes.count() > 1:
+        actor.finish(params)
+    return processes.on_leader(lambda: outcomes)
+
+
+def _recorded(
+    config: Config, policy: Policy, pool: Pool, actor: Actor, params: Params, run_dir: pathlib.Path, name: str
+) -> dict[str, bool]:
     paths = clip_paths(config, run_dir, name)
     missing = missing_clips(config, run_dir, name)
     if missing:

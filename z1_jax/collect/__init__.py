@@ -1,1 +1,1 @@
-"""Demonstrations → a dataset: the expert's, or those of others."""
+"""Makes datasets of demonstrations: of our scripted experts, or of other people's files."""

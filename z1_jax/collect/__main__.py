@@ -1,8 +1,8 @@
-"""Demonstrations → a dataset, for --config.demos.dataset=DIR.
+"""Makes a dataset of demonstrations, for --config.demos.dataset=DIR.
 
-python -m z1_jax.collect TASK --out DIR: those of our expert. python -m z1_jax.collect --from=PATH --out DIR: those of
-others, from RoboCasa's HDF5 files or LeRobot directories. What is interrupted loses no finished episode: the same
-command goes on. python -m z1_jax.collect --check=PATH: what a dataset holds.
+python -m z1_jax.collect TASK --out DIR records our scripted expert. python -m z1_jax.collect --from=PATH --out DIR
+imports HDF5 files or LeRobot directories. An interruption loses no finished episode: the same command continues.
+python -m z1_jax.collect --check=PATH shows what a dataset holds.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from collections.abc import Sequence
 
 from envs.base import LABELS
 from z1_jax.collect.check_command import check_dataset
-from z1_jax.collect.importers.base import Columns
-from z1_jax.collect.importers.instructions import read_instructions
+from z1_jax.collect.columns import add_columns, names, read_columns
 from z1_jax.collect.importing import ImportConfig, check_source, import_demonstrations
 from z1_jax.config.checks import check
 from z1_jax.config.command_line import Parser
@@ -27,12 +26,12 @@ from z1_jax.process import run_main
 from z1_jax.stages import check_inputs, demonstrations, demonstrations_source
 from z1_jax.suites import check_settings, training_statistics, with_tasks
 
-# Suits SFT alone, which a dataset of its own is mostly for; before RL it takes `recorded`, as the first command does.
+# For SFT alone, the usual purpose of a dataset that is collected apart. Before RL, `recorded` is better.
 SFT_LABELS = "undisturbed"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Collects what the command line asks for, or says that it is there."""
+    """Collects what the command line asks for, or says that it exists already."""
     if any(argument == "--check" or argument.startswith("--check=") for argument in argv[1:]):
         check_dataset(argv[1:])
         return
@@ -109,7 +108,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, pathlib.Path]:
 
 
 def import_others(config: ImportConfig, out: pathlib.Path) -> None:
-    """Imports, and tells what was done to the data and what was left out."""
+    """Imports, and prints what was done to the data and what was left out."""
     dataset, known = import_demonstrations(config, out)
     source, tasks = dataset.source, {row.task for row in dataset.episodes}
     for order in dict.fromkeys(entry["order"] for entry in source["sources"]):
@@ -142,26 +141,16 @@ def parse_import(arguments: Sequence[str]) -> tuple[ImportConfig, pathlib.Path]:
     default = ImportConfig(paths=())
     parser = Parser(
         prog="python -m z1_jax.collect",
-        description="Demonstrations of others (RoboCasa's HDF5 files, LeRobot v2.x or v3 directories) into a dataset.",
+        description="Demonstrations of others (HDF5 files, LeRobot v2.x or v3 directories) into a dataset.",
     )
     add = parser.add_argument
     add("--from", dest="paths", type=pathlib.Path, nargs="+", action="extend", required=True, metavar="PATH",
         help="files, directories")  # fmt: skip
     add("--out", type=pathlib.Path, required=True, metavar="DIR", help="directory of the dataset")
     add("--cameras", default="", help="names, in the order of the policy's image slots (all)")
-    add("--state", default="", metavar="COLUMNS", help="of LeRobot datasets; several are joined (observation.state)")
-    add("--actions", default="", metavar="COLUMNS", help="of LeRobot datasets; several are joined (action)")
-    add("--images", default="", metavar="CAMERA:COLUMN,…", help="of LeRobot datasets (all, by the columns' names)")
-    add("--instruction", default="", metavar="TEXT", help="of every episode, instead of the source's own")
-    add("--instructions", type=pathlib.Path, metavar="TABLE", help="JSON or CSV: an episode's name or number, and text")
-    add("--task-changes", choices=("refuse", "split"), default="refuse", help="of LeRobot episodes whose task changes: "
-        "an error, or an episode of each part (%(default)s)")  # fmt: skip
-    add(
-        "--tolerance-s",
-        type=float,
-        default=0.0,
-        help="seconds that LeRobot's time stamps may be off (a tenth of a frame)",
-    )
+    add_columns(parser)
+    add("--rate", type=float, default=0.0, metavar="HZ", help="control steps a second, where the source tells none or "
+        "a wrong one")  # fmt: skip
     add("--image-size", type=int, default=default.image_size, help="pixels of the stored frames (as the source's)")
     add("--jpeg", type=int, default=default.jpeg, metavar="QUALITY", help="store frames as JPEG (PNG: loses nothing)")
     add("--stride", type=int, default=default.stride, help="control steps between observations (%(default)s)")
@@ -180,43 +169,26 @@ def parse_import(arguments: Sequence[str]) -> tuple[ImportConfig, pathlib.Path]:
         parser.error(f"argument --jpeg: got {given.jpeg}, expected 1 to 100, or 0 for PNG")
     if given.episodes < 0:
         parser.error(f"argument --episodes: got {given.episodes}, expected 0 or more")
-    if not 0 <= given.tolerance_s < 10:
-        parser.error(f"argument --tolerance-s: got {given.tolerance_s:g}, expected 0 or more seconds, less than 10")
-    images = _named_images(given.images, parser)
+    if not (given.rate == 0 or 0.1 <= given.rate <= 10_000):
+        parser.error(f"argument --rate: got {given.rate:g}, expected 0.1 to 10000 control steps a second")
+    columns, instructions = read_columns(given, parser)
     config = ImportConfig(
         paths=tuple(absolute(path) for path in given.paths),
-        cameras=_names(given.cameras),
-        columns=Columns(
-            _names(given.state), _names(given.actions), images, given.tolerance_s, given.task_changes == "split"
-        ),
-        instructions=read_instructions(given.instruction, given.instructions),
+        cameras=names(given.cameras),
+        columns=columns,
+        instructions=instructions,
+        rate=given.rate,
         image_size=given.image_size,
         jpeg=given.jpeg,
         stride=given.stride,
         chunk=given.chunk,
-        tasks=_names(given.tasks),
+        tasks=names(given.tasks),
         episodes=given.episodes,
         split=given.split,
         skip_bad=given.skip_bad,
         keep_duplicates=given.keep_duplicates,
     )
     return config, absolute(given.out)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
-
-
-def _named_images(text: str, parser: Parser) -> tuple[tuple[str, str], ...]:
-    """(camera, column) of each "camera:column"."""
-    pairs = [name.partition(":") for name in _names(text)]
-    for camera, _, column in pairs:
-        if not camera or not column:
-            parser.error(f"argument --images: got {camera or text}, expected CAMERA:COLUMN such as front:front_image")
-    found = {camera: column for camera, _, column in pairs}
-    if len(found) != len(pairs):
-        parser.error(f"argument --images: got {text}, expected each camera once")
-    return tuple(found.items())
 
 
 if __name__ == "__main__":

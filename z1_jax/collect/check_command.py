@@ -1,4 +1,4 @@
-"""python -m z1_jax.collect --check PATH: what a dataset holds, ours or one that could be imported."""
+"""python -m z1_jax.collect --check PATH: what a dataset holds. It may be one of ours or one that could be imported."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import numpy as np
 
 from z1_jax.collect.check_page import page, terminal
 from z1_jax.collect.checking import check_episodes
-from z1_jax.collect.importers.base import BadData, Source
+from z1_jax.collect.columns import add_columns, read_columns
+from z1_jax.collect.importers.base import STANDARD, BadData, Source
 from z1_jax.collect.importers.convert import Shapes, read_episode
 from z1_jax.collect.importers.detect import open_sources
+from z1_jax.collect.importers.instructions import OWN, Instructions
 from z1_jax.config.command_line import Parser
 from z1_jax.data.dataset import Dataset, open_dataset
 from z1_jax.data.journal import JournaledEpisode
@@ -26,7 +28,7 @@ Stream = Iterator[tuple[str, JournaledEpisode | BadData]]
 
 
 def check_dataset(arguments: Sequence[str]) -> None:
-    """Prints what is there and what looks wrong, and writes the same as a page.
+    """Prints what the dataset holds and what looks wrong in it, and writes both to a page.
 
     Raises:
         UserError: nothing is there, or not one episode can be read.
@@ -37,21 +39,28 @@ def check_dataset(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--check", type=pathlib.Path, required=True, metavar="PATH", help="dataset, directory or file")
     parser.add_argument("--html", type=pathlib.Path, metavar="FILE", help="the page (PATH.check.html)")
+    add_columns(parser)
     given = parser.parse_args(list(arguments))
+    columns, instructions = read_columns(given, parser)
     path = absolute(given.check)
     place = absolute(given.html) if given.html else path.with_name(path.name + ".check.html")
     flaws: list[str] = []
     if (path / _MANIFEST).is_file():
+        if (columns, instructions) != (STANDARD, OWN):
+            raise UserError(
+                f"argument --check: {path} is a dataset of ours, whose columns and instructions are known; "
+                "leave the options about them away"
+            )
         dataset = open_dataset(path)
         stride, count, facts = int(dataset.source.get("stride", 1)), len(dataset.episodes), _facts(dataset)
         stream: Stream = _ours(dataset)
         rules = {key: stats.rule for key, stats in training_statistics(dataset.source, dataset.stats).items()}
     else:
-        sources, flaws = open_sources([path], "", True)
+        sources, flaws = open_sources([path], "", True, columns)
         if not sources:
             raise UserError(f"nothing in {path} can be read, the first: {flaws[0]}" if flaws else f"nothing in {path}")
         stride, count, facts = 1, sum(len(source.episodes) for source in sources), _source_facts(sources)
-        stream, rules = _theirs(sources), {}
+        stream, rules = _theirs(sources, instructions), {}
     broken = ((str(path), BadData(flaw)) for flaw in flaws)
     with Progress("check", count, "episode", {}, interval_s=5.0) as progress:
         checked = check_episodes(itertools.chain(broken, _counted(stream, progress)), stride, rules)
@@ -93,15 +102,16 @@ def _ours(dataset: Dataset) -> Stream:
         )
 
 
-def _theirs(sources: Sequence[Source]) -> Stream:
-    """Each step is a decision, and its action a chunk of one."""
+def _theirs(sources: Sequence[Source], instructions: Instructions) -> Stream:
+    """Episodes of sources that are not imported: each step counts as a decision with a chunk of one action."""
     number = 0
     for source in sources:
         shapes = Shapes(tuple(source.cameras), source.action_dim, source.state_dim, 1, 1, 0)
         for reference in source.episodes:
             name = f"{source.path.name}, {reference.name}" if len(sources) > 1 else reference.name
             try:
-                yield name, read_episode(source, reference, number, shapes)
+                told = instructions.of(source.path, reference.name, reference.number)
+                yield name, read_episode(source, reference, number, shapes, told)
             except BadData as error:
                 yield name, error
             number += 1

@@ -18,7 +18,7 @@ _HEAD = ("dimension", "least", "1 %", "mean", "99 %", "greatest", "std", "outlie
 
 
 def summary(checked: Checked, facts: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(name, value): what the dataset is and how much there is of it. `facts`: what its files say of themselves."""
+    """(name, value) of each line about the dataset as a whole. `facts`: what its files say of themselves."""
     lengths = checked.lengths
     sizes = ", ".join(f"{camera} {height}×{width}" for camera, (height, width) in checked.cameras.items())
     return [
@@ -92,7 +92,7 @@ def page(title: str, checked: Checked, facts: Mapping[str, str]) -> str:
 
 def _lengths(checked: Checked) -> str:
     steps = sorted(checked.lengths.tolist())
-    # A line through one point is none: a single episode stands twice.
+    # A line needs two points: a single episode is drawn twice.
     ys = steps if len(steps) > 1 else steps * 2
     series = charts.Series("control steps", [float(i) for i in range(len(ys))], [float(y) for y in ys])
     return charts.line_chart([series], "episodes, by length", lambda y: f"{y:g}")

@@ -1,4 +1,4 @@
-"""What is in a dataset: lengths, words, spans, and what looks wrong in numbers and frames. No file, no page."""
+"""What is in a dataset: lengths, words, spans, and what looks wrong in numbers and frames. Touches no files."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def check_episodes(
     """Looks at every episode once.
 
     Args:
-        stream: name of each episode, and the episode or why it cannot be read.
-        stride: control steps from one decision to the next; actions of a chunk beyond them belong to the next one.
-        rules: by which dimensions of "state" and "actions" count as constant, where that is not the guard.
+        stream: name of each episode, and the episode or the reason why it cannot be read.
+        stride: control steps from one decision to the next; a chunk's actions beyond them count with the next one.
+        rules: the rule by which dimensions of "state" and "actions" count as constant; `guard` where absent.
 
     Raises:
         BadData: not one episode can be read.

@@ -1,6 +1,6 @@
-"""Demonstrations of others into one dataset: which episodes, what they must share, and where an import goes on.
+"""Imports other people's demonstrations into one dataset: chooses episodes, checks that they are alike, and resumes.
 
-Every episode is kept in `<directory>.episodes` until the dataset is written, like those of our own experts.
+Every finished episode is kept in `<directory>.episodes` until the dataset is written, like those of our own experts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from z1_jax.collect.importers.base import LEROBOTS, BadData, Columns, EpisodeRef, Source
+from z1_jax.collect.importers.base import STANDARD, BadData, Columns, EpisodeRef, Source
 from z1_jax.collect.importers.convert import Shapes, read_episode
 from z1_jax.collect.importers.detect import open_sources
 from z1_jax.collect.importers.duplicates import Duplicates
@@ -38,13 +38,14 @@ class ImportConfig:
     episodes: int = 0  # the first ones of each task; 0: all
     split: str = ""  # a mask of HDF5 files, a split of LeRobot directories
     skip_bad: bool = False
-    columns: Columns = LEROBOTS
+    columns: Columns = STANDARD
     instructions: Instructions = OWN
+    rate: float = 0.0  # control steps a second; 0: as the sources tell
     keep_duplicates: bool = False  # episodes that are there twice are imported twice
 
 
 def import_demonstrations(config: ImportConfig, directory: pathlib.Path) -> tuple[Dataset, bool]:
-    """The dataset at `directory`, and whether it was there already. An interrupted import goes on where it was.
+    """The dataset at `directory`, and whether it existed already. An interrupted import continues where it stopped.
 
     Raises:
         UserError: nothing to import, a broken episode without `skip_bad`, or a directory that holds something else.
@@ -81,7 +82,7 @@ def import_demonstrations(config: ImportConfig, directory: pathlib.Path) -> tupl
 def _episodes(
     config: ImportConfig, chosen: Sequence[Chosen], shapes: Shapes, journal: EpisodeJournal, source: dict[str, Any]
 ) -> Iterator[JournaledEpisode]:
-    """Those in the journal, then new ones that enter it; `source` hears of what is left out."""
+    """The journal's episodes, then new ones, which are added to it. What is left out is added to `source`."""
     source["left_out"] += journal.left_out()
     sizes: dict[str, tuple[int, ...]] = {}  # of the frames of the first episode
     duplicates = Duplicates()
@@ -139,13 +140,14 @@ def _check_sizes(got: Mapping[str, tuple[int, ...]], first: Mapping[str, tuple[i
 
 
 def _shapes(config: ImportConfig, sources: Sequence[Source]) -> Shapes:
-    """What most of the sources have; the cameras of the first that has any."""
+    """The widths that most sources have, and the cameras of the first source that has any."""
     cameras = config.cameras or next((tuple(source.cameras) for source in sources if source.cameras), ())
     if not cameras:
         if sources[0].pictures:
             raise ConfigError(_unread(sources[0]))
         raise ConfigError(
-            f"{sources[0].path} has no images; expected at least one camera (for RoboCasa, the *_im128 files)"
+            f"{sources[0].path} has no images; expected at least one camera (for RoboCasa, the *_im128 files), or "
+            "--images=CAMERA:COLUMN where they have names of their own"
         )
     widths = collections.Counter((source.action_dim, source.state_dim) for source in sources)
     (action_dim, state_dim), _ = widths.most_common(1)[0]
@@ -182,10 +184,10 @@ def _alike(sources: Sequence[Source], shapes: Shapes, skip_bad: bool) -> tuple[l
 
 
 def _unread(source: Source) -> str:
+    example = ",".join(f"CAMERA:{picture}" for picture in source.pictures)
     return (
         f"{source.path}: images are read from obs/*_image and the state from RoboCasa's robot0_* observations; this "
-        f"file has pictures in {', '.join(source.pictures)}; LIBERO's own files are known by obs/ee_pos, ee_ori and "
-        "gripper_states; of others import a LeRobot version"
+        f"file has pictures in {', '.join(source.pictures)}: name the columns, --images={example} --state=COLUMN,COLUMN"
     )
 
 
@@ -208,11 +210,11 @@ def _chosen(config: ImportConfig, sources: Sequence[Source]) -> list[Chosen]:
 
 
 def _origin(config: ImportConfig, sources: Sequence[Source], shapes: Shapes) -> dict[str, Any]:
-    """The source's identity, and what the records depend on besides."""
+    """The sources' identities, and all settings that the records depend on."""
     return {
         "made_by": "import",
         "sources": [{**source.facts(), "order": source.order} for source in sources],
-        "fps": next((source.fps for source in sources if source.fps), None),
+        "fps": config.rate or next((source.fps for source in sources if source.fps), None),
         "cameras": list(shapes.cameras),
         "image_size": shapes.image_size,
         "jpeg": config.jpeg,

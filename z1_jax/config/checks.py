@@ -31,6 +31,7 @@ PLACEMENTS = ("device", "host", "recompute")  # of the prefix caches: see rl/pre
 # Each list of choices stands once: here, or in the module that makes the difference.
 CHOICES: dict[str, tuple[str, ...]] = {
     "algorithm": ("grpo", "sft", "eval"),
+    "rollout.backend": ("local", "ray"),
     "model.dtype": choices.DTYPES,
     "model.remat": choices.REMAT,
     "model.attention": choices.ATTENTION,
@@ -90,6 +91,27 @@ def check(config: Config) -> None:
     _check_combinations(config)
 
 
+def _check_rollout(config: Config) -> None:
+    """Refuses an address that nothing would look at, or that no Ray cluster has."""
+    backend, address = config.rollout.backend, config.rollout.address
+    if backend == "local":
+        if address:
+            raise ConfigError(
+                f"config key rollout.address: got {address}, which has no effect with rollout.backend=local; leave it "
+                "out, or set rollout.backend=ray"
+            )
+        return
+    if not config.env.workers:
+        raise ConfigError("config key env.workers: got 0 with rollout.backend=ray, expected the number of actors")
+    if not config.eval.episodes and config.algorithm == "sft":
+        raise ConfigError("config key rollout.backend: got ray, but with eval.episodes=0 nothing is simulated")
+    host, _, port = address.rpartition(":")
+    if address not in ("", "auto") and ("/" in address or not host or not port.isdigit() or not 0 < int(port) < 65536):
+        raise ConfigError(
+            f"config key rollout.address: got {address}, expected HOST:PORT as ray start --head prints it, or auto"
+        )
+
+
 def _check_combinations(config: Config) -> None:
     group, env = config.group, config.env
     size = group.size
@@ -128,6 +150,7 @@ def _check_combinations(config: Config) -> None:
         _check_switches(config)
     _check_slots(config)
     _check_rates(config)
+    _check_rollout(config)
     if config.init == RANDOM and config.algorithm != "grpo":
         raise ConfigError(f"config key init: got random with algorithm={config.algorithm}, expected grpo")
     if config.mesh.data == 0:

@@ -55,7 +55,7 @@ class EnvConfig:
     protocol: str = "openpi"
     train_on: str = "placements"  # libero: drawn ones; initial_states: the evaluation's own, and labelled so
     parallel: Annotated[int, Within(1, 4096)] = 64  # environments alive at once, over all workers
-    workers: Annotated[int, Within(0, 512)] = 2  # worker processes; 0: step inside this process
+    workers: Annotated[int, Within(0, 512)] = 2  # worker processes, or actors of Ray; 0: step inside this process
     # most that a worker keeps, in which its environments take turns; 0: as the suite does best
     simulators: Annotated[int, Within(0, 4096)] = 0
     timeout_s: Annotated[float, Within(0.1, 86_400.0)] = 60.0  # longest that one call to a worker may take
@@ -64,6 +64,16 @@ class EnvConfig:
     def start_timeout_s(self) -> float:
         """Longest that a worker may take to start: it imports and builds its first environment."""
         return max(120.0, 2 * self.timeout_s)
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """Where the environments of rollouts and evaluations run; it moves no number."""
+
+    backend: str = "local"  # local: in env.workers processes; ray: in as many actors of a Ray cluster (docs/ray.md)
+    # ray: of the cluster, HOST:PORT, or auto: the one that runs on this machine; empty: RAY_ADDRESS, or else a cluster
+    # of this machine alone, which ends with the run
+    address: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,6 +343,7 @@ class Config:
     compare: str = ""  # eval: the base A that it, B, is compared with on the same seeds
     allow: tuple[str, ...] = ()  # task, rate, images: may differ between the dataset or policy and the environments
     env: EnvConfig = dataclasses.field(default_factory=EnvConfig)
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     inputs: InputsConfig = dataclasses.field(default_factory=InputsConfig)
     demos: DemosConfig = dataclasses.field(default_factory=DemosConfig)
@@ -383,6 +394,7 @@ FREE_KEYS = (
     "env.workers",
     "env.timeout_s",
     "env.simulators",
+    "rollout",
     "train.checkpoint_every",
     "train.keep_last",
     "train.keep_every",

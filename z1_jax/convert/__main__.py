@@ -1,7 +1,7 @@
 """python -m z1_jax.convert SRC DST: π0.5 checkpoints of openpi (Orbax, PyTorch) and LeRobot → ours, and back with --to.
 
-What SRC is, and its sizes, is read from its arrays' names and shapes. Every array of SRC is used once, known to be
-unused, or an error; DST appears whole or not at all.
+The names and shapes of SRC's arrays tell its format and the model's sizes. Every array of SRC is used once, or known to
+be unused; any other is an error. DST appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def convert(given: argparse.Namespace) -> int:
 
 
 def describe_policy(given: argparse.Namespace) -> int:
-    """Prints how the policy of SRC wants to be driven; what nothing tells is said to be open."""
+    """Prints how the policy of SRC wants to be driven. Settings that neither files nor flags give stay open."""
     source = open_source(absolute(given.src), given.base and absolute(given.base), given.lora_alpha)
     try:
         model = read_model(source, given)
@@ -106,14 +106,14 @@ def describe_policy(given: argparse.Namespace) -> int:
 
 
 def target_format(asked: Format | None, source: Source) -> Format:
-    """What DST becomes. Raises FormatError where nothing says so."""
+    """The format of DST. Raises FormatError where no flag says which."""
     if asked is None and source.format == "ours":
         raise FormatError(f"{source.path} is ours already; say what DST shall be: --to={' or --to='.join(FORMATS[1:])}")
     return asked or "ours"
 
 
 def read_model(source: Source, given: argparse.Namespace) -> Model:
-    """Sizes, pieces and companions of a source, with every array accounted for."""
+    """Sizes, pieces and companions of a source, after checking that every array is used or known to be unused."""
     ignored, asked = Ignored(given.ignore), given_settings(given)
     found = source_settings(source, ignored)
     settings = {**_DEFAULTS, **found, **asked}
@@ -149,7 +149,7 @@ def read_model(source: Source, given: argparse.Namespace) -> Model:
 def refuse_contradictions(
     source: Source, found: Mapping[str, Any], asked: Mapping[str, Any], names: Sequence[str]
 ) -> None:
-    """Raises FormatError for a flag against what the source says of itself."""
+    """Raises FormatError where a flag contradicts what the source says of itself."""
     for name in names:
         if name in asked and asked[name] != found.get(name, asked[name]):
             raise FormatError(
@@ -183,7 +183,7 @@ def prompt_settings(
     """Whether the state goes into the prompt, and the width that it is padded to there.
 
     Raises:
-        FormatError: nothing tells, or a flag contradicts what the source says or would have no effect.
+        FormatError: neither source nor flags tell, or a flag contradicts the source or would have no effect.
     """
     if "state_in_prompt" not in settings:
         libero = asset_id == "physical-intelligence/libero"
@@ -208,7 +208,7 @@ def prompt_settings(
 def read_statistics(
     source: Source, given: argparse.Namespace, settings: Mapping[str, Any], ignored: Ignored
 ) -> tuple[Stats | None, str | None]:
-    """(statistics, asset id): from the flag, our document, or beside the weights; never left behind unasked."""
+    """(statistics, asset id): from the flag, our document, or the files beside the weights. None only if asked for."""
     asset_id = given.asset_id or settings.get("asset_id")
     if given.norm_stats == "none":
         return None, asset_id

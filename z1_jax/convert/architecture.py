@@ -1,4 +1,4 @@
-"""A model's sizes from its arrays' names and shapes; what they cannot tell from settings, or a clear question."""
+"""A model's sizes from its arrays' names and shapes. What shapes do not show comes from settings or is asked for."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def refuse_other_models(names: Iterable[str]) -> None:
 
 
 def style_of(names: Iterable[str]) -> Style:
-    """Which names these are. Raises FormatError: none that is known."""
+    """Whose names these are. Raises FormatError for names that no known format has."""
     names = list(names)
     if any(name.startswith("paligemma_with_expert.") for name in names):
         return "torch"
@@ -77,9 +77,9 @@ def read_architecture(shapes: Shapes, style: Style, settings: Mapping[str, Any])
     """The configuration of the model whose arrays these are.
 
     Args:
-        settings: what shapes do not tell: heads, vision_heads, horizon, prompt_length, camera_slots, compute. Heads or
-            a horizon that is absent and follows from nothing else is asked for. An action_dim or image_size must
-            agree with the shapes.
+        settings: what shapes do not show: heads, vision_heads, horizon, prompt_length, camera_slots, compute. Where
+            heads or horizon are absent and nothing else tells them, an error asks for the flag. An action_dim or
+            image_size must agree with the shapes.
 
     Raises:
         FormatError: an array is missing, a setting does not fit the shapes, or one is needed.
@@ -136,7 +136,7 @@ def read_architecture(shapes: Shapes, style: Style, settings: Mapping[str, Any])
 
 
 def _horizon_hint(assets: Iterable[str]) -> str:
-    """What the names of the statistics beside the weights say."""
+    """Which horizon the names of the statistics beside the weights suggest, as part of an error."""
     known = {"droid": 15, "physical-intelligence/libero": 10}
     named = {name: known[name] for name in assets if name in known}
     told = [f"its statistics are of {name}: --horizon={steps}" for name, steps in named.items()]
@@ -270,7 +270,7 @@ def _gemma_sizes(config: Pi05Config) -> dict[str, int]:
 
 
 def _heads(name: str, width: int, sizes: Mapping[str, Any], given: Mapping[str, Any]) -> int:
-    """Heads of a projection of this width: from the shapes, else as given."""
+    """Heads of a projection of this width: from the shapes where they show them, else from the settings."""
     flag = _FLAGS[name]
     if name in sizes:
         if given.get(name, sizes[name]) != sizes[name]:

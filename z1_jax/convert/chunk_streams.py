@@ -1,7 +1,7 @@
-"""Rows of large stored chunks, one after the other: a chunk that TensorStore could only decode whole.
+"""Reads a large stored chunk row by row, where TensorStore would decode all of it at once.
 
-Orbax stores an array as one chunk where one device held it, so that a stacked array of π0.5 is a chunk of 4.8 GB. It
-is a zarr chunk in C order, bare or compressed by zstd: its rows follow each other.
+Orbax stores an array that one device held as a single chunk: a stacked array of π0.5 is then a chunk of 4.8 GB. Such a
+zarr chunk is in C order, uncompressed or compressed by zstd, so its rows follow each other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _HELD = 2  # ranges of rows that are kept: two threads ask for neighbours in any
 
 
 class RowStreams:
-    """The rows of one array, read forward; what lies behind is read again from the beginning.
+    """The rows of one array, read forward. To go back, it starts again from the beginning.
 
     Args:
         kvstore: of TensorStore, at the array's folder.
@@ -40,7 +40,7 @@ class RowStreams:
         block = start // self._spec["chunks"][0]
         if block != self._block or start < self._next:
             self._open(block)
-        while self._next < start:  # of the same size: what was skipped is asked for next by the other thread
+        while self._next < start:  # in steps of the same size: the other thread asks for the skipped rows next
             self._read(min(start, self._next + stop - start))
         return self._read(stop)
 
@@ -78,7 +78,7 @@ class RowStreams:
 
 
 def of(metadata: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any] | None:
-    """What `RowStreams` needs of an array's zarr metadata (2 or 3); None where its chunks are stored in another way."""
+    """What `RowStreams` needs of an array's zarr metadata (2 or 3); None for other codecs or another order."""
     if metadata.get("zarr_format") == 2 or "compressor" in metadata:
         compressor = (metadata.get("compressor") or {}).get("id")
         if metadata.get("order", "C") != "C" or metadata.get("filters") or compressor not in (None, "zstd"):

@@ -1,6 +1,6 @@
-"""What stands beside a checkpoint's weights, in each project's files: configs, normalisation statistics, tokenizer.
+"""The files beside a checkpoint's weights, in each project's format: configs, normalisation statistics, tokenizer.
 
-Settings are plain values by name; what a project's files do not hold is absent, never guessed.
+Settings are plain values by name. A setting that a project's files do not hold is absent, never guessed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _OPENPI_NO_EFFECT = {
 
 
 def read_settings(folder: pathlib.Path, ignored: Ignored) -> dict[str, Any]:
-    """Settings from the config files beside the weights; of several, our own sidecar knows best.
+    """Settings from the config files beside the weights; our own sidecar overrides the others.
 
     Raises:
         FormatError: damaged, or a key or step that is neither known nor ignored, or not supported.
@@ -89,7 +89,7 @@ def _openpi_settings(folder: pathlib.Path, config: Mapping[str, Any], ignored: I
 def read_stats(
     folder: pathlib.Path, asset_id: str | None, norm_mode: str, ignored: Ignored
 ) -> tuple[Stats | None, str | None]:
-    """(statistics, asset id) that stand beside the weights; None for what is not there.
+    """(statistics, asset id) from the files beside the weights; None for what is not there.
 
     Raises:
         FormatError: damaged, or there are several and none was chosen.
@@ -110,7 +110,7 @@ def read_stats(
 
 
 def asset_ids(folder: pathlib.Path) -> list[str]:
-    """Whose statistics openpi's folder `assets` holds."""
+    """The robots or datasets whose statistics openpi's folder `assets` holds."""
     found = sorted(path.parent for path in (folder / "assets").rglob("norm_stats.json"))
     return [path.relative_to(folder / "assets").as_posix() for path in found]
 
@@ -128,7 +128,7 @@ def read_norm_stats(path: pathlib.Path, norm_mode: str, ignored: Ignored) -> Sta
 
 
 def _without_quantiles(path: pathlib.Path, norm_mode: str) -> Stats | None:
-    """Statistics of mean and std alone, which openpi writes for policies that normalise by them; None for others.
+    """Statistics without quantiles, which openpi writes for z-score policies; None for statistics that have them.
 
     Raises:
         ValueError: quantiles are needed.
@@ -153,7 +153,7 @@ def _without_quantiles(path: pathlib.Path, norm_mode: str) -> Stats | None:
 
 
 def _filled(got: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The pair that the normalisation does not use may be absent: a normal distribution's stands for it."""
+    """Fills in mean and std, or quantiles, where absent: as a normal distribution has them. They are not used."""
     if "mean" not in got or "std" not in got:
         got |= {"mean": (got["q01"] + got["q99"]) / 2, "std": (got["q99"] - got["q01"]) / 4.65}
     if "q01" not in got or "q99" not in got:
@@ -162,10 +162,10 @@ def _filled(got: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def with_rules(folder: pathlib.Path, stats: Stats, settings: Mapping[str, Any]) -> Stats:
-    """The statistics under the rules of the policy that they come from: ours, where our sidecar lies beside them.
+    """The statistics with the policy's rules for constant dimensions: from our sidecar where one lies beside them.
 
     Raises:
-        FormatError: the sidecar names a rule that there is not.
+        FormatError: the sidecar names a rule that does not exist.
     """
     before = "millimetre" if (folder / SIDECAR).is_file() else "openpi"  # sidecars did not always name them
     try:
@@ -176,7 +176,7 @@ def with_rules(folder: pathlib.Path, stats: Stats, settings: Mapping[str, Any]) 
 
 
 def _lerobot_stats(folder: pathlib.Path, norm_mode: str) -> Stats | None:
-    """The statistics that LeRobot's normaliser saved. A model that was never trained on data has none.
+    """The statistics that LeRobot's normaliser saved; none for a model that was never trained on data.
 
     Raises:
         FormatError: damaged, incomplete, or the postprocessor has others for the actions.
@@ -197,7 +197,7 @@ def _lerobot_stats(folder: pathlib.Path, norm_mode: str) -> Stats | None:
 
 
 def _lerobot_stats_file(folder: pathlib.Path, name: str, step_name: str) -> pathlib.Path | None:
-    """Where a processor of LeRobot says that its statistics are."""
+    """The file in which a LeRobot processor says that its statistics are."""
     path = folder / f"{name}.json"
     config = read_json(path)
     try:
@@ -257,7 +257,7 @@ def write_openpi_config(folder: pathlib.Path, config: Pi05Config, precision: str
 
 
 def is_published_size(config: Pi05Config) -> bool:
-    """Whether openpi's and LeRobot's names of sizes describe this model."""
+    """Whether this model has a size that openpi and LeRobot have a name for."""
     known = PRESETS["pi05"]
     return (config.vision, config.language, config.expert) == (known.vision, known.language, known.expert)
 

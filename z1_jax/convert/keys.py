@@ -1,4 +1,4 @@
-"""JSON files of other projects, of which every key is accounted for."""
+"""Reads JSON files of other projects and refuses keys that are not known."""
 
 from __future__ import annotations
 

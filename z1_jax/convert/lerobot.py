@@ -1,4 +1,6 @@
-"""LeRobot's config.json, train_config.json and processor files: each key and step is read, fixed, or without effect.
+"""LeRobot's config.json, train_config.json and processor files.
+
+Each key and step is read, must have the one value that is supported, or is known to have no effect; others are refused.
 
 Written against LeRobot 0.4.0 to 0.6.2: `PI05Config`, `PreTrainedConfig`, the steps of `make_pi05_pre_post_processors`.
 """
@@ -95,7 +97,7 @@ def read_config(folder: pathlib.Path, config: Mapping[str, Any], ignored: Ignore
     `pads_state` is whether LeRobot padded the state in the prompt to `max_state_dim`: None where no file tells.
 
     Raises:
-        FormatError: a key or step is unknown, or has a value that this project's policy cannot have.
+        FormatError: a key or step is unknown, or has a value that is not supported here.
     """
     path = folder / "config.json"
     if config["type"] != "pi05":
@@ -205,7 +207,7 @@ def _relative_actions(
 ) -> dict[str, Any] | None:
     """The relative dimensions as JSON (see `RelativeActions`); None where actions are absolute.
 
-    LeRobot leaves out the dimensions in whose names one of `relative_exclude_joints` stands; without names none.
+    LeRobot keeps a dimension absolute if its name contains one of `relative_exclude_joints`; without names, none.
     """
     step = before.get("relative_actions_processor", {})
     told = {"config.json": bool(config.get("use_relative_actions", False))}
@@ -232,7 +234,7 @@ def _relative_actions(
 
 
 def relative_mask(names: Sequence[str], left_out: Sequence[str], action_dim: int) -> list[bool]:
-    """Which dimensions LeRobot makes relative, by their names and those that it leaves out."""
+    """Which dimensions LeRobot makes relative, from their names and the excluded ones."""
     wanted = [token.lower() for token in left_out if token]
     named = [not any(token in name.lower() for token in wanted) for name in names[:action_dim]]
     return named + [True] * (action_dim - len(named))
@@ -241,7 +243,7 @@ def relative_mask(names: Sequence[str], left_out: Sequence[str], action_dim: int
 def relative_config(values: Mapping[str, Any] | None, action_dim: int) -> dict[str, Any]:
     """The keys of config.json for relative dimensions (as JSON); nothing for a policy with absolute actions.
 
-    Names that tell the absolute dimensions apart are kept; others are made up.
+    Known names are kept if they tell the absolute dimensions from the others; else names are made up.
     """
     if not values:
         return {}
@@ -255,7 +257,7 @@ def relative_config(values: Mapping[str, Any] | None, action_dim: int) -> dict[s
 
 
 def _cameras(path: pathlib.Path, config: Mapping[str, Any], rename_map: Mapping[str, str]) -> list[str | None]:
-    """The environment's camera of each slot; None for one that stays empty."""
+    """The environment's camera of each slot; None for an empty slot."""
     inputs = config["input_features"]
     names = [name for name, feature in inputs.items() if feature["type"] == "VISUAL"]
     empty = [
@@ -273,7 +275,7 @@ def _cameras(path: pathlib.Path, config: Mapping[str, Any], rename_map: Mapping[
 
 
 def _norm_mode(folder: pathlib.Path, config: Mapping[str, Any], before: Steps, after: Steps) -> str:
-    """How state and actions are normalised, of which config.json and both processors must say the same."""
+    """How state and actions are normalised. config.json and both processors must agree."""
     path = folder / "config.json"
     modes = _modes(path, config["normalization_mapping"])
     for file, step, steps in (
@@ -316,7 +318,7 @@ def prompt_state_dim(settings: Mapping[str, Any], state_dim: int | None, where: 
         state_dim: the state's own width, where it is known.
 
     Raises:
-        FormatError: nothing tells.
+        FormatError: neither files nor flags tell.
     """
     known = "prompt_state_dim" in settings
     width = settings.get("prompt_state_dim" if known else "max_state_dim")

@@ -1,4 +1,4 @@
-"""Low-rank adapters beside the weights that they change: added to them while these are read.
+"""Merges low-rank adapters into the weights that they change, while these are read.
 
 openpi's lora.Einsum and FeedForward, and PEFT's LoRA of linear layers. A merged weight is float32, whatever the others.
 """
@@ -41,7 +41,7 @@ _PEFT_FIXED: dict[str, tuple[Any, ...]] = {
 }
 PEFT_KEYS = (
     *_PEFT_FIXED, "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "base_model_name_or_path",
-    # Where adapters are is known by the arrays; the rest is of training.
+    # Settings that are not needed: the arrays show where adapters are, and the rest concerns training.
     "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "lora_dropout",
     "auto_mapping", "inference_mode", "task_type", "revision", "peft_version", "megatron_core", "loftq_config",
     "eva_config", "corda_config", "arrow_config", "lora_ga_config", "qalora_group_size", "runtime_config",
@@ -68,9 +68,9 @@ class MergedReader:
     """A reader whose weights have their adapters in them (see `Reader`).
 
     Args:
-        base: of the weights; `extra`: of the adapters.
+        base: reads the weights; `extra` reads the adapters.
         adapters: name of a weight in `base` -> its adapter in `extra`.
-        replaced: name of a weight in `base` -> that of the weight in `extra` that stands for it.
+        replaced: name of a weight in `base` -> name of the weight in `extra` to read instead.
         hidden: names of `base` that are no weights.
     """
 
@@ -125,7 +125,7 @@ def openpi_adapters(shapes: Mapping[str, tuple[int, ...]], alpha: float | None) 
     sums over the heads, the low-rank part is summed too before b is applied, and b over the heads.
 
     Raises:
-        FormatError: half an adapter, one of an unknown weight, or a rank whose alpha must be asked for.
+        FormatError: half of an adapter is missing, its weight is unknown, or `--lora-alpha` is needed for its rank.
     """
     found, names = {}, [name for name in shapes if "lora" in name]
     for name in names:
@@ -157,7 +157,7 @@ def _openpi_alpha(name: str, rank: int, alpha: float | None) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class PeftAdapters:
-    """What a folder of PEFT changes: adapters and replaced weights by the weight's name, as PEFT's file has it."""
+    """What a PEFT folder changes: adapters and replaced weights, by the weight's name in PEFT's file."""
 
     adapters: Mapping[str, Adapter]
     replaced: Mapping[str, str]
@@ -167,7 +167,7 @@ def peft_adapters(folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]]) -
     """From adapter_config.json and the arrays' names and shapes.
 
     Raises:
-        FormatError: a setting under which weights are not merged as W + scale·B·A, or arrays that are no such adapter.
+        FormatError: a setting does not merge as W + scale·B·A, or the arrays are not those of a LoRA.
     """
     path = folder / PEFT_CONFIG
     config = read_json(path)
@@ -214,7 +214,7 @@ def _peft_scale(path: pathlib.Path, config: Mapping[str, Any], module: str, rank
 
 
 def _pattern(patterns: Mapping[str, Any], module: str) -> str:
-    """The first of the patterns that means a module: PEFT matches the end of its name, or all of it after a ^."""
+    """The value of the first pattern that matches a module: the end of its name, or after a ^ all of it, as in PEFT."""
     for pattern in patterns:
         if re.match(pattern if pattern.startswith("^") else rf"(.*\.)?({pattern})$", module):
             return pattern

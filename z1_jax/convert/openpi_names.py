@@ -1,7 +1,7 @@
 """Names of the parameters in other projects' checkpoints, mapped to ours and back. Arrays in, arrays out: no files.
 
-Our kernels have openpi's layouts, so its JAX map is names only, but for the language model: openpi stacks all its
-layers, ours keeps the last one apart.
+Our kernels have openpi's layouts, so only names have to be mapped. The one exception is the language model: openpi
+stacks all of its layers, and ours keeps the last one apart.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def from_openpi(flat: Mapping[str, Shaped[np.ndarray, "..."]], config: Pi05Confi
 def to_openpi(state: nnx.State) -> dict[str, np.ndarray]:
     """openpi's arrays from a complete state of ours (parameters, or gradients of the same structure).
 
-    Raises ValueError when the state is a part of the model, or has adapters, for which openpi's names have no place.
+    Raises ValueError for a state that is only a part of the model, or has adapters: openpi has no names for them.
     """
     if has_adapters(state):
         raise ValueError("the state has adapters that are not folded in: export what Policy.with_params returns")

@@ -1,7 +1,7 @@
 """The arrays of an Orbax checkpoint, read and written in blocks through TensorStore, which Orbax itself stores with.
 
-Orbax takes and gives whole trees. Here its own code writes the frame of a checkpoint (the tree of names, versions,
-commit marks) around arrays of one entry, and the real arrays, streamed beside it, take their place.
+Orbax reads and writes whole trees only. To write a checkpoint in blocks, Orbax first saves one with the same names and
+arrays of a single entry (tree, versions, commit marks); the real arrays, written beside it, then replace those.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from z1_jax.convert.store import FormatError, Index, TensorInfo
 
 MANIFEST = "manifest.ocdbt"
 TREE = "_METADATA"  # names and types of the arrays
-_WHOLE_BYTES = 256 << 20  # of stored chunks that are decoded in one piece; rows of larger ones are streamed
+_WHOLE_BYTES = 256 << 20  # stored chunks up to here are decoded whole; larger ones are read row by row
 _BATCH_BYTES = 80 << 20  # written in one commit; a file above 64 MiB is not hashed at every opening
 
 
@@ -78,7 +78,7 @@ class OrbaxReader:
             raise FormatError(f"{self.folder} is damaged: {name} cannot be read ({_one_line(error)})") from None
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
-        """An array, or a block of it. What shares stored chunks with the block is kept for the next call."""
+        """An array, or a block of it. The rest of the decoded chunks is kept for the next call."""
         with self._lock, self._told(name):
             if not index:
                 return np.asarray(self._stores[name].read().result())
@@ -94,7 +94,7 @@ class OrbaxReader:
             return rows[(shifted, *index[1:])]
 
     def _streamed(self, name: str, first: int | slice) -> np.ndarray | None:
-        """Rows of an array whose chunks are too large to be decoded whole; None where they are not, or cannot be."""
+        """Rows of an array with large chunks, read row by row; None if its chunks are small or of another encoding."""
         store, (start, stop) = self._stores[name], _range(first)
         chunk = max(1, store.chunk_layout.read_chunk.shape[0] or 1)
         whole = self.tensors[name].nbytes // store.shape[0] * chunk
@@ -109,7 +109,7 @@ class OrbaxReader:
         return self._streams[1].read(start, stop)
 
     def _chunk_rows(self, name: str, first: int | slice) -> tuple[int, int]:
-        """The rows of the first axis that stored chunks make one read of."""
+        """The range of rows that has to be decoded together, because stored chunks hold them together."""
         store = self._stores[name]
         chunk = max(1, store.chunk_layout.read_chunk.shape[0] or 1)
         start, stop = _range(first)
@@ -125,7 +125,7 @@ def _range(first: int | slice) -> tuple[int, int]:
 
 
 class OrbaxWriter:
-    """Arrays on their way into a checkpoint: in a folder of their own until `move_into`."""
+    """Writes the arrays of a new checkpoint into a folder of their own; `move_into` puts them into the checkpoint."""
 
     def __init__(
         self, folder: pathlib.Path, tensors: Mapping[str, TensorInfo], chunks: Mapping[str, tuple[int, ...]], zarr: int
@@ -213,7 +213,7 @@ class OrbaxWriter:
             self._stores.clear()
 
     def abandon(self) -> None:
-        """Lets go of what is not written yet."""
+        """Drops everything that is not written yet."""
         if self._stores:
             self._stores.clear()
             self._transaction.abort()

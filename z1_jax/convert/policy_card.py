@@ -21,7 +21,7 @@ def policy_card(config: Pi05Config, document: Mapping[str, Any], stats: Stats | 
     """The lines: image slots, state, actions, prompt, and the statistics dimension by dimension.
 
     Args:
-        unknown: settings that nothing in the source tells and no flag gave; what follows from them is left open.
+        unknown: settings that neither source nor flags gave; whatever depends on them is printed as open.
     """
     return "\n".join(
         [*_inputs(config, document, stats, unknown), *_outputs(config, document, stats, unknown), *_spans(stats)]

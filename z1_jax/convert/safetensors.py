@@ -93,7 +93,7 @@ def open_sharded(index: pathlib.Path) -> SafetensorsReader:
 
 
 class SafetensorsWriter:
-    """A new file of declared tensors; blocks may come in any order, what is never written is zero."""
+    """A new file of declared tensors. Blocks may come in any order; those never written are zero."""
 
     def __init__(self, path: pathlib.Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]):
         header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -129,7 +129,7 @@ class SafetensorsWriter:
             self.abandon()
 
     def abandon(self) -> None:
-        """Lets go of the file as it is."""
+        """Closes the file as it is, unfinished."""
         if self._file >= 0:
             file, self._file = self._file, -1
             os.close(file)
@@ -173,7 +173,7 @@ def _read_header(path: pathlib.Path, file: int) -> tuple[int, dict[str, Any]]:
 
 
 def _check_entries(path: pathlib.Path, header: Mapping[str, Any]) -> int:
-    """End of the data. Raises FormatError: an unknown dtype, or an entry whose bytes do not fit its shape."""
+    """Where the data end. Raises FormatError for an unknown dtype, or an entry whose bytes do not fit its shape."""
     end = 0
     entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
     for name, entry in sorted(entries, key=lambda item: item[1]["data_offsets"]):

@@ -34,8 +34,8 @@ class Source:
     """A checkpoint that is open for reading.
 
     Attributes:
-        tensors: by the names of its style; `end.rename` gives those in the files.
-        folder: where its configs and statistics stand.
+        tensors: by the names of its format's style; `end.rename` turns them into the names in the files.
+        folder: where its configs and statistics are.
         document: of our own checkpoints.
         crcs: CRC-32 of our own checkpoints' arrays.
         notes: what was done to names and weights, in words.
@@ -60,11 +60,11 @@ def open_source(path: pathlib.Path, base: pathlib.Path | None = None, lora_alpha
     """Opens what is there; adapters are merged while it is read.
 
     Args:
-        base: the checkpoint that PEFT's adapters belong to, where their folder names none that is there.
-        lora_alpha: of openpi's adapters, where their rank does not tell.
+        base: the checkpoint that PEFT's adapters belong to, needed if their folder does not name one on this disk.
+        lora_alpha: alpha of openpi's adapters, needed for ranks other than 16 and 32.
 
     Raises:
-        FormatError: nothing that is known, a damaged file, another model than π0.5, or an argument without effect.
+        FormatError: no known format, a damaged file, another model than π0.5, or an argument without effect.
     """
     path = absolute(path)
     found = _opened(path, base, lora_alpha)
@@ -174,7 +174,7 @@ def _open_peft(path: pathlib.Path, folder: pathlib.Path, base: pathlib.Path | No
 
 
 def _merge_tied(found: dict[str, TensorInfo], reader: Reader, stored: dict[str, str], file: pathlib.Path) -> None:
-    """Leaves one of the embedding's two names. Raises FormatError when both are there and differ."""
+    """Drops one of the embedding's two copies. Raises FormatError when they differ."""
     twin = found.pop(arrays.TIED_EMBEDDING, None)
     if twin is None:
         return
@@ -236,7 +236,7 @@ def _plain(name: str) -> str:
 
 
 def source_settings(source: Source, ignored: Ignored) -> dict[str, Any]:
-    """Settings that the source itself holds: its document, or the configs beside its weights."""
+    """Settings from the source itself: from its document, or the configs beside its weights."""
     if source.document is None:
         return {**companions.read_settings(source.folder, ignored), "assets": companions.asset_ids(source.folder)}
     document = dict(source.document)
@@ -245,7 +245,7 @@ def source_settings(source: Source, ignored: Ignored) -> dict[str, Any]:
 
 
 def flatten(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a stored architecture that shapes do not tell."""
+    """The settings of a stored architecture that the arrays' shapes do not show."""
     return {
         "heads": architecture["language"]["heads"],
         "vision_heads": architecture["vision"]["heads"],
@@ -257,7 +257,7 @@ def flatten(architecture: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe(source: Source) -> str:
-    """In words, for the table."""
+    """The source's format in words, for the table."""
     names = {
         "ours": "a checkpoint of this project",
         "openpi": "openpi's JAX checkpoint (Orbax)",

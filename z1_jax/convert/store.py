@@ -1,4 +1,4 @@
-"""What every format offers: named arrays, read and written in blocks, never more than one in memory."""
+"""The interface of every format: named arrays, read and written in blocks, so that few are in memory at a time."""
 
 from __future__ import annotations
 
@@ -68,5 +68,5 @@ class Writer(Protocol):
         ...
 
     def abandon(self) -> None:
-        """Lets go of the files, whatever state they are in. Nothing after `close`."""
+        """Closes the files unfinished, in whatever state they are. Does nothing after `close`."""
         ...

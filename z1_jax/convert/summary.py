@@ -1,4 +1,4 @@
-"""What a conversion says when it is done: the table of parts, what travels along, and what is missing."""
+"""What a conversion prints when it is done: the table of parts, what goes with the weights, and what is missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from z1_jax.models.pi05 import Pi05Config
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Everything of a checkpoint but its arrays."""
+    """Everything in a checkpoint except its arrays."""
 
     config: Pi05Config
     pieces: list[Piece]
@@ -32,7 +32,7 @@ class Model:
 def print_table(
     source: Source, model: Model, summaries: Mapping[str, PartSummary], infos: Mapping[str, TensorInfo]
 ) -> None:
-    """Counts, dtypes, parameters and checksum of each part; then what was not used and what travels along."""
+    """Prints counts, dtypes and checksum of each part, then unused arrays and what goes with the weights."""
     rows = [("part", "tensors", "parameters", "dtype", "stored as", "checksum")]
     for name, part in summaries.items():
         dtypes = ("+".join(sorted(part.source_dtypes)), "+".join(sorted(part.dtypes)))
@@ -75,7 +75,7 @@ def print_table(
 
 
 def relative_words(model: Model) -> str:
-    """What the actions are, and whether that is known."""
+    """Whether actions are absolute or relative, and whether the source or a flag said so."""
     if relative := relative_from_json(model.document["relative_actions"]):
         return relative.words
     untold = "relative_actions" in model.untold
@@ -84,7 +84,7 @@ def relative_words(model: Model) -> str:
 
 
 def advice(format: Format, place: pathlib.Path, model: Model) -> str:
-    """What stands between the result and a policy that acts."""
+    """What the result still needs before it can act."""
     if format == "lerobot":
         sizes = "; LeRobot has no name for these sizes: its config.json says gemma_2b, z1_jax.json has the real ones"
         padded = "; only LeRobot 0.4.4 and older pads the state in its prompts: do not run it with a newer one"
@@ -101,7 +101,7 @@ def advice(format: Format, place: pathlib.Path, model: Model) -> str:
 
 
 def openpi_advice(document: Mapping[str, Any]) -> str:
-    """What openpi keeps in its own training config, and not in a checkpoint."""
+    """What openpi's training config has to say to use the result: its checkpoints do not hold it."""
     config = f"action_horizon={document['horizon']}, discrete_state_input={document['state_in_prompt']}"
     quantile = "" if document["norm_mode"] == "quantile" else ", use_quantile_norm=False"
     if relative := relative_from_json(document["relative_actions"]):

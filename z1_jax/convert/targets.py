@@ -1,4 +1,4 @@
-"""Writes a checkpoint in any of the formats: beside its place first, then moved there whole."""
+"""Writes a checkpoint in any of the formats: into a folder beside its place, which is then moved there whole."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ROOM = 4 << 20  # bytes beyond the tensors
 
 
 def end_of(format: Format) -> End:
-    """How a format calls the arrays."""
+    """The names that a format gives to the arrays."""
     if format == "openpi":
         return End("openpi", lambda name: f"params/{name}/value")
     if format == "lerobot":
@@ -110,7 +110,7 @@ def finish(
     tokenizer: bytes | None,
     summaries: Mapping[str, PartSummary],
 ) -> None:
-    """What stands around the weights: the tree, configs, statistics, tokenizer."""
+    """Writes what goes around the weights: the tree, configs, statistics, tokenizer."""
     writer.close()
     precision = "bfloat16" if any("bfloat16" in part.dtypes for part in summaries.values()) else "float32"
     if format == "ours":

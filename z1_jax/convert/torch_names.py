@@ -1,4 +1,4 @@
-"""Names of PyTorch arrays as other programs leave them, brought to those that `arrays` knows.
+"""Turns the names that other programs give to PyTorch arrays into those that `arrays` knows.
 
 Wrappers put words before or into the names; transformers renamed PaliGemma's parts in 4.52.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from z1_jax.convert.store import FormatError
 
 LEROBOT_PREFIX = "model."
-# What wraps a module, and leaves its name in those of the arrays: DataParallel and DDP, torch.compile, FSDP,
+# Wrappers of modules that add their own name to those of the arrays: DataParallel and DDP, torch.compile, FSDP,
 # activation checkpointing.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _BEFORE = ("module.", LEROBOT_PREFIX)  # only where every name begins so

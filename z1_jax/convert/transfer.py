@@ -1,4 +1,4 @@
-"""Moves a model's pieces from one checkpoint to another: checked, cast, summed up, a few at a time."""
+"""Moves a model's pieces from one checkpoint to another, a few at a time; checks, casts and counts them on the way."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _AHEAD = 3  # blocks that are read while one is written
 
 @dataclasses.dataclass(frozen=True)
 class End:
-    """One end of a transfer: the names it goes by, and what they are called in the files."""
+    """One end of a transfer: its style of names, and how to turn them into the names in the files."""
 
     style: Style
     rename: Callable[[str], str] = lambda name: name
@@ -32,7 +32,7 @@ class End:
 
 @dataclasses.dataclass
 class PartSummary:
-    """What the table says of vision, language or expert."""
+    """A row of the table: vision, language or expert."""
 
     tensors: int = 0  # in the source
     parameters: int = 0
@@ -42,7 +42,7 @@ class PartSummary:
 
     @property
     def checksum(self) -> str:
-        """Equal for equal values in equal dtypes, whatever the format."""
+        """Checksum of the values: equal values in equal dtypes give the same one in every format."""
         return hashlib.sha256(json.dumps(self.crcs, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -89,7 +89,7 @@ def transfer(
     stored_crcs: Mapping[str, int | None] | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> dict[str, PartSummary]:
-    """Moves all pieces, those of one array of ours in its memory's order; without a writer only checks and sums up.
+    """Moves all pieces, those of each of our arrays in memory order; without a writer it only checks and counts them.
 
     Args:
         tensors: the target's, by its names, for their dtypes.
@@ -177,7 +177,7 @@ def _ahead(work: Callable, jobs: Iterator) -> Iterator:
 
 
 def contiguous(view: Shaped[np.ndarray, "..."]) -> np.ndarray:
-    """The array in C order. In tiles: a plain copy of a large transposed matrix misses the cache at every entry."""
+    """The array in C order, copied in tiles: a plain copy of a large transposed matrix misses the cache each time."""
     if view.flags.c_contiguous:
         return view
     out = np.empty(view.shape, view.dtype)

@@ -1,14 +1,14 @@
-"""Parameters prepared for acting, and the decision made with them: the same numbers from fewer, larger kernels.
+"""Parameters prepared for acting, and decisions made with them: the same numbers from fewer and larger GPU kernels.
 
-A decision on few observations is many small products, and a GPU waits between them for weights to be sliced out of the
-stacks, moved and modulated. Prepared once from any policy:
+A decision on few observations consists of many small products. Between them a GPU waits while weights are sliced out of
+the stacks, moved and modulated. The prepared form, made once from any policy, avoids that:
 
 * one array for each layer, laid out as the products read it, in the dtype of the computation;
 * q, k and v in one array, gate and up in one;
 * the expert's adaRMS modulation for each denoising step, which depends on the time alone, as a table.
 
-The layers are written out, rotations are tabled once a call, and keys and values are written where attention reads
-them. `Pi05.encode_prefix` and `Pi05.velocity` are the reference: equal up to rounding.
+The layers are unrolled, rotations are tabulated once a call, and keys and values are written where attention reads
+them. `Pi05.encode_prefix` and `Pi05.velocity` are the reference: results are equal up to rounding.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from z1_jax.sharding import constrain, partition_spec
 from z1_jax.types import Observation, PrefixCache
 
 Prepared = dict[str, Any]  # a tree of arrays
-# Logical axes by name, see sharding; what is not named here every device holds whole. Queries, keys and values of the
-# Gemma stacks are not split over heads: their one array would part in the middle of a kind.
+# Logical axes by name, see sharding; every device holds the other arrays whole. Queries, keys and values of the Gemma
+# stacks share one array, so they are not split over heads: a device would get parts of two kinds.
 AXES: dict[str, tuple[str | None, ...]] = {
     "qkv": ("embed",),
     "kv": ("embed",),
@@ -51,7 +51,7 @@ ROWS = 8  # products of bfloat16 want multiples of this many rows; XLA would pad
 
 
 def prepare_prefix(model: Pi05) -> Prepared:
-    """What `encode_prefix` reads of a model without adapters, but for the token embedding, which stays as it is."""
+    """The parameters that `encode_prefix` reads, except the token embedding, which stays as it is. No adapters."""
     vision, language, dtype = model.vision, model.language, jnp.dtype(model.config.dtype)
     tower, last, bias = vision.config, language.last, vision.head.bias
     assert bias is not None, "the vision tower's head has one"
@@ -71,7 +71,7 @@ def prepare_prefix(model: Pi05) -> Prepared:
 
 
 def prepare_expert(model: Pi05, times: Float[Array, " K"]) -> Prepared:
-    """What `denoiser` reads of a model without adapters that acts at these times."""
+    """The parameters that `denoiser` reads when it acts at these times. The model has no adapters."""
     expert, dtype = model.expert, jnp.dtype(model.config.dtype)
     condition = expert.condition(times[None])[0].astype(dtype)  # [K, W]
 
@@ -144,7 +144,7 @@ def _by_input(kv: Float[Array, "2 K W D"], dtype: Any) -> Float[Array, "W 2K D"]
 def encode_prefix(
     config: Pi05Config, params: Prepared, embedding: Float[Array, "V W"], obs: Observation
 ) -> PrefixCache:
-    """As `Pi05.encode_prefix`; `embedding` of the prompt's tokens."""
+    """As `Pi05.encode_prefix`; `embedding` is the table of token embeddings."""
     images = _image_tokens(config, params, obs.images)
     batch, cameras, patches, width = images.shape
     rows = embedding[obs.tokens].astype(jnp.float32)
@@ -224,7 +224,7 @@ def denoiser(config: Pi05Config, params: Prepared, cache: PrefixCache, chunks: i
 
 
 def _by_buffers(config: Pi05Config, cache: PrefixCache, chunks: int) -> tuple[Attend, list[Any]]:
-    """Each layer holds keys and values, of the prefix and behind them of the chunks, written there at each step.
+    """Each layer has a buffer with the prefix's keys and values, then the chunks', which each step overwrites.
 
     Lengths are multiples of `ROWS`.
     """

@@ -1,4 +1,4 @@
-"""Attention over the prefix, and of M action chunks over one shared prefix. Queries arrive rotated and scaled."""
+"""Attention within the prefix, and of M action chunks to one shared prefix. Queries come rotated and scaled."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def attend_in_order(
     mask: Bool[Array, "B X S"],
     implementation: str = "einsum",
 ) -> Float[Array, "B T N D"]:
-    """`attend` with queries left in the order of tokens: with one key head nothing is moved before or after it.
+    """`attend` with queries in token order: with a single key head nothing has to be moved before or after it.
 
     `mask` has a row for all queries (X = 1) or one for each (X = T).
     """
@@ -65,8 +65,8 @@ def attend_in_order(
 
 
 def _logits(pattern: str, q: Array, k: Array) -> Array:
-    """Products in float32. From bfloat16 their gradients meet float32 ones: to carry those in full would cost a GPU's
-    SFT step a twentieth, for digits that bfloat16 drops again."""
+    """Products in float32. For bfloat16 inputs their gradients are cast down to bfloat16 early: keeping them in float32
+    would cost a GPU a twentieth of an SFT step, for digits that bfloat16 drops afterwards."""
     precision = jax.lax.Precision.DEFAULT if q.dtype == jnp.bfloat16 else None
     return jnp.einsum(pattern, q, k, precision=precision, preferred_element_type=jnp.float32)
 
@@ -82,9 +82,9 @@ def chunk_mask(prefix: Bool[Array, "B T"], chunks: int, length: int, horizon: in
 
     Args:
         chunks: M; each has `length` queries, of which the first `horizon` are real.
-        room: keys behind the prefix's: the chunks' one after the other, then what nobody sees.
+        room: number of keys behind the prefix's: those of the chunks, one after the other, then padding that is masked.
     Returns:
-        A row for each query; one row for all where they are of one chunk.
+        A row for each query; a single row if there is one chunk.
     """
     key = jnp.arange(room)
     chunk = jnp.arange(chunks * length if chunks > 1 else 1) // length
@@ -119,8 +119,8 @@ def attend_shared_prefix(
 ) -> Float[Array, "B M H N D"]:
     """M independent chunks per observation, each attending to itself and to the observation's prefix.
 
-    The prefix is never repeated M times. "einsum" reads it where it lies, and one softmax runs over prefix and chunk
-    together; "xla" and "cudnn" make one call of all chunks and mask those of the others (see `attend`).
+    The prefix is never copied M times. "einsum" reads it in place, with one softmax over prefix and chunk together.
+    "xla" and "cudnn" put all chunks into one call and mask the keys of other chunks (see `attend`).
     """
     batch, chunks, horizon, heads, width = q.shape
     if implementation != "einsum":

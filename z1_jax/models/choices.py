@@ -1,4 +1,4 @@
-"""What settings of the models may be: names alone, so that a config can be checked without JAX."""
+"""The values that the models' settings may have: names alone, so that a config can be checked without JAX."""
 
 DTYPES = ("float32", "bfloat16")  # of the computation
 REMAT = ("none", "dots", "full")  # see layers.REMAT_POLICIES
@@ -8,5 +8,5 @@ SCOPES = ("expert", "joint", "lora", "everything")  # what is trained
 
 
 def trains_vlm(scope: str, vlm_rank: int) -> bool:
-    """Whether a scope moves what the prefix caches are computed with; `vlm_rank`: of scope lora's adapters there."""
+    """Whether a scope trains the vision-language model, which makes prefix caches; `vlm_rank`: its adapters' rank."""
     return scope in ("joint", "everything") or (scope == "lora" and vlm_rank > 0)

@@ -1,4 +1,4 @@
-"""How a model computes, whatever its shape."""
+"""Settings of how a model computes, independent of its shape."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from z1_jax.models.choices import ACTING, ATTENTION, DTYPES, REMAT
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compute:
-    """Settings of the computation: they move no number but by rounding.
+    """Settings of the computation. They change results by rounding alone.
 
     Raises:
         ValueError: a setting that is not among its choices, or attention cudnn without bfloat16.
@@ -19,8 +19,8 @@ class Compute:
     remat: str = "none"  # activations kept for the backward pass: none (all) | dots | full (recompute all)
     unroll: bool = False  # write the layers out instead of looping: faster for a few small layers on a CPU
     attention: str = "einsum"  # einsum | xla | cudnn
-    # Parameters that decisions read: plain | prepared (see acting) | auto: prepared on accelerators, where there are no
-    # adapters. A CPU launches nothing, and compiling written-out layers would take it longer.
+    # Parameters that decisions read: plain | prepared (see acting) | auto: prepared on accelerators, if there are no
+    # adapters. A CPU has no kernel launches to save, and would compile the unrolled layers for longer.
     acting: str = "auto"
 
     def __post_init__(self):
@@ -32,5 +32,5 @@ class Compute:
 
     @property
     def compute(self) -> Compute:
-        """These settings alone, of a configuration that has them among others."""
+        """The settings of this class alone, taken from a configuration that has more."""
         return Compute(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Compute)})

@@ -1,7 +1,7 @@
 """The two Gemma stacks of π0.5: the language model that encodes the prefix, and the action expert.
 
-They have the same depth and attention shape. The expert attends to the language model's keys and values, which do not
-depend on the actions: the language model therefore runs once per observation and hands over nothing else.
+They have the same depth and attention shape. The expert attends to the language model's keys and values. These do not
+depend on the actions, so the language model runs once per observation and hands over nothing else.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def _add_residual(x: Array, y: Array, gate: Array | None) -> Array:
 class LanguageModel(nnx.Module):
     """Gemma as π0.5 uses it: embeds the prompt, and turns prefix tokens into keys and values.
 
-    The last layer stands apart from the stack: only its keys and values can reach the actions, so nothing else of it
-    is computed. Its other weights, and the final norm, are held for complete checkpoints and get zero gradients.
+    The last layer is kept apart from the stack: only its keys and values can reach the actions, so nothing else of it
+    is computed. Its other weights and the final norm are kept so that checkpoints are complete; their gradients are 0.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class LanguageModel(nnx.Module):
     def keys_values(
         self, x: Float[Array, "B T W"], mask: Bool[Array, "B T"]
     ) -> tuple[Float[Array, "layers B T K D"], Float[Array, "layers B T K D"]]:
-        """Rotated keys and values of every layer. Where `mask` is false they hold numbers that nothing may read."""
+        """Rotated keys and values of every layer. Those of masked tokens are meaningless and must not be read."""
         positions = prefix_positions(mask)
 
         def attend(q: Array, k: Array, v: Array) -> Array:

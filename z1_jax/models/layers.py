@@ -32,10 +32,10 @@ REMAT_POLICIES: dict[str, Any] = {
 
 
 def _flatten_tokens(x: Array, kept: int) -> Array:
-    """`x` with all but its last `kept` dimensions merged, on a single device; as it is on several.
+    """On a single device, `x` with all but its last `kept` dimensions merged; on several devices, `x` unchanged.
 
     XLA's CPU backend computes a weight gradient that sums over two dimensions several times slower than one that
-    sums over their product. Across devices the dimensions stay apart: the batch is what is sharded.
+    sums over a merged one. Across devices the batch is sharded, so its dimension must stay apart.
     """
     return x.reshape(-1, *x.shape[x.ndim - kept :]) if on_one_device() else x
 
@@ -95,7 +95,7 @@ def dense(
 
 
 def rms_normalise(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """`x` by its root mean square, in float32."""
+    """`x` divided by its root mean square, in float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + NORM_EPS)
 
@@ -132,7 +132,7 @@ class AdaRMSNorm(nnx.Module):
 
 
 def layer_normalise(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """`x` without its mean and by its standard deviation, in float32."""
+    """`x` minus its mean, divided by its standard deviation, in float32."""
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     return y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + NORM_EPS)
@@ -212,7 +212,7 @@ def rope_tables(
 
 
 def rotate(x: Float[Array, "... T N D"], tables: tuple[Float[Array, "..."], ...]) -> Float[Array, "... T N D"]:
-    """`rope` by tables."""
+    """As `rope`, with the tables of `rope_tables`."""
     sin, cos = tables
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

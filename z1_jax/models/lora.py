@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA): y + (α/r)·(x·a)·b beside a frozen kernel, and folding them into it.
 
-The two arrays of an adapter are parameters of their own, so that an optimiser can be given them alone. How they fold
-travels with them as metadata: a state is enough, no module is needed.
+The two arrays of an adapter are parameters of their own, so that an optimiser can train them alone. Their metadata say
+how to fold them into the kernel, so that a state can be folded without its module.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Adapter(nnx.Module):
     """The low-rank change of one kernel; b starts at zero, and with it the change.
 
     Args:
-        pattern: the einsum that applies the kernel to an input, such as "...d,ckdh->c...kh". Dimensions of the kernel
-            that stand before the tokens in the output (c) tell several kernels apart: each has an adapter of its own.
+        pattern: the einsum that applies the kernel to an input, such as "...d,ckdh->c...kh". A dimension of the kernel
+            that stands before the tokens in the output (c) counts several kernels: each has an adapter of its own.
         kernel: the parameter, perhaps stacked over layers.
     """
 

@@ -1,4 +1,4 @@
-"""Declaring parameters: shape, logical axes and initial values are stated once, where a layer is made."""
+"""Declares parameters: a layer states shape, logical axes and initial values once, where it is made."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Key
 
-from z1_jax.sharding import param_sharding
+from z1_jax.sharding import param_sharding, place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Pattern:
 
     Attributes:
         letters: of the kernel, in its order.
-        contracted: those that it shares with the input and that are summed over.
-        several: those that stand before the tokens in the output: they tell several kernels apart.
-        produced: those that stand behind the tokens in the output.
+        contracted: letters shared with the input, which are summed over.
+        several: letters before the tokens in the output: they count several kernels.
+        produced: letters behind the tokens in the output.
     """
 
     letters: str
@@ -69,8 +69,8 @@ def param(
     """Declares a float32 parameter: shape, logical axes (see sharding) and initial values of one layer.
 
     Its value is a `jax.ShapeDtypeStruct` until `initialise` or a checkpoint fills it. `layers` adds a leading axis of
-    that length. `keep_float32` marks what must not be cast down when frozen: it is used in float32 whatever the
-    compute dtype. `pattern` is the einsum that applies a kernel to its input: it says which axes make a matrix.
+    that length. `keep_float32` marks a parameter that is used in float32 whatever the compute dtype, and so must not be
+    cast down when frozen. `pattern` is the einsum that applies a kernel to its input: it says which axes make a matrix.
     """
     if len(shape) != len(axes):
         raise ValueError(f"a parameter of shape {shape} needs {len(shape)} logical axes; got {axes}")
@@ -82,7 +82,7 @@ def param(
 
 
 def initialise(state: nnx.State, seed: int | Key[jax.Array, ""], mesh: Mesh | None = None) -> nnx.State:
-    """`state` with every parameter that is still abstract drawn; `seed` is an int or a JAX key.
+    """`state` with values drawn for every parameter that is still abstract; `seed` is an int or a JAX key.
 
     With `mesh`, each goes straight onto its shards: neither the host nor a device holds more than one whole array.
     """
@@ -92,14 +92,14 @@ def initialise(state: nnx.State, seed: int | Key[jax.Array, ""], mesh: Mesh | No
         if isinstance(variable.get_value(), jax.ShapeDtypeStruct):
             value = _initial_value(variable, [*words, *"/".join(map(str, path)).encode()])
             sharding = None if mesh is None else param_sharding(variable, mesh).get_value()  # type: ignore[operator]
-            variable = variable.replace(jax.device_put(value, sharding))
+            variable = variable.replace(place(value, sharding))
         filled.append((path, variable))
     return nnx.from_flat_state(filled)
 
 
 def _initial_value(variable: nnx.Variable, seed: list[int]) -> np.ndarray:
-    # Drawn on the host: compiling a generator for every shape would take a small model half a minute. Seeded by the
-    # parameter's path: the value depends neither on the order of declarations nor on devices.
+    # Drawn on the host: compiling a generator for every shape would take half a minute for a small model. Seeded by the
+    # parameter's path, so that values depend neither on the order of declarations nor on devices.
     shape, init = variable.get_value().shape, variable.get_metadata("init")
     if init.std == 0:
         return np.full(shape, init.mean, np.float32)

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int, Shaped
 
-from z1_jax import distributed
+from z1_jax import distributed, processes
 from z1_jax.config.schema import FlowConfig
 from z1_jax.data.transforms import InputProcessor
 from z1_jax.models import acting
@@ -35,11 +35,17 @@ def counted_coordinates(horizon: int, executed: int, dims: Bool[np.ndarray, " A"
 
 
 def make_actor(policy: Policy, graphdef: Any, flow: FlowConfig, mesh: jax.sharding.Mesh, largest: int) -> Actor:
-    """The actor of a policy for up to `largest` observations at once."""
+    """The actor of a policy for up to `largest` observations at once, in each of the processes."""
     counted = counted_coordinates(
         policy.config.horizon, policy.executed, policy.processor.counted_dims, flow.logprob_coords
     )
-    return Actor(graphdef, flow, counted, mesh, largest, policy.config.acting)
+    if processes.count() == 1:
+        return Actor(graphdef, flow, counted, mesh, largest, policy.config.acting)
+    from z1_jax.rl import lockstep  # it builds on this module
+
+    row = lockstep.blank(policy.processor)
+    everyone = largest * processes.count()
+    return lockstep.LockstepActor(graphdef, flow, counted, mesh, everyone, policy.config.acting, blank=row)
 
 
 class Actor:
@@ -100,14 +106,14 @@ class Actor:
             stochastic: false: the ODE sampler; only the first noise is used.
             noise_level: default: the config's.
         """
-        drawn = [self._draw((*noise_key, *map(int, sample))) for sample in ids.reshape(-1, ids.shape[-1])]
-        noise = np.stack([z for z, _ in drawn]).reshape(*ids.shape[:2], *drawn[0][0].shape)
-        steps = np.stack([s for _, s in drawn]).reshape(*ids.shape[:2], -1) & stochastic
-        inputs = [pad_rows(x, cache.mask.shape[0]) for x in (noise, steps)]
+        inputs = [pad_rows(x, cache.mask.shape[0]) for x in self._drawn(ids, noise_key, stochastic)]
         level = jnp.float32(self._config.noise_level if noise_level is None else noise_level)
         prepared = self._prepared.expert(params)
         chain = self._sample(prepared, *params, cache, *distributed.put_batch(inputs, self._mesh), level)
         return jax.tree.map(lambda x: np.asarray(x)[: ids.shape[0]], chain)
+
+    def finish(self, params: tuple[Any, Any]) -> None:
+        """Ends a round of decisions: with several processes, waits until the others have ended theirs too."""
 
     def prepared(self, params: tuple[Any, Any]) -> tuple[acting.Prepared | None, acting.Prepared | None]:
         """What encoding and sampling read in place of these parameters, kept until others are given."""
@@ -127,6 +133,15 @@ class Actor:
         """`sample` traced for noise [B, M, K + 1, H, A] and stochastic steps [B, M, K] that may be abstract."""
         prepared, level = self._prepared.expert(params), jax.ShapeDtypeStruct((), jnp.float32)
         return self._sample.trace(prepared, *params, cache, noise, steps, level)
+
+    def _drawn(
+        self, ids: Int[np.ndarray, "B M I"], noise_key: tuple[int, ...], stochastic: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Noise [n, M, K + 1, H, A] and stochastic steps [n, M, K] of samples, see `sample`."""
+        drawn = [self._draw((*noise_key, *map(int, sample))) for sample in ids.reshape(-1, ids.shape[-1])]
+        noise = np.stack([z for z, _ in drawn]).reshape(*ids.shape[:2], *drawn[0][0].shape)
+        steps = np.stack([s for _, s in drawn]).reshape(*ids.shape[:2], -1) & stochastic
+        return noise, steps
 
     def _draw(self, key: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """One sample's noise [K + 1, H, A] and stochastic steps [K]. Drawn on the host: XLA's CPU compiler takes

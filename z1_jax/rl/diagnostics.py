@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
+from z1_jax import processes
 from z1_jax.files import writing
 from z1_jax.rl import flow
 from z1_jax.rl.rollout import BrokenIteration, Rollouts
+
+OF_LOOKS = ("looks", "tokens/encoded")  # of `sharing_metrics`, those that several processes count each for its own
 
 
 class RatioError(BrokenIteration):
@@ -40,8 +43,9 @@ def check_step(stats: Mapping[str, float], first: bool, gate: float) -> None:
 def save_broken(
     run_dir: pathlib.Path, iteration: int, evidence: Mapping[str, Shaped[np.ndarray, "..."]]
 ) -> pathlib.Path:
-    """Writes the arrays of a broken iteration to RUN_DIR/broken/iteration-N.npz."""
-    path = run_dir / "broken" / f"iteration-{iteration}.npz"
+    """Writes the arrays of a broken iteration to RUN_DIR/broken/iteration-N.npz; of several processes each its own."""
+    of = f"-process-{processes.index()}" * (not processes.leads())
+    path = run_dir / "broken" / f"iteration-{iteration}{of}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = dict(evidence)
     with writing(path):

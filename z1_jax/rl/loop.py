@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from envs.base import Pool
+from z1_jax import processes
 from z1_jax.checkpoint import Checkpoints, Keep
 from z1_jax.interrupt import GracefulStop
 from z1_jax.metrics import ALARMS, METRICS, NUMBERED, MetricsWriter, Progress, read_records
@@ -45,10 +46,10 @@ def train_grpo(
     start, document = _restore(checkpoints, trainer)
     if alone and not start:
         raise nothing_left(writer.run_dir)
-    counts = counted_grpo(writer.run_dir, start, document)
+    told = processes.on_leader(lambda: dataclasses.asdict(counted_grpo(writer.run_dir, start, document)))
+    counts = Counts(**{**told, "recent": tuple(told["recent"])})
     writer.resume("grpo", start)
-    records = [record for record in read_records(writer.run_dir / METRICS, NUMBERED) if record["stage"] == "grpo"]
-    unstable = sum(record.get("unstable", 0) for record in records)
+    unstable = processes.on_leader(lambda: _unstable_so_far(writer.run_dir))
 
     def save(step: int) -> None:
         saved = trainer.policy()
@@ -74,7 +75,7 @@ def train_grpo(
                 every = " on every task" * (len(trainer.tasks.tasks) > 1)
                 progress.say(f"training success is at least {train.stop_success:.0%}{every}: stopping early")
                 break
-            if stop.requested:
+            if processes.anyone(stop.requested):
                 save(iteration)
                 checkpoints.close()
                 raise KeyboardInterrupt
@@ -112,6 +113,11 @@ def train_grpo(
         save(last)  # within the context: a stop that was asked for late must find it written
     checkpoints.close()
     return trainer.policy()
+
+
+def _unstable_so_far(run_dir: pathlib.Path) -> int:
+    records = read_records(run_dir / METRICS, NUMBERED)
+    return sum(record.get("unstable", 0) for record in records if record["stage"] == "grpo")
 
 
 def _settled(trainer: GrpoTrainer, counts: Counts) -> bool:

@@ -25,7 +25,7 @@ _DEVICE_SHARE, _HOST_SHARE = 0.4, 0.5  # of the memory that is free: activations
 
 
 class PrefixStore:
-    """Caches by observation in host memory, each batch trimmed of its padding."""
+    """Caches by observation in host memory, each batch trimmed of its padding; of several processes this one's."""
 
     def __init__(self, caches: Iterable[tuple[PrefixCache, int]] = ()):
         """Args: `caches`: batches with their number of real rows; the rest of each is padding."""
@@ -39,7 +39,7 @@ class PrefixStore:
         """Appends the first `rows` observations of a batch that the device may still be computing."""
         self._settle()
         for leaf in jax.tree.leaves(cache):
-            if isinstance(leaf, jax.Array):
+            if isinstance(leaf, jax.Array) and leaf.is_fully_addressable:
                 leaf.copy_to_host_async()  # beside the simulation; fetched at the next call
         self._coming.append((cache, rows))
         self.rows += rows
@@ -69,8 +69,8 @@ class PrefixStore:
 
     def _settle(self) -> None:
         for cache, rows in self._coming:
-            k, v = (np.array(jax.device_get(x)[:, :rows]) for x in (cache.k, cache.v))
-            self._parts.append(PrefixCache(k, v, np.array(jax.device_get(cache.mask)[:rows])))
+            k, v = (np.array(distributed.local_rows(x, 1)[:, :rows]) for x in (cache.k, cache.v))
+            self._parts.append(PrefixCache(k, v, np.array(distributed.local_rows(cache.mask)[:rows])))
         self._coming = []
 
 

@@ -1,7 +1,7 @@
 """Real-time chunking (Black et al. 2025, arXiv 2506.07339): the next chunk is sampled while the last one is executed.
 
-Each function turns a velocity into another one for `flow.sample`, so that a chunk begins as what is already committed
-goes on. Pure: arrays in, arrays out. The paper's time is τ = 1 − t and its velocity is −v.
+Each function turns a velocity into another one for `flow.sample`, so that the new chunk continues the actions that are
+already committed. Pure: arrays in, arrays out. The paper's time is τ = 1 − t and its velocity is −v.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def guided(
 ) -> Velocity:
     """The velocity under ΠGDM guidance towards `target` (equation 2): v − w(t)·Jᵀ(W ⊙ (target − x̂0)).
 
-    x̂0 = x − t·v estimates the data, and J = ∂x̂0/∂x is reached by the velocity's vector-Jacobian product: a call costs
-    a forward and a backward pass. Where all weights of a sample are 0 its velocity is what it was.
+    x̂0 = x − t·v estimates the data. J = ∂x̂0/∂x enters by the velocity's vector-Jacobian product, so a call costs a
+    forward and a backward pass. If all weights of a sample are 0, its velocity is unchanged.
 
     Args:
-        target: the actions that are to be met, normalised; anything finite where the weight is 0.
+        target: the committed actions, normalised; any finite number where the weight is 0.
         weights: W, see `soft_mask`.
         largest: β, which the weight of the guidance is clipped to.
     """
@@ -73,8 +73,8 @@ def overwritten(
 ) -> Velocity:
     """The velocity with hard overwriting, the control of `guided`: fixed coordinates go straight to their target.
 
-    They start at `noise` (x_0 of the chain) and move with ε − target, so that at every t they are what noise and
-    target make of them, t·ε + (1 − t)·target; the model sees them so, and ends the others as it likes.
+    They start at `noise` (x_0 of the chain) and move with ε − target, so that at every t they are t·ε + (1 − t)·target.
+    The model sees them so, and is free in the other coordinates.
     """
 
     def with_overwriting(x: Array, t: Array) -> Array:

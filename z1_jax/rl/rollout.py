@@ -47,6 +47,16 @@ class NodeTable:
 
 
 @dataclasses.dataclass(frozen=True)
+class Share:
+    """Of N nodes, which of several processes made each: `part` of `parts` is this one."""
+
+    owner: np.ndarray  # int [N]
+    row: np.ndarray  # int [N], in the owner's own table
+    part: int
+    parts: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Rollouts:
     """What one call of `collect` brought home. g groups of G members, O observations."""
 
@@ -59,6 +69,7 @@ class Rollouts:
     looks: Observation  # NumPy, [O, …]: each observation once
     caches: AnyStore | None  # prefix caches by look, where they were kept
     seconds: dict[str, float]  # sample, simulate, render
+    share: Share | None = None  # where several processes made them; see `shares`
 
     @property
     def seeds(self) -> np.ndarray:

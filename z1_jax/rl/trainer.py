@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from envs.base import Episode, Pool
-from z1_jax import distributed
+from z1_jax import distributed, processes
 from z1_jax.config.checks import check_horizon
 from z1_jax.config.schema import Config, ConfigError, UpdateConfig
 from z1_jax.errors import UserError
@@ -18,7 +18,7 @@ from z1_jax.host_memory import free_host_bytes
 from z1_jax.models.pi05 import cache_bytes, vlm_is_frozen
 from z1_jax.optim import schedule
 from z1_jax.policy import Policy, named, unnamed
-from z1_jax.rl import advantage, diagnostics, loss, rollout, selective, tree
+from z1_jax.rl import advantage, diagnostics, loss, rollout, selective, shares, tree
 from z1_jax.rl.actor import Actor, make_actor
 from z1_jax.rl.parts import EXPERT, PartOptimizer
 from z1_jax.rl.prefix_cache import (
@@ -161,51 +161,74 @@ class GrpoTrainer:
         kept or the budget is spent.
         """
         config = self.config
-        count = config.group.count
-        most = most_groups(config)
+        count, most = config.group.count, most_groups(config)
         seeds = iter(training_seeds(config.seed, iteration, most).tolist())
-        episodes = [self._episode_of(task, next(seeds)) for task in self.tasks.of_groups(iteration, count)]
-        newest = 0  # of the groups, the first that was not looked at
+        drawn = [self._episode_of(task, next(seeds)) for task in self.tasks.of_groups(iteration, count)]
+        mine = _own(range(count))  # of all groups, those of this process
+        fresh = range(count)  # those that were not looked at
+        at_once = max(self._slots * processes.count() // config.group.size, 1)
+        waves = [(0, group // at_once) for group in fresh]
 
         def again(outcome: rollout.Outcome) -> list[Episode]:
-            nonlocal newest
-            drawn = len(outcome.episodes)
-            kept = self._kept(outcome.success[newest:], outcome.chunks[newest:])
-            dropped = [
-                episode.task for episode, stays in zip(outcome.episodes[newest:], kept, strict=True) if not stays
-            ]
-            newest = drawn
-            return [self._episode_of(task, next(seeds)) for task in dropped[: most - drawn]]
+            nonlocal fresh
+            while True:
+                self.actor.finish(self.params)
+                new = [number for number in mine if number in fresh]
+                last = slice(len(mine) - len(new), None)
+                told = {
+                    "groups": new,
+                    "success": outcome.success[last].tolist(),
+                    "chunks": outcome.chunks[last].tolist(),
+                }
+                dropped = [drawn[group].task for group in self._dropped(processes.exchange(told))]
+                first = len(drawn)
+                drawn.extend(self._episode_of(task, next(seeds)) for task in dropped[: most - first])
+                fresh = range(first, len(drawn))
+                waves.extend((waves[-1][0] + 1, place // at_once) for place in range(len(fresh)))
+                own = _own(fresh)
+                mine.extend(own)
+                if own or not fresh:
+                    return [drawn[group] for group in own]
 
         check_horizon(config, pool.spec.horizon, self._policy.executed)
         if not self.placement:
             self._place_caches(pool.spec.horizon)
-        return rollout.collect(
+        out = rollout.collect(
             pool,
             self.actor,
             self.params,
             self._policy.processor,
             group_plan(config, iteration),
-            episodes,
+            [drawn[group] for group in mine],
             (config.seed, 0x6E0, iteration),
             executed=self._policy.executed,
             noise_level=self.noise_level(iteration),
             store=self._store,
             again=again if most > count else None,
         )
+        self.actor.finish(self.params)
+        return shares.merged(out, mine, [sorted(set(waves)).index(wave) for wave in waves])
+
+    def _dropped(self, told: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The groups that the filter drops, of those whose outcomes the processes tell: numbers, success, chunks."""
+        numbers = [number for one in told for number in one["groups"]]
+        success = np.array([row for one in told for row in one["success"]], bool)
+        chunks = np.array([row for one in told for row in one["chunks"]], int)
+        return sorted(number for number, kept in zip(numbers, self._kept(success, chunks), strict=True) if not kept)
 
     def _place_caches(self, control_steps: int) -> None:
         """Chooses where the prefix caches of an iteration are kept, by the most that there can be."""
         config, shapes = self.config, self._policy.config
         looks = most_looks(config, control_steps, self._policy.executed)
         planned = looks * cache_bytes(shapes)
+        several = processes.count()
         self.placement = choose_placement(
             config.update.prefix_cache,
             not vlm_is_frozen(self.trainable),
             config.train.scope,
-            planned,
-            free_device_bytes(self._mesh),
-            free_host_bytes(),
+            -(-planned // several),
+            free_device_bytes(self._mesh) if several == 1 else None,  # each process keeps its own, on its host
+            min(processes.exchange(free_host_bytes())),
         )
         self._store = None
         if self.placement == "device":
@@ -261,8 +284,11 @@ class GrpoTrainer:
             "unstable": int(rollouts.unstable.sum()),
             "nodes/used": int(credit.usable.sum()),
             "lr": lr_scale * self.config.update.optim.lr,
-            **diagnostics.sharing_metrics(
-                rollouts, self._policy.config.vision.tokens, int(self.actor.counted.sum()), noise_level
+            **shares.summed(
+                diagnostics.sharing_metrics(
+                    rollouts, self._policy.config.vision.tokens, int(self.actor.counted.sum()), noise_level
+                ),
+                diagnostics.OF_LOOKS,
             ),
             **diagnostics.update_metrics(rows),
         }
@@ -275,7 +301,9 @@ class GrpoTrainer:
             raise ValueError("the prefix caches are those of other rollouts")  # a bug: never train on them
         config = self.config.update
         for _ in range(config.epochs):
-            yield from mini_batches(rollouts.nodes, credit.inputs, credit.usable, seen, config.batch_size, rng)
+            yield from mini_batches(
+                rollouts.nodes, credit.inputs, credit.usable, seen, config.batch_size, rng, rollouts.share
+            )
 
     def _optimise(
         self,
@@ -373,6 +401,11 @@ def group_plan(config: Config, iteration: int) -> tree.BranchPlan:
     return tree.branch_plan(group.branching, group.size, prefix)
 
 
+def _own(groups: range) -> list[int]:
+    """Those of newly drawn groups that this process plays: as many as every other, or one more."""
+    return np.array_split(groups, processes.count())[processes.index()].tolist()
+
+
 def most_groups(config: Config) -> int:
     """Groups that an iteration draws at most."""
     return int(config.group.oversample * config.group.count)
@@ -389,7 +422,7 @@ def _evidence(
     rollouts: rollout.Rollouts, credit: Credit, done: list[tuple[NodeBatch, Launched]]
 ) -> dict[str, np.ndarray]:
     """The node table, its credit, and the ratios of every step up to the broken one."""
-    logp = [jax.device_get(launched.logp)[batch.valid] for batch, launched in done]
+    logp = [distributed.local_rows(launched.logp)[batch.valid] for batch, launched in done]
     node = [batch.node[batch.valid] for batch, _ in done]
     scored = np.concatenate(logp)
     at = np.concatenate(node)

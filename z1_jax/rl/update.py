@@ -17,10 +17,11 @@ from jaxtyping import Bool
 
 from z1_jax import distributed
 from z1_jax.config.schema import FlowConfig, UpdateConfig
-from z1_jax.rl import flow, loss
+from z1_jax.rl import flow, loss, shares
 from z1_jax.rl.parts import norms_by_part
 from z1_jax.rl.prefix_cache import AnyStore, put_taken
-from z1_jax.rl.rollout import NodeTable
+from z1_jax.rl.rollout import NodeTable, Share
+from z1_jax.sharding import constrain
 from z1_jax.types import Observation, PrefixCache
 
 
@@ -167,7 +168,8 @@ class Updater:
         stats["grad_norm"] = optax.global_norm(grads)
         stats |= {f"grad_norm/{part}": norm for part, norm in norms_by_part(grads).items()}
         stats["update_to_weight"] = optax.global_norm(updates) / optax.global_norm(trainable)
-        return optax.apply_updates(trainable, updates), opt_state, stats, logp.reshape(-1)
+        logp = constrain(logp.reshape(-1), "batch")  # read on the host: each process its own rows
+        return optax.apply_updates(trainable, updates), opt_state, stats, logp
 
     def _loss(
         self,
@@ -236,29 +238,42 @@ def mini_batches(
     seen: AnyStore | Observation,
     batch_size: int,
     rng: np.random.Generator,
+    share: Share | None = None,
 ) -> Iterator[tuple[NodeBatch, float]]:
     """One epoch over the usable nodes in random order: padded batches with their normaliser Σ_i |B_i|.
+
+    With several processes each gets its part of every batch, and all must take equally many.
 
     Nodes are spread evenly over the batches: a small last batch would take as long as a full one.
 
     Args:
         inputs: of the algorithm's loss: a tree of arrays [N, …].
+        share: which process has the frames and chains of which node; None: this one has all.
     """
+    room = batch_size // (share.parts if share else 1)
+
+    def own(of: np.ndarray) -> tuple[Any, np.ndarray]:
+        looks = nodes.look[of]
+        chosen = jax.tree.map(lambda x: x[looks], seen) if isinstance(seen, Observation) else seen.take(looks)
+        return chosen, nodes.x[share.row[of] if share else of]
+
     order = rng.permutation(np.flatnonzero(usable))
     if len(order) == 0:
         return
     for rows in np.array_split(order, math.ceil(len(order) / batch_size)):
-        valid = np.arange(batch_size) < len(rows)
-        padded = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])
-        looks = nodes.look[padded]
+        if share is None:
+            padded = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])
+            mine, (chosen, x) = rows, own(padded)
+        else:
+            mine, padded, (chosen, x) = shares.brought(rows, share, room, own)
         batch = NodeBatch(
-            seen=jax.tree.map(lambda x: x[looks], seen) if isinstance(seen, Observation) else seen.take(looks),  # noqa: B023
+            seen=chosen,
             node=padded,
-            x=nodes.x[padded],
+            x=x,
             stochastic=nodes.stochastic[padded],
             logp_old=nodes.logp[padded],
             inputs=jax.tree.map(lambda x: x[padded], inputs),  # noqa: B023
             members=nodes.size[padded].astype(np.float32),
-            valid=valid,
+            valid=np.arange(room) < len(mine),
         )
         yield batch, float(nodes.size[rows].sum())

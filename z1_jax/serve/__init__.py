@@ -1,1 +1,1 @@
-"""Policies behind openpi's websocket protocol: the server, and the other end of it for evaluations."""
+"""Policies behind openpi's websocket protocol: a server for ours, and a client that evaluates any of them."""

@@ -1,4 +1,4 @@
-"""python -m z1_jax.serve --checkpoint=PATH: a policy behind openpi's websocket protocol (docs/serving.md)."""
+"""python -m z1_jax.serve --checkpoint=PATH: serves a policy by openpi's websocket protocol (docs/serving.md)."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def metadata(policy: Policy, options: argparse.Namespace, inputs: Inputs, identity: str) -> dict[str, Any]:
-    """What a client is told when it connects: how the policy wants to be driven, and how it was trained."""
+    """What a client receives when it connects: how the policy wants to be driven, and how it was trained."""
     return {
         "server": f"z1-jax {__version__}",
         "policy": identity,

@@ -1,6 +1,6 @@
-"""Between ALOHA's joints and grippers and those that π0 and π0.5 were pretrained on: openpi's `adapt_to_pi=True`.
+"""Converts between ALOHA's joints and grippers and those of π0's pretraining: openpi's `adapt_to_pi=True`.
 
-Of each arm, joints 1 and 2 turn the other way, and a gripper is an angle where ALOHA's state has its opening. The
+Joints 1 and 2 of each arm change sign. ALOHA's state has the opening of a gripper, the pretraining its angle. The
 numbers are those of openpi's src/openpi/policies/aloha_policy.py. NumPy in and out.
 """
 

@@ -1,6 +1,6 @@
-"""Decisions for several callers at once: each request is checked and prepared alone, a batch of them is decided whole.
+"""Decides for several callers at once: requests are checked and prepared one by one, and decided in batches.
 
-Knows a policy and arrays; nothing of sockets and messages.
+Knows a policy and arrays, but neither sockets nor messages.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Request:
     state: np.ndarray  # [state_dim], raw
     noise: tuple[int, ...]  # decides the noise: MOST_NOISE_NUMBERS of them
     previous: np.ndarray | None = None  # float32 [L, A], normalised: what is left of the chunk before
-    delay: int = 0  # of these the first so many will have been executed when the answer is there
+    delay: int = 0  # how many of them, from the first on, will have been executed when the answer arrives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +52,10 @@ class Answer:
 class Engine:
     """A policy on one device that decides batches of requests. It acts as in evaluations, with the ODE sampler.
 
-    Requests with actions that are left of the chunk before are guided towards them (`real_time.guided`), in the same
-    batch as others.
+    Requests with `previous` actions are guided towards them (`real_time.guided`). They share batches with the others.
 
     Attributes:
-        policy: without its parameters, which the engine holds as it needs them.
+        policy: without its parameters: the engine holds those in the form that it computes with.
         largest: the most requests of one batch.
     """
 
@@ -94,7 +93,7 @@ class Engine:
 
     @property
     def traces(self) -> dict[str, int]:
-        """How often each function was compiled: no more after `warm_up`."""
+        """How often each function was compiled. The numbers do not rise after `warm_up`."""
         return dict(self._actor.traces)
 
     def prepare(
@@ -109,8 +108,8 @@ class Engine:
         Args:
             noise: up to four numbers that decide the noise, as in `ActingPolicy.act`: eval.noise_seed, the episode's
                 seed, the number of chunks decided before, the member; those left out are 0.
-            previous: raw actions of the chunk before from this observation's step on, L ≤ H.
-            delay: how many of them will have been executed before the answer is, at most L.
+            previous: raw actions that are left of the chunk before, from this observation's step on, L ≤ H.
+            delay: how many of them will have been executed before the answer arrives, at most L.
 
         Raises:
             ValueError: a camera, state, number or shape that cannot be used.
@@ -141,7 +140,7 @@ class Engine:
         """The answers to one to `largest` requests. From one thread at a time."""
         looks = jax.tree.map(lambda *rows: np.concatenate(rows), *[request.looks for request in requests])
         ids = np.array([request.noise for request in requests])[:, None]
-        with jax.default_matmul_precision("float32"):  # as the commands: accelerators would round factors otherwise
+        with jax.default_matmul_precision("float32"):  # as in all commands; by default accelerators round the factors
             cache, _ = self._actor.encode(self._params, looks)
             if any(request.previous is not None for request in requests):
                 target, weights = self._overlap(requests)
@@ -153,7 +152,7 @@ class Engine:
         return [Answer(*one) for one in zip(actions, map(self._fault, chunks), strict=True)]
 
     def warm_up(self) -> None:
-        """Compiles what any batch needs."""
+        """Compiles the functions for every size of batch."""
         processor, config = self.policy.processor, self.policy.config
         size = config.vision.image_size
         images = {camera: np.zeros((size, size, 3), np.uint8) for camera in processor.cameras if camera}
@@ -192,7 +191,7 @@ class Engine:
 
 
 class _RealTimeActor(Actor):
-    """An actor that also samples chunks that go on from the ones before; padded sizes are powers of two."""
+    """An actor that can also continue the chunk before. Batches are padded to powers of two."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What clients call things: from a message to an observation, and back, by a table for each kind of client.
+"""Turns messages into observations and back, by a table of keys for each kind of client.
 
 The tables are those of openpi's example clients. Knows no policy and no socket.
 """
@@ -70,7 +70,7 @@ class Asked:
 
 
 class Inputs:
-    """A table bound to the cameras of a policy: reads messages, and writes them for the other end."""
+    """A table with the cameras of a policy: reads messages (in the server) and writes them (in evaluations)."""
 
     def __init__(self, table: str, slots: Sequence[str | None], state_dim: int, prompt: str = ""):
         """Args:
@@ -80,7 +80,7 @@ class Inputs:
         prompt: the instruction where a message has none; empty: it must have one.
 
         Raises:
-            UserError: no such table, or one that is not of such a policy.
+            UserError: the table does not exist, or its robot is not the policy's.
         """
         if table not in TABLES:
             raise UserError(f"inputs {table!r} do not exist, expected one of {', '.join(TABLES)}")
@@ -147,7 +147,7 @@ class Inputs:
         return {**values, "prompt": observation.instruction}
 
     def _check_names(self, message: Mapping[str, Any], images: Mapping[str, Any]) -> None:
-        """No key is ignored: a misspelt option would be."""
+        """Refuses unknown keys, so that a misspelt option is not ignored."""
         cameras = {*self.cameras.values(), *self.unseen}
         known = {*self._widths, "prompt", *OPTIONAL}
         known |= {"images"} if self.table.nested else cameras

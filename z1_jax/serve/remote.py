@@ -1,6 +1,7 @@
-"""The other end of openpi's protocol: a policy behind an address, evaluated as one that is here.
+"""A client of openpi's protocol: a policy behind an address is evaluated as a local one is.
 
-An address is ws://HOST:PORT, or wss://; of a server that does not say what it calls things, ws://HOST:PORT?inputs=NAME.
+An address is ws://HOST:PORT, or wss://. Servers of other projects do not say which keys they take, nor which policy
+they serve; ws://HOST:PORT?inputs=TABLE&policy=NAME says it for them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from z1_jax.serve import wire
 from z1_jax.serve.inputs import Inputs
 
 API_KEY = "Z1_API_KEY"  # environment variable: on the command line everybody on the machine would see the key
-CONNECTIONS = 16  # at most; a server that says how much it decides at once gets no more
+CONNECTIONS = 16  # at most, and never more than the server's largest batch
 TIMEOUT_S = 600.0  # of one answer: the first may compile
 
 
@@ -35,24 +36,39 @@ def is_address(path: str) -> bool:
 
 @functools.cache
 def metadata(address: str) -> dict[str, Any]:
-    """What the server says when somebody connects.
+    """The server's first message.
 
     Raises:
-        UserError: nobody serves there, or not this protocol.
+        UserError: no server answers at the address, or it does not speak this protocol.
     """
     with _connected(address) as connection:
         return connection.told
 
 
 def document(address: str) -> dict[str, Any]:
-    """What a policy of ours says of itself, as a checkpoint's document; empty for a policy of others."""
+    """The document that a checkpoint of ours has; empty for policies of other projects."""
     return dict(metadata(address).get("document", {}))
 
 
 def identity(address: str) -> str:
-    """What tells the policy at an address from others, as far as its server does."""
-    told = metadata(address)
-    return str(told.get("policy") or hashlib.sha256(wire.pack(told)).hexdigest()[:12])
+    """What distinguishes the policy at an address: the identity that the server tells, or else the address's `policy`.
+
+    If neither is there, the identity does not depend on the policy, and two policies cannot be told apart.
+
+    Raises:
+        UserError: the address names a policy although the server does.
+    """
+    told, named = metadata(address), _options(address).get("policy", "")
+    if own := told.get("policy"):
+        if named:
+            raise UserError(f"{address}: the server says which policy it serves ({own}); leave policy={named} away")
+        return str(own)
+    return hashlib.sha256(wire.pack([told, named] if named else told)).hexdigest()[:12]
+
+
+def is_unknown(address: str) -> bool:
+    """Whether neither server nor address say which policy is served."""
+    return not (metadata(address).get("policy") or _options(address).get("policy"))
 
 
 def name(address: str) -> str:
@@ -60,22 +76,46 @@ def name(address: str) -> str:
     return urllib.parse.urlsplit(address)._replace(query="").geturl()
 
 
+def label(address: str) -> str:
+    """The policy behind an address in words."""
+    if named := _options(address).get("policy"):
+        return f"{named} at {name(address)}"
+    return name(address) + " (which policy: not told)" * is_unknown(address)
+
+
+def _options(address: str) -> dict[str, str]:
+    """The options behind the question mark of an address.
+
+    Raises:
+        UserError: an option is not known, or is empty.
+    """
+    found = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(address).query, keep_blank_values=True))
+    if unknown := sorted(set(found) - {"inputs", "policy"}):
+        raise UserError(
+            f"{address}: option {unknown[0]!r} is not known, expected ?inputs=TABLE, ?policy=NAME, or "
+            "?inputs=TABLE&policy=NAME"
+        )
+    if empty := [option for option, value in found.items() if not value.strip()]:
+        raise UserError(f"{address}: option {empty[0]!r} is empty, expected a name")
+    return found
+
+
 class ServedPolicy:
-    """Stands where evaluations have a policy, its processor and its actor: observations go out, actions come back.
+    """Takes the place of a policy, its processor and its actor in an evaluation: sends observations, receives actions.
 
     Attributes:
         executed: E, steps of each answer that the environment runs.
-        facts: what the protocol of an evaluation says of it.
+        facts: what the evaluation's protocol records about it.
     """
 
     def __init__(self, address: str, cameras: Sequence[str | None], widths: Mapping[str, int], executed: int):
         """Args:
-        cameras: of the environments, in the order of the slots, for a server that does not name its policy's.
+        cameras: of the environments, in the order of the slots; used if the server does not name its policy's.
         widths: of the environments' "state" and "actions".
-        executed: 0: as the policy was trained, where the server says so.
+        executed: 0: as many as the policy was trained to run, if the server says so.
 
         Raises:
-            UserError: nobody serves there, the server does not say what is needed, or it is of another robot.
+            UserError: no server answers, it does not say what is needed, or its policy is of another robot.
         """
         told, known = metadata(address), document(address)
         self.address, self._action_dim = address, widths["actions"]
@@ -87,6 +127,12 @@ class ServedPolicy:
                 f"config key env.executed: {name(address)} does not say how many steps of an answer are to be run; "
                 "set it"
             )
+        if is_unknown(address):
+            print(
+                f"{name(address)} does not say which policy it serves: after a restart with another one, results of "
+                f"both would be taken for one policy's; name it, as in --policy='{name(address)}?policy=pi05_libero'",
+                flush=True,
+            )
         if not self._repeats:
             print(f"{name(address)} takes no noise_seed: another evaluation of it will draw other noise", flush=True)
         self._most = min(CONNECTIONS, int(told.get("largest_batch", 1)))
@@ -97,6 +143,7 @@ class ServedPolicy:
             self._idle.put(self._stack.enter_context(_connected(address)))
         self.facts: dict[str, Any] = {
             "server": told.get("server", "not told"),
+            "served_policy": told.get("policy") or _options(address).get("policy", "not told"),
             "predicted_steps_per_chunk": told.get("horizon", "not told"),
             "executed_steps_per_chunk": self.executed,
             "denoising_steps": told.get("denoising_steps", "not told"),
@@ -108,11 +155,11 @@ class ServedPolicy:
 
     @property
     def processor(self) -> ServedPolicy:
-        """Itself: what stands between environment and model is the server's."""
+        """Itself: normalisation and tokenizer are the server's."""
         return self
 
     def observation(self, raw: Sequence[Any]) -> Shaped[np.ndarray, " B"]:
-        """The messages of observations [B], without options."""
+        """A message for each observation [B], without options."""
         looks = np.empty(len(raw), object)
         looks[:] = [self._inputs.write(observation) for observation in raw]
         return looks
@@ -136,7 +183,7 @@ class ServedPolicy:
         stochastic: bool,
         noise_level: float | None = None,
     ) -> Chain:
-        """The server's actions as the end of chains that nobody saw, as `Actor.sample` gives them.
+        """The server's actions in the form of `Actor.sample`; the denoising steps before the last are not known.
 
         Raises:
             UserError: the server refused an observation, went away, or answered something else than actions.
@@ -151,6 +198,9 @@ class ServedPolicy:
         count = len(answers)
         chain: Any = (np.stack(answers)[:, None, None], np.zeros((count, 1, 1), bool), np.zeros((count, 1), np.float32))
         return Chain(*chain)
+
+    def finish(self, params: Any) -> None:
+        """The decisions of several processes do not wait for one another: the server makes them."""
 
     def close(self) -> None:
         """Ends the connections."""
@@ -173,15 +223,12 @@ class ServedPolicy:
 
 
 def inputs_name(address: str) -> str:
-    """What the server calls things: by the address, or by itself.
+    """The table of keys that the server takes: as the address says, or else the server.
 
     Raises:
         UserError: neither says so.
     """
-    query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(address).query))
-    if unknown := sorted(set(query) - {"inputs"}):
-        raise UserError(f"{address}: option {unknown[0]!r} is not known, expected ?inputs=NAME or none")
-    found = query.get("inputs") or metadata(address).get("inputs")
+    found = _options(address).get("inputs") or metadata(address).get("inputs")
     if not found:
         raise UserError(
             f"{name(address)} does not say what it calls things: give it, as in --policy={name(address)}?inputs=libero"
@@ -211,7 +258,7 @@ def _connected(address: str) -> Iterator[_Connection]:
     headers = {"Authorization": f"Api-Key {key}"} if key else None
     with contextlib.ExitStack() as stack:
         with _told_of(address):
-            # Without pings: a server that computes in its only thread answers none meanwhile.
+            # No pings: openpi's server computes in its only thread and answers none meanwhile.
             options = {"compression": None, "max_size": None, "ping_interval": None, "additional_headers": headers}
             socket = stack.enter_context(connect(name(address), **options))
             first = socket.recv(TIMEOUT_S)
@@ -230,7 +277,7 @@ def _dict(address: str, message: bytes | str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _told_of(address: str) -> Iterator[None]:
-    """The library's errors in one line."""
+    """Turns the library's errors into a UserError of one line."""
     errors = wire.package("websockets.exceptions")
     try:
         yield

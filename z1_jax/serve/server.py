@@ -1,7 +1,7 @@
-"""The server of openpi's websocket protocol: many clients, one policy, batches of whatever waits.
+"""The server of openpi's websocket protocol: many clients, one policy, all waiting requests in one batch.
 
-Each connection is answered in the order of its messages. A message that cannot be used is answered by a text frame with
-the reason; the connection stays. Nothing of a client outlives its message: there is no state between calls.
+Each connection gets its answers in the order of its messages. A message that cannot be used is answered by a text frame
+with the reason, and the connection stays open. The server keeps no state between calls.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from z1_jax.serve.inputs import Inputs
 
 _log = logging.getLogger(__name__)
 
+# Times the limit: a message up to here is read and refused by an error frame, a larger one ends its connection unread.
+READ_TO_REFUSE = 2
 GRACE_S = 30.0  # longest that a stop waits for answers that are under way
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one client may take from the others."""
+    """Limits that keep one client from blocking the others."""
 
-    message_bytes: int = 16 << 20
+    message_bytes: int = 16 << 20  # beyond it a message is refused, beyond READ_TO_REFUSE times it the client dropped
     connections: int = 64
     queue: int = 64  # requests that wait for the device
     send_s: float = 10.0  # a client that does not read its answer for so long is dropped
@@ -42,7 +44,7 @@ class Limits:
 
 
 class Refused(ValueError):
-    """Why a request got no actions: one line, sent as the error frame."""
+    """Why a request gets no actions: one line, which is sent as the error frame."""
 
 
 @dataclasses.dataclass
@@ -74,9 +76,9 @@ class PolicyServer:
         seed: int = 0,
     ):
         """Args:
-        metadata: what a client is told when it connects.
-        api_key: what a client must present; empty: nothing.
-        seed: of the noise of requests without `noise_seed`: the n-th such request has the noise of (seed, n).
+        metadata: the first message to each client.
+        api_key: the key that clients must present; empty: none.
+        seed: of requests without `noise_seed`: the n-th of them has the noise of (seed, n).
         """
         self._engine, self._inputs, self._limits, self._key, self._seed = engine, inputs, limits, api_key, seed
         self._metadata = wire.pack(dict(metadata))
@@ -91,7 +93,7 @@ class PolicyServer:
         self.batches: collections.Counter[int] = collections.Counter()
 
     def stop(self) -> None:
-        """Answers what has come, then ends `run`. Call it in the event loop's thread."""
+        """Answers the requests that have arrived, then ends `run`. Call it in the event loop's thread."""
         self._stopping.set()
 
     async def run(self, host: str, port: int, started: asyncio.Future[int] | None = None) -> None:
@@ -107,9 +109,9 @@ class PolicyServer:
             self._client,
             host,
             port,
-            origins=[None],  # no web page that is open in somebody's browser
+            origins=[None],  # refuses browsers: no web page may drive the robot
             compression=None,
-            max_size=limits.message_bytes,
+            max_size=READ_TO_REFUSE * limits.message_bytes,
             max_queue=2,  # messages of one client that wait in memory
             ping_interval=limits.ping_s,
             ping_timeout=limits.ping_s,
@@ -160,7 +162,11 @@ class PolicyServer:
         self.stop()
 
     def _admit(self, connection: Any, request: Any) -> Any:
-        """Answers /healthz, and turns away whom the server does not serve, before any message."""
+        """Answers /healthz, and turns clients away before any message: without the key, or when there are too many.
+
+        It does so by an HTTP status. A client takes the first frame for the metadata, so an error frame would end
+        openpi's client in a TypeError of msgpack; a status ends it with "HTTP 401".
+        """
         if request.path == "/healthz":
             return connection.respond(http.HTTPStatus.OK, "OK\n")
         given = request.headers.get("Authorization", "")
@@ -230,6 +236,12 @@ class PolicyServer:
         return f"error: {told}"
 
     async def _answer(self, message: bytes | str, began: float, before_ms: float) -> bytes:
+        size_mb, most_mb = len(message) / (1 << 20), self._limits.message_bytes / (1 << 20)
+        if size_mb > most_mb:
+            raise Refused(
+                f"the message has {size_mb:.3g} MB, more than the {most_mb:.3g} that this server takes "
+                "(--max-message-mb); send smaller images"
+            )
         if len(self._waiting) >= self._limits.queue:
             raise Refused(f"{self._limits.queue} requests wait already, the most that this server keeps; try again")
         loop = asyncio.get_running_loop()
@@ -272,7 +284,7 @@ class PolicyServer:
             )
 
     async def _decide_all(self) -> None:
-        """Hands whatever waits to the device, a batch at a time, until the server has stopped."""
+        """Decides the waiting requests, a batch at a time, until the server has stopped."""
         loop = asyncio.get_running_loop()
         while not (self._stopping.is_set() and not self._clients):
             await self._arrived.wait()
@@ -284,7 +296,7 @@ class PolicyServer:
                     await self._decide(loop, batch)
 
     def _in_time(self, waiting: _Waiting) -> bool:
-        """Whether a request is worth the device's time; it is refused where it is not."""
+        """Whether a request can still be answered before its deadline; it is refused if not."""
         try:
             self._check_age(waiting.late_at)
         except Refused as error:
@@ -313,7 +325,7 @@ class PolicyServer:
 
 
 def _library_log() -> logging.Logger:
-    """websockets logs a traceback for each handshake that strangers break off: only what is worse is shown."""
+    """The library's logger, for critical messages only: it logs a traceback for each handshake that breaks off."""
     logger = logging.getLogger("websockets.server")
     logger.setLevel(logging.CRITICAL)
     return logger

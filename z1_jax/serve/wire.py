@@ -1,4 +1,4 @@
-"""Messages of openpi's protocol: msgpack with plain arrays. Nothing is unpickled; what is not plain is refused.
+"""Messages of openpi's protocol: msgpack with plain arrays. Nothing is unpickled; other types are refused.
 
 An array is {b"__ndarray__": True, b"data": bytes, b"dtype": str, b"shape": […]}, as openpi-client packs it. Knows no
 policy and no socket.
@@ -17,14 +17,14 @@ import numpy as np
 from z1_jax.errors import UserError, first_line
 
 EXTRA = "pip install 'z1-jax[serve]'"
-# Counts that a message may claim before anything of it is read: each level of a nest of arrays would be allocated.
+# Limits on the counts that a message states. msgpack allocates by them before it reads, at each level of nested arrays.
 MOST_ITEMS, MOST_KEYS, MOST_CHARACTERS, MOST_AXES = 4096, 256, 1 << 16, 8
 _PLAIN = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
 _TEXT = re.compile(r"[<>=]?U([0-9]{1,4})")  # NumPy's own strings, where a prompt was put into an array
 
 
 class MessageError(ValueError):
-    """A message that cannot be read, or holds what is not plain: one line."""
+    """A message that cannot be read, or holds a type that is not plain: one line."""
 
 
 def package(name: str) -> ModuleType:
@@ -43,7 +43,7 @@ def pack(value: Any) -> bytes:
     """A message of dicts, lists, text, numbers, None and arrays of numbers.
 
     Raises:
-        MessageError: something else is in it.
+        MessageError: it holds another type.
     """
     try:
         return package("msgpack").packb(value, default=_packed)
@@ -62,10 +62,10 @@ def _packed(value: Any) -> Any:
 
 
 def unpack(message: bytes | str) -> Any:
-    """What a message holds; its arrays are read-only views of it.
+    """The content of a message. Arrays are read-only views of it.
 
     Raises:
-        MessageError: it is no msgpack, or claims or holds what is not plain: object arrays and the like.
+        MessageError: it is not msgpack, holds types that are not plain (such as object arrays), or states huge counts.
     """
     if isinstance(message, str):
         raise MessageError("got a text frame; expected msgpack in a binary frame")

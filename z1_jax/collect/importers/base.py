@@ -1,4 +1,4 @@
-"""What every format is read as: sources with episodes, the arrays of one episode, and the refusal of a bad one."""
+"""The interface of every format: a source lists episodes, reads the arrays of one, and refuses a bad one."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ ENDS_BYTES = 1 << 20  # of a large file's beginning and end, that its checksum c
 
 
 class BadData(UserError):
-    """A file or an episode that cannot be used; `--skip-bad` leaves it out. One line with its name."""
+    """A file or an episode that cannot be used; `--skip-bad` leaves it out. The message is one line with its name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """How a LeRobot directory is read, where it is not as LeRobot's own are."""
+    """How a source is read where its columns are not called as its format calls them."""
 
-    state: tuple[str, ...] = ()  # columns, joined in this order; empty: LeRobot's own, as in the other two
+    state: tuple[str, ...] = ()  # columns, joined in this order; empty: the format's own, as in the other two
     actions: tuple[str, ...] = ()
     images: tuple[tuple[str, str], ...] = ()  # (camera, column)
-    tolerance_s: float = 0.0  # seconds that a time stamp may be off; 0: a tenth of a frame
-    split_tasks: bool = False  # an episode in which the task changes becomes one of each task
+    tolerance_s: float = 0.0  # LeRobot: seconds that a time stamp may be off; 0: a tenth of a frame
+    split_tasks: bool = False  # LeRobot: an episode in which the task changes becomes one of each task
 
 
-LEROBOTS = Columns()
+STANDARD = Columns()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Source(Protocol):
     fps: float | None  # control steps a second; None: the source does not say
     order: str  # what was done to the parts of actions and state, in words
     frames: tuple[str, ...]  # how each camera's are stored: "front: video, h264, 640×480"
-    pictures: tuple[str, ...]  # where frames lie under names that are not read
-    flaws: tuple[str, ...]  # one line for each thing that is broken in it and not in a listed episode
+    pictures: tuple[str, ...]  # columns that look like frames, but whose names are not read
+    flaws: tuple[str, ...]  # one line for each damage that concerns no listed episode
 
     def facts(self) -> dict[str, Any]:
         """Its identity as JSON: path, format, version, counts, checksum."""
@@ -78,7 +78,7 @@ class Source(Protocol):
         """The arrays of one episode.
 
         Args:
-            instruction: stands for the source's own, which then need not be there.
+            instruction: replaces the source's own, which may then be missing.
 
         Raises:
             BadData: they cannot be read or do not fit together.
@@ -99,10 +99,10 @@ def need(module: str, package: str, path: pathlib.Path) -> Any:
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turns whatever breaks while `what` is read into BadData: a damaged file breaks a reader in any place and words.
+    """Turns any exception while `what` is read into BadData, since a damaged file may break a reader anywhere.
 
     Raises:
-        BadData: one line, with the error's type; what was refused in its own words keeps them.
+        BadData: one line with the error's type. A UserError keeps its own words.
     """
     try:
         yield

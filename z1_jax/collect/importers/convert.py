@@ -29,8 +29,8 @@ def read_episode(
     """The episode as decisions. Where it ends within a chunk, its last action is repeated.
 
     Args:
-        number: stands in for the seed of a simulated episode.
-        instruction: stands for the source's own.
+        number: recorded where simulated episodes have their seed.
+        instruction: replaces the source's own.
 
     Raises:
         BadData: it cannot be read, is empty, has other widths, or holds numbers that are not finite.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Iterator, Sequence
 
-from z1_jax.collect.importers.base import LEROBOTS, BadData, Columns, Source, reading
+from z1_jax.collect.importers.base import STANDARD, BadData, Columns, Source, reading
 from z1_jax.collect.importers.lerobot import LeRobotDirectory
 from z1_jax.collect.importers.libero import LiberoFile, is_libero
+from z1_jax.collect.importers.rlds import RldsDirectory, is_rlds
 from z1_jax.collect.importers.robomimic import RobomimicFile
 from z1_jax.errors import UserError
 
@@ -15,13 +16,13 @@ _HDF5 = (".hdf5", ".h5")
 
 
 def open_sources(
-    paths: Sequence[pathlib.Path], split: str, skip_bad: bool, columns: Columns = LEROBOTS
+    paths: Sequence[pathlib.Path], split: str, skip_bad: bool, columns: Columns = STANDARD
 ) -> tuple[list[Source], list[str]]:
-    """(sources found at the paths, in the order of their names; what is broken and left out, a line each).
+    """(sources found at the paths, in the order of their names; a line for each broken one that was left out).
 
     Args:
-        paths: HDF5 files, LeRobot directories, or directories anywhere above such.
-        columns: of LeRobot directories.
+        paths: HDF5 files, LeRobot and RLDS directories, or directories anywhere above such.
+        columns: names of the sources' columns; the time stamps' tolerance and tasks that change are LeRobot's alone.
         skip_bad: leave out what cannot be opened; otherwise it raises.
 
     Raises:
@@ -38,14 +39,13 @@ def open_sources(
         try:
             with reading(str(place)):
                 if place.is_dir():
-                    source: Source = LeRobotDirectory(place, split, columns)
-                elif columns != LEROBOTS:
-                    raise BadData(
-                        f"options --state, --actions, --images, --tolerance-s, --task-changes: {place} is HDF5; they "
-                        "are for LeRobot datasets"
-                    )
+                    reader = RldsDirectory if is_rlds(place) else LeRobotDirectory
+                    source: Source = reader(place, split, columns)
+                elif columns.tolerance_s or columns.split_tasks:
+                    option = "--tolerance-s" if columns.tolerance_s else "--task-changes=split"
+                    raise BadData(f"option {option}: {place} is HDF5; it is for LeRobot datasets")
                 else:
-                    source = (LiberoFile if is_libero(place) else RobomimicFile)(place, split)
+                    source = (LiberoFile if is_libero(place) else RobomimicFile)(place, split, columns)
             if source.flaws and not skip_bad:
                 raise BadData(source.flaws[0])
             flaws += source.flaws
@@ -58,7 +58,7 @@ def open_sources(
 
 
 def _places(path: pathlib.Path) -> list[pathlib.Path]:
-    """HDF5 files and LeRobot directories at or below `path`."""
+    """HDF5 files, LeRobot and RLDS directories at or below `path`."""
     if path.is_file():
         if path.suffix.lower() not in _HDF5:
             raise UserError(f"option --from: {path} is no HDF5 file (.hdf5, .h5), and no directory")
@@ -67,22 +67,25 @@ def _places(path: pathlib.Path) -> list[pathlib.Path]:
         raise UserError(f"option --from: {path} does not exist; expected an HDF5 file or a directory")
     if (path / "manifest.json").is_file():
         raise UserError(f"option --from: {path} is a dataset already; train on it with --config.demos.dataset={path}")
-    if (path / "meta" / "info.json").is_file():
+    if (path / "meta" / "info.json").is_file() or is_rlds(path):
         return [path]
     found = sorted(_below(path, set()))
     if not found:
         half = any((path / part).is_dir() for part in ("meta", "data", "videos", "images"))
         why = "was only half written: it has no meta/info.json" if half else "holds nothing to import"
-        raise UserError(f"option --from: {path} {why}; expected .hdf5 files or a LeRobot dataset (meta/info.json)")
+        raise UserError(
+            f"option --from: {path} {why}; expected .hdf5 files, a LeRobot dataset (meta/info.json) or RLDS "
+            "(features.json)"
+        )
     return found
 
 
 def _below(folder: pathlib.Path, seen: set[pathlib.Path]) -> Iterator[pathlib.Path]:
-    """HDF5 files and LeRobot directories below a folder; links are followed, each folder is entered once."""
+    """HDF5 files, LeRobot and RLDS directories below a folder; links are followed, each folder is entered once."""
     if folder.resolve() in seen:
         return
     seen.add(folder.resolve())
-    if (folder / "meta" / "info.json").is_file():
+    if (folder / "meta" / "info.json").is_file() or is_rlds(folder):
         yield folder
     for entry in folder.iterdir():
         if entry.is_dir():

@@ -1,4 +1,4 @@
-"""Episodes that are there twice: a copied file, a dataset beside its copy, the same demonstrations in two formats."""
+"""Finds episodes that occur twice: a copied file, a dataset beside its copy, the same demonstrations in two formats."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SAME_LEVELS = 6.0  # of 255 on average: what compression changes. Scenes that w
 
 
 class Duplicates:
-    """Finds an episode with the numbers, the instruction and nearly the frames of an earlier one."""
+    """Finds an episode with the same numbers, instruction and nearly the same frames as an earlier one."""
 
     def __init__(self) -> None:
         self._known: dict[bytes, list[tuple[str, np.ndarray]]] = {}  # digest -> (where, thumbnails)
@@ -39,7 +39,7 @@ class Duplicates:
 
 
 def _digest(episode: JournaledEpisode) -> bytes:
-    """Of what both formats store exactly. The instruction counts: data are described anew in other words."""
+    """Hash of what every format stores exactly. The instruction counts: some datasets are relabelled in other words."""
     digest = hashlib.sha256(f"{episode.control_steps} {episode.instruction}".encode())
     for values in (episode.state, episode.actions):
         digest.update(np.ascontiguousarray(values, np.float32).tobytes())

@@ -16,7 +16,7 @@ Place = tuple[pathlib.Path, str, int]  # a source's path, an episode's name in i
 
 @dataclasses.dataclass(frozen=True)
 class Instructions:
-    """What the user says; what is empty is the source's to say."""
+    """The instructions that a user gave. Where they are empty, the source's own count."""
 
     everywhere: str = ""
     # (episode, text): demo_3, episode 7 or a number, behind FILE/ where several sources have episodes of that name.
@@ -32,10 +32,10 @@ class Instructions:
         return self.everywhere or None
 
     def check(self, places: Sequence[Place]) -> None:
-        """That every line of the table means one episode of those that are imported.
+        """Checks that every line of the table names exactly one imported episode.
 
         Raises:
-            UserError: it means none, or several.
+            UserError: a line names none, or several.
         """
         found: dict[str, set[Place]] = {}
         for place in places:
@@ -63,13 +63,13 @@ OWN = Instructions()
 
 
 def _keys(source: pathlib.Path, name: str, number: int) -> list[str]:
-    """Under which names a table may have an episode, the closest first."""
+    """The names under which a table may list an episode, the most specific first."""
     short = [name, name.partition(",")[0], str(number)]  # a part of an episode, then the whole
     return [f"{place}/{key}" for place in (source.name, source.stem) for key in short] + short
 
 
 def read_instructions(everywhere: str, path: pathlib.Path | None) -> Instructions:
-    """The two options as one.
+    """Both options, --instruction and --instructions, as one value.
 
     Raises:
         UserError: the table cannot be read, has an episode twice, or a text is empty.

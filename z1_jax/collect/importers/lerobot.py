@@ -17,7 +17,7 @@ from PIL import Image
 
 from z1_jax.collect.importers import orders
 from z1_jax.collect.importers.base import (
-    LEROBOTS,
+    STANDARD,
     BadData,
     Columns,
     EpisodeRef,
@@ -53,7 +53,7 @@ class LeRobotDirectory:
 
     pictures: tuple[str, ...] = ()
 
-    def __init__(self, path: pathlib.Path, split: str = "", columns: Columns = LEROBOTS):
+    def __init__(self, path: pathlib.Path, split: str = "", columns: Columns = STANDARD):
         self.path, self._how = path, columns
         self._meta: Meta = read_meta(path)
         self.flaws = self._meta.flaws
@@ -148,7 +148,7 @@ class LeRobotDirectory:
         return f"{camera}: {feature['dtype']}{codec}, {shape}"
 
     def _segments(self, episode: EpisodeRef) -> list[EpisodeRef]:
-        """The episode, or a part of it for each stretch of one task. What cannot be read is told when it is."""
+        """The episode, or a part for each stretch of one task; whole if it cannot be read, which `read` will say."""
         parquet = need("pyarrow.parquet", "pyarrow", self.path)
         entry = self._entries[episode.number]
         path = self.path / self._meta.data_file(entry)
@@ -189,7 +189,7 @@ class LeRobotDirectory:
         return rows
 
     def _check_numbers(self, rows: Any, where: str, first_s: float) -> None:
-        """The rows' own numbers rise by one, and those of the frames begin where the time stamps do."""
+        """Checks that frame_index and index rise by one, and that frame_index begins where the time stamps do."""
         for name in ("frame_index", "index"):
             if name not in rows.column_names:
                 continue
@@ -234,7 +234,7 @@ class LeRobotDirectory:
             raise BadData(f"{where}: {key} holds values that are no numbers") from None
 
     def _first_stamp(self, rows: Any, where: str) -> float:
-        """Seconds from where the episode's video begins to its first frame; LeRobot finds frames by time stamps."""
+        """Seconds from the beginning of the episode's video to its first frame, by the time stamps, as LeRobot does."""
         if "timestamp" not in rows.column_names:
             return 0.0
         stamps = np.array(rows.column("timestamp").to_pylist(), np.float64).ravel()
@@ -298,7 +298,7 @@ class LeRobotDirectory:
             raise BadData(f"{self.path}/meta/modality.json, {section}: {first_line(error)}") from None
 
     def _width(self, key: str, option: str) -> int:
-        """Numbers in a row of a column that `--option` may name."""
+        """How many numbers a row of a column has. `option` is the flag that can name another column."""
         feature = self._meta.features.get(key)
         if feature is None:
             known = ", ".join(self._meta.features)

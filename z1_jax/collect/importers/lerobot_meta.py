@@ -28,7 +28,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """Everything in `meta` that reading needs."""
+    """What the reader needs from `meta`."""
 
     version: str
     fps: float
@@ -57,7 +57,7 @@ class Meta:
         return {name: key for key, name in names.items()}
 
     def depth_keys(self) -> list[str]:
-        """Features whose frames are distances and no pictures."""
+        """Features whose frames hold distances instead of colours."""
         told = {key: feature.get("info") or feature.get("video_info") or {} for key, feature in self.features.items()}
         return [k for k, info in told.items() if info.get("video.is_depth_map") or info.get("is_depth_map")]
 
@@ -69,7 +69,7 @@ class Meta:
         return self.data_path.format(episode_chunk=entry.index // self.chunk_size, episode_index=entry.index)
 
     def video_place(self, entry: Entry, key: str) -> VideoPlace:
-        """The video file of an episode's camera, and what the tables say of the episodes in it."""
+        """The video file of an episode's camera, and where the tables place episodes in it."""
         if not entry.place:
             chunk = entry.index // self.chunk_size
             file = self.video_path.format(episode_chunk=chunk, video_key=key, episode_index=entry.index)
@@ -101,7 +101,7 @@ def _video_number(entry: Entry, key: str) -> tuple[int, int]:
 
 
 def read_meta(path: pathlib.Path) -> Meta:
-    """Reads the `meta` directory of `path`; what is broken but can be passed over is in `flaws`.
+    """Reads the `meta` directory of `path`. Damage that leaves the rest readable is listed in `flaws`.
 
     Raises:
         BadData: info.json or a whole table is missing, unreadable, or of an unknown version.
@@ -182,7 +182,7 @@ def _tables_v3(
 
 
 def _lines(path: pathlib.Path, flaws: list[str]) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; what a killed writer left of its last line is a flaw."""
+    """The objects of a JSON-lines file. A last line that is cut off is added to `flaws`."""
     lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     found = []
     for number, line in enumerate(lines):

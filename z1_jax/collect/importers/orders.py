@@ -1,6 +1,7 @@
-"""The order of the parts of an action and a state: how sources store them, and the raw order that everything here uses.
+"""The order of the parts of an action and a state: as sources store them, and the raw order used everywhere else.
 
-RoboCasa's HDF5 files store actions raw, its LeRobot directories with the base first; `meta/modality.json` says which.
+RoboCasa's HDF5 files store actions in raw order, its LeRobot directories with the base first, as their
+`meta/modality.json` says.
 """
 
 from __future__ import annotations

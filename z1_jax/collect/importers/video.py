@@ -1,8 +1,9 @@
-"""Frames of an episode out of a video file: found by presentation time where the tables say that the episode begins.
+"""Reads the frames of an episode from a video file.
 
-Once the first frame is found the others follow it in order of presentation, one a row. So neither a start offset, nor
-frames stored out of order, nor times rounded to the container's ticks, nor a rate of 29.97 instead of 30 moves a frame
-to another step. What the tables say of the file is checked first, and where two readings are possible it is refused.
+The presentation time at which the tables let the episode begin gives its first frame. The others follow in order of
+presentation, one for each row. So neither a start offset, nor frames stored out of order, nor times rounded to the
+container's ticks, nor a rate of 29.97 instead of 30 moves a frame to another step. The tables are checked against the
+file first, and an episode that could begin at either of two frames is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _HALF = 0.5 + 1e-3  # of a frame: nearer to one frame than to any other; time st
 
 @dataclasses.dataclass(frozen=True)
 class Stretch:
-    """One episode's part of a video file, as the tables tell it."""
+    """One episode's part of a video file, by the tables."""
 
     episode: int
     length: int  # rows
@@ -100,9 +101,9 @@ def _open(path: pathlib.Path, size: int, modified_ns: int) -> Video:
 def first_frame(video: Video, place: VideoPlace, first_s: float, fps: float, where: str) -> int:
     """Number of the episode's first frame, counted from 0 in order of presentation.
 
-    Where the tables leave no frame of the file over, its number follows from the episodes' lengths, and the time must
-    agree. Otherwise the time decides, and every way to read it must give the same frame: as it stands, from the file's
-    first frame, and in frames of the table's rate.
+    If the episodes' lengths add up to the frames of the file, the number follows from the lengths, and the time must
+    agree. Otherwise the time decides. It can be read in three ways, which must give the same frame: as the file's own
+    time, counted from the file's first frame, and as a number of frames at the table's rate.
 
     Raises:
         BadData: the tables and the file disagree.
@@ -144,7 +145,7 @@ def first_frame(video: Video, place: VideoPlace, first_s: float, fps: float, whe
 
 
 def _readings(video: Video, second: float, fps: float) -> set[int]:
-    """The frames that a time of the tables may mean: in the file's time, from its first frame, at the table's rate."""
+    """The frames that a time of the tables may mean, in the three ways that `first_frame` lists."""
     found = {round(second * fps)}
     for times in (video.times, video.times - video.times[0]):
         if times[0] - _HALF / fps <= second <= times[-1] + _HALF / fps:
@@ -153,9 +154,9 @@ def _readings(video: Video, second: float, fps: float) -> set[int]:
 
 
 def _number_in_full(video: Video, place: VideoPlace, fps: float) -> int:
-    """The first frame of `own` in a file without a frame to spare: the others follow each other by time or by number.
+    """The first frame of `own` in a file that has exactly the frames of its episodes, in order of time or of number.
 
-    Of the two orders the one that agrees with more episodes counts: a wrong time is then that episode's alone.
+    The order that agrees with more of the episodes' times is taken, so that one wrong time affects its episode alone.
     """
     best, least = 0, len(place.every) + 1
     for key in (lambda s: (s.start_s, s.episode), lambda s: s.episode):
@@ -184,7 +185,7 @@ def _check_rate(video: Video, fps: float, where: str) -> None:
 
 
 def _check_stretch(video: Video, own: Stretch, first_s: float, fps: float, where: str) -> None:
-    """from_timestamp to to_timestamp holds as many frames as the rows want."""
+    """Checks that from_timestamp to to_timestamp is as long as the rows."""
     if own.stop_s is None:
         return
     wanted = first_s * fps + own.length
@@ -202,7 +203,7 @@ def _check_stretch(video: Video, own: Stretch, first_s: float, fps: float, where
 
 
 def _check_neighbours(video: Video, place: VideoPlace, fps: float, where: str) -> None:
-    """No other episode has the same frames, and the file ends where the last one does."""
+    """Checks that no other episode has the same frames, and that the file ends where the last episode does."""
     path, frames = video.path, len(video.ticks)
     begin_s, end_s = _span(place.own, fps)
     expected, before_s = 0, 0.0
@@ -229,7 +230,7 @@ def _span(stretch: Stretch, fps: float) -> tuple[float, float]:
 
 
 def _check_even(times: np.ndarray, first: int, fps: float, video: Video, where: str) -> None:
-    """One frame a step: none was dropped, none is there twice, and the rate holds over the whole episode."""
+    """Checks that no frame was dropped or doubled, and that the rate is the same over the whole episode."""
     steps = np.diff(times)
     if not len(steps):
         return
@@ -252,7 +253,7 @@ def _rate(times: np.ndarray) -> float:
 
 
 def _decode(video: Video, first: int, length: int, wanted: range, where: str) -> np.ndarray:
-    """The `wanted` ones of the `length` frames from `first` on; every one of them is decoded."""
+    """The `wanted` ones of the `length` frames from `first` on. All are decoded, so that damage in any is found."""
     numbers = {int(tick): number for number, tick in enumerate(video.ticks[first : first + length])}
     for sought in (True, False) if first else (False,):  # a seek that lands behind the frame: from the start
         frames, seen = _decode_from(video, int(video.ticks[first]) if sought else None, numbers, wanted)
