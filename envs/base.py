@@ -1,4 +1,4 @@
-"""What every environment offers: reset, observe, step_chunk, snapshot, restore.
+"""The interface of every environment: reset, observe, step_chunk, snapshot, restore.
 
 NumPy only: worker processes import this module, start fast and hold no accelerator.
 """
@@ -25,14 +25,14 @@ class EnvSpec:
     state_dim: int  # width of the proprioceptive state
     control_hz: float  # control steps per second of simulated time
     horizon: int  # control steps after which an episode ends
-    version: str = ""  # of the simulation, where success depends on it, e.g. "robocasa 0.2.0"
-    label: str = ""  # what must stand beside every figure, e.g. that assets are stand-ins
-    copies: bool = True  # it has snapshot and restore; workers say so where it has not
+    version: str = ""  # of the simulation, if success depends on it, e.g. "robocasa 0.2.0"
+    label: str = ""  # a caveat that is printed beside every figure, e.g. that assets are stand-ins
+    copies: bool = True  # whether it has snapshot and restore; set by workers
 
 
 @dataclasses.dataclass(frozen=True)
 class Episode:
-    """Which episode: all that its start depends on, besides the environment's own settings."""
+    """Everything that the start of an episode depends on, besides the environment's own settings."""
 
     seed: int  # of everything that is drawn
     task: str = ""  # a name of the suite's; empty: the only task of the environment
@@ -41,7 +41,7 @@ class Episode:
     init_state: int | None = None  # number of a fixed initial state, in suites that have such
 
     def to_json(self) -> dict[str, Any]:
-        """What identifies it, as JSON: the seed, and of the rest what is set."""
+        """Its identity as JSON: the seed, and those other fields that are set."""
         return {
             key: value for key, value in dataclasses.asdict(self).items() if key == "seed" or value not in ("", None)
         }
@@ -54,7 +54,7 @@ class Episode:
 
 
 def episodes(seeds: Iterable[int], task: str = "") -> list[Episode]:
-    """The episodes of some seeds of one task, for suites in which a seed says everything else."""
+    """The episodes of some seeds of one task, for suites in which the seed decides everything else."""
     return [Episode(int(seed), task) for seed in seeds]
 
 
@@ -84,7 +84,7 @@ def check_episode(episode: Episode, task: str, known: Sequence[str] = ()) -> Non
     Args:
         task: of the environment; known: fields besides seed and task that it obeys.
     Raises:
-        ValueError: it is of another task, or says what the environment does not look at.
+        ValueError: it is of another task, or sets a field that the environment does not use.
     """
     if episode.task not in ("", task):
         raise ValueError(f"got an episode of {episode.task!r}: expected one of {task!r}")
@@ -142,9 +142,9 @@ class Env(Protocol):
 
 
 class Pool(Protocol):
-    """Environments (slots) that are stepped together, wherever they run: what rollouts and evaluations drive.
+    """Environments (slots) that rollouts and evaluations step together, in this process or in others.
 
-    Slots are numbered 0 to num_envs - 1; a call names each at most once, and its answers come in their order.
+    Slots are numbered 0 to num_envs - 1. A call names each at most once, and returns results in the order of its slots.
     """
 
     @property
@@ -156,10 +156,19 @@ class Pool(Protocol):
         """How many slots there are."""
 
     def reset(self, slots: Sequence[int], episodes: Sequence[Episode]) -> list[EnvObservation]:
-        """Starts an episode in each slot; returns its first observation."""
+        """Starts an episode in each slot; returns its first observation. This and the rest may raise `SlotsLost`."""
 
     def step(self, slots: Sequence[int], actions: np.ndarray) -> tuple[list[ChunkResult], list[EnvObservation | None]]:
         """Executes a chunk in each slot: float [len(slots), E, action_dim]. A done episode gives no observation."""
+
+    def begin_reset(self, slots: Sequence[int], episodes: Sequence[Episode]) -> Any:
+        """As `reset`, without waiting: what `finish` takes."""
+
+    def begin_step(self, slots: Sequence[int], actions: np.ndarray) -> Any:
+        """As `step`, without waiting: what `finish` takes. Other slots may be asked meanwhile."""
+
+    def finish(self, call: Any) -> list[Any]:
+        """Waits for what was begun. Slot by slot, a reset's observation, or a step's result and observation."""
 
     def branch(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Makes slot targets[i] a bit-exact copy of slot sources[i] as it was before the call."""
@@ -174,7 +183,10 @@ class Pool(Protocol):
         """One frame of each slot, uint8 [size, size, 3]."""
 
     def take_times(self) -> dict[str, float]:
-        """Wall seconds in calls since the last take, by what they went into: simulate, render, wait."""
+        """Wall seconds in calls since the last take, by kind: simulate, render, wait.
+
+        `hidden` are those that workers simulated and rendered while the caller did other things; there may be more.
+        """
 
     def close(self) -> None:
         """Ends the environments. Closing twice is harmless."""
@@ -182,6 +194,23 @@ class Pool(Protocol):
     def __enter__(self) -> Pool: ...
 
     def __exit__(self, *exception: object) -> None: ...
+
+
+class PoolError(RuntimeError):
+    """A worker failed and replacing it did not help. One line: worker, slot, what it was doing, why."""
+
+
+class SlotsLost(PoolError):
+    """Some slots failed at one state again and again; the others have done what was asked.
+
+    Attributes:
+        lost: by slot, what it was doing and why it failed. Such a slot stays as it was until it is reset or restored.
+        answers: of the call, in the order of its slots; None for those that are lost.
+    """
+
+    def __init__(self, lost: Mapping[int, str], answers: Sequence[Any]) -> None:
+        super().__init__("; ".join(dict.fromkeys(lost.values())))
+        self.lost, self.answers = dict(lost), list(answers)
 
 
 def copies(env: object) -> bool:

@@ -1,4 +1,4 @@
-"""Whether what an environment gives is what its spec says. Checked in the worker, on every output, in microseconds."""
+"""Checks an environment's outputs against its spec: in the worker, on every output, in microseconds."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _FLAGS = [field.name for field in dataclasses.fields(ChunkResult) if field.type 
 class ContractError(ValueError):
     """An output that breaks the interface of `envs.base`. One line: the field, what was got, what was expected.
 
-    The environment is wrong, not the worker that runs it: to build it anew and try again would not help.
+    The fault is the environment's own code, so building it anew and trying again would not help.
     """
 
 
 def check_spec(spec: Any) -> EnvSpec:
-    """The spec, if environments can be like that."""
+    """Returns the spec if it is valid, or raises ContractError."""
     if not isinstance(spec, EnvSpec):
         raise _broken("spec", _named(spec), "an EnvSpec")
     for name in ("task", "version", "label"):
@@ -58,7 +58,7 @@ def different_spec(spec: EnvSpec, first: EnvSpec, but: Sequence[str] = ()) -> st
 
 
 def check_observation(observation: Any, spec: EnvSpec) -> EnvObservation:
-    """The observation, if it is one of such an environment."""
+    """Returns the observation if it fits the spec, or raises ContractError."""
     if not isinstance(observation, EnvObservation):
         raise _broken("the observation", _named(observation), "an EnvObservation")
     images, state = observation.images, observation.state
@@ -77,13 +77,13 @@ def check_observation(observation: Any, spec: EnvSpec) -> EnvObservation:
 
 
 def check_frame(image: Any, size: int, field: str = "the frame") -> np.ndarray:
-    """The image, if it is RGB of that size."""
+    """Returns the image if it is RGB of that size, or raises ContractError."""
     _check_array(field, image, np.dtype(np.uint8), (size, size, 3))
     return image
 
 
 def check_result(result: Any, given: int, left: int | None) -> ChunkResult:
-    """The result of a chunk of `given` actions, if it can be one.
+    """Returns the result of a chunk of `given` actions if it is possible, or raises ContractError.
 
     Args:
         left: control steps from the chunk's beginning to the horizon; None where that is not known.
@@ -111,7 +111,7 @@ def check_result(result: Any, given: int, left: int | None) -> ChunkResult:
 
 
 def check_snapshot(snapshot: Any) -> Snapshot:
-    """The snapshot, if it is one."""
+    """Returns the snapshot if it is one, or raises ContractError."""
     if not isinstance(snapshot, Snapshot):
         raise _broken("the snapshot", _named(snapshot), "a Snapshot")
     return snapshot

@@ -1,10 +1,11 @@
 """Demonstrations: episodes of a suite's scripted expert with disturbed execution and clean labels.
 
-The executed action is the expert's plus noise, so that the recorded states spread around the expert's path; the labels
-stay what the expert would do from the state that was reached (as in DART, Laskey et al. 2017).
+The executed action is the expert's plus noise, so that the recorded states spread around the expert's path. The labels
+are what the expert would do from the state that was reached (as in DART, Laskey et al. 2017).
 
-A chunk of labels is either `recorded`: the expert's actions at the states that followed, which answer noise that nobody
-could foresee from the observation; or `undisturbed`: what the expert does on a branch of the episode without noise.
+A chunk of labels is either `recorded` or `undisturbed`. Recorded labels are the expert's actions at the states that
+followed: they react to noise that the observation could not show. Undisturbed labels are what the expert does on a
+branch of the episode without noise.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _NOISE_STREAM = 1  # keeps the noise of a seed apart from the randomisation of t
 
 
 class Expert(Protocol):
-    """What knows how to do the task of one environment, and follows its `reset` and `restore` by itself."""
+    """Solves the task of one environment. It follows the environment's `reset` and `restore` by itself."""
 
     def act(self) -> np.ndarray:
         """The action float [action_dim] for the environment's present state, in [-1, 1]."""
@@ -35,7 +36,7 @@ class Expert(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Demonstrator:
-    """Who demonstrates a task, and where. All of it is sent to worker processes: importable functions, or partials."""
+    """The expert of a task and its environment, as importable functions or partials that can be sent to workers."""
 
     make_env: Callable[[], Env]
     make_expert: Callable[[Any], Expert]  # of an environment of `make_env`
@@ -73,12 +74,12 @@ def run_episode(
       env: an environment that `demonstrator` made; it is reset with `episode`.
       noise: n; the episode's noise scale is drawn from {0, n, 2n}, in units of the action.
       stride: control steps between observations.
-      chunk: labels an observation. Where the episode or branch ends before, the last label is repeated: experts end in
-        a steady pull, push or retreat, and a policy that is not quite done should go on with it rather than stop.
+      chunk: labels of each observation. If the episode or branch ends earlier, the last label is repeated: experts end
+        in a steady pull, push or retreat, and a policy that is not quite done should continue it rather than stop.
       labels: one of `LABELS`, see above.
 
     Returns:
-      The episode, also when it failed: the caller keeps what it wants.
+      The episode, also if it failed: the caller decides whether to keep it.
 
     Raises:
       ValueError: unknown labels.
@@ -94,7 +95,7 @@ def run_episode(
 def _steps(
     demonstrator: Demonstrator, env: Env, episode: Episode, noise: float, stride: int, chunk: int, labels: str
 ) -> Steps:
-    """`run_episode`, a step of this from each observation to the next."""
+    """As `run_episode`, as a generator that yields at each observation."""
     if labels not in LABELS:
         raise ValueError(f"labels must be one of {', '.join(LABELS)}; got {labels!r}")
     env.reset(episode)
@@ -180,11 +181,11 @@ def collect(
     """Demonstrations of `episodes`, in their order, also those that failed.
 
     Args:
-      episodes: may be endless, because only a few are under way beyond what was consumed.
+      episodes: may be endless: only a few more are started than were consumed.
       noise, stride, chunk, labels: as in `run_episode`.
       processes: worker processes; 0 runs in this process, where a fault ends the collection and a hang is not noticed.
       timeout_s: seconds that a worker may take from one observation to the next; start_timeout_s: to build its
-        environment. One that is late or dies is replaced, and its episode begun again, once.
+        environment. A worker that is late or dies is replaced, and its episode is tried once more.
 
     Raises:
       ValueError: an unknown task or option value.

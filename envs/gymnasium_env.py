@@ -1,7 +1,7 @@
-"""Environments of gymnasium as a suite: `env.suite=gym:ENV_ID`, told by `env.options` where its pictures and words are.
+"""Environments of gymnasium as a suite: `env.suite=gym:ENV_ID`; `env.options` say where its pictures and words are.
 
-They cannot be copied exactly: no snapshots, so that groups branch nowhere. Needs the extra gym; nothing of it is
-imported before an environment is made.
+They cannot be copied exactly, so there are no snapshots, and the members of a group share no prefix. Needs the extra
+gym, which is imported when an environment is made.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ TERMINATED = "terminated"  # as the place of success: the environment ends its e
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where an environment has what the policy needs: entries of its observation or info, `outer/inner` in nested ones.
+    """Where to find what the policy needs: entries of the observation or info, `outer/inner` in nested ones.
 
     Attributes:
         image: of each camera; `render` for the picture that the environment renders.
-        state: a number or array, flattened; empty: the whole observation, where that is an array; `none`: no state.
-        success: whether the task is done; `terminated` where nothing else ends an episode before the horizon.
+        state: a number or array, flattened; empty: the whole observation, if it is an array; `none`: no state.
+        success: whether the task is done; `terminated` if the environment ends episodes before the horizon in success
+            alone.
         instruction: the task in words; empty: `text` at all times.
         hz: control steps a second; 0: `render_fps` of its metadata.
-        expert: `package.module:name` of what is called with the environment and gives one with `act()`.
+        expert: `package.module:name` of a callable that takes the environment and returns an object with `act()`.
     """
 
     image: tuple[str, ...] = (RENDER,)
@@ -45,7 +46,7 @@ class Places:
 
 
 def read_options(options: Sequence[str]) -> Places:
-    """The places that `env.options` names: `name=value`, where `image` may stand once a camera.
+    """The places that `env.options` names, as `name=value`. `image` may be given once for each camera.
 
     Raises:
         SettingError: an unknown or repeated name, or one without a value.
@@ -92,8 +93,8 @@ class GymnasiumEnv:
             horizon: control steps of an episode; 0: the environment's own limit.
 
         Raises:
-            ValueError: its actions are no bounded vector, or it has no limit, rate, picture or state where one is
-                looked for.
+            ValueError: its actions are not a bounded vector, or it has no time limit, rate, picture or state in the
+                place that the options name.
             ImportError: gymnasium is not installed.
         """
         gymnasium = _gymnasium()

@@ -117,7 +117,7 @@ class _Member:
 
     def receive(self) -> Reply | Fault:
         try:
-            reply = self.worker.connection.recv()
+            reply = self.worker.receive()
         except BlockingIOError:
             return Fault("its answer stood still")
         except (EOFError, OSError):

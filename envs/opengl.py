@@ -19,7 +19,7 @@ _OPEN: weakref.WeakSet[Renderer] = weakref.WeakSet()
 
 
 def check(name: str) -> None:
-    """Refuses a machine without what draws, before a worker fails on it.
+    """Refuses a machine without the OpenGL library, before a worker fails on it.
 
     Args:
         name: whose pictures these are.
@@ -49,7 +49,7 @@ def _context(width: int, height: int) -> Any:
 class Renderer:
     """Draws data of one model, or of others compiled from the same file; many environments can share one.
 
-    What is drawn is the state as MuJoCo last derived it; drawing changes nothing of it.
+    It draws the state as MuJoCo last derived it, and changes nothing of it.
     """
 
     def __init__(self, model: mujoco.MjModel, size: int, shadows: bool = True, reflections: bool = True):

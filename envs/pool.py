@@ -2,32 +2,26 @@
 
 Workers are fresh interpreters (never forks: a fork after the parent has used GL or XLA hangs) that talk over a socket
 pair. A call either completes or leaves no trace: each slot's journal (base state and chunks since) is written only when
-all workers have answered, and a worker that may have gone ahead of it is rebuilt from it before its next use.
+all workers have answered, and a worker that may have gone ahead of it is rebuilt from it before its next use. One slot
+that fails again and again at one state is lost; the others go on.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from envs import worker
-from envs.base import ChunkResult, Env, EnvObservation, EnvSpec, Episode, Snapshot
-from envs.contract import different_spec
-from envs.pool_workers import Fault, InThisProcess, Processes, Worker, Workers
+from envs.base import ChunkResult, Env, EnvObservation, EnvSpec, Episode, PoolError, SlotsLost, Snapshot
+from envs.pool_crew import Call, Crew
+from envs.pool_workers import InThisProcess, Processes, Workers
 from envs.simulators import Factories
-from envs.worker import Journal, Reply, Request
+from envs.worker import Journal
 
 ONLY = ""  # the task of a pool that was given one environment without a name
-_log = logging.getLogger(__name__)
-
-
-class PoolError(RuntimeError):
-    """A worker failed and replacing it did not help. One line: worker, slot, what it was doing, why."""
+__all__ = ["ONLY", "EnvPool", "PoolError", "SlotsLost"]
 
 
 class EnvPool:
@@ -40,14 +34,16 @@ class EnvPool:
       simulators: most that one worker keeps. 0: each slot has its own, built anew when its task changes and none of
         that task is free. Else slots take turns in them, by snapshots: this moves no number, but environments that
         cannot be copied must have one each.
-      timeout_s: seconds that a worker may take to answer one call; a later one is replaced and the call retried once.
+      timeout_s: seconds that a worker may take to answer one call, or a few times what the slowest one took where that
+        is less; a later one is replaced, and does what it was asked slot by slot.
       start_timeout_s: seconds that a new worker may take to import, build its environments and replay their episodes.
       place: where the workers run, and with what; the pool closes it. None: in processes on this machine.
 
     Raises:
       ValueError: a bad argument, here or in any method (slots out of range or repeated, wrong shapes).
-      PoolError: an environment raised, or a worker died or was late twice in a row; or an environment gave what its
-        spec does not say (see `envs.contract`), or a ValueError: then at once, for trying again would not help.
+      SlotsLost: an environment raised, died or was late three times at one state, or raised a ValueError there; the
+        other slots have done what was asked.
+      PoolError: a worker could not be built; or an environment gave what its spec does not say (see `envs.contract`).
     """
 
     def __init__(
@@ -71,45 +67,36 @@ class EnvPool:
             raise ValueError(f"got timeout_s={timeout_s}, start_timeout_s={start_timeout_s}: expected both > 0")
         self.num_envs = num_envs
         self.num_workers = min(num_workers, num_envs)
-        self.replaced = 0  # workers started again, over the life of the pool: after a fault, or elsewhere
-        self._simulators = simulators
-        self._timeout_s = timeout_s
-        self._start_timeout_s = start_timeout_s
-        self._place: Workers = place or (
+        workers: Workers = place or (
             Processes(self._factories, simulators, timeout_s)
             if self.num_workers
             else InThisProcess(self._factories, simulators)
         )
+        self._simulators = simulators
         tasks = list(self._factories)
         self._journals = [Journal(tasks[slot % len(tasks)]) for slot in range(num_envs)]
-        self._workers: dict[int, Worker] = {}
-        self._behind: set[int] = set()  # workers whose environments may differ from the journals
+        self._crew = Crew(workers, self._journals, self.num_workers, timeout_s, start_timeout_s)
         self._closed = False
-        self._times = {"simulate": 0.0, "render": 0.0, "wait": 0.0}
-        self.specs: dict[str, EnvSpec] = {}  # by task, as `make_env` names them
         try:
-            self._start(range(max(1, self.num_workers)), tasks[num_envs:])
+            self._crew.build(range(max(1, self.num_workers)), tasks[num_envs:])
         except BaseException:
             self.close()
             raise
+        self.specs: dict[str, EnvSpec] = self._crew.specs  # by task, as `make_env` names them
         # Of the first task, with the horizon of the longest one.
         longest = max(spec.horizon for spec in self.specs.values())
         self.spec: EnvSpec = dataclasses.replace(self.specs[tasks[0]], horizon=longest)
+
+    @property
+    def replaced(self) -> int:
+        """Workers started again, over the life of the pool: after a fault, or elsewhere."""
+        return self._crew.replaced
 
     # --- calls -----------------------------------------------------------------------------------------------------
 
     def reset(self, slots: Sequence[int], episodes: Sequence[Episode]) -> list[EnvObservation]:
         """Starts an episode in each slot; returns its first observation."""
-        slots, episodes = self._check_slots(slots), list(episodes)
-        _require_pairs("episodes", slots, episodes)
-        for episode in episodes:
-            if not isinstance(episode, Episode):
-                raise ValueError(f"got {episode!r} for an episode: expected an envs.base.Episode")
-        tasks = [self._known(episode.task, "an episode") for episode in episodes]
-        observations = self._call("reset", slots, list(zip(tasks, episodes, strict=True)), tasks)
-        for slot, task, episode in zip(slots, tasks, episodes, strict=True):
-            self._journals[slot] = Journal(task, episode)
-        return observations
+        return self.finish(self.begin_reset(slots, episodes))
 
     def step(self, slots: Sequence[int], actions: np.ndarray) -> tuple[list[ChunkResult], list[EnvObservation | None]]:
         """Executes a chunk in each slot. An episode that is not done is rendered where it runs; a done one gives None.
@@ -117,6 +104,27 @@ class EnvPool:
         Args:
           actions: float [len(slots), E, action_dim], raw units.
         """
+        answers = self.finish(self.begin_step(slots, actions))
+        return [result for result, _ in answers], [observation for _, observation in answers]
+
+    def begin_reset(self, slots: Sequence[int], episodes: Sequence[Episode]) -> Call:
+        """As `reset`, without waiting: see `finish`."""
+        slots, episodes = self._check_slots(slots), list(episodes)
+        _require_pairs("episodes", slots, episodes)
+        for episode in episodes:
+            if not isinstance(episode, Episode):
+                raise ValueError(f"got {episode!r} for an episode: expected an envs.base.Episode")
+        tasks = [self._known(episode.task, "an episode") for episode in episodes]
+        begun = {slot: Journal(task, episode) for slot, task, episode in zip(slots, tasks, episodes, strict=True)}
+
+        def settle(answers: Mapping[int, Any]) -> None:
+            for slot in answers:
+                self._journals[slot] = begun[slot]
+
+        return self._begin("reset", slots, list(zip(tasks, episodes, strict=True)), settle, tasks)
+
+    def begin_step(self, slots: Sequence[int], actions: np.ndarray) -> Call:
+        """As `step`, without waiting: see `finish`."""
         slots = self._require_started(slots)
         actions = np.array(actions)  # a copy: the journal must not follow the caller's buffer
         width = self.spec.action_dim
@@ -127,59 +135,88 @@ class EnvPool:
             raise ValueError(
                 f"actions of slot {slots[int(np.argmin(finite))]} are not finite: check the policy's output"
             )
+        chunks = dict(zip(slots, actions, strict=True))
         journals = [self._journals[slot] for slot in slots]
         left = [journal.left(self.specs[journal.task].horizon) for journal in journals]
-        answers = self._call("step", slots, list(zip(actions, left, strict=True)))
-        for journal, chunk, (result, _) in zip(journals, actions, answers, strict=True):
-            journal.add(chunk, result)
-        return [result for result, _ in answers], [observation for _, observation in answers]
+
+        def settle(answers: Mapping[int, Any]) -> None:
+            for slot, (result, _) in answers.items():
+                self._journals[slot].add(chunks[slot], result)
+
+        return self._begin("step", slots, zip(actions, left, strict=True), settle)
+
+    def finish(self, call: Call) -> list[Any]:
+        """Waits for what `begin_reset` or `begin_step` asked.
+
+        Calls of different slots may be open at once; they are best finished in the order in which they were begun. One
+        whose slots are used otherwise before it was finished is forgotten, as if it had never been made.
+
+        Returns:
+            In the order of the slots, of a reset the first observations, of a step pairs (result, observation or None).
+        """
+        answers = self._crew.finish(call)
+        if call.lost:
+            raise SlotsLost(call.lost, [answers.get(slot) for slot in call.slots])
+        return [answers[slot] for slot in call.slots]
 
     def branch(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Makes slot targets[i] a bit-exact copy of slot sources[i] as it was before the call."""
         _require_pairs("sources", targets, sources)
         targets, origins = self._check_slots(targets), sorted({int(source) for source in sources})
-        snapshots = dict(zip(origins, self.snapshot(origins), strict=True))
-        moves = [(s, t) for s, t in zip(sources, targets, strict=True) if s != t]
+        lost: dict[int, str] = {}
+        snapshots = dict(zip(origins, _answered(self.snapshot, lost, origins), strict=True))
+        lost |= {t: lost[s] for s, t in zip(sources, targets, strict=True) if s in lost}
+        moves = [(s, t) for s, t in zip(sources, targets, strict=True) if s != t and t not in lost]
         steps = {t: self._journals[s].steps for s, t in moves}
-        self.restore([t for _, t in moves], [snapshots[s] for s, _ in moves])
+        _answered(self.restore, lost, [t for _, t in moves], [snapshots[s] for s, _ in moves])
         for target, count in steps.items():
-            self._journals[target].steps = count
+            if target not in lost:
+                self._journals[target].steps = count
+        if lost:
+            raise SlotsLost(lost, [None] * len(targets))
 
     def snapshot(self, slots: Sequence[int]) -> list[Snapshot]:
         """The full state of each slot, restorable into any slot of any pool of the same environment."""
         if not self.spec.copies:
             raise ValueError("the environments of this pool cannot be copied: they have no snapshot and restore")
         slots = self._require_started(slots)
-        return self._call("snapshot", slots, [None] * len(slots))
+        return self.finish(self._begin("snapshot", slots, [None] * len(slots), _nothing))
 
     def restore(self, slots: Sequence[int], snapshots: Sequence[Snapshot]) -> None:
         """Puts each slot into the state of its snapshot."""
         slots = self._check_slots(slots)
         _require_pairs("snapshots", slots, snapshots)
         tasks = [self._known(snapshot.task, "a snapshot") for snapshot in snapshots]
-        self._call("restore", slots, list(zip(tasks, snapshots, strict=True)), tasks)
-        for slot, task, snapshot in zip(slots, tasks, snapshots, strict=True):
-            self._journals[slot] = Journal(task, snapshot=snapshot, steps=None)
+        given = {
+            slot: Journal(task, snapshot=snapshot, steps=None)
+            for slot, task, snapshot in zip(slots, tasks, snapshots, strict=True)
+        }
+
+        def settle(answers: Mapping[int, Any]) -> None:
+            for slot in answers:
+                self._journals[slot] = given[slot]
+
+        self.finish(self._begin("restore", slots, zip(tasks, snapshots, strict=True), settle, tasks))
 
     def render(self, slots: Sequence[int], camera: str, size: int) -> list[np.ndarray]:
         """One frame of each slot, uint8 [size, size, 3], for environments that have `render(camera, size)`."""
         slots = self._require_started(slots)
-        return self._call("render", slots, [(camera, size)] * len(slots))
+        return self.finish(self._begin("render", slots, [(camera, size)] * len(slots), _nothing))
 
     def take_times(self) -> dict[str, float]:
-        """Wall seconds in calls since the last take: simulate and render of the slowest worker, and the rest, wait."""
-        times, self._times = self._times, dict.fromkeys(self._times, 0.0)
+        """Wall seconds in calls since the last take: simulate and render of the slowest worker, and the rest, wait.
+
+        What that worker simulated and rendered while the caller did other things is `hidden`; `busy` are the seconds
+        that all workers together simulated and rendered.
+        """
+        times, self._crew.times = self._crew.times, dict.fromkeys(self._crew.times, 0.0)
         return times
 
     def close(self) -> None:
         """Ends all workers and waits for them. Closing twice is harmless."""
-        self._closed = True
-        for member in self._workers.values():
-            member.hang_up()
-        for member in self._workers.values():
-            member.end()
-        self._workers.clear()
-        self._place.close()
+        if not self._closed:
+            self._closed = True
+            self._crew.close()
 
     def __enter__(self) -> EnvPool:
         return self
@@ -187,146 +224,18 @@ class EnvPool:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    # --- one call: to all workers at once, then all answers --------------------------------------------------------
-
-    def _call(self, operation: str, slots: list[int], payloads: list[Any], tasks: Sequence[str] = ()) -> list[Any]:
+    def _begin(
+        self,
+        operation: str,
+        slots: list[int],
+        payloads: Iterable[Any],
+        settle: Callable[[Mapping[int, Any]], None],
+        tasks: Sequence[str] = (),
+    ) -> Call:
         """Args: `tasks` of the slots from here on, where they may be others than before."""
-        if not slots:
-            return []
         others = any(self._journals[slot].task != task for slot, task in zip(slots, tasks, strict=False))
         builds = others or 0 < self._simulators < len(self._factories)
-        timeout_s = max(self._timeout_s, self._start_timeout_s) if builds else self._timeout_s
-        requests: dict[int, Request] = {}
-        for slot, payload in zip(slots, payloads, strict=True):
-            requests.setdefault(self._worker_of(slot), (operation, []))[1].append((slot, payload))
-        moving = self._place.misplaced() if operation == "reset" else set()
-        self._revive((self._behind | moving) & requests.keys())
-
-        start = time.perf_counter()
-        self._behind |= requests.keys()  # until every answer is in: an interrupt may come at any point
-        replies, faults = self._exchange(requests, timeout_s)
-        if faults:
-            replies |= self._retry(requests, faults, timeout_s)
-        self._behind -= requests.keys()
-        self._count(replies.values(), time.perf_counter() - start)
-
-        answers = {
-            slot: result
-            for index, reply in replies.items()
-            for (slot, _), result in zip(requests[index][1], reply.results, strict=True)
-        }
-        return [answers[slot] for slot in slots]
-
-    def _exchange(self, requests: dict[int, Request], timeout_s: float) -> tuple[dict[int, Reply], dict[int, Fault]]:
-        replies: dict[int, Reply] = {}
-        faults: dict[int, Fault] = {}
-        waiting: dict[int, Worker] = {}
-        late: list[int] = []  # a message to or from them stood still
-        deadline = time.monotonic() + timeout_s
-        for index, request in requests.items():
-            try:
-                self._workers[index].send(request)
-                waiting[index] = self._workers[index]
-            except BlockingIOError:
-                late.append(index)
-            except OSError:
-                faults[index] = Fault(self._workers[index].death())
-        while waiting:
-            ready = self._place.wait(list(waiting.values()), max(0.0, deadline - time.monotonic()))
-            if not ready:
-                break
-            for index in [index for index, member in waiting.items() if member in ready]:
-                member = waiting.pop(index)
-                try:
-                    replies[index] = member.receive()
-                except BlockingIOError:
-                    late.append(index)
-                except (EOFError, OSError):
-                    faults[index] = Fault(member.death())
-        for index in [*late, *waiting]:
-            faults[index] = Fault(self._workers[index].late(timeout_s))
-            self._workers[index].kill()
-        faults |= {index: Fault.of(reply) for index, reply in replies.items() if reply.error is not None}
-        return {index: reply for index, reply in replies.items() if reply.error is None}, faults
-
-    def _retry(self, requests: dict[int, Request], faults: dict[int, Fault], timeout_s: float) -> dict[int, Reply]:
-        for index, fault in faults.items():
-            if not fault.retry:
-                raise self._error(index, requests[index], fault)
-        for index, fault in faults.items():
-            _log.warning("%s; replacing the worker and retrying", self._error(index, requests[index], fault))
-        self._revive(faults)
-        replies, again = self._exchange({index: requests[index] for index in faults}, timeout_s)
-        for index, fault in again.items():
-            raise self._error(index, requests[index], fault, "twice ")
-        return replies
-
-    def _error(self, index: int, request: Request, fault: Fault, times: str = "") -> PoolError:
-        slots = [slot for slot, _ in request[1]] if fault.slot is None else [fault.slot]
-        where = f"slot{'s' if len(slots) > 1 else ''} {', '.join(map(str, slots))}"
-        return PoolError(f"worker {index} failed {times}on {where} while {worker.DOING[request[0]]}: {fault.text}")
-
-    def _count(self, replies: Any, wall_s: float) -> None:
-        slowest = max(replies, key=lambda reply: reply.simulate_s + reply.render_s)
-        self._times["simulate"] += slowest.simulate_s
-        self._times["render"] += slowest.render_s
-        self._times["wait"] += max(0.0, wall_s - slowest.simulate_s - slowest.render_s)
-
-    # --- workers ---------------------------------------------------------------------------------------------------
-
-    def _worker_of(self, slot: int) -> int:
-        return slot % max(1, self.num_workers)
-
-    def _slots_of(self, index: int) -> list[int]:
-        return [slot for slot in range(self.num_envs) if self._worker_of(slot) == index]
-
-    def _start(self, indices: Sequence[int] | set[int], others: Sequence[str] = ()) -> None:
-        """Starts workers, builds their slots' simulators and compares what they say of themselves.
-
-        Args:
-            others: tasks that no slot begins with.
-        """
-        for index in indices:
-            self._workers[index] = self._place.start(index, self._slots_of(index))
-        made: list[tuple[int, str]] = [(slot, journal.task) for slot, journal in enumerate(self._journals)]
-        made += [(number % self.num_envs, task) for number, task in enumerate(others)]
-        requests: dict[int, Request] = {index: ("make", []) for index in indices}
-        for slot, task in made:
-            if self._worker_of(slot) in requests:
-                requests[self._worker_of(slot)][1].append((slot, task))
-        replies = self._must(requests)
-        specs = {
-            (slot, task): spec
-            for index, reply in replies.items()
-            for (slot, task), spec in zip(requests[index][1], reply.results, strict=True)
-        }
-        for slot, task in sorted(specs, key=made.index):
-            spec = specs[slot, task]
-            first = self.specs.setdefault(task, spec)
-            different = different_spec(spec, first) or different_spec(
-                spec, next(iter(self.specs.values())), ("task", "horizon")
-            )
-            if different:
-                index = self._worker_of(slot)
-                raise self._error(index, requests[index], Fault(f"{task}: {different}" if task else different, slot))
-
-    def _revive(self, indices: Any) -> None:
-        """Replaces workers and brings their slots to the journals' state."""
-        indices = set(indices)
-        if not indices:
-            return
-        for index in indices:
-            self._workers[index].kill()
-            self._workers[index].end()
-        self.replaced += len(indices)
-        self._start(indices)
-        self._must({i: ("replay", [(slot, self._journals[slot]) for slot in self._slots_of(i)]) for i in indices})
-
-    def _must(self, requests: dict[int, Request]) -> dict[int, Reply]:
-        replies, faults = self._exchange(requests, self._start_timeout_s)
-        for index, fault in faults.items():
-            raise self._error(index, requests[index], fault)
-        return replies
+        return self._crew.begin(Call(operation, slots, settle, builds), payloads)
 
     # --- checks ----------------------------------------------------------------------------------------------------
 
@@ -354,7 +263,7 @@ class EnvPool:
     def _require_started(self, slots: Sequence[int]) -> list[int]:
         slots = self._check_slots(slots)
         for slot in slots:
-            if not self._journals[slot].started:
+            if not self._journals[slot].started and slot not in self._crew.gone:
                 raise ValueError(f"slot {slot} has no episode: call reset, restore or branch on it first")
         return slots
 
@@ -362,3 +271,16 @@ class EnvPool:
 def _require_pairs(name: str, slots: Sequence[Any], values: Sequence[Any]) -> None:
     if len(slots) != len(values):
         raise ValueError(f"got {len(slots)} slots and {len(values)} {name}: expected one for each slot")
+
+
+def _answered(ask: Callable[..., Any], lost: dict[int, str], *args: Any) -> Any:
+    """What a call gives, with None for the slots that are lost in it, which are noted in `lost`."""
+    try:
+        return ask(*args)
+    except SlotsLost as error:
+        lost |= error.lost
+        return error.answers
+
+
+def _nothing(answers: Mapping[int, Any]) -> None:
+    """What is to be noted of a call that changes no state."""

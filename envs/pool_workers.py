@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from envs import worker
+from envs.pool_frames import SharedAnswers, anonymous
 from envs.simulators import Factories
 from envs.worker import Reply, Request, SlotServer
 
@@ -25,16 +26,21 @@ class Fault:
 
     text: str  # one line
     slot: int | None = None  # None when the worker could not say
-    retry: bool = True
+    retry: bool = True  # trying again may help
+    ends: bool = False  # whatever other slots do
 
     @classmethod
     def of(cls, reply: Reply) -> Fault:
         """What a reply that holds an error tells."""
-        return cls(reply.error or "", reply.error_slot, retry=not reply.lasting)
+        return cls(reply.error or "", reply.error_slot, retry=not (reply.wrong or reply.lasting), ends=reply.lasting)
 
 
 class Worker(Protocol):
     """One worker, wherever it runs: it answers requests in their order."""
+
+    @property
+    def placed(self) -> bool:
+        """It runs somewhere. Where it does not, starting it again would not help."""
 
     def send(self, request: Request) -> None:
         """Asks, without waiting for the answer. Raises BlockingIOError where the message stood still, else OSError."""
@@ -120,15 +126,24 @@ class InThisProcess:
 class ProcessWorker:
     """A worker in its own interpreter."""
 
+    placed = True
+
     def __init__(self, factories: Factories, simulators: int, timeout_s: float) -> None:
         self.connection, child = multiprocessing.Pipe()
         _bound_waits(self.connection, timeout_s)
-        fd = child.fileno()
+        fd, shared = child.fileno(), anonymous()
+        self._answers = SharedAnswers(shared)
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # the processes are the parallelism
         try:
             self._process = subprocess.Popen(
-                worker.command(fd, os.getpid()), pass_fds=[fd], stdin=subprocess.DEVNULL, env=threads | os.environ
+                worker.command(fd, os.getpid(), shared),
+                pass_fds=[fd, *shared],
+                stdin=subprocess.DEVNULL,
+                env=threads | os.environ,
             )
+        except BaseException:
+            self._answers.close()
+            raise
         finally:
             child.close()  # a copy kept here would hide the worker's death
         try:
@@ -147,7 +162,7 @@ class ProcessWorker:
         self.connection.send(request)
 
     def receive(self) -> Reply:
-        return self.connection.recv()
+        return self._answers.unpack(self.connection.recv_bytes())
 
     def late(self, timeout_s: float) -> str:
         return f"no answer within {timeout_s:g} s"
@@ -174,10 +189,13 @@ class ProcessWorker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._answers.close()
 
 
 class LocalWorker:
     """The same in this process, for debugging: an exception is survived, a death or a hang is not."""
+
+    placed = True
 
     def __init__(self, factories: Factories, simulators: int) -> None:
         self._server = SlotServer(factories, simulators)

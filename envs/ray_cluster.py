@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -60,6 +61,8 @@ def refusal(address: str) -> Told:
         address: HOST:PORT, or "auto".
     """
     where = "on this machine" if address == "auto" else f"at {address}"
+    if unreachable := _unreachable(address):
+        return Told(f"no Ray cluster {where}: {unreachable}")
     command = [sys.executable, "-c", _PROBE, address]
     try:
         ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CONNECT_S)
@@ -74,6 +77,20 @@ def refusal(address: str) -> Told:
     if kind == "ConnectionError" and address == "auto":
         text = "none is running; start one with ray start --head"
     return Told(f"cannot join the Ray cluster {where}: {shortened(text, 400)}")
+
+
+def _unreachable(address: str) -> str:
+    """What this machine knows at once of an address where nothing can be; empty: it has to be tried."""
+    host, _, port = address.rpartition(":")
+    if host in ("", "localhost", "127.0.0.1"):  # Ray takes another address of this machine for these
+        return ""
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except TimeoutError:
+        return f"no answer within {CONNECT_S:g} s"
+    except OSError as error:
+        return str(error.strerror or error)
+    return ""
 
 
 _HOLDER = f"""

@@ -1,8 +1,8 @@
 """Workers of a pool as Ray actors, on this machine and on others: where they are placed, what is sent, how they end.
 
 Each actor takes one unit of the resource `simulator`, which hosts offer (`ray start --resources='{"simulator": 16}'`).
-Chunks of actions go there, frames and states come back through Ray's object store; nothing of the policy leaves the
-learner. The pool does the rest as with processes of its own: deadlines, journals, replacement. Importing this needs no
+Chunks of actions go there, frames and states come back, in Ray's messages or through its object store; nothing of the
+policy leaves the learner. The pool does the rest as with processes of its own: deadlines, journals, replacement. Importing this needs no
 Ray.
 """
 
@@ -35,6 +35,9 @@ CROWD_AFTER_S = 30.0
 WAITING_EVERY_S = 20.0  # between two lines that say that actors wait
 TRIES = 4  # to start an actor
 MOST_PENDING = 8  # requests that may lie at one actor; the pool has one there, or two
+# Bytes of an answer that travels in Ray's message itself. From host to host this is much faster than by way of two
+# object stores (benchmarks/ray_pool.py); larger ones go that way.
+_INSIDE = 10 * 2**20
 _LOOK_S = 1.0
 _FETCH_S = 30.0  # longest that an answer may take which Ray said was here
 _ALIKE = ("numpy", "mujoco")  # packages whose version decides about numbers
@@ -150,7 +153,7 @@ class RayWorkers:
         self._actor = self._ray.remote(_actor_class())
         self._members: dict[int, RayWorker] = {}
         self._starts: Counter[int] = Counter()
-        self.deadly: set[str] = set()  # nodes where an actor died
+        self.deadly: set[str] = set()  # nodes where an actor died or did not answer
         self._told = time.monotonic()
 
     def start(self, index: int, slots: Sequence[int]) -> RayWorker:
@@ -207,13 +210,14 @@ class RayWorkers:
             affinity = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
             options = {"scheduling_strategy": affinity(self._roomiest(), soft=False)}
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # the actors are the parallelism
+        inside = {"RAY_max_direct_call_object_size": str(_INSIDE)}
         actor = self._actor.options(
             name=f"{title} slots {','.join(map(str, slots))} start {self._starts[index]}",
             num_cpus=0,
             max_restarts=0,  # the pool replaces it, from its journals
             max_task_retries=0,
             max_pending_calls=MOST_PENDING,
-            runtime_env={"env_vars": threads},
+            runtime_env={"env_vars": threads | inside},
             **options,
         )
         path = [HOME, *(os.path.abspath(entry) for entry in sys.path)]
@@ -376,6 +380,7 @@ class RayWorker(Worker):
     def late(self, timeout_s: float) -> str:
         if not self.placed:
             return f"no host took it within {timeout_s:g} s: {self._place.lacking()}"
+        self._place.deadly.add(self.node)
         return f"no answer within {timeout_s:g} s" + (f" from host {self.host}" if self._facts else "")
 
     def kill(self) -> None:

@@ -1,9 +1,9 @@
-"""When a MuJoCo simulation has broken down: what every suite that steps MuJoCo asks after each control step.
+"""Tells whether a MuJoCo simulation has broken down. Every suite that steps MuJoCo asks after each control step.
 
-At a position, velocity or acceleration that is huge or not a number MuJoCo counts a warning, puts the scene back to its
-compiled pose and steps on; at such a control it steps on without controls. A check of success then judges a scene that
-no action led to, so that the episode must end there as a failure. So it must at speeds that time steps cannot resolve,
-which precede a warning or do not: 10^10 in SI units is what MuJoCo calls huge.
+If a position, velocity or acceleration is huge or not a number, MuJoCo counts a warning, puts the scene back to its
+compiled pose and steps on; for such a control it steps on without controls. A check of success would then judge a scene
+that no action led to, so the episode must end there as a failure. The same holds for speeds that time steps cannot
+resolve. They need not cause a warning: MuJoCo calls a value huge from 10^10 in SI units on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 def breakdown(model: mujoco.MjModel, data: mujoco.MjData) -> str:
-    """What broke since the data were last reset or forgiven, e.g. "BADQACC at arm_yaw"; empty where nothing did.
+    """What broke since the data were last reset or forgiven, e.g. "BADQACC at arm_yaw"; empty if nothing did.
 
     A joint that turns or slides by more than π (radians, metres) in one time step is broken too.
     """
@@ -35,7 +35,7 @@ def breakdown(model: mujoco.MjModel, data: mujoco.MjData) -> str:
 
 
 def forgive(data: mujoco.MjData) -> None:
-    """Forgets the warnings, which are not part of MuJoCo's states: after a restore they would be another episode's."""
+    """Clears the warnings. MuJoCo's states do not hold them, so after a restore they would be another episode's."""
     data.warning.number[:] = 0
 
 

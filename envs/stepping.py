@@ -11,7 +11,7 @@ from envs.base import ChunkResult, EnvSpec, checked_actions
 
 
 class SteppedEnv:
-    """An environment that steps MuJoCo: counts control steps, latches success, ends what breaks down.
+    """An environment that steps MuJoCo: counts control steps, latches success, ends episodes that break down.
 
     A subclass sets `_spec`, begins episodes with `_begin_count` and says in `_control_step` what one step does.
     """
@@ -69,16 +69,16 @@ class SteppedEnv:
         self._steps, self._succeeded, self._broken = 0, False, ""
 
     def _count(self) -> dict[str, object]:
-        """What a snapshot holds of it."""
+        """The counters and latches for a snapshot."""
         return {"steps": self._steps, "succeeded": self._succeeded, "broken": self._broken}
 
     def _set_count(self, extra: dict) -> None:
         self._steps, self._succeeded, self._broken = extra["steps"], extra["succeeded"], extra["broken"]
 
     def _stepping(self) -> contextlib.AbstractContextManager:
-        """What holds while a chunk is executed."""
+        """A context that is active while a chunk is executed."""
         return contextlib.nullcontext()
 
     def _control_step(self, action: np.ndarray) -> tuple[str, bool]:
-        """One control step: what broke down, empty where nothing did; and whether the task's check holds."""
+        """One control step. Returns what broke down (empty if nothing did), and whether the task's check holds."""
         raise NotImplementedError

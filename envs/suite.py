@@ -1,6 +1,6 @@
-"""What a suite of environments offers to the rest: its tasks, how to build them, and the facts that results depend on.
+"""The interface of a suite of environments: its tasks, how to build them, and the facts that results depend on.
 
-A suite lives in a folder of its own, `envs/NAME/suite.py`, and nothing outside asks which one it is. NumPy only.
+Each suite has a folder of its own, `envs/NAME/suite.py`. Code outside never depends on which suite it is. NumPy only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from envs.base import Env, EnvSpec, Episode, copies
 from envs.contract import ContractError, check_observation, check_result, check_spec
 from envs.demos import Demonstrator, Expert
 
-_LOOKS = 8  # episodes whose words a tokenizer is made of, where an environment does not list them
+_LOOKS = 8  # a tokenizer learns the words of so many episodes, if the environment does not list its instructions
 
 
 class SettingError(ValueError):
@@ -29,29 +29,29 @@ class SettingError(ValueError):
 class Suite(Protocol):
     """Made once a run, from the sections `env` and `eval` of its config.
 
-    It may also have `shares = True` where snapshots cost little beside a chunk: then the environments of a worker take
-    turns in one simulator a task.
+    It may also have `shares = True`, if snapshots cost little beside a chunk: then the environments of a worker take
+    turns in one simulator for each task.
     """
 
     name: str
     tasks: tuple[str, ...]  # every name that there is
     sets: Mapping[str, tuple[str, ...]]  # named sets of tasks
-    own_keys: tuple[str, ...]  # keys of the config that mean something in this suite and in no other by default
+    own_keys: tuple[str, ...]  # keys of the config without effect in suites that do not list them
     action_dim: int
     state_dim: int
     control_hz: float
     branches: bool  # environments can be copied exactly: snapshots restore to the bit
-    label: str  # what must stand beside every figure; empty for most
+    label: str  # a caveat that is printed beside every figure; empty for most suites
     instructions: tuple[str, ...]  # words that a tokenizer made for this suite must know, besides the kitchen's
 
     def settle(self, task: str) -> dict[str, Any]:
-        """Keys of `env` as they are from here on: what is found only by looking, such as an installed version."""
+        """Values for keys of `env` that only the machine can tell, such as an installed version."""
 
     def check(self, task: str) -> None:
-        """Refuses what the suite does not have. Raises SettingError."""
+        """Raises SettingError for settings that the suite does not have."""
 
     def make_env(self, task: str) -> Callable[[], Env]:
-        """What a worker calls to build one environment; picklable, importable in a fresh interpreter."""
+        """The function that a worker calls to build one environment; picklable, importable in a fresh interpreter."""
 
     def horizon(self, task: str) -> int:
         """Control steps of an episode."""
@@ -60,16 +60,16 @@ class Suite(Protocol):
         """The episode of a seed. Seeds from `eval.first_seed` on are those of evaluations."""
 
     def demonstrator(self, task: str) -> Demonstrator | None:
-        """Who demonstrates the task; None where nobody does."""
+        """The demonstrator of the task; None if there is none."""
 
     def facts(self, task: str) -> dict[str, Any]:
-        """What success depends on, JSON values, for the protocol of a result."""
+        """The facts that success depends on, as JSON values, for the protocol of a result."""
 
     def other_names(self, task: str) -> tuple[str, ...]:
-        """What else the same task is called, in data or by other versions."""
+        """Other names of the same task, in datasets or other versions."""
 
     def state_bounds(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Lowest and highest state, for a policy that has seen no data; None where there are demonstrations."""
+        """Lowest and highest state, for a policy that has seen no data; None if there are demonstrations."""
 
 
 def check_names(key: str, given: Sequence[str], known: Sequence[str]) -> None:
@@ -82,11 +82,11 @@ def check_names(key: str, given: Sequence[str], known: Sequence[str]) -> None:
 
 
 class SingleEnv:
-    """The suite of a user's own environment: a factory of `envs.base.Env`, and what it says of itself.
+    """The suite of a user's own environment: a factory of `envs.base.Env`.
 
-    The factory may carry attributes: `expert`, called with the environment, gives one with `act()`; `noise_profile`
-    says how much of the demonstrations' noise each action takes (all of it by default); `instructions` are all the
-    words that its episodes tell (by default those of the first episodes count).
+    The factory may have attributes: `expert`, a callable that takes the environment and returns an object with `act()`;
+    `noise_profile`, how much of the demonstrations' noise each action takes (default: all); `instructions`, every
+    instruction that an episode may have (default: those of the first episodes).
     """
 
     sets: Mapping[str, tuple[str, ...]] = {}
@@ -99,7 +99,7 @@ class SingleEnv:
             expert: in place of the factory's.
 
         Raises:
-            SettingError: the factory fails, or what it gives breaks the interface.
+            SettingError: the factory fails, or its environment breaks the interface.
         """
         self.name, self._factory = name, factory
         self._expert = expert or getattr(factory, "expert", None)
@@ -149,10 +149,10 @@ class SingleEnv:
 
 
 def _tried(factory: Callable[[], Env]) -> tuple[EnvSpec, tuple[str, ...], bool]:
-    """The spec of an environment, the words of its first episodes, and whether it can be copied; after a short try.
+    """Tries an environment: returns its spec, the words of its first episodes, and whether it can be copied.
 
     Raises:
-        ContractError: it does not do what `envs.base.Env` says.
+        ContractError: it breaks the interface of `envs.base.Env`.
     """
     env = factory()
     try:

@@ -23,6 +23,7 @@ import numpy as np
 
 from envs.base import ChunkResult, Env, EnvObservation, EnvSpec, Episode, Snapshot
 from envs.contract import ContractError, check_frame, check_observation, check_result
+from envs.pool_frames import SharedAnswers
 from envs.simulators import Factories, Simulators
 from envs.text import shortened
 
@@ -80,7 +81,8 @@ class Reply:
     render_s: float = 0.0  # seconds in observe and render
     error: str | None = None  # one line: the exception's type and text
     error_slot: int | None = None  # the slot at which it happened
-    lasting: bool = False  # the request itself is wrong, or the environment is: a retry is pointless
+    lasting: bool = False  # the environment is wrong: nothing can go on
+    wrong: bool = False  # the request itself is wrong: a retry is pointless
 
 
 class SlotServer:
@@ -113,7 +115,8 @@ class SlotServer:
                     self._render_s,
                     text,
                     error_slot=slot,
-                    lasting=broken or type(error) is ValueError,
+                    lasting=broken,
+                    wrong=type(error) is ValueError,
                 )
         return Reply(results, self._simulate_s, self._render_s)
 
@@ -199,39 +202,41 @@ def _frame(env: Env, camera: str, size: int) -> np.ndarray:
     return np.ascontiguousarray(image[rows][:, rows])
 
 
-def main(fd: int, parent: int, with_thread: bool) -> None:
+def main(fd: int, parent: int, with_thread: bool, shared: Sequence[int]) -> None:
     """Serves requests from the pipe `fd` until it closes.
 
     Args:
       parent: the process id of the pool's owner; with_thread: the thread that started this process lives as long.
+      shared: file descriptors of the memory for answers.
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # a stop is the parent's to handle: it closes the pipe
         signal.signal(number, signal.SIG_IGN)
     if with_thread:
         kill_with_parent(parent)
     threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
-    connection = Connection(fd)
+    connection, answers = Connection(fd), SharedAnswers(shared)
     try:
         server = SlotServer(*connection.recv())
     except Exception as error:  # noqa: BLE001 - an environment that cannot be imported here is the parent's to report
         connection.recv()
         text = shortened(f"{type(error).__name__}: {error}", MOST_TEXT)
-        connection.send(Reply([], error=text, lasting=True))
+        connection.send_bytes(answers.pack(Reply([], error=text, lasting=True)))
         return
     try:
         while True:
-            connection.send(server.serve(connection.recv()))
+            connection.send_bytes(answers.pack(server.serve(connection.recv())))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         server.close()
 
 
-def command(fd: int, parent: int) -> Sequence[str]:
+def command(fd: int, parent: int, shared: Sequence[int]) -> Sequence[str]:
     """The command line of a worker: a fresh interpreter with this one's import path, which never runs `__main__`."""
+    main_thread = threading.current_thread() is threading.main_thread()
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         f"import sys; sys.path.insert(0, {HOME!r}); import envs\n"  # ours, whatever the working directory holds
         f"sys.path[:] = {sys.path!r}\n"
-        f"from envs.worker import main; main({fd}, {parent}, {threading.current_thread() is threading.main_thread()})"
+        f"from envs.worker import main; main({fd}, {parent}, {main_thread}, {list(shared)})"
     )
     return [sys.executable, "-c", code]
 

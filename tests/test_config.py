@@ -27,6 +27,7 @@ FREE_TEXT = {
     "model.preset",
     "env.cameras",
     "demos.dataset",
+    "rollout.address",
 }
 FREE_TEXT |= {"inputs.tokenizer", "inputs.relative_actions", "inputs.slots", "env.layouts", "env.styles", "env.objects"}
 FREE_TEXT |= {

@@ -102,7 +102,7 @@ def test_an_episode_ends_at_its_horizon(branched, over, text):
             pool.step([0], np.zeros((1, 5, 3)))
         if branched:
             pool.branch([0], [1])
-            pool._workers[1].kill()
+            pool._crew.workers[1].kill()
         with pytest.raises(PoolError, match=text):
             pool.step([int(branched)], np.zeros((1, 2 + over, 3)))
 

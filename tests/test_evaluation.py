@@ -227,6 +227,36 @@ def test_unstable_episodes_are_counted_and_said(directory, tmp_path, capsys):
     assert "unstable" not in sentence("T", "GRPO", compare(outcome("x."), outcome("xx"), 0.95), 0.95)
 
 
+def test_episodes_whose_environment_fails_are_failures_and_told(directory, tmp_path, capsys):
+    (actor, params), path = tiny.acting(), tmp_path / "lost.jsonl"
+    natural = whole(directory)
+    longer = natural.seeds[natural.steps > 8]
+    assert len(longer) > 2
+
+    def measured(seeds, path=path):
+        known = {"title": "evaluation", "actor": actor, "params": params}
+        with tiny.failing_pool(16, frozenset(seeds.tolist())) as pool:
+            return evaluate(tiny.policy(), pool, tiny.one_device(), CONFIG, tiny.EVERY_STEP, path, **known)
+
+    out = measured(longer[[0, -1]])
+    lost = np.isin(out.seeds, longer[[0, -1]])
+    np.testing.assert_array_equal(out.lost, lost)
+    assert not out.success[lost].any() and (out.steps[lost] == 8).all()
+    np.testing.assert_array_equal(out.success[~lost], natural.success[~lost])
+    np.testing.assert_array_equal(out.steps[~lost], natural.steps[~lost])
+    told = capsys.readouterr().out
+    assert "2 episodes lost" in told and "counts as a failure: worker 0 failed on slot" in told
+    summary = out.summary(0.95)
+    assert summary["lost"] == 2 and summary["episodes"] == 24 and "lost" not in natural.summary(0.95)
+    assert rate_sentence("it", "T", summary, 0.95).endswith("; failures by environments that broke down: 2")
+
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:16]))
+    again = measured(longer[[0, -1]])
+    assert equal(again, out) and np.array_equal(again.lost, out.lost)
+    with pytest.raises(UserError, match=r"3 of \d+ episodes were lost.*ValueError: no such contact"):
+        measured(longer[:3], tmp_path / "many.jsonl")
+
+
 def test_results_of_before_there_was_such_a_count_are_read(directory, tmp_path):
     expected = whole(directory)
     rows = [json.loads(line) for line in (directory / "whole.jsonl").read_text().splitlines()]

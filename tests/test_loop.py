@@ -18,7 +18,7 @@ from z1_jax.config.schema import LogConfig, LoraConfig, SelectiveConfig, SftConf
 from z1_jax.data.dataset import write_dataset
 from z1_jax.metrics import MetricsWriter, read_records
 from z1_jax.policy import find_policy, load_policy, named
-from z1_jax.resuming import concluded
+from z1_jax.resuming import concluded, counted_grpo
 from z1_jax.rl import loop
 from z1_jax.rl import trainer as grpo_trainer
 from z1_jax.rl.rollout import BrokenIteration
@@ -62,6 +62,27 @@ def test_unstable_episodes_are_recorded_counted_and_shown(tmp_path, capsys, monk
         assert all(e["unstable"] for e in episodes if e["chunks"] > 1)
     assert len(rows) == 3 and any(row["unstable"] for row in rows)
     assert f" {sum(row['unstable'] for row in rows)} unstable" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_group_that_is_lost_is_counted_and_shown_and_the_run_goes_on(tmp_path, capsys):
+    """A seed of two iterations fails where its group comes to a second chunk; a run that goes on counts on."""
+    seeds = [grpo_trainer.training_seeds(SEED, iteration, 4) for iteration in range(3)]
+    with tiny.failing_pool(16, frozenset({int(seeds[0][1]), int(seeds[2][3])})) as pool:
+        for iterations in (1, 3):
+            made = trainer(dataclasses.replace(CONFIG, train=TrainConfig(iterations=iterations, checkpoint_every=1)))
+            with MetricsWriter(tmp_path) as writer:
+                loop.train_grpo(made, pool, tmp_path / "checkpoints" / "grpo", writer)
+    rows, episodes = records(tmp_path), records(tmp_path, "episodes.jsonl")
+    missing = [set(map(int, block)) - {e["seed"] for e in episodes} for block in seeds]
+    assert missing[1] == set() and missing[0] <= {int(seeds[0][1])} and missing[2] <= {int(seeds[2][3])}
+    assert [row.get("groups/lost", 0) for row in rows] == list(map(len, missing))
+    assert [row.get("groups/drawn", 4) for row in rows] == [4, 4, 4]
+    count = sum(map(len, missing))
+    told = capsys.readouterr().out
+    assert count and f" {count} groups lost" in told.splitlines()[-1]
+    assert told.count("is dropped: worker 0 failed on slot") == count
+    counts = counted_grpo(tmp_path, 3, Checkpoints(tmp_path / "checkpoints" / "grpo").document(3))
+    assert (counts.lost, counts.groups) == (count, 12)
 
 
 def test_a_run_trains_only_the_expert_and_writes_everything_down(untouched):
@@ -234,8 +255,8 @@ class OneForAll:
     def __getattr__(self, name):
         return getattr(tiny.pool(16), name)
 
-    def reset(self, slots, episodes):
-        return tiny.pool(16).reset(slots, [dataclasses.replace(episode, task="") for episode in episodes])
+    def begin_reset(self, slots, episodes):
+        return tiny.pool(16).begin_reset(slots, [dataclasses.replace(episode, task="") for episode in episodes])
 
 
 def test_the_best_of_several_tasks_is_by_the_mean_over_them(tmp_path):
@@ -328,8 +349,8 @@ def selective_trainer(monkeypatch) -> GrpoTrainer:
 def test_a_run_that_switches_its_scope_resumes_bit_for_bit(tmp_path, monkeypatch, capsys):
     """Left alone; killed in the iteration that decides; and killed after the decision, in joint training."""
     seeds = []
-    reset = tiny.pool(16).reset
-    monkeypatch.setattr(tiny.pool(16), "reset", lambda slots, given: seeds.extend(given) or reset(slots, given))
+    reset = tiny.pool(16).begin_reset
+    monkeypatch.setattr(tiny.pool(16), "begin_reset", lambda slots, given: seeds.extend(given) or reset(slots, given))
     whole = grpo(tmp_path / "whole", selective_trainer(monkeypatch))
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train.scope=auto: ")]
     rows = records(tmp_path / "whole")

@@ -151,6 +151,7 @@ def test_the_part_about_libero_works_command_by_command(card, tmp_path, monkeypa
         name = module.removeprefix("z1_jax.")
         if arguments[0] == "pi05_base":
             arguments += ["--heads=4", "--vision-heads=3", "--prompt-length=96"]
+            arguments += ["--dtype=bfloat16"] * (card == "24 GB")
         if name in ("train", "evaluate"):
             kind = arguments[0].removeprefix("--config=configs/").partition(".")[0]
             arguments += [f"--config.{setting}" for setting in f"{LIBERO_ALL} {LIBERO_SHORT[kind]}".split()]

@@ -93,7 +93,7 @@ def test_an_actor_that_ends_is_replaced_from_the_journals(cluster, ending):
     with pool_of(TinyEnv, 4, 2, timeout_s=3.0) as pool:
         pool.reset([0, 1, 2, 3], episodes(range(seed, seed + 4)))
         got = [pool.step([0, 1, 2, 3], actions[0])]
-        pid = pool._workers[1]._facts["pid"]
+        pid = pool._crew.workers[1]._facts["pid"]
         os.kill(pid, ending)
         began = time.monotonic()
         got += [pool.step([0, 1, 2, 3], chunk) for chunk in actions[1:]]
@@ -134,21 +134,21 @@ def test_a_lost_node_costs_nothing_and_a_new_one_is_used(cluster, monkeypatch):
     with EnvPool(TinyEnv, 8, 2) as local:
         expected = episode(local)
     with pool_of(TinyEnv, 8, 4) as pool:
-        lost = next(node for node in cluster.list_all_nodes() if node.node_id == pool._workers[0].node)
-        hit = [index for index in range(4) if pool._workers[index].node == lost.node_id]
+        lost = next(node for node in cluster.list_all_nodes() if node.node_id == pool._crew.workers[0].node)
+        hit = [index for index in range(4) if pool._crew.workers[index].node == lost.node_id]
         assert len(hit) == 2
 
         def lose() -> None:
             cluster.remove_node(lost, allow_graceful=False)
-            assert not any(alive(pool._workers[index]._facts["pid"]) for index in hit)
+            assert not any(alive(pool._crew.workers[index]._facts["pid"]) for index in hit)
 
         assert_same_record(episode(pool, lose), expected)
-        assert pool.replaced == 2 and all(pool._workers[index].crowded for index in hit)
-        assert len({member.node for member in pool._workers.values()}) == 1
+        assert pool.replaced == 2 and all(pool._crew.workers[index].crowded for index in hit)
+        assert len({member.node for member in pool._crew.workers.values()}) == 1
         added = cluster.add_node(resources={RESOURCE: 2}, **SMALL)
         assert_same_record(episode(pool), expected)
-        assert [pool._workers[index].node for index in hit] == [added.node_id] * 2
-        assert pool.replaced == 4 and not any(member.crowded for member in pool._workers.values())
+        assert [pool._crew.workers[index].node for index in hit] == [added.node_id] * 2
+        assert pool.replaced == 4 and not any(member.crowded for member in pool._crew.workers.values())
         assert_same_record(episode(pool), expected)
         assert pool.replaced == 4
 
@@ -197,12 +197,12 @@ def test_actors_have_names_that_say_which_environments_they_hold(cluster):
     with pool_of({"a": TinyEnv, "b": TinyEnv}, 4, 2) as pool:
         named = {entry["name"] for entry in ray.util.list_named_actors(all_namespaces=True)}
         assert {"test simulator 0 slots 0,2 start 1", "test simulator 1 slots 1,3 start 1"} <= named
-        assert pool._place.summary().startswith("2 simulator actors of Ray on ")
+        assert pool._crew._place.summary().startswith("2 simulator actors of Ray on ")
 
 
 def test_actors_end_with_the_pool(cluster):
     with pool_of(TinyEnv, 4, 4) as pool:
-        pids = [member._facts["pid"] for member in pool._workers.values()]
+        pids = [member._facts["pid"] for member in pool._crew.workers.values()]
         assert all(alive(pid, 0.1) for pid in pids)
     assert not any(alive(pid) for pid in pids)
     assert ray.is_initialized(), "who had joined before stays"
@@ -224,7 +224,7 @@ if __name__ == "__main__":
             pool.reset([0, 1], episodes([seed, seed + 1]))
             for _ in range(3):
                 looks = pool.step([0, 1], np.zeros((2, 3, 3)))[1]
-        print(*[member._facts["pid"] for member in pool._workers.values()], flush=True)
+        print(*[member._facts["pid"] for member in pool._crew.workers.values()], flush=True)
         print([None if look is None else look.state.tolist() for look in looks], flush=True)
         time.sleep(wait)
 """

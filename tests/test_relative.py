@@ -198,20 +198,22 @@ class _Recording:
     def __getattr__(self, name):
         return getattr(self._pool, name)
 
-    def reset(self, slots, episodes):
-        looks = self._pool.reset(slots, episodes)
-        self._states |= {slot: look.state for slot, look in zip(slots, looks, strict=True)}
-        return looks
+    def begin_reset(self, slots, episodes):
+        return self._pool.begin_reset(slots, episodes)
 
     def branch(self, sources, targets):
         self._states |= {target: self._states[source] for source, target in zip(sources, targets, strict=True)}
         return self._pool.branch(sources, targets)
 
-    def step(self, slots, actions):
+    def begin_step(self, slots, actions):
         self.steps.append(([self._states[slot] for slot in slots], np.array(actions)))
-        results, following = self._pool.step(slots, actions)
-        self._states |= {slot: look.state for slot, look in zip(slots, following, strict=True) if look is not None}
-        return results, following
+        return self._pool.begin_step(slots, actions)
+
+    def finish(self, call):
+        answers = self._pool.finish(call)
+        looks = [answer[1] if isinstance(answer, tuple) else answer for answer in answers]
+        self._states |= {slot: look.state for slot, look in zip(call.slots, looks, strict=True) if look is not None}
+        return answers
 
 
 def rollout_actor(policy, graphdef):

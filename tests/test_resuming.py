@@ -70,11 +70,13 @@ def test_a_checkpoint_keeps_the_counts_of_all_that_was_done(cut):
         simulated_steps=sum(row["steps/simulated"] for row in rows),
         episodes=sum(row["stage"] == "grpo" for row in read_records(cut / EPISODES)),
         recent=tuple(row["success"] for row in rows),
+        groups=8,
     )
     assert counted_grpo(cut, 2, document(cut)) == by_hand
     old = {key: value for key, value in document(cut).items() if key != "counts"}
     assert counted_grpo(cut, 2, old) == by_hand  # an old checkpoint's are read from the records
-    assert by_hand.plus(10, 16, 0.5, 2) == Counts(3, by_hand.simulated_steps + 10, 48, (by_hand.recent[1], 0.5))
+    more = Counts(3, by_hand.simulated_steps + 10, 48, (by_hand.recent[1], 0.5), 12, 1)
+    assert by_hand.plus(10, 16, 0.5, 2, groups=4, lost=1) == more
     assert (by_hand.episodes, counted_sft(cut, 4, {"records": 2})) == (32, 2)
     config = dataclasses.replace(CUT, eval=EVAL)
     assert concluded(config, cut) == {"iterations": 2, "simulated_steps": by_hand.simulated_steps}

@@ -148,7 +148,7 @@ def test_a_replaced_worker_has_all_its_slots_again(simulators, seed):
             pool.step(range(4), rng.normal(size=(4, 2, 3)))
             pool.branch([0], [3])
             if killed:
-                pool._workers[1].kill()
+                pool._crew.workers[1].kill()
             pool.step(range(4), rng.normal(size=(4, 2, 3)))
             records.append([(snapshot.physics,) for snapshot in pool.snapshot(range(4))])
             assert pool.replaced == killed

@@ -184,6 +184,6 @@ def test_branches_of_an_unstable_episode_are_unstable(workers, rng):
         assert (results[0].unstable, results[0].done, results[0].success, seen[0]) == (True, True, False, None)
         pool.branch([0, 0], [1, 2])
         if workers:
-            pool._workers[1]._process.kill()  # that of slot 1
+            pool._crew.workers[1]._process.kill()  # that of slot 1
         for result in pool.step([0, 1, 2], np.repeat(chunk, 3, axis=0))[0]:
             assert (result.unstable, result.done, result.success) == (True, True, False)

@@ -1,7 +1,4 @@
-"""Node tables of the real `collect()` on random plans, against each member played alone; the loss on those tables.
-
-The policy is scripted: noise that depends on nothing but a draw's ids, so that thousands of chunks cost no network.
-"""
+"""Node tables of the real `collect()` on random plans, against each member played alone; the loss on those tables."""
 
 from __future__ import annotations
 
@@ -12,47 +9,13 @@ import jax
 import numpy as np
 import pytest
 import tiny_env
+from scripted import KEY, PROCESSOR, H, ScriptedActor, scripted_chain
 
 from envs.base import Episode, episodes
 from envs.pool import EnvPool
-from z1_jax.data.normalize import NormStats
-from z1_jax.data.tokenizer import PromptTokenizer, train_small_tokenizer
-from z1_jax.data.transforms import InputProcessor
 from z1_jax.rl import advantage, rollout
-from z1_jax.rl.flow import Chain
 from z1_jax.rl.loss import grpo_loss
 from z1_jax.rl.tree import branch_plan, signed_advantage_sums
-
-H, A, K = 4, 3, 2
-KEY = (7,)
-PROCESSOR = InputProcessor(
-    tokenizer=PromptTokenizer.from_bytes(train_small_tokenizer(["hold still"]), 16),
-    stats={
-        "state": NormStats(np.zeros(2), np.ones(2), np.zeros(2), np.ones(2)),
-        "actions": NormStats(np.zeros(A), np.ones(A), -np.ones(A), np.ones(A)),
-    },
-    cameras=("eye",),
-    image_size=4,
-    action_dim=A,
-)
-
-
-def scripted_chain(seed: int, chunk: int, leader: int) -> tuple[np.ndarray, np.ndarray, float]:
-    rng = np.random.default_rng((*KEY, seed, chunk, leader))
-    return rng.normal(size=(K + 1, H, A)).astype("f"), rng.random(K) < 0.5, float(rng.normal())
-
-
-class ScriptedActor:
-    """What `collect` wants of an actor; draws are those of `scripted_chain`."""
-
-    def encode(self, params: Any, observation: Any) -> tuple[None, int]:
-        return None, len(observation.tokens)
-
-    def sample(self, params: Any, cache: None, ids: np.ndarray, noise_key: tuple[int, ...], *how: Any) -> Chain:
-        assert noise_key == KEY
-        drawn = [scripted_chain(*map(int, sample)) for sample in ids.reshape(-1, ids.shape[-1])]
-        parts = [np.stack([np.asarray(d[i]) for d in drawn]) for i in range(3)]
-        return Chain(*(p.reshape(*ids.shape[:2], *p.shape[1:]) for p in parts))
 
 
 def share(branching: str, size: int, prefix: int, i: int, j: int, chunk: int) -> bool:
@@ -96,7 +59,8 @@ def random_case(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> di
     seeds = rng.choice(10**6, groups, replace=False)
     with EnvPool(tiny_env.FleetingEnv, size * int(rng.integers(1, 4)), 0) as pool:
         plan = branch_plan(branching, size, prefix)
-        out = rollout.collect(pool, ScriptedActor(), (), PROCESSOR, plan, episodes(seeds), KEY, executed=executed)
+        how = {"executed": executed, "overlap": bool(rng.integers(2))}
+        out = rollout.collect(pool, ScriptedActor(), (), PROCESSOR, plan, episodes(seeds), KEY, **how)
     alone = [[play(branching, size, prefix, int(s), m, executed) for m in range(size)] for s in seeds]
     return {"out": out, "alone": alone, "size": size, "what": f"{branching} G={size} P={prefix} E={executed}"}
 

@@ -6,6 +6,7 @@ With several processes a batch is spread over all of them: each gives its own ro
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -88,9 +89,9 @@ def share_of_batch(mesh: Mesh) -> tuple[int, int]:
     return order.index(jax.process_index()) // each, count
 
 
-def local_rows(x: jax.Array, axis: int = 0) -> np.ndarray:
+def local_rows(x: jax.Array | np.ndarray, axis: int = 0) -> np.ndarray:
     """This process's rows of an array that is spread along `axis` alone; all of them where there is one process."""
-    if x.is_fully_addressable:
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
         return np.asarray(x)
     parts = {shard.index[axis].start or 0: shard for shard in x.addressable_shards}
     return np.concatenate([np.asarray(parts[start].data) for start in sorted(parts)], axis=axis)
@@ -110,6 +111,23 @@ def gathered(tree: Tree) -> Tree:
     if jax.process_count() == 1:
         return tree
     return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)
+
+
+def connect(mesh: Mesh) -> None:
+    """Lets the processes connect for collectives along each axis of the mesh, while all of them are here.
+
+    On CPUs (Gloo) they would do so in the first step, and give up where one compiles half a minute longer than another.
+    """
+    if jax.process_count() == 1 or mesh.devices.flat[0].platform != "cpu":
+        return
+    for axes in (("data",), ("fsdp",), ("tensor",), ("data", "fsdp"), tuple(mesh.axis_names)):
+        add_up = jax.shard_map(
+            functools.partial(jax.lax.psum, axis_name=axes),
+            mesh=mesh,
+            in_specs=PartitionSpec(),
+            out_specs=PartitionSpec(),
+        )
+        jax.block_until_ready(jax.jit(add_up)(put_scalar(np.float32(1), mesh)))
 
 
 def check_alike(devices: list[int]) -> None:

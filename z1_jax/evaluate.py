@@ -27,6 +27,7 @@ from z1_jax.opening import Run, open_run
 from z1_jax.policy import Policy, find_policy
 from z1_jax.process import run_main
 from z1_jax.rl.actor import make_actor
+from z1_jax.rl.rollout import largest_batch
 from z1_jax.run_dir import conclude
 from z1_jax.serve import remote
 from z1_jax.serve.remote import ServedPolicy
@@ -73,7 +74,8 @@ def acting(run: Run, policy: Policy | ServedPolicy, pool: Pool) -> tuple[Any, tu
     if isinstance(policy, ServedPolicy):
         return policy, (None, None)
     graphdef, *params = policy.split("expert")
-    return make_actor(policy, graphdef, run.config.flow, run.mesh, pool.num_envs), (params[0], params[1])
+    largest = largest_batch(pool.num_envs, 1, run.config.rollout.overlap)
+    return make_actor(policy, graphdef, run.config.flow, run.mesh, largest), (params[0], params[1])
 
 
 def look_at(run: Run, policy: Any, pool: Pool, name: str) -> tuple[Evaluation, dict[str, bool]]:
@@ -94,6 +96,7 @@ def look_at(run: Run, policy: Any, pool: Pool, name: str) -> tuple[Evaluation, d
             actor=actor,
             params=params,
             held_out=held_out(config),
+            overlap=config.rollout.overlap,
         )
     with run.clock.stage("videos"):
         return outcome, record_clips(config, policy, pool, actor, params, run.directory, name)

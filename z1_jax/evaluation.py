@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,10 +23,7 @@ from z1_jax.metrics import ALARMS, Progress, drop_half_line, read_records
 from z1_jax.policy import Policy
 from z1_jax.rl import rollout
 from z1_jax.rl.actor import Actor, make_actor
-from z1_jax.rl.tree import BranchPlan
 from z1_jax.statistics import clustered_interval, mcnemar_exact, paired_difference_interval, wilson_interval
-
-ALONE = BranchPlan(group_size=1, points=(), fanout=())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +35,7 @@ class Evaluation:
     steps: np.ndarray  # int [n], control steps until success or the end
     unstable: np.ndarray  # bool [n], the simulation broke down: a failure
     tasks: tuple[str, ...] = ()  # [n], or empty where it is of one task
+    lost: np.ndarray | None = None  # bool [n], its environment failed again and again at one state: a failure
 
     def by_task(self) -> dict[str, Evaluation]:
         """The part of each task; empty where it is of one."""
@@ -46,10 +44,15 @@ class Evaluation:
         return {task: self._part(names == task) for task in several}
 
     def _part(self, chosen: np.ndarray) -> Evaluation:
-        return Evaluation(self.seeds[chosen], self.success[chosen], self.steps[chosen], self.unstable[chosen])
+        lost = None if self.lost is None else self.lost[chosen]
+        return Evaluation(
+            self.seeds[chosen], self.success[chosen], self.steps[chosen], self.unstable[chosen], lost=lost
+        )
 
     def summary(self, confidence: float) -> dict[str, Any]:
         """Successes, episodes, rate and its Wilson interval; how many failed because the simulation broke down.
+
+        And how many because the environment failed, if any did (`lost`).
 
         Of several tasks, with as many episodes each, the rate is the mean over them, and the interval that of all
         episodes, which is no narrower than one that knows each task's rate. `tasks` holds each one's own.
@@ -63,6 +66,7 @@ class Evaluation:
             "interval": list(wilson_interval(successes, episodes, confidence)),
             "control_steps": int(self.steps.sum()),
             "unstable": int(self.unstable.sum()),
+            **({} if self.lost is None or not self.lost.any() else {"lost": int(self.lost.sum())}),
             **({"tasks": parts} if parts else {}),
         }
 
@@ -79,12 +83,20 @@ def evaluate(
     actor: Actor | None = None,
     params: tuple[Any, Any] | None = None,
     held_out: Sequence[Episode] | None = None,
+    overlap: bool = False,
 ) -> Evaluation:
     """Runs every held-out episode once. Finished waves are kept in `results` (JSONL); a second call goes on after them.
+
+    An episode whose environment fails again and again at one state is a failure, and told as such: left out, it would
+    make the rate that of other episodes.
 
     Args:
         actor, params: to act with functions that are compiled already, and parameters split as they want them.
         held_out: the episodes, as the suite has them; default: those of the held-out seeds alone.
+        overlap: see `rollout.collect`.
+
+    Raises:
+        TooManyLost: the environments of more than 1 % of the episodes, and of more than two, failed.
     """
     if held_out is None:
         held_out = episodes(range(config.first_seed, config.first_seed + config.episodes))
@@ -93,7 +105,7 @@ def evaluate(
         if actor is None or params is None:
             graphdef, trainable, frozen = policy.split("expert")
             params = (trainable, frozen)
-            actor = make_actor(policy, graphdef, flow, mesh, pool.num_envs)
+            actor = make_actor(policy, graphdef, flow, mesh, rollout.largest_batch(pool.num_envs, 1, overlap))
         if processes.leads():
             results.parent.mkdir(parents=True, exist_ok=True)
         columns = {"success": ".1%"}
@@ -104,9 +116,13 @@ def evaluate(
             for start in range(len(done), len(held_out), at_once):
                 wave = held_out[start : start + at_once]
                 mine = wave[processes.index() * pool.num_envs :][: pool.num_envs]
-                rows = _play(policy, pool, actor, params, config, mine) if mine else []
+                lost = sum(row.get("lost", False) for row in done)
+                how = {"overlap": overlap, "before": (lost, len(done) + len(wave) - len(mine))}
+                rows, broken = _play(policy, pool, actor, params, config, mine, how) if mine else ([], [])
                 if processes.count() > 1:
                     actor.finish(params)
+                for why in [why for part in processes.exchange(broken) for why in part]:
+                    progress.say(f"an episode counts as a failure: {why}")
                 rows = [row for part in processes.exchange(rows) for row in part]
                 if processes.leads():
                     with writing(results), results.open("a") as file:
@@ -114,13 +130,15 @@ def evaluate(
                 done.extend(rows)
                 success = float(np.mean([row["success"] for row in done]))
                 unstable = sum(row.get("unstable", False) for row in done)
-                progress.report(len(done), {"success": success, "unstable": unstable})
+                lost = sum(row.get("lost", False) for row in done)
+                progress.report(len(done), {"success": success, "unstable": unstable, "episodes lost": lost})
     outcome = Evaluation(
         seeds=np.array([episode.seed for episode in held_out]),
         success=np.array([row["success"] for row in done]),
         steps=np.array([row["steps"] for row in done]),
         unstable=np.array([row.get("unstable", False) for row in done]),  # absent: of a version that did not look
         tasks=tuple(episode.task for episode in held_out),
+        lost=np.array([row.get("lost", False) for row in done]),
     )
     for task, part in outcome.by_task().items():
         print(f"  {task}: {part.success.mean():.1%} of {len(part.seeds)} episodes", flush=True)
@@ -128,26 +146,27 @@ def evaluate(
 
 
 def _play(
-    policy: Policy, pool: Pool, actor: Actor, params: tuple[Any, Any], config: EvalConfig, wave: Sequence[Episode]
-) -> list[dict[str, Any]]:
-    """What came of as many episodes as the pool holds."""
-    out = rollout.collect(
-        pool,
-        actor,
-        params,
-        policy.processor,
-        ALONE,
-        wave,
-        (config.noise_seed,),
-        executed=policy.executed,
-        stochastic=False,
+    policy: Policy,
+    pool: Pool,
+    actor: Actor,
+    params: tuple[Any, Any],
+    config: EvalConfig,
+    wave: Sequence[Episode],
+    how: Mapping[str, Any],
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """What came of as many episodes as the pool holds, and why environments failed at one."""
+    out = rollout.play(
+        pool, actor, params, policy.processor, wave, (config.noise_seed,), executed=policy.executed, **how
     )
     note = {"assets": pool.spec.label} if pool.spec.label else {}
     outcomes = zip(wave, out.success[:, 0], out.steps[:, 0], out.unstable[:, 0], strict=True)
-    return [
+    rows = [
         {**episode.to_json(), "success": bool(success), "steps": int(steps), "unstable": bool(broken), **note}
         for episode, success, steps, broken in outcomes
     ]
+    for number in out.lost:
+        rows[number]["lost"] = True
+    return rows, list(out.lost.values())
 
 
 def instructions(pool: Pool, held_out: Sequence[Episode]) -> list[str]:
@@ -166,8 +185,9 @@ def _read_results(path: pathlib.Path, episodes: Sequence[Episode]) -> list[dict[
             raise UserError(
                 f"{path}:{number} is no result of an episode: the file is damaged; mend or delete that line"
             )
-        told = [row["success"], row["steps"], row.get("unstable", False)]
-        if list(map(type, told)) != [bool, int, bool] or not 1 <= row["steps"] < 2**31:
+        told = [row["success"], row["steps"], row.get("unstable", False), row.get("lost", False)]
+        least = 0 if row.get("lost") is True else 1
+        if list(map(type, told)) != [bool, int, bool, bool] or not least <= row["steps"] < 2**31:
             raise UserError(
                 f"{path}:{number} has success={row['success']!r:.80}, steps={row['steps']!r:.80} and "
                 f"unstable={row.get('unstable', False)!r:.80}, expected true or false, 1 or more, and true or false: "
@@ -269,8 +289,11 @@ def _seeds(summary: dict[str, Any]) -> str:
 
 def _broken(*summaries: dict[str, Any]) -> str:
     """What must be said where the simulation broke down, which counts as failure."""
-    counts = [summary["unstable"] for summary in summaries]
-    return f"; failures by unstable physics: {' and '.join(map(str, counts))}" if any(counts) else ""
+    said = ""
+    for key, what in (("unstable", "unstable physics"), ("lost", "environments that broke down")):
+        counts = [summary.get(key, 0) for summary in summaries]
+        said += f"; failures by {what}: {' and '.join(map(str, counts))}" if any(counts) else ""
+    return said
 
 
 def _percent(summary: dict[str, Any]) -> str:

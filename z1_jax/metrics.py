@@ -23,7 +23,8 @@ from z1_jax.wandb_run import WandbRun
 METRICS = "metrics.jsonl"
 EPISODES = "episodes.jsonl"
 NUMBERED: dict[str, type] = {"stage": str, "step": int}  # what each record of these two says
-ALARMS = ("unstable",)  # episodes that failed because the simulation broke down
+# Shown when there are any: episodes in which the simulation broke down; groups and episodes lost by their environments.
+ALARMS = ("unstable", "groups lost", "episodes lost")
 
 
 class MetricsWriter:

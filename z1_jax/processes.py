@@ -52,7 +52,8 @@ def join(argv: Sequence[str]) -> list[str]:
         return rest
     _line = open_line(place.host, place.port, place.count, place.index, JOIN_S)
     if place.index:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+        sys.stdout.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries and workers print too
     try:
         jax.distributed.initialize(
             f"{place.host}:{jax_port(place.port)}",

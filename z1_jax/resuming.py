@@ -31,14 +31,20 @@ class Counts:
     simulated_steps: int = 0
     episodes: int = 0  # records of them
     recent: tuple[float, ...] = ()  # training success of the newest iterations: `stop_window` or `keep_best`
+    groups: int = 0  # drawn
+    lost: int = 0  # of these, dropped because an environment failed again and again
 
-    def plus(self, simulated_steps: int, episodes: int, success: float, window: int) -> Counts:
+    def plus(
+        self, simulated_steps: int, episodes: int, success: float, window: int, groups: int = 0, lost: int = 0
+    ) -> Counts:
         """After one more iteration."""
         return Counts(
             self.iterations + 1,
             self.simulated_steps + simulated_steps,
             self.episodes + episodes,
             (*self.recent, success)[-window:],
+            self.groups + groups,
+            self.lost + lost,
         )
 
 
@@ -73,7 +79,9 @@ def counted_grpo(run_dir: pathlib.Path, step: int, document: Mapping[str, Any]) 
         raise _lost(run_dir, "grpo", step, f"{METRICS} holds {len(records)} of the {step} GRPO iterations")
     by_iteration = collections.Counter(record["step"] for record in episodes)
     steps = int(records[-1].get("steps/total", 0)) if records else 0
-    counts = Counts(step, steps, len(episodes), tuple(record["success"] for record in records))
+    lost = sum(record.get("groups/lost", 0) for record in records)
+    groups = len({(record["step"], record.get("group")) for record in episodes}) + lost
+    counts = Counts(step, steps, len(episodes), tuple(record["success"] for record in records), groups, lost)
     if "counts" in document:
         known = Counts(**{**document["counts"], "recent": tuple(document["counts"]["recent"])})
         if counts.simulated_steps != known.simulated_steps:
@@ -114,7 +122,9 @@ def concluded(config: Config, run_dir: pathlib.Path) -> dict[str, Any]:
         )
     if stage == "sft":
         return {}
-    told = {"training_by_task": by_task.summary()} if by_task else {}
+    told: dict[str, Any] = {"training_by_task": by_task.summary()} if by_task else {}
+    if counts.lost:
+        told["groups_lost"] = counts.lost
     return {"simulated_steps": counts.simulated_steps, "iterations": step, **told, **_best(config, directory)}
 
 

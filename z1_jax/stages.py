@@ -111,6 +111,7 @@ def make_mesh(config: Config) -> jax.sharding.Mesh:
     check_batches(config, mesh)
     if processes.count() > 1:
         check_processes(config, mesh)
+        distributed.connect(mesh)
     return mesh
 
 

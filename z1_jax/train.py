@@ -74,7 +74,8 @@ def finish_sft(run: Run, policy: Policy, writer: MetricsWriter) -> None:
     with make_pool(config) as pool, run.clock.stage("evaluation"):
         results = results_of(run.directory, "after", "sft")
         seen = held_out(config)
-        after = evaluate(policy, pool, run.mesh, config.eval, config.flow, results, title="evaluation", held_out=seen)
+        how: Any = {"title": "evaluation", "held_out": seen, "overlap": config.rollout.overlap}
+        after = evaluate(policy, pool, run.mesh, config.eval, config.flow, results, **how)
         told = instructions(pool, held_out(config, 4))
     result = {"after": after.summary(config.eval.confidence), "instructions": told, **_lengths(run)}
     writer.evaluation("after", config.sft.steps, result["after"])
@@ -115,6 +116,7 @@ def finish_grpo(run: Run, policy: Policy, writer: MetricsWriter, alone: bool = F
                     actor=trainer.actor,
                     params=trainer.params,
                     held_out=episodes,
+                    overlap=config.rollout.overlap,
                 )
             writer.evaluation(name, step, outcome.summary(config.eval.confidence))
             return outcome

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.base import Episode, Pool
+from envs.base import ChunkResult, Episode, Pool, SlotsLost
 from envs.video import write_video
 from z1_jax import processes
 from z1_jax.config.schema import Config, EvalConfig
@@ -105,8 +105,9 @@ def film(
 
     The chunks are those of `evaluate` (same key, same ids); each is stepped one control step at a time.
     """
-    if len(episodes) > pool.num_envs:  # one wave after the other
-        waves = episodes[: pool.num_envs], episodes[pool.num_envs :]
+    most = min(pool.num_envs, getattr(actor, "largest", pool.num_envs))
+    if len(episodes) > most:  # one wave after the other
+        waves = episodes[:most], episodes[most:]
         return [c for wave in waves for c in film(policy, pool, actor, params, wave, config, camera, size)]
     slots = list(range(len(episodes)))
     observations: list[Any] = pool.reset(slots, episodes)
@@ -120,7 +121,7 @@ def film(
         current = list(range(len(alive)))
         looks: dict[int, Any] = {}
         for h in range(policy.executed):
-            results, after = pool.step([alive[i] for i in current], actions[current, h : h + 1])
+            results, after = _stepped(pool, [alive[i] for i in current], actions[current, h : h + 1])
             for i, frame in zip(current, pool.render([alive[i] for i in current], camera, size), strict=True):
                 frames[alive[i]].append(frame)
             for i, result in zip(current, results, strict=True):
@@ -132,3 +133,13 @@ def film(
         observations = [looks[i] for i in current]
         alive, chunk = [alive[i] for i in current], chunk + 1
     return [Clip(np.stack(shown), won) for shown, won in zip(frames, success, strict=True)]
+
+
+def _stepped(pool: Pool, slots: list[int], actions: np.ndarray) -> tuple[list[ChunkResult], list[Any]]:
+    """As `pool.step`; an episode ends as a failure where its environment fails again and again."""
+    try:
+        return pool.step(slots, actions)
+    except SlotsLost as error:
+        ended = ChunkResult(steps=0, success=False, done=True), None
+        answers = [answer or ended for answer in error.answers]
+        return [result for result, _ in answers], [seen for _, seen in answers]

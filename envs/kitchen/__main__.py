@@ -95,7 +95,7 @@ def save(path: Path, picture: np.ndarray) -> None:
 
 
 def checked_out(parser: argparse.ArgumentParser, out: str, task: str) -> Path:
-    """Where to write, its folder made; what cannot be written is told before an episode is run."""
+    """The path to write to, with its folder made. Raises before an episode is run if it cannot be written."""
     path = Path(out)
     if path.suffix.lower() not in PICTURE_SUFFIXES + VIDEO_SUFFIXES:
         parser.error(f"--out {out}: expected a picture such as {task}.png, or a video, .webp or .gif")
@@ -110,7 +110,7 @@ def checked_out(parser: argparse.ArgumentParser, out: str, task: str) -> Path:
 
 @contextlib.contextmanager
 def _one_line(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """A file that cannot be written, or OpenGL that is not there, is the user's to mend."""
+    """Turns a file that cannot be written, or missing OpenGL, into an error of one line."""
     try:
         yield
     except (OSError, RuntimeError) as error:

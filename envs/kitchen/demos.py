@@ -1,4 +1,4 @@
-"""The kitchen's demonstrations: who demonstrates a task, and where (see envs.demos)."""
+"""The kitchen's demonstrators (see envs.demos)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def demonstrator(task: str, **options: Any) -> Demonstrator:
 
 
 def run_episode(env: KitchenEnv, seed: int, *args: Any, **kwargs: Any) -> Demonstration:
-    """`envs.demos.run_episode` in a kitchen that is there."""
+    """`envs.demos.run_episode` in an existing kitchen."""
     (episode,) = episodes([seed])
     return demos.run_episode(demonstrator(env.spec.task), env, episode, *args, **kwargs)
 

@@ -119,7 +119,7 @@ class KitchenEnv(SteppedEnv):
         """Starts the episode of a seed: fixture, object, start and camera poses, colours, light, instruction.
 
         Raises:
-          ValueError: an episode of another task, or with what the kitchen draws by the seed.
+          ValueError: an episode of another task, or one that sets what the kitchen draws by the seed.
         """
         check_episode(episode, self._spec.task)
         rng = self._rng = np.random.default_rng(episode.seed)

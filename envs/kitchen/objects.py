@@ -1,7 +1,7 @@
-"""Things that stand about: primitives, each with one hidden collision box and a free joint; plates and pans.
+"""Loose objects: primitives, each with one hidden collision box and a free joint; and fixed plates and pans.
 
-All have nearly the same footprint, so that any of them may be the one to grasp or a distractor. A thing's name is what
-instructions call it; each split of the catalogue has things of its own.
+All have nearly the same footprint, so that each can be the one to grasp or a distractor. A thing's name is its name in
+instructions. Each split of the catalogue has its own things.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ ACTION_DIM = 12
 STATE_DIM = 16
 CONTROL_HZ = 20.0
 SUBSTEPS = 10
-PHYSICS = 2  # counts changes after which the same actions end otherwise; 2: the wrist has an armature
+PHYSICS = 2  # raised by changes after which the same actions give other results; 2: the wrist has an armature
 
 POSITION_SCALE = 0.05  # metres a unit of action[0:3], in the base's frame
 ROTATION_SCALE = 0.5  # radians a unit of action[3:6], axis-angle in the base's frame

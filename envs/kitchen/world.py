@@ -1,4 +1,4 @@
-"""One compiled scene with its data, controller and episode memory: what tasks and experts read and write.
+"""One compiled scene with its data, controller and episode memory. Tasks and experts read and write it.
 
 Randomisation writes into fields of the model (`MODEL_FIELDS`), which a snapshot carries; nothing is recompiled.
 """

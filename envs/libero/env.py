@@ -93,7 +93,7 @@ class LiberoEnv(SteppedEnv):
         otherwise by the episode's. Equal episodes start equally, in any process and after any history.
 
         Raises:
-          ValueError: another task, or an initial state that there is not.
+          ValueError: another task, or an initial state that does not exist.
         """
         task = tables.task_name(episode.task) if episode.task else ""
         check_episode(dataclasses.replace(episode, task=task), self._task, ("init_state",))
@@ -212,7 +212,7 @@ class LiberoEnv(SteppedEnv):
 
     @contextlib.contextmanager
     def _shown(self) -> Iterator[None]:
-        """The simulation as it was at the last sampling, for as long as something is drawn."""
+        """A context with the simulation as it was at the last sampling, for drawing."""
         sim, present = self._started().sim, state.Look()
         present.take(sim)
         self._look.put(sim)

@@ -34,7 +34,7 @@ class Command:
 
 
 class Expert:
-    """Moves the hand towards what its strategy wants, fingers pointing down."""
+    """Moves the hand towards the pose that its strategy asks for, fingers pointing down."""
 
     def __init__(self, env: LiberoEnv):
         if env.raw is None:

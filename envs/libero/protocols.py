@@ -1,4 +1,4 @@
-"""How LIBERO is evaluated by those who publish numbers on it: each protocol is data, named in every result.
+"""How others evaluate LIBERO for their published numbers. Each protocol is data, and every result names its own.
 
 All three turn pictures by 180 degrees. LIBERO's frames come upside down, so what their policies see is upright and
 mirrored; a policy trained on such pictures must be shown such pictures.
@@ -38,7 +38,7 @@ class Protocol:
         """Control steps of an episode in a suite, or in the base of a perturbed one.
 
         Raises:
-            ValueError: the protocol says nothing on this suite.
+            ValueError: the protocol does not cover this suite.
         """
         base = next((name for name in (suite, suite.rpartition("_")[0]) if name in self.max_steps), None)
         if base is None:

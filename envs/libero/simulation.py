@@ -1,4 +1,4 @@
-"""LIBERO's own robosuite environment: built once a task, reset as a new one would be, drawn only when asked."""
+"""LIBERO's own robosuite environment: built once for each task, reset as if it were new, drawn only on request."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _fresh(raw: Any, pristine: Mapping[str, np.ndarray]) -> None:
 
 
 def _note_look(raw: Any, look: state.Look) -> None:
-    """Has the first observable that samples also take the look."""
+    """Makes the first observable that samples also record the scene (`Look`)."""
     observable = raw._observables[SEEN[0]]
     sensor = observable._sensor
 
@@ -108,7 +108,7 @@ def set_state(raw: Any, flat: np.ndarray) -> Mapping[str, np.ndarray]:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """np.random's global generator, which LIBERO draws from, seeded; afterwards as it was."""
+    """A context with a seeded np.random, which LIBERO draws from. The generator's state is restored afterwards."""
     theirs = np.random.get_state()
     np.random.seed(seed % 2**32)
     try:

@@ -1,7 +1,7 @@
 """The whole state of a LIBERO simulation, to be copied bit for bit into another one of the same task.
 
-MuJoCo's integration state is not enough: the controller keeps the orientation that it was last told, the gripper its
-last command, observables when they last sampled; and fixtures stand where the model says, which a reset writes.
+MuJoCo's integration state is not enough. The controller also keeps its last orientation, the gripper its last command,
+and observables the time when they last sampled; and the poses of fixtures are in the model, where a reset writes them.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _SAMPLING = ("_time_since_last_sample", "_current_delay", "_current_observed_val
 
 
 class Look:
-    """The scene as it was when the observables last sampled: pictures must show what the state tells.
+    """The scene as it was when the observables last sampled, so that pictures and state show the same moment.
 
-    That is a few substeps before the control step ends: robosuite counts its own resets as substeps.
+    That moment is a few substeps before the end of the control step: robosuite counts its own resets as substeps.
     """
 
     def __init__(self) -> None:

@@ -21,12 +21,12 @@ NOISE_PROFILE = (1.0,) * 3 + (0.3,) * 3 + (0.0,)  # a unit of rotation is half a
 
 
 def _numbered(suite: str) -> tuple[str, ...]:
-    """A suite's tasks as SUITE/NUMBER, which needs no installation."""
+    """A suite's tasks as SUITE/NUMBER. Needs no installation of LIBERO."""
     return tuple(f"{suite}/{number}" for number in range(90 if suite == "libero_90" else 10))
 
 
 class LiberoSuite:
-    """290 tasks in 21 suites. Nothing is imported of LIBERO before its installation is asked for."""
+    """290 tasks in 21 suites. LIBERO is not imported before its installation is needed."""
 
     name = "libero"
     sets: Mapping[str, tuple[str, ...]] = {suite: _numbered(suite) for suite in tables.SUITES}
@@ -46,7 +46,7 @@ class LiberoSuite:
 
     @functools.cached_property
     def _version(self) -> str:
-        """Of LIBERO, robosuite and MuJoCo: success depends on each of them."""
+        """The versions of LIBERO, robosuite and MuJoCo: success depends on each of them."""
         found = _refused("env.suite", compat.versions)
         version = ", ".join(f"{name} {found[name]}" for name in ("libero", "robosuite", "mujoco"))
         if self._env.version not in ("", version):
@@ -54,7 +54,7 @@ class LiberoSuite:
         return version
 
     def check_settings(self) -> None:
-        """What can be refused without a look at the installation."""
+        """Raises SettingError for mistakes that show without a look at the installation."""
         env, evaluation = self._env, self._evaluation
         check_names("env.protocol", [env.protocol], list(protocols.PROTOCOLS))
         check_names("env.train_on", [env.train_on], protocols.TRAIN_ON)
@@ -72,7 +72,7 @@ class LiberoSuite:
         return {"version": self._version}
 
     def planned(self, task: str) -> dict[str, Any]:
-        """As `settle`, for a plan, which needs no LIBERO: how long an episode is."""
+        """As `settle`, for a plan, which needs only the length of an episode and so no LIBERO."""
         check_names("task", [task.partition("/")[0]], tables.SUITES)
         return {"horizon": self.horizon(task)}
 
@@ -102,7 +102,7 @@ class LiberoSuite:
         )
 
     def horizon(self, task: str) -> int:
-        """The protocol's, where the config says none."""
+        """The config's horizon, or else the protocol's."""
         return self._env.horizon or _refused("env.horizon", self._protocol.horizon, task.partition("/")[0])
 
     def episode(self, task: str, seed: int) -> Episode:
@@ -142,7 +142,7 @@ class LiberoSuite:
         return tuple(name for name in (full, number) if name != task)
 
     def state_bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """Given for every task: those of libero_10, _90 and LIBERO-PRO have no expert, so that nothing says better."""
+        """Given for every task, because libero_10, _90 and LIBERO-PRO have no expert whose data could replace them."""
         low, high = (np.array(bound) for bound in zip(*tables.STATE_BOUNDS, strict=True))
         return low, high
 
@@ -155,7 +155,7 @@ def make_expert(env: Any) -> Any:
 
 
 def _refused(key: str, function: Callable[..., _T], *args: Any) -> _T:
-    """The function's value; what it refuses is a mistake in the config's `key`."""
+    """The function's value. A ValueError of it becomes a SettingError of the config's `key`."""
     try:
         return function(*args)
     except ValueError as error:

@@ -44,7 +44,7 @@ def tasks(suite: str) -> tuple[str, ...]:
 
 
 def task_name(task: str) -> str:
-    """`SUITE/NAME` of a task that is given so, or as `SUITE/NUMBER` (from 0, as others number them).
+    """`SUITE/NAME` of a task that is given in this form or as `SUITE/NUMBER` (from 0, as in the benchmark).
 
     Raises:
         ValueError: an unknown suite or task, or LIBERO is not installed.
@@ -69,8 +69,8 @@ def task_name(task: str) -> str:
 def instruction(task: str) -> str:
     """The task in words, as policies are told.
 
-    In a plain suite these are the benchmark's, which openpi takes too; the task's own file says it in other words in 29
-    of 130 tasks. In LIBERO-PRO's suites of other words and other tasks only the file says it.
+    In a plain suite these are the benchmark's words, as in openpi; the task's own file has other words in 29 of 130
+    tasks. In LIBERO-PRO's suites of other words and other tasks they are the file's.
     """
     suite, _, name = task.partition("/")
     if not suite.endswith(("_lan", "_task")):

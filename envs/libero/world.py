@@ -17,7 +17,7 @@ class World:
         self._shapes: dict[str, np.ndarray] = {}
 
     def update(self) -> None:
-        """Takes the positions of now. What MuJoCo left in its own data may be a substep old."""
+        """Computes poses from the present positions. Those in MuJoCo's own data may be a substep old."""
         self._data.qpos[:] = self._raw.sim.data._data.qpos
         mujoco.mj_kinematics(self._model, self._data)
 
@@ -76,9 +76,9 @@ class World:
         return self._placed(name, shape[shape[:, 2] > shape[:, 2].max() - 0.006])
 
     def free_x(self, name: str, point: np.ndarray, reach: float) -> float:
-        """The x nearest to a point's, and within `reach` of it, where the open hand meets no other thing.
+        """The x nearest to a point's, within `reach` of it, at which the open hand meets no other thing.
 
-        The hand points down with its fingers along y; where there is no room at all, the point's own x.
+        The hand points down with its fingers along y. If there is no such x, the point's own is returned.
         """
         blocked = []
         for other in self._raw.objects_dict:
@@ -91,7 +91,7 @@ class World:
         return min(free, key=lambda x: abs(x - point[0]), default=options[0])
 
     def tops_below(self, name: str, around: float) -> float:
-        """How high the fixtures reach that a thing is over or within `around` metres of; minus infinity for none."""
+        """Height of the highest fixture below a thing or within `around` metres of it; minus infinity for none."""
         low, high = self.box(name)
         tops = [-np.inf]
         for fixture in self._raw.fixtures_dict:
@@ -103,7 +103,7 @@ class World:
         return float(max(tops))
 
     def handle(self, region: str) -> tuple[np.ndarray, np.ndarray]:
-        """As `box`, of what moves a fixture's part: a drawer's bar, a knob's fin."""
+        """As `box`, of the part that a hand moves a fixture by: a drawer's bar, a knob's fin."""
         body = self._model.joint(self._joint(region)).bodyid[0]
         shapes = []
         for geom, points in self._geoms(body):
@@ -113,7 +113,7 @@ class World:
         return max(shapes, key=lambda box: box[1][1] if region in self._raw.object_sites_dict else box[1][2])
 
     def _shape(self, name: str) -> np.ndarray:
-        """Corners of what can be touched of a thing [P, 3], in its own frame, drawers and doors as they were built."""
+        """Corners of a thing's collision shapes [P, 3], in its own frame, with drawers and doors as they were built."""
         if name not in self._shapes:
             body, model = self._raw.obj_body_id[name], self._model
             rest = mujoco.MjData(model)

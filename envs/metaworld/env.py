@@ -86,7 +86,7 @@ class MetaWorldEnv(SteppedEnv):
         first step is over: unstable.
 
         Raises:
-          ValueError: another task, or what an episode of Meta-World does not have.
+          ValueError: another task, or a field that episodes of Meta-World do not have.
         """
         check_episode(episode, self._task)
         raw, self._observation = self._simulation(), None  # until all went well

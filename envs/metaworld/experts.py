@@ -1,4 +1,4 @@
-"""The scripted experts of Meta-World's own package. They read poses that a policy must see in its pictures."""
+"""The scripted experts of Meta-World's own package. They read poses that a policy has to infer from its pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How Meta-World is evaluated by those who publish numbers of policies that see: data, named in every result.
+"""How others evaluate vision policies on Meta-World. Each protocol is data, and every result names its own.
 
 All draw an episode's placements anew from the task's own regions; there are no fixed initial states.
 """

@@ -1,7 +1,7 @@
 """The whole state of a Meta-World environment, to be copied bit for bit into another one of the same task.
 
-MuJoCo's integration state is not enough: where fixtures and goals stand is in the model, what an episode began with in
-the environment's attributes, and the first picture of an episode is drawn before MuJoCo has seen its goal.
+MuJoCo's integration state is not enough. The poses of fixtures and goals are in the model, the start of the episode is
+in the environment's attributes, and the first picture of an episode is drawn before MuJoCo has seen its goal.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _NUMBERS = (bool, int, float, type(None), np.generic)
 def attributes(raw: Any) -> dict[str, Any]:
     """Attributes that are numbers or arrays of them, copied; views of MuJoCo's arrays as ("view", field, first, shape).
 
-    Some tasks keep such views by mistake, so that what they call initial moves; what they compute from them counts.
+    Some tasks keep such views by mistake, so that their "initial" values move. Rewards and checks are computed from
+    them, so the views must be restored as views.
     """
     found: dict[str, Any] = {}
     for name, value in vars(raw).items():

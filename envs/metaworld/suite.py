@@ -20,7 +20,7 @@ NOISE_PROFILE = (1.0,) * 3 + (0.0,)  # a disturbed grip drops things
 
 
 class MetaWorldSuite:
-    """50 tasks on a table. Nothing is imported of Meta-World before its installation is asked for."""
+    """50 tasks on a table. Meta-World is not imported before its installation is needed."""
 
     name = "metaworld"
     tasks = tables.TASKS
@@ -40,7 +40,7 @@ class MetaWorldSuite:
 
     @functools.cached_property
     def _version(self) -> str:
-        """Of Meta-World and MuJoCo: success depends on both."""
+        """The versions of Meta-World and MuJoCo: success depends on both."""
         found = _refused("env.suite", compat.versions)
         version = ", ".join(f"{name} {found[name]}" for name in ("metaworld", "mujoco"))
         if self._env.version not in ("", version):
@@ -48,7 +48,7 @@ class MetaWorldSuite:
         return version
 
     def check_settings(self) -> None:
-        """What can be refused without a look at the installation."""
+        """Raises SettingError for mistakes that show without a look at the installation."""
         env = self._env
         check_names("env.protocol", [env.protocol], list(protocols.PROTOCOLS))
         check_names("env.cameras", list(env.cameras), tables.CAMERAS)
@@ -60,7 +60,7 @@ class MetaWorldSuite:
         return {"version": self._version}
 
     def planned(self, task: str) -> dict[str, Any]:
-        """As `settle`, for a plan, which needs no Meta-World: how long an episode is."""
+        """As `settle`, for a plan, which needs only the length of an episode and so no Meta-World."""
         _refused("task", tables.check_task, task)
         return {"horizon": self.horizon(task)}
 
@@ -89,7 +89,7 @@ class MetaWorldSuite:
         )
 
     def horizon(self, task: str) -> int:
-        """The protocol's, where the config says none."""
+        """The config's horizon, or else the protocol's."""
         return self._env.horizon or self._protocol.max_steps
 
     def episode(self, task: str, seed: int) -> Episode:
@@ -125,7 +125,7 @@ def make_expert(env: Any) -> Any:
 
 
 def _refused(key: str, function: Callable[..., _T], *args: Any) -> _T:
-    """The function's value; what it refuses is a mistake in the config's `key`."""
+    """The function's value. A ValueError of it becomes a SettingError of the config's `key`."""
     try:
         return function(*args)
     except ValueError as error:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# In the order of the package's MT50. The words are those of the benchmark's own paper (Yu et al. 2019, appendix), which
-# LeRobot's dataset and RLinf tell their policies. Two tasks share theirs: push-v3 and push-back-v3.
+# In the order of the package's MT50. The words are those of the benchmark's own paper (Yu et al. 2019, appendix), as in
+# LeRobot's dataset and RLinf. Two tasks have the same words: push-v3 and push-back-v3.
 INSTRUCTIONS = {
     "assembly-v3": "Pick up a nut and place it onto a peg",
     "basketball-v3": "Dunk the basketball into the basket",
@@ -90,7 +90,7 @@ CONTROL_HZ = 80.0
 # Position of the hand, metres, and how far the gripper is open, 0 to 1.
 STATE = {"hand_pos": slice(0, 3), "gripper_open": slice(3, 4)}
 STATE_DIM = 4
-# ±1 moves what the hand is drawn to by 1 cm a control step; the gripper closes above 0.
+# ±1 moves the hand's target by 1 cm a control step; the gripper closes above 0.
 ACTION = {"hand_pos": slice(0, 3), "gripper": slice(3, 4)}
 ACTION_DIM = 4
 NO_OP = (0.0,) * ACTION_DIM

@@ -1,7 +1,7 @@
 """Finds RoboCasa, version 0.2 or 1.0.1, and makes it run beside PyPI's robosuite and today's MuJoCo and NumPy.
 
-What differs is probed by signature, never by version. `find` and `check` import nothing, so that a main process can say
-what is missing before any worker starts.
+Differences between versions are found by signatures, never by version numbers. `find` and `check` import nothing, so
+that a main process can tell what is missing before any worker starts.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Installation:
     """The RoboCasa that `import robocasa` would find."""
 
     api: str  # "v0.2" or "v1": which of the two interfaces it has
-    version: str  # what the package calls itself, e.g. "1.0.1"
+    version: str  # the package's own version, e.g. "1.0.1"
     root: pathlib.Path  # folder of the package
 
     @property
@@ -98,10 +98,10 @@ def find() -> Installation:
 
 
 def _check_mujoco() -> None:
-    """MuJoCo 4 comes in three packages; one of an older version over them leaves parts that do not load.
+    """Refuses a mixed MuJoCo: version 4 comes in three packages, and an older one installed over them does not load.
 
     Raises:
-        ValueError: that is the case; one line that says how to mend it.
+        ValueError: the installation is mixed; one line that says how to mend it.
     """
     have = {name: _version(name) for name in ("mujoco", "mujoco-core")}
     if have["mujoco-core"] and have["mujoco"] and int(have["mujoco"].split(".")[0]) < 4:
@@ -191,10 +191,10 @@ def _import_without_asserts(name: str, root: pathlib.Path) -> None:
 
 
 def _order_regions() -> None:
-    """Makes v1's places on a counter come in a fixed order.
+    """Gives v1's places on a counter a fixed order.
 
-    It removes doubles by `list(set(…))` of XML elements, whose order is that of their addresses, and then draws one by
-    its number: equal seeds would give different episodes. Which places there are, and their chances, stay the same.
+    RoboCasa removes duplicates by `list(set(…))` of XML elements, ordered by their addresses, and then draws one by its
+    number: equal seeds would give different episodes. The places and their probabilities stay the same.
     """
     counter = importlib.import_module("robocasa.models.fixtures.counter")
     if "list(set(valid_geoms))" in inspect.getsource(counter):
@@ -256,7 +256,7 @@ def _with_options(init: Callable) -> Callable:
 
 
 def _without_legacy_names(factory: Callable) -> Callable:
-    """X_LEGACY is what the master branch calls the controller that PyPI's robosuite knows as X."""
+    """Renames controllers: the master branch's X_LEGACY is X in PyPI's robosuite."""
 
     @functools.wraps(factory)
     def make(name: str, params: dict[str, Any]) -> Any:

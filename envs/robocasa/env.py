@@ -108,7 +108,7 @@ class RoboCasaEnv(SteppedEnv):
         """Starts an episode. Equal ones start equally, in any process and after any history.
 
         Raises:
-          ValueError: another task, or a scene or split that there is not.
+          ValueError: another task, or a scene or split that does not exist.
         """
         task = tables.task_name(episode.task, self._api) if episode.task else ""
         check_episode(dataclasses.replace(episode, task=task), self._task, ("scene", "split"))
@@ -269,7 +269,7 @@ class RoboCasaEnv(SteppedEnv):
 
     @contextlib.contextmanager
     def _own_randomness(self) -> Iterator[None]:
-        """np.random's global generator, which RoboCasa draws from, in the state that belongs to this environment."""
+        """A context with this environment's own state in np.random's global generator, which RoboCasa draws from."""
         theirs = np.random.get_state()
         np.random.set_state(self._global_rng)
         try:

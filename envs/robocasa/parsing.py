@@ -1,7 +1,7 @@
 """Makes RoboCasa parse each of its tables once, and in C.
 
-At every reset it parses the whole registry of each fixture anew, with PyYAML's parser in Python: about four fifths of a
-reset's time. What it gets is the same, a fresh copy each time, since it writes into what it reads.
+At every reset RoboCasa parses the whole registry of each fixture anew, with PyYAML's parser in Python: four fifths of a
+reset's time. The replacement returns the same, as a fresh copy each time, since RoboCasa writes into it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The whole state of a RoboCasa simulation, to be copied bit for bit into another one of the same episode.
 
 MuJoCo's integration state is not enough: controllers keep goals, fixtures latch, observables remember when they last
-sampled. What differs from the episode's start is stored; a copy starts the same episode, and then takes the difference.
+sampled. A snapshot stores the differences from the episode's start; a copy starts the same episode and applies them.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def attributes(env: Any) -> dict[tuple[str, str], Any]:
 
 
 def baseline(env: Any) -> dict[tuple[str, str], Any]:
-    """The attributes as they are now, copied: what `capture` tells changes from. Taken where an episode starts."""
+    """A copy of the attributes at the start of an episode; `capture` stores the changes since then."""
     return copy.deepcopy(attributes(env))
 
 
@@ -131,7 +131,7 @@ def apply(env: Any, start: Mapping[tuple[str, str], Any], physics: np.ndarray, r
 
 
 def plain(value: Any, depth: int = 3) -> bool:
-    """Whether a value is made of numbers, strings and arrays alone, so that it can be copied and compared."""
+    """Whether a value consists of numbers, strings and arrays alone, so that it can be copied and compared."""
     if isinstance(value, _SCALARS):
         return True
     if isinstance(value, np.ndarray):

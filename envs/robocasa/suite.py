@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 
 
 class RoboCasaSuite:
-    """RoboCasa's atomic tasks. Nothing is imported of it before an environment is built or a version asked for."""
+    """RoboCasa's atomic tasks. RoboCasa is not imported before an environment or its version is needed."""
 
     name = "robocasa"
     tasks = tuple(dict.fromkeys(task for names in tables.HORIZONS.values() for task in names))
@@ -33,14 +33,14 @@ class RoboCasaSuite:
 
     @functools.cached_property
     def _found(self) -> Any:
-        """The RoboCasa that is there, with assets or stand-ins."""
+        """The installed RoboCasa, with assets or stand-ins."""
         found = _refused("env.suite", compat.check, self._env.standins)
         if self._env.version not in ("", found.version):
             raise SettingError("env.version", f"got {self._env.version}, installed is RoboCasa {found.version}")
         return found
 
     def check_settings(self) -> None:
-        """What can be refused without a look at the installation."""
+        """Raises SettingError for mistakes that show without a look at the installation."""
         examples = {"env.scenes": "training", "eval.scenes": "evaluation", "eval.objects": "heldout"}
         for key, example in examples.items():
             section, name = key.split(".")
@@ -53,9 +53,9 @@ class RoboCasaSuite:
         return {"version": self._found.version}
 
     def planned(self, task: str) -> dict[str, Any]:
-        """As `settle`, for a plan, which needs no RoboCasa: how long an episode is.
+        """As `settle`, for a plan, which needs only the length of an episode and so no RoboCasa.
 
-        Where none can be used, the version is `env.version`, or v0.2.
+        Without an installation the version is `env.version`, or v0.2.
         """
         env = self._env
         try:
@@ -138,7 +138,7 @@ class RoboCasaSuite:
 
 
 def _refused(key: str, function: Callable[..., _T], *args: Any) -> _T:
-    """The function's value; what it refuses is a mistake in the config's `key`."""
+    """The function's value. A ValueError of it becomes a SettingError of the config's `key`."""
     try:
         return function(*args)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""RoboCasa's 24 atomic tasks, their horizons, scenes and object splits, in both versions: data, nothing else.
+"""RoboCasa's 24 atomic tasks, their horizons, scenes and object splits, in both versions: data alone.
 
 Sources: the task classes and registries of robocasa v0.2 and v1.0.1.
 """
@@ -142,10 +142,10 @@ def state_bounds() -> list[tuple[float, float]]:
 
 
 def task_name(task: str, api: str) -> str:
-    """The name of a task in a version; v0.2's name of a task that v1 only renamed is understood there too.
+    """The name of a task in a version. v1 also accepts v0.2's names of tasks that it only renamed.
 
     Raises:
-        ValueError: there is no such task, or v1 has several for it.
+        ValueError: the task does not exist, or v1 split it into several.
     """
     known = HORIZONS[api]
     if task in known:
@@ -159,7 +159,7 @@ def task_name(task: str, api: str) -> str:
 
 
 def scenes(names: tuple[str, ...], api: str) -> tuple[Scene, ...]:
-    """The scenes that are meant by names of sets and by pairs such as "1/2" (layout/style), each once.
+    """The scenes of the named sets and of pairs such as "1/2" (layout/style), each once.
 
     Raises:
         ValueError: nothing, an unknown set, or a pair that does not exist.
@@ -186,5 +186,5 @@ def _pair(name: str, api: str) -> Scene:
 
 
 def other_names(task: str) -> tuple[str, ...]:
-    """What versions of RoboCasa call the same task."""
+    """The names of the same task in the versions of RoboCasa."""
     return (*TWINS.get(task, ()), *(old for old, new in TWINS.items() if task in new))

@@ -1,7 +1,7 @@
 """Finds the state that a simulation keeps beside MuJoCo's: every attribute and model field that changes as it steps.
 
-`python -m envs.robocasa.walk TASK` lists what changes, and what of it a snapshot does not bring back. RoboCasa and
-robosuite grow new state with every version; this is how one learns of it before a rollout diverges.
+`python -m envs.robocasa.walk TASK` lists what changes, and which of it a snapshot does not restore. Each version of
+RoboCasa and robosuite adds state; run it after an update, before a rollout diverges.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One process of several that train the tiny policy: python process_case.py CASE MESH OUT [--coordinator=… …].
+"""One process of several that train the tiny policy: python process_case.py CASES MESH OUT [--coordinator=… …].
 
-CASE: sft (20 steps on random batches) or grpo (3 updates on the rollouts that one process left in OUT). MESH: DATAxFSDP. Writes
-OUT/params-P.npz, P the number of processes.
+CASES: sft (20 steps on random batches), grpo (3 updates on the rollouts that one process left in OUT), or both, joined
+by +. MESH: DATAxFSDP. Writes OUT/CASE-P.npz, P the number of processes.
 """
 
 from __future__ import annotations
@@ -114,18 +114,27 @@ def grpo(mesh: jax.sharding.Mesh, out: pathlib.Path):
     return trainer.policy(), np.array(losses)
 
 
+CASES = {"sft": sft, "grpo": grpo}
+
+
+def run(case: str, mesh: jax.sharding.Mesh, out: pathlib.Path) -> dict[str, np.ndarray]:
+    """Parameters by name, and under "told" what the case says."""
+    from z1_jax.policy import named
+
+    with jax.set_mesh(mesh):
+        policy, told = CASES[case](mesh, out)
+        return {"told": told, **{name: distributed.whole(leaf) for name, leaf in named(policy.params).items()}}
+
+
 def main() -> None:
     argv = processes.join(sys.argv)
-    case, axes, out = argv[1], argv[2], pathlib.Path(argv[3])
-    data, fsdp = map(int, axes.split("x"))
-    mesh = sharding.make_mesh(data, fsdp)
-    with jax.set_mesh(mesh):
-        policy, told = {"sft": sft, "grpo": grpo}[case](mesh, out)
-        from z1_jax.policy import named
-
-        params = {name: distributed.whole(leaf) for name, leaf in named(policy.params).items()}
-    if processes.leads():
-        np.savez(out / f"params-{processes.count()}.npz", told=told, **params)
+    data, fsdp = map(int, argv[2].split("x"))
+    mesh, out = sharding.make_mesh(data, fsdp), pathlib.Path(argv[3])
+    distributed.connect(mesh)
+    for case in argv[1].split("+"):
+        found = run(case, mesh, out)
+        if processes.leads():
+            np.savez(out / f"{case}-{processes.count()}.npz", **found)
     processes.depart()
 
 

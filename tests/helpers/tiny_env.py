@@ -96,6 +96,59 @@ def die_once(flag: str) -> TinyEnv:
     return env
 
 
+class FragileEnv(TinyEnv):
+    """Misbehaves after its eighth step in episodes of odd seeds, or where it begins them.
+
+    Args:
+        fault: as of `TinyEnv`, or stop; folder: notes each time; times: so often in all processes.
+        again: it is the second beginning of an episode and those after it that fail, as if the state were lost.
+    """
+
+    def __init__(self, fault: str, folder: str, times: int = 10**6, again: bool = False) -> None:
+        super().__init__()
+        self._kind, self._folder, self._times, self._again = fault, folder, times, again
+
+    def reset(self, episode: Episode) -> None:
+        super().reset(episode)
+        self._odd = bool(episode.seed % 2)
+        if self._again and self._odd and self._note("begun") > 1:
+            self._break()
+
+    def step_chunk(self, actions: np.ndarray) -> ChunkResult:
+        result = super().step_chunk(actions)
+        result = dataclasses.replace(result, success=False, done=self._t >= HORIZON)
+        if self._t == 8 and self._odd and not self._again:
+            self._break()
+        return result
+
+    def snapshot(self) -> Snapshot:
+        taken = super().snapshot()
+        return dataclasses.replace(taken, extra={**taken.extra, "odd": self._odd})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        super().restore(snapshot)
+        self._odd = snapshot.extra["odd"]
+
+    def _break(self) -> None:
+        if self._note("broken") <= self._times:
+            self._fault, self._flag = self._kind, ""
+            self._misbehave()
+
+    def _note(self, what: str) -> int:
+        """How often it happened by now."""
+        with open(os.path.join(self._folder, what), "a+") as file:
+            file.write("x")
+            file.flush()
+            return file.tell()
+
+
+def stopped(folder: str, times: int) -> TinyEnv:
+    """An environment whose first processes, so many, stop while they build it."""
+    if FragileEnv("", folder)._note("built") <= times:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return TinyEnv()
+
+
 class FleetingEnv(TinyEnv):
     """Succeeds often, and for a single step: the check need not hold any more when the chunk would have ended."""
 

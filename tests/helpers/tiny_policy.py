@@ -88,6 +88,32 @@ def breaking_pool(slots: int) -> EnvPool:
     return EnvPool(make_breaking, slots, 0)
 
 
+class FailingKitchen(KitchenEnv):
+    """Some seeds' second chunk raises an error that no other try would mend."""
+
+    failing: frozenset[int] = frozenset()
+
+    def step_chunk(self, actions: np.ndarray) -> ChunkResult:
+        if self.steps == 8 and self.world.memory["seed"] in self.failing:
+            raise ValueError("no such contact")
+        return super().step_chunk(actions)
+
+    def reset(self, episode: Episode) -> None:
+        super().reset(episode)
+        self.world.memory["seed"] = episode.seed  # travels with snapshots
+
+
+def failing_pool(slots: int, seeds: frozenset[int]) -> EnvPool:
+    """As `pool`, but these seeds' episodes that come to a second chunk fail there."""
+
+    def make() -> KitchenEnv:
+        env = FailingKitchen(TASK, cameras=(CAMERA,), image_size=PIXELS, horizon=HORIZON)
+        env.task, env.failing = _Reach(env.task), seeds
+        return env
+
+    return EnvPool(make, slots, 0)
+
+
 @functools.cache
 def pool(slots: int) -> EnvPool:
     """Environments in this process; shared, for every user resets what it uses."""

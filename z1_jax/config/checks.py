@@ -94,6 +94,11 @@ def check(config: Config) -> None:
 def _check_rollout(config: Config) -> None:
     """Refuses an address that nothing would look at, or that no Ray cluster has."""
     backend, address = config.rollout.backend, config.rollout.address
+    if config.rollout.overlap and not config.env.workers:
+        raise ConfigError(
+            "config key rollout.overlap: got true with env.workers=0, which simulates in this process: nothing could "
+            "overlap; ask for workers, or leave it out"
+        )
     if backend == "local":
         if address:
             raise ConfigError(

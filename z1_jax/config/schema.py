@@ -68,12 +68,15 @@ class EnvConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """Where the environments of rollouts and evaluations run; it moves no number."""
+    """Where and how the environments of rollouts and evaluations run."""
 
     backend: str = "local"  # local: in env.workers processes; ray: in as many actors of a Ray cluster (docs/ray.md)
     # ray: of the cluster, HOST:PORT, or auto: the one that runs on this machine; empty: RAY_ADDRESS, or else a cluster
     # of this machine alone, which ends with the run
     address: str = ""
+    # In two halves: while one is simulated, the other's chunks are sampled. Batches have half the size, which moves the
+    # last digits. It pays where sampling leaves the cores to the simulators, on a GPU or TPU (docs/pool.md)
+    overlap: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -394,7 +397,8 @@ FREE_KEYS = (
     "env.workers",
     "env.timeout_s",
     "env.simulators",
-    "rollout",
+    "rollout.backend",
+    "rollout.address",
     "train.checkpoint_every",
     "train.keep_last",
     "train.keep_every",
@@ -447,6 +451,7 @@ _YOUNGER: dict[str, Any] = {
     "group.spread": "uniform",
     "group.floor": 0.25,
     "group.oversample": 1.0,
+    "rollout.overlap": False,
 }
 
 

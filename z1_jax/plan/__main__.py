@@ -23,7 +23,7 @@ from z1_jax.errors import UserError
 from z1_jax.initial_policy import check_executed, configured_model, with_own_steps
 from z1_jax.models.choices import trains_vlm
 from z1_jax.models.pi05 import Pi05Config, cache_bytes
-from z1_jax.plan import accelerators, jaxpr, programs
+from z1_jax.plan import accelerators, jaxpr, programs, scaling
 from z1_jax.plan.accelerators import Accelerator
 from z1_jax.plan.programs import Program
 from z1_jax.plan.xla import Compiled, compile_only_mesh, compile_program, prepare_cuda
@@ -116,9 +116,30 @@ def main(argv: Sequence[str]) -> int | None:
     if options.compile == "cuda":
         prepare_cuda(accelerator.name)
     provide_devices(2 * options.devices)  # twice: a wider mesh is one of the changes to look at
-    plan = make_plan(config, configured_model(config), accelerator, memory, options.devices, options.compile)
-    print(json.dumps(document(plan), indent=1) if options.json else "\n".join(lines(plan)), flush=True)
+    model = configured_model(config)
+    parts = []
+    if options.processes > 1:
+        parts = over_processes(config, model, accelerator, memory, options.devices, options.processes)
+    plan = make_plan(config, model, accelerator, memory, options.devices, options.compile)
+    if options.json:
+        told = [{"refused": part} if isinstance(part, str) else dataclasses.asdict(part) for part in parts]
+        print(json.dumps(document(plan) | ({"processes": told} if told else {}), indent=1), flush=True)
+    else:
+        more = ["", *scaling.lines(parts, accelerator, memory)] if parts else []
+        print("\n".join([*lines(plan), *more]), flush=True)
     return None if plan.fits else 1
+
+
+def over_processes(
+    config: Config, model: Pi05Config, accelerator: Accelerator, memory: float, devices: int, processes: int
+) -> list[scaling.Part | str]:
+    """How the run grows to `processes` with `devices` in all; see `scaling`."""
+
+    def plan_of(count: int) -> tuple[jax.sharding.Mesh, list[Row], int]:
+        mesh = _mesh(config, count)
+        return mesh, estimated_rows(config, model, mesh, accelerator), host_caches(config, model)
+
+    return scaling.grown(config, model, accelerator, memory, devices, processes, plan_of)
 
 
 def checked(config: Config) -> Config:
@@ -149,6 +170,9 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument("--devices", type=int, default=1, help="of the whole run (%(default)s)")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="of the whole run: how it grows to so many (%(default)s)"
+    )
     parser.add_argument("--accelerator", default="H200", help=f"{', '.join(accelerators.ACCELERATORS)} (%(default)s)")
     parser.add_argument("--memory", type=float, default=0.0, help="GB a device may use (92 %% of the accelerator's)")
     parser.add_argument(
@@ -161,6 +185,11 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     options, rest = parser.parse_known_args(list(argv[1:]))
     if not 1 <= options.devices <= 4096:
         raise ConfigError(f"--devices: got {options.devices}, expected 1 … 4096")
+    if options.processes < 1 or options.devices % options.processes:
+        raise ConfigError(
+            f"--processes: got {options.processes}, expected a divisor of --devices={options.devices}: each process "
+            "has as many devices"
+        )
     if not 0 <= options.memory <= 1e6:  # nan neither
         raise ConfigError(
             f"--memory: got {options.memory:g}, expected GB above 0, at most 1e6; 0 for the accelerator's"
@@ -206,10 +235,7 @@ def make_plan(
         where = compile_only_mesh(mesh, target) if compile_for == "cuda" else mesh
         compiled = [compile_program(program, target) for program in programs.trace_programs(config, model, where)]
         rows = [dataclasses.replace(row, compiled=c) for row, c in zip(rows, compiled, strict=True)]
-    caches = 0
-    if keeps_caches(config):
-        looks = most_looks(config, episode_steps(config), config.env.executed or model.horizon)
-        caches = looks * cache_bytes(model)
+    caches = host_caches(config, model)
     if caches and config.update.prefix_cache == "device":
         share = caches // (mesh.shape["data"] * mesh.shape["fsdp"])
         rows = [row if row.name == "sft_step" else dataclasses.replace(row, inputs=row.inputs + share) for row in rows]
@@ -224,6 +250,14 @@ def make_plan(
         changes=[],
     )
     return plan if plan.fits else dataclasses.replace(plan, changes=changes(config, model, plan))
+
+
+def host_caches(config: Config, model: Pi05Config) -> int:
+    """Bytes of an iteration's prefix caches at most; 0 where none are kept."""
+    if not keeps_caches(config):
+        return 0
+    looks = most_looks(config, episode_steps(config), config.env.executed or model.horizon)
+    return looks * cache_bytes(model)
 
 
 def keeps_caches(config: Config) -> bool:

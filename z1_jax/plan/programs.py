@@ -108,9 +108,10 @@ def _rl(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> list[Program
     frozen_vlm = vlm_is_frozen(trainable)
     cached = frozen_vlm and update.prefix_cache != "recompute"
     nodes = abstract_nodes(model, update.batch_size, flow.steps, mesh, cached=cached)
-    looks = abstract_observation(model, config.env.parallel, mesh)
-    cache = abstract_cache(model, config.env.parallel, mesh)
-    chain = abstract_noise(model, config.env.parallel, flow.steps, mesh)
+    rows = actor.largest  # environments, padded to what the devices divide
+    looks = abstract_observation(model, rows, mesh)
+    cache = abstract_cache(model, rows, mesh)
+    chain = abstract_noise(model, rows, flow.steps, mesh)
     with jax.set_mesh(mesh):
         step = updater.trace(trainable, opt_state, frozen, nodes)
         encode = actor.trace_encode((trainable, frozen), looks)
@@ -127,8 +128,8 @@ def _rl(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> list[Program
         encoded=not cached,
         trains_vlm=not frozen_vlm,
     )
-    decision = analytic.decision_work(model, config.env.parallel, flow.steps)
-    encoding = config.env.parallel * analytic.prefix_flops(model)
+    decision = analytic.decision_work(model, rows, flow.steps)
+    encoding = rows * analytic.prefix_flops(model)
     return [
         Program("rl_update", step, gradients=bytes_per_device(trainable), inputs=bytes_per_device(nodes), outputs=0,
                 work=learning, **common),

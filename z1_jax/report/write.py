@@ -161,8 +161,13 @@ def _results(summary: dict) -> str:
         for label, row in rows
     ]
     facts = [
-        [f"{label}: failures by unstable physics", f"{row['unstable']:,}"] for label, row in rows if row.get("unstable")
+        [f"{label}: failures by {what}", f"{row[key]:,}"]
+        for label, row in rows
+        for key, what in (("unstable", "unstable physics"), ("lost", "environments that broke down"))
+        if row.get(key)
     ]
+    if summary.get("groups_lost"):
+        facts.append(["training groups dropped: an environment broke down", f"{summary['groups_lost']:,}"])
     if summary.get("difference") is not None:
         text = f"{100 * summary['difference']:+.1f} points"
         if summary.get("difference_interval"):

@@ -107,7 +107,7 @@ def sharing_metrics(rollouts: Rollouts, image_tokens: int, counted: int, noise_l
 
 
 def times(rollouts: Rollouts, collect_s: float, update_s: float) -> dict[str, float]:
-    """Seconds of an iteration by activity; idle is the rest."""
+    """Seconds of an iteration by activity; idle is the rest. What was simulated while chunks were sampled is hidden."""
     seconds = rollouts.seconds
     known = seconds["simulate"] + seconds["render"] + seconds["sample"]
     return {
@@ -116,5 +116,6 @@ def times(rollouts: Rollouts, collect_s: float, update_s: float) -> dict[str, fl
         "time/sample": seconds["sample"],
         "time/update": update_s,
         "time/idle": max(collect_s - known, 0.0),
+        **({"time/hidden": seconds["hidden"]} if seconds["hidden"] else {}),
         "time/total": collect_s + update_s,
     }

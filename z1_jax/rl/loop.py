@@ -82,6 +82,7 @@ def train_grpo(
             began = time.perf_counter()
             try:
                 with profiled(writer.run_dir / PROFILE, iteration, config.log.profiled):
+                    trainer.lost_before = counts.lost, counts.groups
                     rollouts = trainer.collect(pool, iteration)
                     collected = time.perf_counter()
                     stats = trainer.update(rollouts, iteration)
@@ -90,12 +91,15 @@ def train_grpo(
                 checkpoints.close()
                 raise type(error)(f"iteration {iteration}: {error} (kept in {path})", error.evidence) from None
             finished = time.perf_counter()
-            first = rollouts.success[: config.group.count]  # what is drawn again depends on what came of these
+            for group, why in rollouts.lost.items():
+                progress.say(f"iteration {iteration}: group {group} of {rollouts.drawn} is dropped: {why}")
+            first = rollouts.success[: rollouts.first]  # what is drawn again depends on what came of these
             success = float(first.mean())
             tasks = [episode.task for episode in rollouts.episodes[: len(first)]]
             by_task = trainer.tasks.observe(tasks, first)
             looked_at = max(train.stop_window, train.keep_best)
-            counts = counts.plus(rollouts.simulated_steps, rollouts.success.size, success, looked_at)
+            drawn = {"groups": rollouts.drawn, "lost": len(rollouts.lost)}
+            counts = counts.plus(rollouts.simulated_steps, rollouts.success.size, success, looked_at, **drawn)
             unstable += stats["unstable"]
             values = {
                 "success": success,
@@ -107,7 +111,7 @@ def train_grpo(
             }
             writer.write("grpo", iteration, values)
             _write_episodes(writer, rollouts, iteration)
-            progress.report(iteration + 1, {**values, "unstable": unstable})
+            progress.report(iteration + 1, {**values, "unstable": unstable, "groups lost": counts.lost})
             if (iteration + 1) % config.train.checkpoint_every == 0 or iteration + 1 == last:
                 save(iteration + 1)
         save(last)  # within the context: a stop that was asked for late must find it written

@@ -34,11 +34,15 @@ def merged(local: Rollouts, groups: Sequence[int], waves: Sequence[int]) -> Roll
     """
     if processes.count() == 1:
         return local
+    lost = {groups[number]: why for number, why in local.lost.items()}
+    groups = [group for group in groups if group not in lost]
     columns = {f.name: getattr(local.nodes, f.name) for f in dataclasses.fields(NodeTable) if f.name not in _OWN}
     columns["group"] = np.asarray(groups, int)[columns["group"]]
     outcome = {name: getattr(local, name) for name in ("success", "unstable", "chunks", "steps")}
     message = {
         "groups": list(groups),
+        "lost": sorted(lost.items()),
+        "first": local.first,
         "episodes": [episode.to_json() for episode in local.episodes],
         "nodes": {name: _packed(column) for name, column in columns.items()},
         **{name: _packed(column) for name, column in outcome.items()},
@@ -49,13 +53,17 @@ def merged(local: Rollouts, groups: Sequence[int], waves: Sequence[int]) -> Roll
     owner = np.repeat(np.arange(len(everyone)), sizes)
     row = np.concatenate([np.arange(size) for size in sizes])
     order = np.lexsort((table["leader"], table["group"], table["chunk"], np.asarray(waves)[table["group"]]))
-    place = np.argsort(np.concatenate([one["groups"] for one in everyone]))
+    numbers = np.concatenate([one["groups"] for one in everyone])
+    place = np.argsort(numbers)
+    table["group"] = np.searchsorted(numbers[place], table["group"])  # without the lost ones
     told = [episode for one in everyone for episode in one["episodes"]]
     return dataclasses.replace(
         local,
         episodes=tuple(Episode(**told[at]) for at in place),
         **{name: np.concatenate([_unpacked(one[name]) for one in everyone])[place] for name in outcome},
         nodes=NodeTable(x=local.nodes.x, **{name: column[order] for name, column in table.items()}),
+        first=sum(one["first"] for one in everyone),
+        lost={group: why for one in everyone for group, why in one["lost"]},
         share=Share(owner[order], row[order], processes.index(), processes.count()),
     )
 

@@ -86,6 +86,7 @@ class GrpoTrainer:
         self._earlier_traces: list[dict[str, int]] = []
         self.probe: list[float] = []
         self.decision: selective.Decision | None = None
+        self.lost_before = (0, 0)  # groups lost and drawn before the next iteration
         self.opt_state: Any = None
         self._reference: Any = None  # what is trained, as it was before RL, where the KL to it is a term of the loss
         self._enter(EXPERT if config.train.scope == "auto" else config.train.scope, policy, policy)
@@ -110,7 +111,8 @@ class GrpoTrainer:
                 f"config key update.vlm_lr_factor: got {factor}, which has no effect with "
                 f"train.scope={scope}: it trains nothing of the VLM; leave it at {default}"
             )
-        self.actor: Actor = make_actor(policy, self.graphdef, config.flow, self._mesh, self._slots)
+        largest = rollout.largest_batch(self._slots, config.group.size, config.rollout.overlap)
+        self.actor: Actor = make_actor(policy, self.graphdef, config.flow, self._mesh, largest)
         update = config.update
         node_loss = loss.grpo(update.clip_low, update.clip_high, update.ratio_max)
         self._updater = Updater(
@@ -205,9 +207,15 @@ class GrpoTrainer:
             noise_level=self.noise_level(iteration),
             store=self._store,
             again=again if most > count else None,
+            overlap=config.rollout.overlap,
+            before=(self.lost_before[0], self.lost_before[1] + count - len(_own(range(count)))),
         )
         self.actor.finish(self.params)
-        return shares.merged(out, mine, [sorted(set(waves)).index(wave) for wave in waves])
+        out = shares.merged(out, mine, [sorted(set(waves)).index(wave) for wave in waves])
+        if out.lost:
+            lost, drawn_before = self.lost_before
+            rollout.check_lost(lost + len(out.lost), drawn_before + out.drawn, "groups", [*out.lost.values()][-1])
+        return out
 
     def _dropped(self, told: Sequence[Mapping[str, Any]]) -> list[int]:
         """The groups that the filter drops, of those whose outcomes the processes tell: numbers, success, chunks."""
@@ -276,7 +284,8 @@ class GrpoTrainer:
         return {
             "scope": self.scope,
             "return": float(credit.returns.mean()),
-            **({"groups/drawn": len(success)} if self.config.group.oversample > 1 else {}),
+            **({"groups/drawn": rollouts.drawn} if self.config.group.oversample > 1 or rollouts.lost else {}),
+            **({"groups/lost": len(rollouts.lost)} if rollouts.lost else {}),
             "groups/kept": int(credit.kept.sum()),
             "groups/kept_share": float(credit.kept.mean()),
             "groups/all_success": int(success.all(axis=1).sum()),

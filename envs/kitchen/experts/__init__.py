@@ -35,7 +35,7 @@ _STRATEGIES: dict[str, tuple[Strategy, float, bool]] = {
 
 
 class Expert:
-    """Moves the hand towards what its strategy wants, keeping the task's nominal hand angles."""
+    """Moves the hand towards the point that its strategy asks for, at the task's nominal hand angles."""
 
     def __init__(self, env: KitchenEnv):
         self._env = env

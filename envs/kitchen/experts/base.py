@@ -1,4 +1,4 @@
-"""What the experts' strategies share."""
+"""Helpers that the experts' strategies share."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def _level_grip(world: World, reach: float) -> Command | None:
 
 
 def _take_or_leave(world: World, task: PickAndPlace, reach: float) -> Command | None:
-    """Before the carrying: takes the target (`_level_grip`). After it: opens the fingers and backs off. Else None."""
+    """Where to go before and after carrying: to take the target (`_level_grip`), to let go and back off. Else None."""
     name = world.memory["target"]
     approach = _level_grip(world, reach)
     if not task.placed(world, name):

@@ -1,4 +1,4 @@
-"""What a task is: which fixtures it needs, what varies, when it succeeds (RoboCasa's thresholds)."""
+"""The base of the tasks: fixtures, variation, and the check of success (with RoboCasa's thresholds)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FORWARD = (0.0, 0.0, 0.0)  # hand angles (pitch, yaw, roll): fingers forward, op
 SIDEWAYS_GRIP = (0.0, 0.0, np.pi / 2)  # fingers forward, opening up and down
 DOWN = (np.pi / 2, 0.0, 0.0)  # fingers down, opening sideways
 
-# What stands in a scene of held-out objects, whatever the task's own choice: kinds that no training scene has, first.
+# Replaces the task's own choice in scenes of held-out objects. Kinds that no training scene has come first.
 HELDOUT_THINGS = ("eggplant", "lemon", "can", "cup")
 
 

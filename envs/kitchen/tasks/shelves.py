@@ -23,7 +23,7 @@ class Shelf(PickAndPlace):
     start_offset = (-0.20, 0.0, 0.06)
 
     def spot(self, world: World) -> np.ndarray:
-        """A free place [3] that a thing may be put on: in the fixture, where no other is meant."""
+        """A free place [3] to put a thing on; by default in the fixture."""
         return world.site(self.place)
 
     def open(self, world: World, rng: np.random.Generator) -> np.ndarray:

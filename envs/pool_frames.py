@@ -1,0 +1,96 @@
+"""How answers come from a worker process: their arrays through memory that it shares with its parent.
+
+A pickle's buffers lie out of band (protocol 5); the parent copies them once, so that no later answer changes what it
+keeps. The memory is anonymous: it ends with the last process that holds it, whatever ends those.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+ANSWERS = 2  # that may lie there at once: the parent reads one before the worker writes the next but one
+_SMALL = 4096  # bytes; smaller arrays go with the rest
+_ALIGNED = 64
+
+
+def anonymous() -> list[int]:
+    """File descriptors of the memory for a new worker; none where the system has no such files."""
+    if not hasattr(os, "memfd_create"):
+        return []
+    return [os.memfd_create("z1-answers") for _ in range(ANSWERS)]
+
+
+class SharedAnswers:
+    """One end of it.
+
+    Args:
+        fds: as `anonymous` gives them; none: everything goes through the pipe.
+    """
+
+    def __init__(self, fds: Sequence[int]) -> None:
+        self._fds = list(fds)
+        self._maps: dict[int, mmap.mmap] = {}
+        self._turns = itertools.cycle(range(len(self._fds)))
+
+    def pack(self, value: Any) -> bytes:
+        """What to send through the pipe for a value; its large arrays are in the memory then."""
+        if not self._fds:
+            return pickle.dumps((0, 0, [], pickle.dumps(value, protocol=5)))
+        views: list[memoryview] = []
+
+        def in_band(buffer: pickle.PickleBuffer) -> bool:
+            view = buffer.raw()
+            if view.nbytes >= _SMALL:
+                views.append(view)
+            return view.nbytes < _SMALL
+
+        data = pickle.dumps(value, protocol=5, buffer_callback=in_band)
+        ends = list(itertools.accumulate(-(-view.nbytes // _ALIGNED) * _ALIGNED for view in views))
+        turn = next(self._turns)
+        spans = [
+            (end - -(-view.nbytes // _ALIGNED) * _ALIGNED, view.nbytes) for end, view in zip(ends, views, strict=True)
+        ]
+        total = ends[-1] if ends else 0
+        try:
+            shared = self._mapped(turn, total, grow=True) if total else None
+        except OSError:  # the system has no more such memory
+            return pickle.dumps((turn, 0, [], pickle.dumps(value, protocol=5)))
+        for (start, size), view in zip(spans, views, strict=True):
+            assert shared is not None
+            shared[start : start + size] = view
+        return pickle.dumps((turn, total, spans, data))
+
+    def unpack(self, message: bytes) -> Any:
+        """The value of a message; nothing in it is shared."""
+        turn, total, spans, data = pickle.loads(message)
+        if not total:
+            return pickle.loads(data)
+        block = np.empty(total, np.uint8)
+        block[:] = np.frombuffer(self._mapped(turn, total, grow=False), np.uint8, total)
+        view = block.data
+        return pickle.loads(data, buffers=[view[start : start + size] for start, size in spans])
+
+    def close(self) -> None:
+        """Leaves the memory."""
+        for shared in self._maps.values():
+            shared.close()
+        for fd in self._fds:
+            os.close(fd)
+        self._maps, self._fds = {}, []
+
+    def _mapped(self, turn: int, size: int, grow: bool) -> mmap.mmap:
+        """The memory of a turn, at least so large."""
+        if turn in self._maps and len(self._maps[turn]) >= size:
+            return self._maps[turn]
+        if grow:
+            os.posix_fallocate(self._fds[turn], 0, size)
+        access = mmap.ACCESS_WRITE if grow else mmap.ACCESS_READ
+        self._maps[turn] = mmap.mmap(self._fds[turn], os.fstat(self._fds[turn]).st_size, access=access)
+        return self._maps[turn]
