@@ -1,9 +1,9 @@
 """examples/reach.py's world with faults, each once in any process: what `survival.py` trains in.
 
-A fault is a line of the file that Z1_FAULTS names: KIND CALLS FLAG. `die`, `stop`, `hang`, `raise` and `pages` happen at
-a worker's call number CALLS of `step_chunk` in rollouts, with `demos-` before them in demonstrations, and with `build-`
-while an environment is built; the file FLAG is there from then on. `state` happens whenever the episode of seed CALLS
-is stepped. Episodes begin close to the square: a policy of little training succeeds in some, so that GRPO learns.
+A fault is a line of the file that Z1_FAULTS names: KIND CALLS FLAG. `die`, `stop`, `hang`, `raise` and `pages` happen
+at a worker's call number CALLS of `step_chunk` in rollouts, with `demos-` before them in demonstrations, and with
+`build-` while an environment is built; the file FLAG is there from then on. `state` happens whenever the episode of
+seed CALLS is stepped. Episodes begin close to the square: after little training some succeed, so that GRPO learns.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import pathlib
 import signal
+import sys
 import time
 
 import numpy as np
@@ -29,7 +30,8 @@ class World(Reach):
         rows = [line.split() for line in pathlib.Path(path).read_text().splitlines()] if path else []
         self._faults = [(kind, int(calls), pathlib.Path(flag)) for kind, calls, flag in rows]
         self._calls = {"build-": 0, "demos-": 0, "": 0}
-        self._happen("build-")
+        if sys.argv[:1] == ["-c"]:  # in a worker: the command itself builds one too, to look at it
+            self._happen("build-")
 
     def reset(self, episode: Episode) -> None:
         super().reset(episode)

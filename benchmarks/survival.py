@@ -60,12 +60,13 @@ def disturbed(runs: Runs, name: str, injections: list[Injection], reference: dic
     failures = 0  # ends that nobody asked for
     while not ended:
         process, moment = runs.start(run_dir, faults=faults), None
-        began, children, struck = time.monotonic(), [], None
+        began, children, struck, base = time.monotonic(), [], None, position(run_dir).total
         while process.poll() is None and time.monotonic() < began + PATIENCE_S:
             time.sleep(0.01)
             if pending and position(run_dir).total > until:
                 pending = recovered(pending, at)
-            if waiting and moment is None and reached(run_dir, waiting[0]):
+            moved = position(run_dir).total > base or (waiting and waiting[0].stage in ("start", "demonstrations"))
+            if waiting and moment is None and moved and reached(run_dir, waiting[0]):
                 moment = time.monotonic() + waiting[0].delay_s
             if moment is not None and time.monotonic() >= moment:
                 one, moment = waiting.pop(0), None

@@ -91,7 +91,12 @@ class Runs:
     def start(self, run_dir: pathlib.Path, file_bytes: int = 0, faults: str = "") -> subprocess.Popen:
         """Args: file_bytes: no file may be larger, as on a full disk; 0: any."""
         keys = [f"--config.{key}={value}" for key, value in (SETTINGS | {"run_dir": run_dir}).items()]
-        limit = (file_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+
+        def prepare() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+            if file_bytes:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
         with (self.work / f"{run_dir.name}.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "z1_jax.train", "--config=configs/grpo.py:small_world", *keys],
@@ -100,7 +105,7 @@ class Runs:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)) if file_bytes else None,
+                preexec_fn=prepare,
             )
 
     def last_line(self, run_dir: pathlib.Path) -> str:
