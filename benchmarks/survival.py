@@ -200,8 +200,8 @@ def faulty(runs: Runs, name: str, rng: random.Random, reference: dict[str, Any])
     return injections
 
 
-# Files that say who worked on a run, when and how long: they may change where nothing else may.
-OWN = {"commands.jsonl", ".lock", "policies.json", "wall_seconds.json"}
+# Files that say who worked on a run, when, how long and with what: they may change where nothing else may.
+OWN = {"commands.jsonl", ".lock", "policies.json", "wall_seconds.json", "environments.json"}
 DAMAGES: dict[str, Callable[[bytes, random.Random], bytes | None]] = {
     "truncated": lambda content, rng: content[: rng.randrange(len(content))],
     "emptied": lambda content, rng: b"",
@@ -340,6 +340,9 @@ def main() -> None:
     if given.report:
         report(stored)
         return
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs would pass on that they ignore it
     runs = Runs(given.work.absolute())
     alone = runs.work / "alone"
     if not (alone / "summary.json").exists():

@@ -91,22 +91,18 @@ class Runs:
     def start(self, run_dir: pathlib.Path, file_bytes: int = 0, faults: str = "") -> subprocess.Popen:
         """Args: file_bytes: no file may be larger, as on a full disk; 0: any."""
         keys = [f"--config.{key}={value}" for key, value in (SETTINGS | {"run_dir": run_dir}).items()]
-
-        def prepare() -> None:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
-            if file_bytes:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
         with (self.work / f"{run_dir.name}.log").open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "z1_jax.train", "--config=configs/grpo.py:small_world", *keys],
                 cwd=ROOT,
                 env=self.environment | {"Z1_FAULTS": faults},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=prepare,
             )
+        if file_bytes:
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+        return process
 
     def last_line(self, run_dir: pathlib.Path) -> str:
         """What was printed last, in brief."""
