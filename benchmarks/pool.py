@@ -8,8 +8,10 @@ stepped in chunks and looked at between them. `--run=RUN_DIR` measures iteration
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
+import os
 import pathlib
 import statistics
 import time
@@ -86,15 +88,27 @@ def chunks_of(width: int, count: int, slots: int) -> np.ndarray:
 
 
 def timed(step: Callable[[np.ndarray], Any], chunks: np.ndarray) -> dict[str, float]:
-    """Wall seconds and seconds of this process's CPU for each slot's chunk."""
-    began, cpu = time.perf_counter(), time.process_time()
+    """Chunks of the slots a second, and milliseconds of CPU for each: of this process, and of all, workers included."""
+    began, cpu, everyones = time.perf_counter(), time.process_time(), cpu_of_workers()
     for chunk in chunks:
         step(chunk)
-    count = chunks.shape[0] * chunks.shape[1]
+    count, own = chunks.shape[0] * chunks.shape[1], time.process_time() - cpu
     return {
         "chunks_per_s": count / (time.perf_counter() - began),
-        "parent_cpu_ms": 1e3 * (time.process_time() - cpu) / count,
+        "control_steps_per_s": count * EXECUTED / (time.perf_counter() - began),
+        "parent_cpu_ms": 1e3 * own / count,
+        "cpu_ms": 1e3 * (own + cpu_of_workers() - everyones) / count,
     }
+
+
+def cpu_of_workers() -> float:
+    """CPU seconds of the processes that this one started and that live (Linux)."""
+    ticks = 0
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rsplit(")", 1)[1].split()
+            ticks += (int(fields[1]) == os.getpid()) * (int(fields[11]) + int(fields[12]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def with_pool(make: Callable[[], Any], slots: int, count: int, halves: bool = False) -> dict[str, float]:
@@ -180,8 +194,38 @@ def sharing(groups: int, size: int, prefix: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def free_policy(spec: EnvSpec) -> tuple[Any, Any]:
-    """An actor that draws noise alone, and the processor of an environment."""
+def overlap(decision_ms: float, count: int, groups: int = 8, size: int = 8) -> dict[str, dict[str, float]]:
+    """Wall seconds of groups with overlap and without, in turns, where decisions of any size take so long elsewhere.
+
+    This is what a policy on a GPU or TPU looks like from here: a decision takes no core, and reading the weights, not
+    the batch, sets its time.
+    """
+    from z1_jax.rl import rollout
+    from z1_jax.rl.tree import branch_plan
+
+    plans = {"none": branch_plan("none", size, 0), "tree": branch_plan("tree", size, 2)}
+    with EnvPool(functools.partial(kitchen.make, TASK, horizon=64), groups * size, WORKERS) as pool:
+        actor, processor = free_policy(pool.spec, decision_ms / 1e3)
+
+        def walked(branching: str, halves: bool, number: int) -> dict[str, float]:
+            began = time.perf_counter()
+            seeds, plan = episodes(range(groups * number, groups * (number + 1))), plans[branching]
+            out = rollout.collect(
+                pool, actor, (None, None), processor, plan, seeds, (0,), executed=EXECUTED, overlap=halves
+            )
+            return {"seconds": time.perf_counter() - began, "hidden_s": out.seconds["hidden"]}
+
+        found: dict[str, list[dict[str, float]]] = {}
+        for number in range(count):
+            for branching in plans:
+                for halves in (False, True):
+                    name = f"{branching}, {'overlap' if halves else 'in turn'}"
+                    found.setdefault(name, []).append(walked(branching, halves, number))
+    return {name: {key: statistics.median(one[key] for one in each) for key in each[0]} for name, each in found.items()}
+
+
+def free_policy(spec: EnvSpec, decision_s: float = 0.0) -> tuple[Any, Any]:
+    """An actor that draws noise alone, and waits so long for each decision; and the processor of an environment."""
     from z1_jax.data.normalize import NormStats
     from z1_jax.data.tokenizer import PromptTokenizer, kitchen_instructions, train_small_tokenizer
     from z1_jax.data.transforms import InputProcessor
@@ -197,6 +241,7 @@ def free_policy(spec: EnvSpec) -> tuple[Any, Any]:
             return None, len(observation.tokens)
 
         def sample(self, params: Any, cache: None, ids: np.ndarray, *_: Any) -> Chain:
+            time.sleep(decision_s)
             shape, chunk = ids.shape[:2], (2, EXECUTED, spec.action_dim)
             drawn = [np.random.default_rng(one).uniform(-1, 1, chunk) for one in ids.reshape(-1, 3)]
             x = np.reshape(drawn, (*shape, *chunk)).astype("f")
@@ -249,8 +294,6 @@ def iterations(run: pathlib.Path, count: int) -> dict[str, dict[str, float]]:
 
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
-    import os
-
     return {"cores": os.cpu_count(), "load_before": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d")}
 
 
@@ -282,6 +325,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         facts["3 frames of 224 pixels, 8 slots"] = rounds(cases, args.rounds)
         facts["sharing"] = sharing(4, 8, 4)
+        for decision_ms in (50, 100):
+            facts[f"decisions of {decision_ms} ms elsewhere"] = overlap(decision_ms, args.rounds)
         for case, by_name in facts.items():
             for name, figures in by_name.items() if case not in ("machine", "sharing") else ():
                 for key, value in figures.items():

@@ -17,11 +17,11 @@ from typing import Any
 
 from envs.base import Env
 from envs.pool import ONLY, PoolError
+from envs.pool_crew import TRIES
 from envs.pool_workers import Fault, ProcessWorker
 from envs.worker import DOING, Reply, Request
 
 AHEAD = 4  # jobs for each worker that may be begun from the one on that is waited for
-TRIES = 2
 _log = logging.getLogger(__name__)
 
 
@@ -43,7 +43,7 @@ def run_jobs(
       timeout_s: of each stretch of a job; start_timeout_s: of building an environment.
 
     Raises:
-      PoolError: a job, or the building of an environment, failed twice, or in a way that trying again would not help.
+      PoolError: a job, or the building of an environment, failed three times, or in a way that no other try would mend.
     """
     members: list[_Member] = []
     numbered = enumerate(jobs)
@@ -138,8 +138,8 @@ class _Member:
     def _replace(self, fault: Fault) -> None:
         self._failures += 1
         last = not fault.retry or self._failures >= TRIES
-        twice = "twice " * (last and fault.retry)
-        told = f"a worker failed {twice}on {self._job.name} while {DOING[self.doing]}: {fault.text}"
+        times = f"{self._failures} times " * (self._failures > 1)
+        told = f"a worker failed {times}on {self._job.name} while {DOING[self.doing]}: {fault.text}"
         if last:
             raise PoolError(told)
         _log.warning("%s; replacing the worker and retrying", told)

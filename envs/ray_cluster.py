@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from envs.pool import PoolError
+from envs.base import PoolError
 from envs.text import shortened
 
 RESOURCE = "simulator"  # what hosts offer for actors

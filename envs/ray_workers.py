@@ -2,21 +2,15 @@
 
 Each actor takes one unit of the resource `simulator`, which hosts offer (`ray start --resources='{"simulator": 16}'`).
 Chunks of actions go there, frames and states come back, in Ray's messages or through its object store; nothing of the
-policy leaves the learner. The pool does the rest as with processes of its own: deadlines, journals, replacement. Importing this needs no
-Ray.
+policy leaves the learner. The pool does the rest as with processes of its own: deadlines, journals, replacement.
+Importing this needs no Ray.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
-import importlib
-import importlib.metadata
 import logging
 import os
-import pathlib
-import platform
 import sys
 import time
 from collections import Counter, deque
@@ -24,10 +18,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from envs.pool_workers import Worker
+from envs.ray_actor import actor_class, facts, numbered
 from envs.ray_cluster import RESOURCE, connect, ray_module
 from envs.simulators import Factories
 from envs.text import shortened
-from envs.worker import HOME, MOST_TEXT, Reply, Request, SlotServer
+from envs.worker import HOME, MOST_TEXT, Reply, Request
 
 # So long a replacement waits for a unit of its own, then it shares a host with others; Ray needs up to 25 s to see that
 # a node is gone.
@@ -40,88 +35,7 @@ MOST_PENDING = 8  # requests that may lie at one actor; the pool has one there, 
 _INSIDE = 10 * 2**20
 _LOOK_S = 1.0
 _FETCH_S = 30.0  # longest that an answer may take which Ray said was here
-_ALIKE = ("numpy", "mujoco")  # packages whose version decides about numbers
 _log = logging.getLogger(__name__)
-
-
-# --- on the actor's side -------------------------------------------------------------------------------------------
-
-
-def _actor_class() -> type:
-    """The class of the actors. Made in a function, so that Ray sends its code: it can say that `envs` is missing."""
-
-    class Simulators:
-        def __init__(self, path: list[str], packed: bytes, title: str) -> None:
-            import os
-            import sys
-
-            import ray
-
-            self._title, self._server = title, None
-            sys.path[:0] = [entry for entry in path if entry not in sys.path and os.path.isdir(entry)]
-            node = ray.get_runtime_context().get_node_id()
-            host = f"{os.uname().nodename} (node {node[:8]})"
-            self._facts = {"host": host, "node": node, "pid": os.getpid(), "error": ""}
-            try:
-                from envs.ray_workers import facts, opened
-
-                self._facts |= facts()
-                self._server = opened(packed)
-            except Exception as error:  # noqa: BLE001 - what is missing here is the learner's to report
-                self._facts["error"] = f"{type(error).__name__}: {error}"
-
-        def hello(self) -> dict:
-            return self._facts
-
-        def serve(self, request: tuple) -> Any:
-            if self._server is None:
-                return None
-            if request[0] == "make":
-                from envs.ray_workers import environments
-
-                print(f"{self._title} on {self._facts['host']}: {environments(request)}", file=sys.stderr, flush=True)
-            return self._server.serve(request)
-
-        def close(self) -> None:
-            if self._server is not None:
-                self._server.close()
-
-        def __repr__(self) -> str:  # in Ray's log lines
-            return self._title
-
-    return Simulators
-
-
-def opened(packed: bytes) -> SlotServer:
-    """The slots' server of pickled factories."""
-    from ray import cloudpickle
-
-    return SlotServer(*cloudpickle.loads(packed))
-
-
-def environments(request: Request) -> str:
-    """The slots of a request to build, by their tasks."""
-    slots: dict[str, list[int]] = {}
-    for slot, task in request[1]:
-        slots.setdefault(task, []).append(slot)
-    return "; ".join(f"{_numbered('slot', numbers)} {task}".rstrip() for task, numbers in slots.items())
-
-
-@functools.cache
-def facts() -> dict[str, str]:
-    """What must be equal here and at the learner for equal numbers."""
-    digest = hashlib.sha256()
-    root = pathlib.Path(HOME) / "envs"
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    found = {"python": ".".join(platform.python_version_tuple()[:2]), "machine": platform.machine()}
-    for name in _ALIKE:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found | {"code of envs": digest.hexdigest()[:12]}
-
-
-# --- on the learner's side -----------------------------------------------------------------------------------------
 
 
 class RayWorkers:
@@ -131,6 +45,7 @@ class RayWorkers:
         num_workers: actors, each with one unit of the resource `simulator`.
         address: of the cluster, HOST:PORT; "auto": the one that runs on this machine. Empty: that of RAY_ADDRESS, or
             else one is started here and ends with the pool.
+        start_timeout_s: seconds that an actor may wait for a host; then the pool fails.
         name: of the pool, before the names of its actors in Ray's dashboard, e.g. "grpo-OpenDrawer-seed0".
 
     Raises:
@@ -140,17 +55,25 @@ class RayWorkers:
     """
 
     def __init__(
-        self, factories: Factories, simulators: int, num_workers: int, address: str = "", name: str = "pool"
+        self,
+        factories: Factories,
+        simulators: int,
+        num_workers: int,
+        address: str = "",
+        start_timeout_s: float = 120.0,
+        name: str = "pool",
     ) -> None:
         self._ray = ray_module()
         self._num_workers, self._name = num_workers, name
+        self._longest_s = max(start_timeout_s / 2, start_timeout_s - 2 * _LOOK_S)  # before the pool calls it late
+        self._start_timeout_s = start_timeout_s
         self._leave = connect(self._ray, address, num_workers)
         try:
             self._packed = self._ray.cloudpickle.dumps((dict(factories), simulators))
         except Exception as error:  # noqa: BLE001 - pickling runs the factories' own code
             self.close()
             raise ValueError(f"make_env cannot be sent to an actor ({error}): expected what can be pickled") from None
-        self._actor = self._ray.remote(_actor_class())
+        self._actor = self._ray.remote(actor_class())
         self._members: dict[int, RayWorker] = {}
         self._starts: Counter[int] = Counter()
         self.deadly: set[str] = set()  # nodes where an actor died or did not answer
@@ -165,6 +88,8 @@ class RayWorkers:
         deadline = time.monotonic() + timeout_s
         while True:
             self._attend(members)
+            if refused := [member for member in members if member.refused]:
+                return refused
             by_ref = {member.oldest: member for member in members}
             patience = max(0.0, min(_LOOK_S, deadline - time.monotonic()))
             if self._ray.wait(list(by_ref), num_returns=1, timeout=patience)[0]:
@@ -181,7 +106,7 @@ class RayWorkers:
             return set()
         free = int(self._ray.available_resources().get(RESOURCE, 0))
         if moving := sorted(crowded)[:free]:
-            _log.warning("%d %s free: %s move there", free, _units(free), _numbered("simulator", moving))
+            _log.warning("%d %s free: %s move there", free, _units(free), numbered("simulator", moving))
         return set(moving)
 
     def close(self) -> None:
@@ -192,7 +117,7 @@ class RayWorkers:
         hosts: dict[str, list[int]] = {}
         for index, member in sorted(self._members.items()):
             hosts.setdefault(member.host, []).append(index)
-        told = "; ".join(f"{host}: {_numbered('simulator', indices)}" for host, indices in hosts.items())
+        told = "; ".join(f"{host}: {numbered('simulator', indices)}" for host, indices in hosts.items())
         return f"{len(self._members)} simulator actors of Ray on {len(hosts)} host{'s' * (len(hosts) > 1)} ({told})"
 
     # --- for its workers -------------------------------------------------------------------------------------------
@@ -251,10 +176,12 @@ class RayWorkers:
         for member in waiting:
             if member.again and not member.crowded and member.waited_s > CROWD_AFTER_S and any(self.hosts().values()):
                 member.crowd()
+            elif member.waited_s > self._longest_s:
+                member.refused = f"no host took it within {self._start_timeout_s:g} s: {self.lacking()}"
         late = [member.index for member in waiting if member.waited_s > WAITING_EVERY_S]
         if late and time.monotonic() > self._told + WAITING_EVERY_S:
             self._told = time.monotonic()
-            _log.warning("%s wait for a place: %s", _numbered("simulator", late), self.lacking())
+            _log.warning("%s wait for a place: %s", numbered("simulator", late), self.lacking())
 
 
 class RayWorker(Worker):
@@ -266,6 +193,7 @@ class RayWorker(Worker):
         self._requests: deque[tuple[Request, Any]] = deque()  # with the references of their answers
         self._facts: dict[str, Any] = {}
         self._death = "the actor is dead"
+        self.refused = ""  # why no host took it
         self._closing: Any = None
         self._tries = 0
         self._create()
@@ -337,6 +265,9 @@ class RayWorker(Worker):
             raise OSError(self._death) from error
 
     def receive(self) -> Reply:
+        """The oldest answer; its arrays are read-only."""
+        if self.refused:
+            return Reply([], error=self.refused, lasting=True)
         _, ref = self._requests.popleft()
         try:
             if not self._facts:
@@ -378,8 +309,6 @@ class RayWorker(Worker):
         return self._death
 
     def late(self, timeout_s: float) -> str:
-        if not self.placed:
-            return f"no host took it within {timeout_s:g} s: {self._place.lacking()}"
         self._place.deadly.add(self.node)
         return f"no answer within {timeout_s:g} s" + (f" from host {self.host}" if self._facts else "")
 
@@ -403,8 +332,3 @@ class RayWorker(Worker):
 
 def _units(count: float) -> str:
     return f"unit{'s' * (count != 1)} of the resource {RESOURCE}"
-
-
-def _numbered(noun: str, indices: Sequence[int]) -> str:
-    """E.g. "simulators 0, 1, 5"."""
-    return f"{noun}{'s' * (len(indices) > 1)} {', '.join(map(str, indices))}"

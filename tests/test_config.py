@@ -101,6 +101,7 @@ def test_presets():
         (["--config.group.shuffle_advantages=1"], ["group.shuffle_advantages", "'1'", "true or false"]),
         (["--config.group.size=1"], ["group.size", "got 1", "2 … 1024"]),
         (["--config.flow.steps=1"], ["flow.steps", "got 1", "2 … 1000"]),
+        (["--config.flow.temperature=-0.5"], ["flow.temperature", "got -0.5", "0 … 1, or -1 for the policy's own"]),
         (["--config.flow.steps=0"], ["flow.steps", "got 0", "2 … 1000"]),
         (["--config.flow.steps=1", "--config.init=x"], ["flow.steps", "got 1", "2 … 1000, or 0 for those that"]),
         (["--config.sft.optim.schedule=constant", "--config.sft.optim.lr_end=1e-6"], ["sft.optim.lr_end", "no effect"]),

@@ -23,7 +23,8 @@ from z1_jax.data.tokenizer import train_small_tokenizer
 from z1_jax.initial_policy import check_policy, dataset_statistics, given_policy, new_policy
 from z1_jax.metrics import MetricsWriter
 from z1_jax.models.presets import get_preset
-from z1_jax.run_dir import claim_directory
+from z1_jax.rl.actor import act, make_actor
+from z1_jax.run_dir import claim_directory, policy_identity
 from z1_jax.stages import demonstrations
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -114,6 +115,33 @@ def test_a_policy_acts_with_as_many_denoising_steps_as_it_was_made_for(tmp_path)
     two = dataclasses.replace(config, compare=four)
     with pytest.raises(ConfigError, match="flow.steps: got 0, but .*/ten acts with 10 and .*/four acts with 4: give"):
         stages.check_inputs(two)
+
+
+def chains(policy) -> np.ndarray:
+    """The chains [4, K + 1, H, A] of one observation under four ids, by the ODE sampler."""
+    mesh = tiny.one_device()
+    graphdef, *params = policy.split("expert")
+    actor = make_actor(policy, graphdef, FlowConfig(steps=2), mesh, 4)
+    ids = np.arange(4)[:, None, None]
+    acted = act(actor, (params[0], params[1]), policy.processor, [tiny.make_env().observe()] * 4, ids, (0,), executed=8)
+    return acted.chain.x[:, 0]
+
+
+def test_the_temperature_is_the_policys_own_or_the_configs(tmp_path):
+    mesh = tiny.one_device()
+    cold, plain = stored(tmp_path / "cold", 3, temperature=0.25), stored(tmp_path / "plain", 3)
+    config = Config(algorithm="grpo", env=EnvConfig(cameras=(tiny.CAMERA,)))
+    assert given_policy(config, plain, mesh).temperature == 1 and "temperature" not in tiny.policy().document()
+    own = given_policy(config, cold, mesh)
+    assert own.temperature == own.document()["temperature"] == 0.25
+    zero = given_policy(dataclasses.replace(config, flow=FlowConfig(temperature=0.0)), cold, mesh)
+    assert zero.temperature == zero.document()["temperature"] == 0  # not lost for being nothing
+    full = chains(given_policy(config, plain, mesh))
+    np.testing.assert_array_equal(chains(own)[:, 0], np.float32(0.25) * full[:, 0])
+    still = chains(zero)
+    assert not still[:, 0].any() and (still == still[:1]).all() and not (full == full[:1]).all()
+    identities = {policy_identity(path) for path in (cold, plain, stored(tmp_path / "zero", 3, temperature=0.0))}
+    assert len(identities) == 3
 
 
 def test_a_policy_of_other_environments_is_refused(tmp_path):

@@ -19,7 +19,7 @@ from z1_jax.config.schema import Config, ConfigError, EnvConfig, GroupConfig, Up
 from z1_jax.detection import Place
 from z1_jax.errors import UserError
 from z1_jax.rl import shares
-from z1_jax.rl.lockstep import blank
+from z1_jax.rl.actor import blank
 from z1_jax.rl.rollout import Share
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -60,7 +60,7 @@ def against_one(count: int, devices: int, axes: str, tmp_path: pathlib.Path, pla
     (tmp_path / "placement").write_text(placement)
     data, fsdp = map(int, axes.split("x"))
     mesh = sharding.make_mesh(data, fsdp, devices=jax.devices()[: count * devices])
-    alone = {case: process_case.run(case, mesh, tmp_path) for case in process_case.CASES}
+    alone = {case: process_case.run(case, mesh, tmp_path) for case in ("sft", "grpo")}
     run_processes(count, devices, "+".join(alone), axes, tmp_path)
     for case, expected in alone.items():
         with np.load(tmp_path / f"{case}-{count}.npz") as found:
@@ -77,6 +77,18 @@ def test_two_processes_train_as_one(tmp_path):
 @pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
 def test_every_mesh_trains_alike(tmp_path, count, devices, axes):
     against_one(count, devices, axes, tmp_path, "host" if axes == "2x2" else "recompute")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_four_processes_goes_on_with_two_and_with_one(tmp_path):
+    mesh = sharding.make_mesh(2, 2, devices=jax.devices()[:4])
+    whole = process_case.run("sft", mesh, tmp_path)
+    whole["told"] = whole["told"][10:]
+    run_processes(4, 1, "first_half", "2x2", tmp_path)
+    compare(whole, process_case.run("second_half", mesh, tmp_path))
+    run_processes(2, 1, "second_half", "2x1", tmp_path)
+    with np.load(tmp_path / "second_half-2.npz") as found:
+        compare(whole, dict(found))
 
 
 def test_every_node_of_a_batch_is_dealt_once_and_its_own_first(rng):

@@ -46,7 +46,7 @@ def cluster():
 
 def pool_of(factory, slots: int, workers: int, timeout_s=20.0, start_timeout_s=60.0, simulators=0) -> EnvPool:
     factories = factory if isinstance(factory, dict) else {"": factory}
-    place = RayWorkers(factories, simulators, workers, name="test")
+    place = RayWorkers(factories, simulators, workers, start_timeout_s=start_timeout_s, name="test")
     return EnvPool(factory, slots, workers, timeout_s, start_timeout_s, simulators, place)
 
 

@@ -2,7 +2,10 @@
 
 import argparse
 import functools
+import itertools
 import json
+import os
+import subprocess
 import threading
 
 import numpy as np
@@ -11,6 +14,7 @@ import tiny_policy
 from policy_server import serving
 from websockets.sync.server import serve
 
+from envs.base import Episode
 from z1_jax import evaluate as evaluate_command
 from z1_jax import train
 from z1_jax.checkpoint import Checkpoints
@@ -75,6 +79,48 @@ def test_the_same_episodes_end_the_same(tmp_path):
     assert server.refused == 0 and max(server.batches) > 1
 
 
+# The policy of a process with NumPy below 2: openpi's client between our messages on its standard input and output.
+OPENPIS = """
+import sys
+from openpi_client import msgpack_numpy
+from openpi_client.websocket_client_policy import WebsocketClientPolicy
+
+policy = WebsocketClientPolicy("127.0.0.1", int(sys.argv[1]))
+while size := sys.stdin.buffer.read(8):
+    message = msgpack_numpy.unpackb(sys.stdin.buffer.read(int.from_bytes(size, "big")))
+    answer = msgpack_numpy.packb({"actions": policy.infer(message)["actions"]})
+    sys.stdout.buffer.write(len(answer).to_bytes(8, "big") + answer)
+    sys.stdout.buffer.flush()
+"""
+
+
+@pytest.mark.skipif("Z1_OPENPI_CLIENT" not in os.environ, reason="Z1_OPENPI_CLIENT names no Python with openpi-client")
+def test_openpis_own_client_ends_the_same_episodes_the_same(tmp_path):
+    run(tiny_policy.policy(), None, None, tmp_path / "here.jsonl")
+    here = rows(tmp_path / "here.jsonl")
+    env = tiny_policy.make_env()
+    with serving(engine(), metadata=about()) as (port, _):
+        command = [os.environ["Z1_OPENPI_CLIENT"], "-c", OPENPIS, str(port)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
+
+            def decided(look, noise_seed):
+                message = {"state": look.state, "images": look.images, "prompt": look.instruction}
+                sent = wire.pack({**message, "noise_seed": noise_seed})
+                client.stdin.write(len(sent).to_bytes(8, "big") + sent)
+                client.stdin.flush()
+                return wire.unpack(client.stdout.read(int.from_bytes(client.stdout.read(8), "big")))["actions"]
+
+            for row in here:
+                env.reset(Episode(row["seed"]))
+                for chunk in itertools.count():
+                    actions = decided(env.observe(), [3, row["seed"], chunk, 0])
+                    if env.step_chunk(actions[: tiny_policy.CONFIG.horizon]).done:
+                        break
+                assert (env.success, env.steps) == (row["success"], row["steps"]), row
+            client.stdin.close()
+    assert len(here) == COUNT and {row["success"] for row in here} == {True, False}
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
@@ -114,6 +160,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs(tmp_path):
         for more, told in (
             (("--config.env.cameras=robot0_eye_in_hand",), "wants robot0_agentview_left"),
             (("--config.flow.steps=7",), "acts with its own 4: leave it at 0, or serve it with --steps=7"),
+            (("--config.flow.temperature=0",), "got 0; .* acts with its own: leave it at -1"),
             (("--config.env.executed=9",), "predicts chunks of 8 steps"),
             (("--config.inputs.norm=z_score",), "was trained with 'quantile'"),
         ):

@@ -216,6 +216,7 @@ ELSEWHERE = {
     "train.keep_best": ("test_loop.py", "test_the_best_by_training_success_is_kept_and_told"),
     "train.stop_success": ("test_loop.py", "test_early_stopping_survives_a_resume"),
     "train.stop_window": ("test_loop.py", "test_early_stopping_survives_a_resume"),
+    "flow.temperature": ("test_initial_policy.py", "test_the_temperature_is_the_policys_own_or_the_configs"),
     "selective.then": ("test_selective.py", "test_reasons_are_one_line_with_the_numbers"),
 }
 SLOW = (acted, lost, trained)  # compile functions of their own

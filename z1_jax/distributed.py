@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Shaped
 
 from z1_jax.errors import UserError
 from z1_jax.sharding import LOGICAL_RULES, batch_sharding, place, processes_of_shards, replicated
@@ -89,7 +90,7 @@ def share_of_batch(mesh: Mesh) -> tuple[int, int]:
     return order.index(jax.process_index()) // each, count
 
 
-def local_rows(x: jax.Array | np.ndarray, axis: int = 0) -> np.ndarray:
+def local_rows(x: Shaped[jax.Array, "..."], axis: int = 0) -> np.ndarray:
     """This process's rows of an array that is spread along `axis` alone; all of them where there is one process."""
     if not isinstance(x, jax.Array) or x.is_fully_addressable:
         return np.asarray(x)

@@ -153,6 +153,7 @@ def _new_policy(
         mesh,
         executed=config.env.executed or shapes.horizon,
         denoising_steps=config.flow.steps,
+        temperature=1.0 if config.flow.temperature < 0 else config.flow.temperature,
     )
 
 
@@ -213,6 +214,7 @@ def given_policy(config: Config, path: str, mesh: jax.sharding.Mesh, dataset: Da
         policy,
         executed=config.env.executed or policy.executed,
         denoising_steps=config.flow.steps or policy.denoising_steps,
+        temperature=policy.temperature if config.flow.temperature < 0 else config.flow.temperature,
     )
     try:
         return policy.with_compute(config.model.remat, config.model.attention, config.model.acting)
@@ -317,6 +319,11 @@ def check_policy(config: Config, path: str) -> None:
 
 def _check_served_steps(config: Config, document: dict[str, Any], path: str) -> None:
     """Refuses a number of denoising steps that a served policy would not take from here."""
+    if config.flow.temperature >= 0:
+        raise ConfigError(
+            f"config key flow.temperature: got {config.flow.temperature:g}; the policy at {remote.name(path)} acts "
+            "with its own: leave it at -1"
+        )
     own = document.get("denoising_steps", 0)
     if config.flow.steps not in (0, own):
         raise ConfigError(

@@ -41,6 +41,7 @@ class Policy:
     Attributes:
         executed: E, steps of each predicted chunk of H that the environment runs before the policy looks again.
         denoising_steps: K that the policy acts with.
+        temperature: scale of the noise that it starts from when it acts, 0 … 1.
         world: what it was trained in, where that is known: "tasks", "instructions" (lists) and "rate" (Hz).
     """
 
@@ -51,6 +52,7 @@ class Policy:
     executed: int
     denoising_steps: int
     world: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    temperature: float = 1.0
 
     def with_params(self, *states: nnx.State) -> Policy:
         """The same policy with other parameters, adapters folded into their kernels."""
@@ -108,6 +110,7 @@ class Policy:
             "executed": self.executed,
             "denoising_steps": self.denoising_steps,
             "world": dict(self.world),
+            **({} if self.temperature == 1 else {"temperature": self.temperature}),
         }
 
     def parts(self) -> dict[str, Any]:
@@ -139,6 +142,7 @@ def fresh_policy(
     *,
     executed: int,
     denoising_steps: int,
+    temperature: float = 1.0,
 ) -> Policy:
     """A policy with random parameters, to be trained from scratch.
 
@@ -152,7 +156,7 @@ def fresh_policy(
         table.set_value(pi05.smooth_number_embedding(table.get_value(), jnp.asarray(ids), number_key))
     graphdef, params = nnx.split(model)
     params = jax.device_put(params, param_sharding(params, mesh))
-    return Policy(config, graphdef, params, processor, executed, denoising_steps)
+    return Policy(config, graphdef, params, processor, executed, denoising_steps, temperature=temperature)
 
 
 def make_processor(
@@ -239,11 +243,11 @@ def load_policy(
             clip=tuple(document["clip"]) if document["clip"] else None,
         )
         executed, denoising_steps = document["executed"], document["denoising_steps"]
-        world = dict(document.get("world") or {})
+        world, temperature = dict(document.get("world") or {}), float(document.get("temperature", 1.0))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {checkpoints.directory / str(step)} holds no policy ({error})") from error
     params = unnamed(abstract, loaded)
-    return Policy(config, graphdef, params, processor, executed, denoising_steps, world)
+    return Policy(config, graphdef, params, processor, executed, denoising_steps, world, temperature)
 
 
 def _tokenizer(

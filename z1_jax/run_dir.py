@@ -199,7 +199,7 @@ def policy_identity(path: str) -> str:
         beside = directory / str(step) / TOKENIZER
         words = beside.read_bytes() if not stored and beside.is_file() else b""
         acts_by = {key: document.get(key) for key in _ACTS_BY}
-        acts_by |= {key: document[key] for key in _ACTS_BY_SINCE if document.get(key)}
+        acts_by |= {key: document[key] for key in _ACTS_BY_SINCE if document.get(key) is not None}
         rest = json.dumps(acts_by, sort_keys=True).encode()
         return f"{arrays}-{hashlib.sha256(rest + words).hexdigest()[:8]}"
     finally:
@@ -219,7 +219,8 @@ _ACTS_BY = (
     "executed",
     "denoising_steps",
 )
-_ACTS_BY_SINCE = ("relative_actions",)  # where a policy has them: the identities of others stay what they were
+# Where a policy has them: the identities of others stay what they were.
+_ACTS_BY_SINCE = ("relative_actions", "temperature")
 
 
 def claim_policy(run_dir: pathlib.Path, identities: Mapping[str, str]) -> None:
@@ -440,6 +441,7 @@ def _policy_facts(config: Config, policy: Policy) -> dict[str, Any]:
         "executed_steps_per_chunk": policy.executed,
         "denoising_steps": config.flow.steps,
         "sampler": "ODE",
+        "temperature": policy.temperature,
         "slots": list(processor.cameras),
         "widths": {name: stats.dim for name, stats in processor.stats.items()},
         "tokenizer": processor.tokenizer.identity[:12],

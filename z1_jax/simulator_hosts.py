@@ -5,18 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 
-import jax
-
 from envs.base import Env
 from envs.ray_cluster import RESOURCE, ray_module, refusal
 from envs.ray_workers import RayWorkers
+from z1_jax import processes
 from z1_jax.config.schema import Config, ConfigError
 from z1_jax.suites import simulators
-
-
-def learners() -> int:
-    """Processes of the run. Looks at no device where there is only this one."""
-    return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def check_ray(config: Config) -> None:
@@ -33,10 +27,10 @@ def check_ray(config: Config) -> None:
         raise ConfigError(f"config key rollout.backend: got ray, but {error}") from None
     address = config.rollout.address or os.environ.get("RAY_ADDRESS", "")
     if not address:
-        if learners() > 1:
+        if processes.count() > 1:
             raise ConfigError(
-                f"config key rollout.address: got '' with {learners()} learners, expected the address of the cluster "
-                "that they share"
+                f"config key rollout.address: got '' with {processes.count()} learners, expected the address of "
+                "the cluster that they share"
             )
         return
     told = refusal(address)
@@ -49,17 +43,18 @@ def check_ray(config: Config) -> None:
         print(f"{line}, env.workers={config.env.workers} wants as many: start nodes until rollouts begin", flush=True)
 
 
-def ray_workers(config: Config, factories: Mapping[str, Callable[[], Env]]) -> RayWorkers:
-    """Joins the cluster; the actors of each learner have names of their own there.
+def ray_workers(config: Config, factories: Mapping[str, Callable[[], Env]], actors: int) -> RayWorkers:
+    """Joins the cluster with so many actors; those of each learner have names of their own there.
 
     Raises:
         PoolError: it cannot be joined any more.
     """
-    learner = f" learner {jax.process_index()}" if learners() > 1 else ""
+    learner = f" learner {processes.index()}" if processes.count() > 1 else ""
     return RayWorkers(
         factories,
         simulators(config),
-        min(config.env.workers, config.env.parallel),
+        actors,
         config.rollout.address,
+        config.env.start_timeout_s,
         name=f"{config.directory.name}{learner}",
     )

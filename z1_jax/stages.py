@@ -157,14 +157,14 @@ def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 def make_pool(config: Config) -> Pool:
     """Starts the workers of a run, where `rollout.backend` has them; call it once."""
-    factories, place = make_envs(config), None
+    factories, place, several = make_envs(config), None, processes.count()  # each process has its part of them
+    slots, workers = config.env.parallel // several, -(-config.env.workers // several)
     if config.rollout.backend == "ray":
-        place = ray_workers(config, factories)
-    several = processes.count()  # each has its part of them
+        place = ray_workers(config, factories, min(slots, workers))
     pool = EnvPool(
         factories,
-        config.env.parallel // several,
-        -(-config.env.workers // several),
+        slots,
+        workers,
         timeout_s=config.env.timeout_s,
         start_timeout_s=config.env.start_timeout_s,
         simulators=simulators(config),

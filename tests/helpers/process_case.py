@@ -1,7 +1,8 @@
 """One process of several that train the tiny policy: python process_case.py CASES MESH OUT [--coordinator=… …].
 
-CASES: sft (20 steps on random batches), grpo (3 updates on the rollouts that one process left in OUT), or both, joined
-by +. MESH: DATAxFSDP. Writes OUT/CASE-P.npz, P the number of processes.
+CASES, joined by +: sft (20 steps on random batches), its first_half and second_half (with a checkpoint between them),
+grpo (3 updates on the rollouts that one process left in OUT). MESH: DATAxFSDP. Writes OUT/CASE-P.npz, P the number of
+processes.
 """
 
 from __future__ import annotations
@@ -32,9 +33,20 @@ def policy_on(mesh: jax.sharding.Mesh):
     return fresh.with_params(jax.tree.map(perturbed, fresh.params))
 
 
-def sft(mesh: jax.sharding.Mesh, out: pathlib.Path):
+def first_half(mesh: jax.sharding.Mesh, out: pathlib.Path):
+    """The first ten steps of `sft`, and a checkpoint."""
+    return sft(mesh, out, range(10), save=True)
+
+
+def second_half(mesh: jax.sharding.Mesh, out: pathlib.Path):
+    """The last ten steps, from the checkpoint of `first_half`, however many processes wrote it."""
+    return sft(mesh, out, range(10, 20))
+
+
+def sft(mesh: jax.sharding.Mesh, out: pathlib.Path, steps: range = range(20), save: bool = False):
     import tiny_policy as tiny
 
+    from z1_jax.checkpoint import Checkpoints
     from z1_jax.config.schema import OptimConfig, SftConfig
     from z1_jax.sft import SftTrainer
 
@@ -42,6 +54,9 @@ def sft(mesh: jax.sharding.Mesh, out: pathlib.Path):
         steps=20, batch_size=8, flows=2, ema=0.0, augment=True, optim=OptimConfig(lr=1e-3, warmup_steps=2)
     )
     trainer = SftTrainer(policy_on(mesh), config, SEED, mesh)
+    if steps.start:
+        step, trainer.state, document = trainer.state.restored(Checkpoints(out / "checkpoints"))
+        assert (step, document) == (10, {"processes": "any"})
     part, parts = distributed.share_of_batch(mesh)
     rng, losses = np.random.default_rng(SEED), []
     for step in range(config.steps):
@@ -54,7 +69,12 @@ def sft(mesh: jax.sharding.Mesh, out: pathlib.Path):
             "actions": rng.standard_normal((size, model.horizon, model.action_dim), np.float32),
         }
         mine = {key: np.split(value, parts)[part] for key, value in batch.items()}
-        losses.append(float(trainer.step(mine, step)["loss"]))
+        if step in steps:
+            losses.append(float(trainer.step(mine, step)["loss"]))
+    if save:
+        checkpoints = Checkpoints(out / "checkpoints")
+        checkpoints.save(10, trainer.state.parts(trainer.policy()), {"processes": "any"})
+        checkpoints.close()
     return trainer.policy(), np.array(losses)
 
 
@@ -114,7 +134,7 @@ def grpo(mesh: jax.sharding.Mesh, out: pathlib.Path):
     return trainer.policy(), np.array(losses)
 
 
-CASES = {"sft": sft, "grpo": grpo}
+CASES = {"sft": sft, "grpo": grpo, "first_half": first_half, "second_half": second_half}
 
 
 def run(case: str, mesh: jax.sharding.Mesh, out: pathlib.Path) -> dict[str, np.ndarray]:

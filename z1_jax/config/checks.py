@@ -140,6 +140,10 @@ def _check_combinations(config: Config) -> None:
             f"config key flow.steps: got {config.flow.steps}, expected 2 … 1000"
             + ", or 0 for those that the given policy acts with" * given
         )
+    if -1 < config.flow.temperature < 0:
+        raise ConfigError(
+            f"config key flow.temperature: got {config.flow.temperature:g}, expected 0 … 1, or -1 for the policy's own"
+        )
     if group.branching == "none" and (group.prefix_chunks or group.prefix_chunks_end):
         raise ConfigError(
             "config key group.prefix_chunks: branching=none shares no prefix, "
@@ -283,8 +287,9 @@ def _check_switches(config: Config) -> None:
         )
 
 
-# Sections of the RL; of flow only the number of steps matters without it.
+# Sections of the RL; of flow only how a policy acts matters without it.
 _RL = ("group.", "reward.", "update.", "train.", "selective.", "flow.")
+_ACTING = ("flow.steps", "flow.temperature")
 
 
 def check_given(config: Config, keys: Iterable[str]) -> None:
@@ -312,7 +317,7 @@ def check_given(config: Config, keys: Iterable[str]) -> None:
     else:
         unused, why = ("checkpoint", "compare"), "algorithm=grpo makes its own policy, or starts from init"
     for key in keys:
-        if key.startswith(unused) and key != "flow.steps":
+        if key.startswith(unused) and key not in _ACTING:
             raise ConfigError(f"config key {key}: it has no effect, {why}; leave it out")
 
 

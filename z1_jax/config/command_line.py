@@ -63,6 +63,7 @@ def _help(argv: Sequence[str], default: str) -> NoReturn:
     known, heads, section = meanings(), sections(), ""
     print(f"usage: python -m z1_jax.COMMAND [--config=FILE.py[:PRESET]] [--config.KEY=VALUE ...]  (default: {default})")
     print("       --force (train, evaluate): a run that has begun goes on under other settings, and records them")
+    print("       --coordinator=HOST:PORT --processes=N --process=I (train, evaluate): one of N processes of one run")
     print("The config FILE.py is yours or one of these:")
     for path in sorted(PRESETS / f"{name}.py" for name in ("grpo", "sft", "eval")):
         print(f"  configs/{path.name}:{{{','.join(_module(path).PRESETS)}}}")

@@ -202,6 +202,10 @@ class FlowConfig:
 
     # K, denoising steps of a decision; 0: those that the given policy acts with
     steps: Annotated[int, Within(0, 1000)] = 4
+    # Scale of the noise that denoising starts from when the policy acts, in rollouts as in evaluations: 1: all that it
+    # was trained from; 0: its middle, near the mean of what the policy thinks possible; -1: the policy's own (a fresh
+    # one: 1). Training sees all of it either way.
+    temperature: Annotated[float, Within(-1.0, 1.0)] = -1.0
     noise_level: Annotated[float, Within(1e-6, 10.0)] = 1.0  # a, at the first iteration
     noise_level_end: Annotated[float, Within(1e-6, 10.0)] = 0.5  # a at the last iteration
     noise_schedule: str = "linear"  # from the one to the other
@@ -451,6 +455,7 @@ _YOUNGER: dict[str, Any] = {
     "group.spread": "uniform",
     "group.floor": 0.25,
     "group.oversample": 1.0,
+    "flow.temperature": -1.0,
     "rollout.overlap": False,
 }
 

@@ -10,13 +10,15 @@ from z1_jax.config.schema import ConfigError
 PRESETS: dict[str, dict[str, Any]] = {
     "kitchen24": {
         "tasks": ("kitchen24",),
-        "every": {"env__executed": 4},
+        # Recipes were chosen on seeds from 1,000,000,000 on; these nothing else has used (docs/kitchen-24.md).
+        "every": {"env__executed": 4, "flow__temperature": 0.0, "eval__first_seed": 1_200_000_000},
         "sft": {
             "demos__episodes": 200,
             "demos__sampling": "balanced",
             "sft__optim__name": "muon",
             "sft__steps": 3000,
             "sft__optim__warmup_steps": 100,
+            "sft__ema": 0.99,
         },
         "grpo": {
             "group__branching": "none",

@@ -18,12 +18,10 @@ from envs.base import Episode, Pool, SlotsLost
 from z1_jax.data.transforms import InputProcessor
 from z1_jax.errors import UserError
 from z1_jax.rl.actor import Acted, Actor, act, stack_ids
+from z1_jax.rl.lost import Lost, TooManyLost
 from z1_jax.rl.prefix_cache import AnyStore
 from z1_jax.rl.tree import BranchPlan
 from z1_jax.types import Observation
-
-LOST_SHARE = 0.01  # of groups that may be lost; but LOST_FREELY always
-LOST_FREELY = 2
 
 
 class BrokenIteration(UserError):
@@ -32,10 +30,6 @@ class BrokenIteration(UserError):
     def __init__(self, message: str, evidence: Mapping[str, np.ndarray] | None = None):
         super().__init__(message)
         self.evidence = dict(evidence or {})
-
-
-class TooManyLost(UserError):
-    """Environments fail so often that what is left would not stand for what was asked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +145,7 @@ def collect(
     pool.take_times()
     if store is not None:
         store.clear()
-    lost = _Lost("groups", *before)
+    lost = Lost("groups", *before)
     walks, wanted = _walked(pool, actor, params, processor, plan, episodes, decide, again, lost)
     if len(lost.why) == len(wanted):
         raise TooManyLost(f"each of {len(wanted)} groups was lost: {lost.newest}")
@@ -179,7 +173,7 @@ def play(
 ) -> Outcome:
     """What comes of episodes under the ODE sampler, each alone. Arguments and errors: as `collect`."""
     decide = _Sampling(noise_key, False, None, None, executed, overlap)
-    lost = _Lost("episodes", *before)
+    lost = Lost("episodes", *before)
     alone = BranchPlan(group_size=1, points=(), fanout=())
     walks, wanted = _walked(pool, actor, params, processor, alone, episodes, decide, None, lost)
     return _outcome(walks, wanted, lost)
@@ -194,7 +188,7 @@ def _walked(
     episodes: Sequence[Episode],
     decide: _Sampling,
     again: Callable[[Outcome], Sequence[Episode]] | None,
-    lost: _Lost,
+    lost: Lost,
 ) -> tuple[list[_Walk], list[Episode]]:
     """Walks over all groups, and their episodes."""
     at_once = pool.num_envs // plan.group_size
@@ -214,40 +208,11 @@ def _walked(
     return walks, wanted
 
 
-def _outcome(walks: list[_Walk], episodes: Sequence[Episode], lost: _Lost) -> Outcome:
+def _outcome(walks: list[_Walk], episodes: Sequence[Episode], lost: Lost) -> Outcome:
     names = ("success", "unstable", "chunks", "steps")
     arrays = {name: np.concatenate([getattr(walk, name) for walk in walks]) for name in names}
     arrays["success"][list(lost.why)] = False
     return Outcome(episodes=tuple(episodes), lost=dict(lost.why), **arrays)
-
-
-class _Lost:
-    """Groups whose environments failed again and again at one state.
-
-    Args:
-        what: they are called; before, drawn: how many were lost, and drawn, earlier in the run.
-    """
-
-    def __init__(self, what: str, before: int, drawn: int):
-        self._what, self._before, self.drawn = what, before, drawn
-        self.why: dict[int, str] = {}  # by number, since the run's earlier ones
-        self.newest = ""
-
-    def add(self, group: int, why: str) -> None:
-        """Raises TooManyLost: see `collect`."""
-        if group in self.why:
-            return
-        self.why[group] = self.newest = why
-        check_lost(self._before + len(self.why), self.drawn, self._what, why)
-
-
-def check_lost(lost: int, drawn: int, what: str, why: str) -> None:
-    """Raises TooManyLost: see `collect`. `what` was lost, and `why` the last one."""
-    if lost > max(LOST_FREELY, LOST_SHARE * drawn):
-        raise TooManyLost(
-            f"{lost} of {drawn} {what} were lost, for an environment failed again and again at one state; more than "
-            f"{LOST_SHARE:.0%} would falsify the result. The last: {why}"
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +240,7 @@ class _Walk:
         episodes: Sequence[Episode],
         sampling: _Sampling,
         first_group: int,
-        lost: _Lost,
+        lost: Lost,
     ):
         self.pool, self.actor, self.params, self.processor = pool, actor, params, processor
         self.plan, self.episodes, self.sampling, self.first_group = plan, episodes, sampling, first_group

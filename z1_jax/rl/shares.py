@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from envs.base import Episode
 from z1_jax import distributed, processes
@@ -83,7 +84,7 @@ def _unpacked(message: Sequence[Any]) -> np.ndarray:
     return np.frombuffer(base64.b64decode(data), np.dtype(dtype)).reshape(shape)
 
 
-def deal(rows: np.ndarray, share: Share, room: int) -> list[np.ndarray]:
+def deal(rows: Int[np.ndarray, " n"], share: Share, room: int) -> list[np.ndarray]:
     """Which process trains on which nodes of a batch, at most `room` each: its own first, then what others cannot hold.
 
     Args:
@@ -99,7 +100,7 @@ def deal(rows: np.ndarray, share: Share, room: int) -> list[np.ndarray]:
     return dealt
 
 
-def brought(rows: np.ndarray, share: Share, room: int, own: Callable[[np.ndarray], Any]) -> tuple[Any, ...]:
+def brought(rows: Int[np.ndarray, " n"], share: Share, room: int, own: Callable[..., Any]) -> tuple[Any, ...]:
     """This process's part of a batch; every process must call it.
 
     Args:

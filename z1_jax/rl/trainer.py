@@ -20,6 +20,7 @@ from z1_jax.optim import schedule
 from z1_jax.policy import Policy, named, unnamed
 from z1_jax.rl import advantage, diagnostics, loss, rollout, selective, shares, tree
 from z1_jax.rl.actor import Actor, make_actor
+from z1_jax.rl.lost import check_lost
 from z1_jax.rl.parts import EXPERT, PartOptimizer
 from z1_jax.rl.prefix_cache import (
     AnyStore,
@@ -214,7 +215,7 @@ class GrpoTrainer:
         out = shares.merged(out, mine, [sorted(set(waves)).index(wave) for wave in waves])
         if out.lost:
             lost, drawn_before = self.lost_before
-            rollout.check_lost(lost + len(out.lost), drawn_before + out.drawn, "groups", [*out.lost.values()][-1])
+            check_lost(lost + len(out.lost), drawn_before + out.drawn, "groups", [*out.lost.values()][-1])
         return out
 
     def _dropped(self, told: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -205,7 +205,13 @@ class _RealTimeActor(Actor):
         horizon = policy.config.horizon
         counted = counted_coordinates(horizon, horizon, policy.processor.counted_dims, "horizon")
         super().__init__(
-            graphdef, FlowConfig(steps=policy.denoising_steps), counted, mesh, largest, policy.config.acting
+            graphdef,
+            FlowConfig(steps=policy.denoising_steps),
+            counted,
+            mesh,
+            largest,
+            policy.config.acting,
+            policy.temperature,
         )
         self.sizes = self._sizes = sorted({*(1 << n for n in range((largest - 1).bit_length())), largest})
         self._max_guidance, self._overwrite = max_guidance, overwrite
