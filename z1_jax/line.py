@@ -23,6 +23,7 @@ from z1_jax.errors import UserError, first_line
 BEAT_S = 2.0  # how often a process says that it is alive
 SILENT_S = 30.0  # a process that is not heard from for so long is dead or stopped
 FAILED, INTERRUPTED = 2, 130  # exit codes
+WRONG = "failed: "  # before an error's own words, which say what to do
 _PATIENCE_S = 5.0  # within which whoever connects must say who it is
 _AGAIN = "the same command, given to all processes, continues where the run stopped"
 
@@ -198,9 +199,9 @@ class Line:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             mine = f"process {self.index}: " * bool(self.index)
-            sys.stderr.write(
-                f"\n{mine}{'' if code == INTERRUPTED else 'error: '}{self.names[process]} {why}; {_AGAIN}\n"
-            )
+            again = "" if why.startswith(WRONG) else f"; {_AGAIN}"
+            kind = "" if code == INTERRUPTED else "error: "
+            sys.stderr.write(f"\n{mine}{kind}{self.names[process]} {why}{again}\n")
             sys.stderr.flush()
         os._exit(code)  # the main thread may wait in a collective for ever
 
