@@ -8,6 +8,7 @@ Knows nothing of JAX, so that it works while a collective of JAX hangs.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -94,7 +95,7 @@ class Line:
         self._changed = threading.Condition()
         self._alarm = threading.Lock()
         for number, link in links.items():
-            self._start(lambda number=number, link=link: self._listen(number, link))
+            self._start(functools.partial(self._listen, number, link))
         self._start(self._beat)
         if listening is not None:
             self._start(self._turn_away)
@@ -263,7 +264,8 @@ def _gather(port: int, count: int, seconds: float) -> Line:
             continue
         links[number], who[number] = link, (hello["host"], hello["pid"])
     listening.settimeout(None)
-    hosts, pids = ([who[number][part] for number in range(count)] for part in (0, 1))
+    hosts = [who[number][0] for number in range(count)]
+    pids = [who[number][1] for number in range(count)]
     for number, link in links.items():
         try:
             link.send(kind="welcome", hosts=hosts, pids=pids)
