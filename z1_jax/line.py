@@ -8,6 +8,7 @@ Knows nothing of JAX, so that it works while a collective of JAX hangs.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -23,6 +24,7 @@ from z1_jax.errors import UserError, first_line
 BEAT_S = 2.0  # how often a process says that it is alive
 SILENT_S = 30.0  # a process that is not heard from for so long is dead or stopped
 FAILED, INTERRUPTED = 2, 130  # exit codes
+WRONG = "failed: "  # before an error's own words, which say what to do
 _PATIENCE_S = 5.0  # within which whoever connects must say who it is
 _AGAIN = "the same command, given to all processes, continues where the run stopped"
 
@@ -93,7 +95,7 @@ class Line:
         self._changed = threading.Condition()
         self._alarm = threading.Lock()
         for number, link in links.items():
-            self._start(lambda number=number, link=link: self._listen(number, link))
+            self._start(functools.partial(self._listen, number, link))
         self._start(self._beat)
         if listening is not None:
             self._start(self._turn_away)
@@ -198,9 +200,9 @@ class Line:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             mine = f"process {self.index}: " * bool(self.index)
-            sys.stderr.write(
-                f"\n{mine}{'' if code == INTERRUPTED else 'error: '}{self.names[process]} {why}; {_AGAIN}\n"
-            )
+            again = "" if why.startswith(WRONG) else f"; {_AGAIN}"
+            kind = "" if code == INTERRUPTED else "error: "
+            sys.stderr.write(f"\n{mine}{kind}{self.names[process]} {why}{again}\n")
             sys.stderr.flush()
         os._exit(code)  # the main thread may wait in a collective for ever
 
@@ -262,7 +264,8 @@ def _gather(port: int, count: int, seconds: float) -> Line:
             continue
         links[number], who[number] = link, (hello["host"], hello["pid"])
     listening.settimeout(None)
-    hosts, pids = ([who[number][part] for number in range(count)] for part in (0, 1))
+    hosts = [who[number][0] for number in range(count)]
+    pids = [who[number][1] for number in range(count)]
     for number, link in links.items():
         try:
             link.send(kind="welcome", hosts=hosts, pids=pids)

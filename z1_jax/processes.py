@@ -19,7 +19,7 @@ import jax
 
 from z1_jax.detection import Place, detected
 from z1_jax.errors import UserError, first_line, shortened
-from z1_jax.line import FAILED, INTERRUPTED, Line, jax_port, open_line
+from z1_jax.line import FAILED, INTERRUPTED, WRONG, Line, jax_port, open_line
 
 T = TypeVar("T")
 
@@ -188,7 +188,7 @@ def failed(error: BaseException) -> bool:
         return _line.end("was interrupted", INTERRUPTED)
     if not isinstance(error, UserError):
         time.sleep(3.0)  # a broken connection shows here first; the line then says whose, and ends this process
-    return _line.end(f"failed: {shortened(str(error) or type(error).__name__, 500)}", FAILED)
+    return _line.end(f"{WRONG}{shortened(str(error) or type(error).__name__, 500)}", FAILED)
 
 
 def depart() -> None:

@@ -107,6 +107,7 @@ def make_mesh(config: Config) -> jax.sharding.Mesh:
         hint = f"; JAX_PLATFORMS={named} asks for it: unset it, or install JAX for it" * bool(named)
         raise ConfigError(f"JAX finds no device ({first_line(error)}){hint}") from error
     initial_policy.check_attention(config)
+    distributed.check_alike(processes.exchange(jax.local_device_count()))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_batches(config, mesh)
     if processes.count() > 1:
@@ -122,7 +123,6 @@ def check_processes(config: Config, mesh: jax.sharding.Mesh) -> None:
         UserError: one line, the same in each.
     """
     count, group = processes.count(), config.group
-    distributed.check_alike(processes.exchange(jax.local_device_count()))
     distributed.share_of_batch(mesh)
     if config.algorithm != "sft" or config.eval.episodes:
         least = group.size if config.algorithm == "grpo" else 1

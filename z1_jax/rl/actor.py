@@ -258,8 +258,8 @@ class LockstepActor(Actor):
                 cache = self._encoded(params, self._blank, self._local_size(sizes[0]))
             else:
                 most, level = sizes
-                like = [np.zeros((1, most, *x.shape), x.dtype) for x in self._draw((0,))]
-                self._sampled(params, cache, *like, level)
+                noise, steps = (np.zeros((1, most, *x.shape), x.dtype) for x in self._draw((0,)))
+                self._sampled(params, cache, noise, steps, level)
 
     def _agreed(self, kind: str, sizes: list[Any]) -> tuple[str, list[Any]]:
         """What is computed next, and the largest of each size over the processes."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -58,10 +58,13 @@ def merged(local: Rollouts, groups: Sequence[int], waves: Sequence[int]) -> Roll
     place = np.argsort(numbers)
     table["group"] = np.searchsorted(numbers[place], table["group"])  # without the lost ones
     told = [episode for one in everyone for episode in one["episodes"]]
+    together: dict[str, Any] = {
+        name: np.concatenate([_unpacked(one[name]) for one in everyone])[place] for name in outcome
+    }
     return dataclasses.replace(
         local,
         episodes=tuple(Episode(**told[at]) for at in place),
-        **{name: np.concatenate([_unpacked(one[name]) for one in everyone])[place] for name in outcome},
+        **together,
         nodes=NodeTable(x=local.nodes.x, **{name: column[order] for name, column in table.items()}),
         first=sum(one["first"] for one in everyone),
         lost={group: why for one in everyone for group, why in one["lost"]},
@@ -137,5 +140,6 @@ def _rows_first(tree: Any) -> Any:
     """(seen, chains) with caches [layers, B, …] turned to [B, layers, …], and back."""
     seen, chains = tree
     if isinstance(seen, PrefixCache):
-        seen = PrefixCache(np.moveaxis(seen.k, 1, 0), np.moveaxis(seen.v, 1, 0), seen.mask)
+        k, v = (cast(Any, np.moveaxis(np.asarray(x), 1, 0)) for x in (seen.k, seen.v))
+        seen = PrefixCache(k, v, seen.mask)
     return seen, chains
