@@ -176,7 +176,7 @@ def faulty(runs: Runs, name: str, rng: random.Random, reference: dict[str, Any])
     """A run in whose environments things go wrong, once each, at calls that are drawn."""
     folder = fresh(runs.work / f"{name}.faults")
     folder.mkdir()
-    rows = [(kind, 1 if kind.startswith("build-") else rng.randrange(20, 200)) for kind in FAULTS[name]]
+    rows = [(kind, 1 if kind.startswith("build-") else rng.randrange(5, 40)) for kind in FAULTS[name]]
     seeds = sorted({row["seed"] for row in reference["training episodes"]})
     rows = [(kind, rng.choice(seeds) if kind == "state" else calls) for kind, calls in rows]
     table = "".join(f"{kind} {calls} {folder / f'{n}.flag'}\n" for n, (kind, calls) in enumerate(rows))
@@ -329,8 +329,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of every moment and choice (%(default)s)")
     parser.add_argument("--work", type=pathlib.Path, default=ROOT / "runs" / "survival", help="(%(default)s)")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--damages", type=int, default=30, help="damaged files (%(default)s)")
-    parser.add_argument("--disks", type=int, default=6, help="full disks (%(default)s)")
+    parser.add_argument("--damages", type=int, default=20, help="damaged files (%(default)s)")
+    parser.add_argument("--disks", type=int, default=5, help="full disks (%(default)s)")
     parser.add_argument("--only", default="", help="runs whose name starts so")
     parser.add_argument("--report", action="store_true", help="inject nothing")
     given = parser.parse_args()
@@ -379,6 +379,7 @@ def main() -> None:
         stored["runs"][name] = [dataclasses.asdict(one) for one in found]
         left = sorted(os.listdir(runs.work / "tmp"))
         stored["runs"][name][0]["left_in_tmpdir"] = left
+        time.sleep(3)  # Python's resource tracker removes semaphores a moment after their process
         new = set(os.listdir("/dev/shm")) - shared if os.path.isdir("/dev/shm") else set()
         stored["runs"][name][0]["new_in_dev_shm"] = sorted(new)
         shutil.rmtree(runs.work / "tmp")

@@ -234,7 +234,10 @@ def open_dataset(path: str | pathlib.Path) -> Dataset:
         state = "was only half written" if half else "does not exist"
         raise UserError(f"dataset {path} {state}; expected a directory with {_MANIFEST}, as z1_jax.collect makes")
     try:
-        content = json.loads((path / _MANIFEST).read_bytes())
+        try:
+            content = json.loads((path / _MANIFEST).read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{_MANIFEST}: {error}") from None
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}, expected {FORMAT}")
         for name, entry in content["files"].items():
