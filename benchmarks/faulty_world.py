@@ -1,8 +1,9 @@
 """examples/reach.py's world with faults, each once in any process: what `survival.py` trains in.
 
-A fault is a line of the file that Z1_FAULTS names: KIND CALLS FLAG. It happens at a worker's call number CALLS of
-`step_chunk`, or while its environment is built, and the file FLAG is there from then on. Episodes begin close to the
-square: a policy of little training succeeds in some, so that GRPO has something to learn from.
+A fault is a line of the file that Z1_FAULTS names: KIND CALLS FLAG. `die`, `stop`, `hang`, `raise` and `pages` happen
+at a worker's call number CALLS of `step_chunk` in rollouts, with `demos-` before them in demonstrations, and with
+`build-` while an environment is built; the file FLAG is there from then on. `state` happens whenever the episode of
+seed CALLS is stepped. Episodes begin close to the square: after little training some succeed, so that GRPO learns.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import pathlib
 import signal
+import sys
 import time
 
 import numpy as np
@@ -26,16 +28,21 @@ class World(Reach):
     def __init__(self) -> None:
         path = os.environ.get("Z1_FAULTS", "")
         rows = [line.split() for line in pathlib.Path(path).read_text().splitlines()] if path else []
-        self._faults, self._calls = [(kind, int(calls), flag) for kind, calls, flag in rows], 0
-        self._happen("build-")
+        self._faults = [(kind, int(calls), pathlib.Path(flag)) for kind, calls, flag in rows]
+        self._calls = {"build-": 0, "demos-": 0, "": 0}
+        if sys.argv[:1] == ["-c"]:  # in a worker: the command itself builds one too, to look at it
+            self._happen("build-")
 
     def reset(self, episode: Episode) -> None:
         super().reset(episode)
-        self.dot = self.square + 0.3 * self.dot
+        self.dot, self.seed = self.square + 0.3 * self.dot, episode.seed
 
     def step_chunk(self, actions: np.ndarray) -> ChunkResult:
-        self._calls += 1
-        self._happen("")
+        for kind, seed, flag in self._faults:
+            if kind == "state" and seed == self.seed:
+                flag.touch()
+                misbehave("raise")
+        self._happen("demos-" if len(actions) == 1 else "")  # an expert takes one step at a time
         return super().step_chunk(actions)
 
     def snapshot(self) -> Snapshot:
@@ -44,15 +51,16 @@ class World(Reach):
             del snapshot.extra[own]
         return snapshot
 
-    def _happen(self, when: str) -> None:
+    def _happen(self, where: str) -> None:
+        self._calls[where] += 1
         for kind, calls, flag in self._faults:
-            if kind.startswith("build-") != bool(when) or self._calls < calls:
-                continue
-            try:
-                os.close(os.open(flag, os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                continue
-            misbehave(kind.removeprefix("build-"))
+            mine = kind.startswith(where) if where else "-" not in kind and kind != "state"
+            if mine and self._calls[where] >= calls:
+                try:
+                    flag.touch(exist_ok=False)
+                except FileExistsError:
+                    continue
+                misbehave(kind.removeprefix(where))
 
 
 def misbehave(kind: str) -> None:

@@ -14,215 +14,41 @@ and nothing else is touched.
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
 import random
-import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from figures import result_line
+from survival_runs import (
+    EVERY,
+    PATIENCE_S,
+    ROOT,
+    SETTINGS,
+    STAGES,
+    Injection,
+    Runs,
+    different,
+    digests,
+    fresh,
+    half_way,
+    left_behind,
+    outcome,
+    position,
+    reached,
+    workers,
+)
 
-ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results" / "survival.json"
-KILLS, EVERY = 30, 3  # kills of the whole run; iterations from one checkpoint of RL to the next
-SETTINGS = {
-    "env.suite": "faulty_world:World",
-    "model.preset": "tiny",
-    "demos.episodes": 150,
-    "sft.steps": 60,
-    "sft.batch_size": 16,
-    "sft.optim.warmup_steps": 5,
-    "sft.checkpoint_every": 15,
-    "log.every": 5,
-    "env.parallel": 16,
-    "env.timeout_s": 8.0,
-    "group.count": 4,
-    "group.size": 4,
-    "group.branching": "tree",
-    "group.prefix_chunks": 2,
-    "reward.keep_low": 0.0,
-    "update.batch_size": 32,
-    "update.micro_batch": 32,
-    "train.iterations": 12,
-    "train.checkpoint_every": EVERY,
-    "eval.episodes": 32,
-    "eval.videos": 1,
-}
-STAGES = ("start", "demonstrations", "sft", "before", "grpo", "saving", "after")
-PATIENCE_S = 400.0  # for a run that ends by itself
-
-
-@dataclasses.dataclass
-class Injection:
-    """One disturbance, at a moment that follows from the seed."""
-
-    kind: str
-    stage: str = ""  # when: so many records of this stage are there
-    count: int = 0
-    delay_s: float = 0.0  # and so long after that
-    survived: bool | None = None  # None: it has not happened
-    lost: int = 0  # iterations of RL that were done again
-    recovered_s: float | None = None  # until the run was where it had been
-    note: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Position:
-    """How far a run directory is."""
-
-    sft: int
-    before: int
-    grpo: int
-    after: int
-    saved: int  # iterations of RL in its newest checkpoint
-
-    @property
-    def total(self) -> int:
-        return self.sft + self.before + self.grpo + self.after
-
-
-class Runs:
-    """Starts the command, and looks at what it did."""
-
-    def __init__(self, work: pathlib.Path):
-        self.work = work
-        self.environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}",
-            "TMPDIR": str(work / "tmp"),
-            "Z1_JAX_CACHE": str(work / "xla"),
-            "JAX_PLATFORMS": "cpu",
-        }
-        (work / "tmp").mkdir(parents=True, exist_ok=True)
-
-    def start(self, run_dir: pathlib.Path, file_bytes: int = 0, faults: str = "") -> subprocess.Popen:
-        """Args: file_bytes: no file may be larger, as on a full disk; 0: any."""
-        keys = [f"--config.{key}={value}" for key, value in (SETTINGS | {"run_dir": run_dir}).items()]
-        limit = (file_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
-        with (self.work / f"{run_dir.name}.log").open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "z1_jax.train", "--config=configs/grpo.py:small_world", *keys],
-                cwd=ROOT,
-                env=self.environment | {"Z1_FAULTS": faults},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)) if file_bytes else None,
-            )
-
-    def last_line(self, run_dir: pathlib.Path) -> str:
-        """What was printed last, in brief."""
-        with (self.work / f"{run_dir.name}.log").open("rb") as log:
-            log.seek(max(0, log.seek(0, 2) - 5000))
-            lines = log.read().decode(errors="replace").strip().splitlines() or [""]
-        return lines[-1][:300]
-
-    def ends(self, process: subprocess.Popen) -> int | None:
-        """Its exit code; None, and it is killed, where it does not end."""
-        try:
-            return process.wait(PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            return None
-
-
-def lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The whole records of a file."""
-    found = []
-    with contextlib.suppress(OSError):
-        for line in path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-    return [one for one in found if isinstance(one, dict)]
-
-
-def position(run_dir: pathlib.Path) -> Position:
-    """Read from the files, as they are while the run goes on."""
-    stages = collections.Counter(one.get("stage") for one in lines(run_dir / "metrics.jsonl"))
-    seeds = {name: len(lines(run_dir / "evaluation" / f"{name}.jsonl")) for name in ("before", "after")}
-    saved = [int(p.parent.name) for p in run_dir.glob("checkpoints/grpo/*/files.json") if p.parent.name.isdigit()]
-    return Position(stages["sft"], seeds["before"], stages["grpo"], seeds["after"], max(saved, default=0))
-
-
-def reached(run_dir: pathlib.Path, injection: Injection) -> bool:
-    """Whether the moment of an injection has come, its delay aside."""
-    stage, count = injection.stage, injection.count
-    if stage == "start":
-        return True
-    if stage == "demonstrations":
-        journal = run_dir / "demonstrations.episodes"
-        return journal.exists() and journal.stat().st_size > 100_000 * count
-    if stage == "saving":
-        return position(run_dir).grpo >= count and any(run_dir.glob("checkpoints/grpo/*tmp*"))
-    return getattr(position(run_dir), stage) >= count
-
-
-def workers(process: subprocess.Popen) -> list[int]:
-    """The processes that it started to simulate."""
-    found = []
-    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-            if parent == process.pid and b"envs.worker" in (path.parent / "cmdline").read_bytes():
-                found.append(int(path.parent.name))
-    return sorted(found)
-
-
-def left_behind(pids: list[int]) -> list[int]:
-    """Those that live on three seconds after their parent."""
-    until = time.monotonic() + 3
-    while (alive := [pid for pid in pids if running(pid)]) and time.monotonic() < until:
-        time.sleep(0.05)
-    return alive
-
-
-def running(pid: int) -> bool:
-    """Whether a process is there, and no zombie."""
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def outcome(run_dir: pathlib.Path) -> dict[str, Any]:
-    """What a finished run came to, without what is measured by the clock."""
-    from z1_jax.checkpoint import Checkpoints
-
-    checkpoints = Checkpoints(run_dir / "checkpoints" / "grpo")
-    step = checkpoints.steps()[-1]
-    digest = checkpoints.digest(step, ("params", "optimizer"))
-    checkpoints.close()
-    records = [
-        {key: value for key, value in one.items() if not key.startswith("time/")}
-        for one in lines(run_dir / "metrics.jsonl")
-    ]
-    episodes = {name: lines(run_dir / "evaluation" / f"{name}.jsonl") for name in ("before", "after")}
-    summary = json.loads((run_dir / "summary.json").read_text())
-    films = json.loads((run_dir / "videos" / "outcomes.json").read_text())
-    return {
-        "checkpoint": [step, digest],
-        "records": records,
-        "training episodes": lines(run_dir / "episodes.jsonl"),
-        "evaluation": {name: sorted(rows, key=lambda row: row["seed"]) for name, rows in episodes.items()},
-        "sentence": summary["sentence"],
-        "films": films,
-    }
-
-
-def different(one: dict[str, Any], other: dict[str, Any]) -> str:
-    """In what two outcomes differ; empty where they are equal to the bit."""
-    return ", ".join(key for key in one if one[key] != other[key])
+KILLS = 30  # of the whole run
 
 
 def disturbed(runs: Runs, name: str, injections: list[Injection], reference: dict[str, Any], faults: str = "") -> None:
@@ -234,12 +60,13 @@ def disturbed(runs: Runs, name: str, injections: list[Injection], reference: dic
     failures = 0  # ends that nobody asked for
     while not ended:
         process, moment = runs.start(run_dir, faults=faults), None
-        began, children, struck = time.monotonic(), [], None
+        began, children, struck, base = time.monotonic(), [], None, position(run_dir).total
         while process.poll() is None and time.monotonic() < began + PATIENCE_S:
             time.sleep(0.01)
             if pending and position(run_dir).total > until:
                 pending = recovered(pending, at)
-            if waiting and moment is None and reached(run_dir, waiting[0]):
+            moved = position(run_dir).total > base or (waiting and waiting[0].stage in ("start", "demonstrations"))
+            if waiting and moment is None and moved and reached(run_dir, waiting[0]):
                 moment = time.monotonic() + waiting[0].delay_s
             if moment is not None and time.monotonic() >= moment:
                 one, moment = waiting.pop(0), None
@@ -303,13 +130,6 @@ def inflict(one: Injection, process: subprocess.Popen, children: list[int]) -> b
     return False
 
 
-def fresh(folder: pathlib.Path) -> pathlib.Path:
-    """The folder, empty."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.with_suffix(".log").unlink(missing_ok=True)
-    return folder
-
-
 def drawn(rng: random.Random, kind: str, stages: tuple[str, ...] = STAGES) -> Injection:
     """One at a random moment: half of them in RL."""
     weights = [{"grpo": 6, "sft": 3, "saving": 1}.get(stage, 1) for stage in stages]
@@ -343,9 +163,12 @@ def plan(seed: int) -> dict[str, list[Injection]]:
 FAULTS = {
     "faults-0": ("raise", "die"),
     "faults-1": ("hang", "pages"),
-    "faults-2": ("die", "raise", "pages"),
+    "faults-2": ("demos-die", "demos-raise", "demos-pages"),
+    "faults-3": ("demos-hang",),
     "built-0": ("build-die",),
     "built-1": ("build-raise",),
+    "built-2": ("build-stop",),
+    "state-0": ("state",),  # always where an episode of training is stepped: it costs its group
 }
 
 
@@ -353,26 +176,32 @@ def faulty(runs: Runs, name: str, rng: random.Random, reference: dict[str, Any])
     """A run in whose environments things go wrong, once each, at calls that are drawn."""
     folder = fresh(runs.work / f"{name}.faults")
     folder.mkdir()
-    rows = [(kind, 0 if kind.startswith("build-") else rng.randrange(50, 1500)) for kind in FAULTS[name]]
+    rows = [(kind, 1 if kind.startswith("build-") else rng.randrange(20, 200)) for kind in FAULTS[name]]
+    seeds = sorted({row["seed"] for row in reference["training episodes"]})
+    rows = [(kind, rng.choice(seeds) if kind == "state" else calls) for kind, calls in rows]
     table = "".join(f"{kind} {calls} {folder / f'{n}.flag'}\n" for n, (kind, calls) in enumerate(rows))
     (folder / "faults").write_text(table)
     injections = [Injection(f"fault: {kind}", "calls", calls) for kind, calls in rows]
-    run_dir, began = fresh(runs.work / name), time.monotonic()
+    run_dir = fresh(runs.work / name)
     code = runs.ends(runs.start(run_dir, faults=str(folder / "faults")))
     told = f"exit {code}: {runs.last_line(run_dir)}" if code else ""
     if code:
         runs.ends(runs.start(run_dir, faults=str(folder / "faults")))
     size = run_dir.with_suffix(".log").stat().st_size
     difference = different(outcome(run_dir), reference)
+    if "state" in FAULTS[name]:  # one group of all is dropped, and the run goes on without it
+        lost = json.loads((run_dir / "summary.json").read_text()).get("groups_lost")
+        difference = "" if lost == 1 else f"{lost} groups are lost"
     for n, one in enumerate(injections):
         happened = (folder / f"{n}.flag").exists()
         one.survived = (not (told or difference) and size < 200_000) if happened else None
         one.note = told or f"differs in {difference}" * bool(difference) or f"the log has {size} bytes"
-        one.recovered_s = None if not happened else round(time.monotonic() - began, 1)
     shutil.rmtree(run_dir)
     return injections
 
 
+# Files that say who worked on a run, when, how long and with what: they may change where nothing else may.
+OWN = {"commands.jsonl", ".lock", "policies.json", "wall_seconds.json", "environments.json"}
 DAMAGES: dict[str, Callable[[bytes, random.Random], bytes | None]] = {
     "truncated": lambda content, rng: content[: rng.randrange(len(content))],
     "emptied": lambda content, rng: b"",
@@ -408,19 +237,13 @@ def damaged(runs: Runs, name: str, rng: random.Random, template: pathlib.Path, r
     else:
         text = (runs.work / f"{name}.log").read_text()
         touched = [key for key, value in digests(run_dir).items() if before.get(key, value) != value]
-        touched = [key for key in touched if pathlib.Path(key).name not in ("commands.jsonl", ".lock", "policies.json")]
+        touched = [key for key in touched if pathlib.Path(key).name not in OWN]
         told = [line for line in text.splitlines() if line.startswith("error: ")]
         one.survived = code == 2 and len(told) == 1 and "Traceback" not in text and not touched
         one.note = f"{runs.last_line(run_dir)} {'; touched ' + ', '.join(touched) if touched else ''}".strip()
     print(f"  {name}: {one.stage} {damage}: {'survived' if one.survived else 'not survived'} {one.note}", flush=True)
     shutil.rmtree(run_dir)
     return [one]
-
-
-def digests(folder: pathlib.Path) -> dict[str, str]:
-    """Of every file."""
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
 
 
 @contextlib.contextmanager
@@ -464,20 +287,6 @@ def filled(runs: Runs, name: str, size: int, reference: dict[str, Any]) -> list[
         print(f"  {name}: {size / 1e6:.2f} MB: {one.note}", flush=True)
         shutil.rmtree(run_dir)
     return [one]
-
-
-def half_way(runs: Runs) -> pathlib.Path:
-    """A run directory that was stopped in RL by Ctrl-C, with checkpoints of both stages."""
-    run_dir = runs.work / "half-way"
-    if not (run_dir / "stopped").exists():
-        fresh(run_dir)
-        process = runs.start(run_dir)
-        while process.poll() is None and position(run_dir).grpo < EVERY + 2:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        runs.ends(process)
-        assert position(run_dir).saved >= EVERY, runs.last_line(run_dir)
-    return run_dir
 
 
 def summary(stored: dict[str, Any]) -> dict[str, Any]:
@@ -531,6 +340,9 @@ def main() -> None:
     if given.report:
         report(stored)
         return
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs would pass on that they ignore it
     runs = Runs(given.work.absolute())
     alone = runs.work / "alone"
     if not (alone / "summary.json").exists():

@@ -106,7 +106,7 @@ class RayWorkers:
             return set()
         free = int(self._ray.available_resources().get(RESOURCE, 0))
         if moving := sorted(crowded)[:free]:
-            _log.warning("%d %s free: %s move there", free, _units(free), numbered("simulator", moving))
+            _log.warning("%d %s free: moving there: %s", free, _units(free), numbered("simulator", moving))
         return set(moving)
 
     def close(self) -> None:
@@ -181,7 +181,7 @@ class RayWorkers:
         late = [member.index for member in waiting if member.waited_s > WAITING_EVERY_S]
         if late and time.monotonic() > self._told + WAITING_EVERY_S:
             self._told = time.monotonic()
-            _log.warning("%s wait for a place: %s", numbered("simulator", late), self.lacking())
+            _log.warning("waiting for a place: %s; %s", numbered("simulator", late), self.lacking())
 
 
 class RayWorker(Worker):

@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit or say in one line what is wrong; resuming falls back to the one before."""
 
+import logging
 import pathlib
 import resource
 import shutil
@@ -13,7 +14,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from z1_jax import sft
-from z1_jax.checkpoint import CheckpointError, Checkpoints, Keep
+from z1_jax.checkpoint import CheckpointError, Checkpoints, Keep, _quiet
 from z1_jax.rl import loop
 from z1_jax.train_state import TrainState
 
@@ -32,6 +33,23 @@ def saved(directory: pathlib.Path, *steps: int) -> Checkpoints:
     for step in steps:
         checkpoints.save(step, parts(step), {"step": step, "loader": {"position": 3 * step}})
     return checkpoints
+
+
+def test_what_orbax_logs_after_a_failure_is_held_back(capsys):
+    """Its threads meet the same full disk a moment later, each with pages."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    try:
+        with _quiet():
+            pass
+        assert logger.level == level
+        with pytest.raises(OSError), _quiet():
+            raise OSError("full")
+        logger.error("pages")
+        assert "pages" not in "".join(capsys.readouterr())
+    finally:
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(level)
 
 
 def like(tree: dict) -> dict:

@@ -43,6 +43,14 @@ def test_a_killed_stage_has_noted_its_time_and_a_later_one_adds_to_it(tmp_path):
     assert json.loads(path.read_text()) == clock.seconds
 
 
+def test_a_time_that_cannot_be_noted_hides_no_reason(tmp_path):
+    clock = run_dir.StageClock(tmp_path / "gone" / "wall_seconds.json")
+    with pytest.raises(UserError, match="checkpoint 3 cannot be written"), clock.stage("sft"):
+        raise UserError("checkpoint 3 cannot be written")
+    with pytest.raises(FileNotFoundError), clock.stage("sft"):
+        pass
+
+
 def run(code: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, **options)
 

@@ -81,7 +81,10 @@ def _seal(document: Mapping[str, Any], checksums: Mapping[str, Any]) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Holds back the pages that Orbax and asyncio log about a damaged file or a full disk: an error is one line."""
+    """Holds back the pages that Orbax and asyncio log about a damaged file or a full disk: an error is one line.
+
+    After an error for good: Orbax's threads go on, and log what each of them met.
+    """
     loggers = [logging.getLogger("absl"), logging.getLogger("asyncio")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -90,6 +93,7 @@ def _quiet() -> Iterator[None]:
         yield
     except Exception:
         gc.collect()  # asyncio complains about a failed task when it is collected
+        levels = [logging.CRITICAL for _ in loggers]
         raise
     finally:
         for logger, level in zip(loggers, levels, strict=True):

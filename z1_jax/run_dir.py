@@ -352,12 +352,15 @@ class StageClock:
 
         keeper = threading.Thread(target=note_now_and_then, daemon=True)
         keeper.start()
+        failed = True
         try:
             yield
+            failed = False
         finally:
             over.set()
             keeper.join()
-            note()
+            with contextlib.suppress(*[OSError] * failed):  # a full disk has been told of
+                note()
 
 
 def conclude(
