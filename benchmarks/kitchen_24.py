@@ -124,6 +124,12 @@ def mean_gain(rows: list[Row]) -> tuple[float, tuple[float, float]]:
     return clustered_mean(values, tasks, seeds), (float(low), float(high))
 
 
+def sections(page: pathlib.Path) -> str:
+    """What others wrote below the table: the page from its first section on; empty where there is none."""
+    _, heading, rest = page.read_text().partition("\n## ") if page.exists() else ("", "", "")
+    return heading + rest
+
+
 def table(rows: list[Row], missing: list[str]) -> str:
     """The page: a line a run, the mean, and what is to be said about single tasks."""
     episodes = sorted({row.summary["before"]["episodes"] for row in rows})
@@ -231,7 +237,7 @@ def main() -> None:
         wanted = [cell.name for cell in everything if cell.seed in arguments.seeds]
         for path, text in (
             (arguments.results, json.dumps(stored, indent=1, ensure_ascii=False) + "\n"),
-            (arguments.table, table(found, [name for name in wanted if name not in have])),
+            (arguments.table, table(found, [name for name in wanted if name not in have]) + sections(arguments.table)),
         ):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)

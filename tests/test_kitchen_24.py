@@ -118,11 +118,17 @@ def test_finished_runs_are_kept_and_only_missing_ones_are_run(kitchen_24, tmp_pa
     monkeypatch.setattr(kitchen_24, "run_all", run_all)
     write_run(tmp_path / "first" / "OpenDrawer-seed0", [0, 0, 0, 0], [1, 1, 0, 0], 0.5)
     assert list(main("first", "--report")) == ["OpenDrawer-seed0"] and not ran
+    with page.open("a") as file:
+        file.write("\n## Written by hand\n\nA line.\n")
     stored = main("second", "--preset", "smoke")
     assert ran == ["TurnOnStove-seed0"] and set(stored) == {"OpenDrawer-seed0", "TurnOnStove-seed0"}
     presets = [stored[f"{task}-seed0"]["config"] for task in ("OpenDrawer", "TurnOnStove")]
     assert presets == ["configs/grpo.py:long", "configs/grpo.py:smoke"]
     assert "+50.0 [-10.0" in page.read_text() and "+25.0 [-10.0" in page.read_text()
+    assert (
+        page.read_text().endswith("\n## Written by hand\n\nA line.\n")
+        and page.read_text().count("# The kitchen's 24") == 1
+    )
     main("third", "--again")
     assert ran == ["TurnOnStove-seed0", "OpenDrawer-seed0", "TurnOnStove-seed0"]
     capsys.readouterr()
