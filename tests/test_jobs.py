@@ -40,7 +40,7 @@ def assert_same(some: list, others: list) -> None:
 @pytest.mark.parametrize("fault", ["", "raise", "die", "hang"])
 def test_demonstrations_after_a_fault_are_those_without(fault, processes, tmp_path):
     flag = tmp_path / "once"
-    got = collected(fault, str(flag), processes=processes, timeout_s=3.0)
+    got = collected(fault, str(flag), processes=processes, timeout_s=6.0)
     assert flag.exists()
     assert_same(got, collected(processes=0))
 
