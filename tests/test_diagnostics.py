@@ -78,11 +78,13 @@ def test_sharing_by_counting():
 
 def test_idle_is_what_nothing_accounts_for():
     class Timed:
-        seconds = {"simulate": 1.0, "render": 2.0, "sample": 0.5}
+        seconds = {"simulate": 1.0, "render": 2.0, "sample": 0.5, "hidden": 0.0}
 
     split = times(Timed, collect_s=4.0, update_s=1.0)
     assert split["time/idle"] == 0.5 and split["time/total"] == 5.0
-    assert times(Timed, collect_s=3.0, update_s=1.0)["time/idle"] == 0.0
+    assert "time/hidden" not in split and times(Timed, collect_s=3.0, update_s=1.0)["time/idle"] == 0.0
+    Timed.seconds = {**Timed.seconds, "hidden": 0.75}  # it fell into the seconds of sampling
+    assert times(Timed, collect_s=4.0, update_s=1.0) == {**split, "time/hidden": 0.75}
 
 
 def test_evidence_is_written_as_it_is(tmp_path, rng):

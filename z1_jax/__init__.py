@@ -8,8 +8,6 @@ import pathlib
 import sys
 from typing import Any
 
-from z1_jax import interrupt
-
 __version__ = "0.1.0"
 
 _PUBLIC = {"load_policy": "z1_jax.api", "make_env": "z1_jax.api", "ActingPolicy": "z1_jax.api", "Episode": "envs.base"}
@@ -48,4 +46,6 @@ def _own_envs() -> None:
 _own_envs()
 
 if sys.argv[:1] == ["-m"]:  # `python -m z1_jax.…`: the command's imports take seconds, and Ctrl-C may fall into them
+    from z1_jax import interrupt  # it needs our own envs
+
     interrupt.install_hooks()
