@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -196,7 +197,7 @@ process.run_main(main)
 
 
 STUCK = """
-import ctypes
+import ctypes, threading
 from z1_jax import interrupt, process
 
 interrupt.AGAIN_S = 1.0
@@ -205,7 +206,7 @@ def main(argv):
     with interrupt.GracefulStop():
         lock, take = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
         take(lock)
-        print("stuck", flush=True)
+        threading.Timer(1.0, lambda: print("stuck", flush=True)).start()  # when the main thread is in C
         take(lock)  # for ever, in C: no handler of Python runs
 
 interrupt.install_hooks()
@@ -231,6 +232,9 @@ def test_a_stop_is_answered_in_time_where_python_cannot_answer(signals, told):
         stderr=subprocess.PIPE,
         text=True,
     )
+    killer = threading.Timer(120.0, process.kill)  # a failure must not wait for ever
+    killer.daemon = True
+    killer.start()
     assert process.stdout.readline() == "stuck\n"
     for number in signals:
         process.send_signal(number)
