@@ -115,7 +115,7 @@ def gathered(tree: Tree) -> Tree:
 
 
 def connect(mesh: Mesh) -> None:
-    """Lets the processes connect for collectives along each axis of the mesh, while all of them are here.
+    """Lets the processes connect for collectives along each axis of the mesh and over all of them, while they are here.
 
     On CPUs (Gloo) they would do so in the first step, and give up where one compiles half a minute longer than another.
     """
@@ -129,6 +129,7 @@ def connect(mesh: Mesh) -> None:
             out_specs=PartitionSpec(),
         )
         jax.block_until_ready(jax.jit(add_up)(put_scalar(np.float32(1), mesh)))
+    gathered(np.zeros(1, np.float32))  # its groups have one device of each process
 
 
 def check_alike(devices: list[int]) -> None:

@@ -130,7 +130,8 @@ def grpo(mesh: jax.sharding.Mesh, out: pathlib.Path):
                     one, other = getattr(whole.nodes, field.name), getattr(rollouts.nodes, field.name)
                     np.testing.assert_array_equal(one, other, err_msg=field.name)
         stats = trainer.update(rollouts, iteration)
-        losses.append([stats[key] for key in ("loss", "ratio/first_update_max_error", "looks", "tokens/encoded")])
+        assert stats["ratio/first_update_max_error"] < 1e-4  # rounding alone, so it is not compared itself
+        losses.append([stats[key] for key in ("loss", "looks", "tokens/encoded")])
     return trainer.policy(), np.array(losses)
 
 
