@@ -22,8 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 from figures import result_line
@@ -66,7 +64,7 @@ def write_orbax(folder: pathlib.Path) -> None:
     shapes = {
         f"params/{name}/value": s for name, s in arrays.shapes(arrays.pieces(get_preset("pi05")), "openpi").items()
     }
-    save_frame(params, nested(shapes))
+    save_frame(params, shapes)
     for path in params.iterdir():
         if path.name in (MANIFEST, "d") or path.name.startswith("ocdbt.process_"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -85,18 +83,6 @@ def write_orbax(folder: pathlib.Path) -> None:
         store.write(values, can_reference_source_data_indefinitely=True).result()
     del noise, values
     (folder / "noise").unlink()
-
-
-def nested(names: Iterable[str]) -> dict[str, Any]:
-    """Arrays of one entry under names that are joined with "/"."""
-    tree: dict[str, Any] = {}
-    for name in names:
-        *parents, leaf = name.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[leaf] = np.zeros(1, np.float32)
-    return tree
 
 
 def forget(path: pathlib.Path) -> None:

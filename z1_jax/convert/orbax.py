@@ -14,7 +14,7 @@ import os
 import pathlib
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -234,10 +234,12 @@ class OrbaxWriter:
         self.folder.rmdir()
 
 
-def save_frame(folder: pathlib.Path, names: Mapping[str, Any]) -> None:
-    """Saves nested names as openpi does, with arrays of one entry, into the new folder (PyTree handler, zarr 2)."""
+def save_frame(folder: pathlib.Path, names: Iterable[str]) -> None:
+    """Saves arrays of one entry, named as "a/b/c", as openpi does into the new folder (PyTree handler, zarr 2)."""
     import orbax.checkpoint as ocp
+    from flax import traverse_util
 
+    tree = traverse_util.unflatten_dict({name: np.zeros(1, np.float32) for name in names}, sep="/")
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(names))
+        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree))

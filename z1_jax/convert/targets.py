@@ -124,7 +124,7 @@ def finish(
         return
     if format == "openpi":
         assert isinstance(writer, OrbaxWriter)
-        save_frame(folder / "params", _nested(writer.names))
+        save_frame(folder / "params", writer.names)
         writer.move_into(folder / "params")
     if format == "openpi-pytorch":
         companions.write_openpi_config(folder, config, precision)
@@ -141,14 +141,3 @@ def finish(
         if path.is_file() and path.suffix in (".json", ".model"):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-
-
-def _nested(names: list[str]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name in names:
-        *parents, leaf = name.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[leaf] = np.zeros(1, np.float32)
-    return tree

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from z1_jax.collect.importers.base import STANDARD, BadData, Columns, Source, reading
 from z1_jax.collect.importers.lerobot import LeRobotDirectory
@@ -38,14 +38,7 @@ def open_sources(
     for place in places.values():
         try:
             with reading(str(place)):
-                if place.is_dir():
-                    reader = RldsDirectory if is_rlds(place) else LeRobotDirectory
-                    source: Source = reader(place, split, columns)
-                elif columns.tolerance_s or columns.split_tasks:
-                    option = "--tolerance-s" if columns.tolerance_s else "--task-changes=split"
-                    raise BadData(f"option {option}: {place} is HDF5; it is for LeRobot datasets")
-                else:
-                    source = (LiberoFile if is_libero(place) else RobomimicFile)(place, split, columns)
+                source = _reader(place, columns)(place, split, columns)
             if source.flaws and not skip_bad:
                 raise BadData(source.flaws[0])
             flaws += source.flaws
@@ -55,6 +48,17 @@ def open_sources(
                 raise
             flaws.append(str(error))
     return sources, flaws
+
+
+def _reader(place: pathlib.Path, columns: Columns) -> Callable[[pathlib.Path, str, Columns], Source]:
+    if place.is_dir() and not is_rlds(place):
+        return LeRobotDirectory
+    if columns.tolerance_s or columns.split_tasks:
+        option = "--tolerance-s" if columns.tolerance_s else "--task-changes=split"
+        raise BadData(f"option {option}: {place} is {'RLDS' if place.is_dir() else 'HDF5'}; it is for LeRobot datasets")
+    if place.is_dir():
+        return RldsDirectory
+    return LiberoFile if is_libero(place) else RobomimicFile
 
 
 def _places(path: pathlib.Path) -> list[pathlib.Path]:

@@ -20,7 +20,7 @@ from z1_jax.collect.importers.robomimic import RobomimicFile
 
 CAMERAS = {"agentview": "agentview_rgb", "robot0_eye_in_hand": "eye_in_hand_rgb"}  # the environments' name → the file's
 _STATE = (("ee_pos", 3), ("ee_ori", 3), ("gripper_states", 2))
-_HZ = 20.0
+HZ = 20.0
 _SCENE = re.compile(r"^[A-Z_]+SCENE\d+_")  # before the words in the names of libero_10 and libero_90
 
 
@@ -40,6 +40,13 @@ def is_libero(path: pathlib.Path) -> bool:
         return False
 
 
+def task_of(place: pathlib.PurePosixPath) -> str:
+    """SUITE/NAME of the task that a file is of; NAME alone where it lies in no folder of a suite's."""
+    name = place.stem.removesuffix("_demo")
+    suite = place.parent.name.removesuffix("_no_noops")
+    return f"{suite}/{name}" if suite.startswith("libero_") else name
+
+
 class LiberoFile(RobomimicFile):
     """One HDF5 file (see `Source`), of one task. Arguments and errors are RobomimicFile's.
 
@@ -54,7 +61,7 @@ class LiberoFile(RobomimicFile):
         super().__init__(path, split, columns)
         self.late = int("env_args" in self._data.attrs)
         self.order = self._told()
-        self.fps = self.fps or _HZ
+        self.fps = self.fps or HZ
         task = self._task()
         self.episodes = tuple(EpisodeRef(episode.number, episode.name, task) for episode in self.episodes)
 
@@ -65,9 +72,7 @@ class LiberoFile(RobomimicFile):
         """SUITE/NAME from the name of the task's BDDL file, or else from this file's name and folder."""
         told = str(self._data.attrs.get("bddl_file_name", ""))
         place = pathlib.PurePosixPath(told) if told else pathlib.PurePosixPath(self.path.absolute().as_posix())
-        name = place.stem.removesuffix("_demo")
-        suite = place.parent.name.removesuffix("_no_noops")
-        return f"{suite}/{name}" if suite.startswith("libero_") else name
+        return task_of(place)
 
     def _instruction(self, demo: Any, where: str) -> str:
         """For a task of a suite the benchmark's words, as environments and openpi's data have; else the file's."""

@@ -18,25 +18,24 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from z1_jax.collect.importers import libero
 from z1_jax.collect.importers.base import (
     STANDARD,
     BadData,
     Columns,
     EpisodeRef,
     RawEpisode,
-    check_length,
     checksum,
     need,
 )
 from z1_jax.errors import UserError
 
-FEATURES, _INFO = "features.json", "dataset_info.json"
+FEATURES = "features.json"
 _SHARD = re.compile(r"(?P<name>.+)-(?P<split>[^-]+)\.tfrecord-(?P<index>\d{5})-of-(?P<count>\d{5})")
 _STEPS, _IN, _FILE = "steps", "observation/", ("episode_metadata", "file_path")
 _STATE, _ACTION = "observation/state", "action"
 _WORDS = ("language_instruction", "observation/natural_language_instruction", "observation/language_instruction")
 _LIBERO = {"agentview": "observation/image", "robot0_eye_in_hand": "observation/wrist_image"}
-_LIBERO_HZ = 20.0
 _HEAD = struct.Struct("<QI")  # of a record: its length, and the checksum of these eight bytes
 _TAIL = struct.Struct("<I")
 
@@ -74,15 +73,14 @@ class RldsDirectory:
 
     def __init__(self, path: pathlib.Path, split: str = "", columns: Columns = STANDARD):
         self.path, self._how = path, columns
-        if columns.tolerance_s or columns.split_tasks:
-            option = "--tolerance-s" if columns.tolerance_s else "--task-changes=split"
-            raise BadData(f"option {option}: {path} is RLDS; it is for LeRobot datasets")
         need("google_crc32c", "google-crc32c", path)
         import tensorflow_datasets as tfds  # a second to import
+        from flax import traverse_util
 
         self._features = tfds.features.FeaturesDict.from_config(str(path))
-        self._skip = tfds.decode.SkipDecoding()
         self._steps = _flat(self._features[_STEPS].feature)
+        encoded = {name: tfds.decode.SkipDecoding() for name, feature in self._steps.items() if _is_picture(feature)}
+        self._decoders = {_STEPS: traverse_util.unflatten_dict(encoded, sep="/")}
         self._shards, self.flaws = self._found(split)
         self._records = [record for shard in self._shards for record in self._scan(shard)]
         if not self._records:
@@ -90,7 +88,7 @@ class RldsDirectory:
         tasks = [self._task(number) for number in range(len(self._records))]
         self.episodes = tuple(EpisodeRef(number, f"episode {number}", task) for number, (task, _) in enumerate(tasks))
         self._of_libero = any(of_libero for _, of_libero in tasks)
-        self.fps = _LIBERO_HZ if self._of_libero else None
+        self.fps = libero.HZ if self._of_libero else None
         self._state = tuple(self._named(column, "--state") for column in columns.state or (_STATE,))
         self._actions = tuple(self._named(column, "--actions") for column in columns.actions or (_ACTION,))
         self._images = self._cameras()
@@ -124,7 +122,8 @@ class RldsDirectory:
         for camera in cameras:
             if camera not in self._images:
                 raise BadData(f"{where} has no images of {camera}; it has {', '.join(self._images) or 'no camera'}")
-            looks = [_picture(_at(step, self._images[camera]), where, camera) for step in steps[::stride]]
+            encoded = [io.BytesIO(_at(step, self._images[camera])) for step in steps[::stride]]
+            looks = [np.asarray(Image.open(file).convert("RGB")) for file in encoded]
             if len({look.shape for look in looks}) > 1:
                 raise BadData(f"{where}: pictures of {camera} differ in size")
             images[camera] = np.stack(looks)
@@ -132,7 +131,6 @@ class RldsDirectory:
             np.concatenate([np.stack([np.atleast_1d(_at(s, column)) for s in steps]) for column in columns], axis=1)
             for columns in (self._state, self._actions)
         )
-        check_length(where, "state", len(state), len(actions))
         return RawEpisode(images, state, actions, self._words(steps, where) if instruction is None else instruction)
 
     # --- columns ---------------------------------------------------------------------------------------------------
@@ -184,7 +182,7 @@ class RldsDirectory:
         try:
             example = self._decode(self._records[number])
             told = _libero_task(example)
-            return told or self._words(list(example[_STEPS])[:1], f"{self.path}, episode {number}"), told is not None
+            return told or self._words([example[_STEPS][0]], f"{self.path}, episode {number}"), told is not None
         except UserError:
             return "", False  # told when the episode is read
 
@@ -230,16 +228,15 @@ class RldsDirectory:
             data, tail = file.read(record.size), file.read(_TAIL.size)
         if len(tail) < _TAIL.size or _checksum(data) != _TAIL.unpack(tail)[0]:
             raise BadData(f"{record.shard}: the record at byte {record.offset} is damaged; get it anew")
-        encoded = {name: self._skip for name, feature in self._steps.items() if _is_picture(feature)}
-        return self._features.deserialize_example_np(data, decoders={_STEPS: _nested(encoded)})
+        return self._features.deserialize_example_np(data, decoders=self._decoders)
 
 
 def _libero_task(example: Mapping[str, Any]) -> str | None:
     """SUITE/NAME of the LIBERO file that an episode names; None where it names no such file."""
     metadata = example.get(_FILE[0])
-    place = pathlib.PurePosixPath(_text(metadata.get(_FILE[1], "")) if isinstance(metadata, Mapping) else "")
-    suite = place.parent.name.removesuffix("_no_noops")
-    return f"{suite}/{place.stem.removesuffix('_demo')}" if suite.startswith("libero_") else None
+    told = _text(metadata.get(_FILE[1], "")) if isinstance(metadata, Mapping) else ""
+    task = libero.task_of(pathlib.PurePosixPath(told))
+    return task if "/" in task else None
 
 
 def _checksum(data: bytes) -> int:
@@ -261,17 +258,6 @@ def _flat(features: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, name = path.split("/")
-        place = found
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[name] = value
-    return found
-
-
 def _at(step: Any, path: str) -> Any:
     for part in path.split("/"):
         step = step[part]
@@ -280,13 +266,6 @@ def _at(step: Any, path: str) -> Any:
 
 def _is_picture(feature: Any) -> bool:
     return type(feature).__name__ == "Image" and feature.shape[-1] == 3
-
-
-def _picture(data: bytes, where: str, camera: str) -> np.ndarray:
-    picture = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    if picture.ndim != 3:
-        raise BadData(f"{where}: a picture of {camera} has shape {list(picture.shape)}, expected [H, W, 3]")
-    return picture
 
 
 def _text(value: Any) -> str:
