@@ -88,9 +88,7 @@ class Actor:
     def encode(self, params: tuple[Any, Any], observation: Observation) -> tuple[PrefixCache, int]:
         """The prefix cache of a batch of NumPy observations, padded to a known size; and the batch's real size."""
         count = observation.tokens.shape[0]
-        padded = jax.tree.map(lambda x: pad_rows(x, self._size(count)), observation)
-        prepared = self._prepared.prefix(params)
-        return self._encode(prepared, *params, distributed.put_batch(padded, self._mesh)), count
+        return self._encoded(params, observation, self._rows(count)), count
 
     def sample(
         self,
@@ -109,11 +107,9 @@ class Actor:
             stochastic: false: the ODE sampler; only the first noise is used.
             noise_level: default: the config's.
         """
-        inputs = [pad_rows(x, cache.mask.shape[0]) for x in self._drawn(ids, noise_key, stochastic)]
-        level = jnp.float32(self._config.noise_level if noise_level is None else noise_level)
-        prepared = self._prepared.expert(params)
-        chain = self._sample(prepared, *params, cache, *distributed.put_batch(inputs, self._mesh), level)
-        return jax.tree.map(lambda x: np.asarray(x)[: ids.shape[0]], chain)
+        level = self._config.noise_level if noise_level is None else noise_level
+        chain = self._sampled(params, cache, *self._drawn(ids, noise_key, stochastic), level)
+        return jax.tree.map(lambda x: distributed.local_rows(x)[: ids.shape[0], : ids.shape[1]], chain)
 
     def finish(self, params: tuple[Any, Any]) -> None:
         """Ends a round of decisions: with several processes, waits until the others have ended theirs too."""
@@ -155,6 +151,29 @@ class Actor:
         noise = rng.standard_normal((config.steps + 1, *self.counted.shape), np.float32)
         noise[0] *= self._temperature
         return noise, flow.stochastic_steps(rng, config.steps, config.sde_steps, config.last_step)
+
+    def _rows(self, count: int) -> int:
+        """Rows of the padded batch of `count` observations."""
+        return self._size(count)
+
+    def _encoded(self, params: tuple[Any, Any], observation: Observation, rows: int) -> PrefixCache:
+        """The prefix cache of observations that are padded to so many rows."""
+        padded = jax.tree.map(lambda x: pad_rows(x, rows), observation)
+        return self._encode(self._prepared.prefix(params), *params, distributed.put_batch(padded, self._mesh))
+
+    def _sampled(
+        self, params: tuple[Any, Any], cache: PrefixCache, noise: np.ndarray, steps: np.ndarray, level: float
+    ) -> flow.Chain:
+        """Chains for the rows of `cache`, of which each process draws its own: noise [n, M, …], steps [n, M, K]."""
+        rows = cache.mask.shape[0] // processes.count()
+        inputs = [pad_rows(x, rows) for x in (noise, steps)]
+        return self._sample(
+            self._prepared.expert(params),
+            *params,
+            cache,
+            *distributed.put_batch(inputs, self._mesh),
+            distributed.put_scalar(np.float32(level), self._mesh),
+        )
 
     def _size(self, count: int) -> int:
         for size in self._sizes:
@@ -228,27 +247,17 @@ class LockstepActor(Actor):
         self._encode = jax.jit(self._encode, out_shardings=distributed.cache_sharding(self._mesh))
         self._sample = jax.jit(self._sample, out_shardings=batch_sharding(self._mesh))
 
-    def encode(self, params: tuple[Any, Any], observation: Observation) -> tuple[PrefixCache, int]:
-        count = observation.tokens.shape[0]
-        _, (rows,) = self._agreed("encode", [count])
-        return self._encoded(params, observation, self._local_size(rows)), count
+    def _rows(self, count: int) -> int:
+        _, (most,) = self._agreed("encode", [count])
+        return self._local_size(most)
 
-    def sample(
-        self,
-        params: tuple[Any, Any],
-        cache: PrefixCache,
-        ids: Int[np.ndarray, "B M I"],
-        noise_key: tuple[int, ...],
-        stochastic: bool,
-        noise_level: float | None = None,
+    def _sampled(
+        self, params: tuple[Any, Any], cache: PrefixCache, noise: np.ndarray, steps: np.ndarray, level: float
     ) -> flow.Chain:
-        noise, steps = self._drawn(ids, noise_key, stochastic)
-        level = self._config.noise_level if noise_level is None else noise_level
-        _, (most, _) = self._agreed("sample", [ids.shape[1], level])
+        _, (most, _) = self._agreed("sample", [noise.shape[1], level])
         # Members part at other chunks in other processes: there may be more chains for an observation there.
-        noise, steps = (np.pad(x, [(0, 0), (0, most - ids.shape[1])] + [(0, 0)] * (x.ndim - 2)) for x in (noise, steps))
-        chain = self._sampled(params, cache, noise, steps, level)
-        return jax.tree.map(lambda x: distributed.local_rows(x)[: ids.shape[0], : ids.shape[1]], chain)
+        noise, steps = (np.pad(x, [(0, 0), (0, most - x.shape[1])] + [(0, 0)] * (x.ndim - 2)) for x in (noise, steps))
+        return super()._sampled(params, cache, noise, steps, level)
 
     def finish(self, params: tuple[Any, Any]) -> None:
         """Takes part in the decisions of the others until none has any more to make."""
@@ -259,7 +268,7 @@ class LockstepActor(Actor):
             else:
                 most, level = sizes
                 noise, steps = (np.zeros((1, most, *x.shape), x.dtype) for x in self._draw((0,)))
-                self._sampled(params, cache, noise, steps, level)
+                super()._sampled(params, cache, noise, steps, level)
 
     def _agreed(self, kind: str, sizes: list[Any]) -> tuple[str, list[Any]]:
         """What is computed next, and the largest of each size over the processes."""
@@ -273,23 +282,6 @@ class LockstepActor(Actor):
     def _local_size(self, rows: int) -> int:
         """Rows of each process's padded batch, where none has more than `rows`."""
         return self._size(rows * processes.count()) // processes.count()
-
-    def _encoded(self, params: tuple[Any, Any], observation: Observation, rows: int) -> PrefixCache:
-        padded = jax.tree.map(lambda x: pad_rows(x, rows), observation)
-        return self._encode(self._prepared.prefix(params), *params, distributed.put_batch(padded, self._mesh))
-
-    def _sampled(
-        self, params: tuple[Any, Any], cache: PrefixCache, noise: np.ndarray, steps: np.ndarray, level: float
-    ) -> flow.Chain:
-        rows = cache.mask.shape[0] // processes.count()
-        inputs = [pad_rows(x, rows) for x in (noise, steps)]
-        return self._sample(
-            self._prepared.expert(params),
-            *params,
-            cache,
-            *distributed.put_batch(inputs, self._mesh),
-            distributed.put_scalar(np.float32(level), self._mesh),
-        )
 
 
 @dataclasses.dataclass(frozen=True)
