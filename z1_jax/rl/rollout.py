@@ -141,12 +141,12 @@ def collect(
         BrokenIteration: the policy drew a number that is not finite; it reaches no environment.
         TooManyLost: of all groups more than 1 %, and more than two; or each one of these.
     """
-    decide = _Sampling(noise_key, stochastic, noise_level, store, executed, overlap)
+    how = _Acting(pool, actor, params, processor, plan, noise_key, stochastic, noise_level, store, executed, overlap)
     pool.take_times()
     if store is not None:
         store.clear()
     lost = Lost("groups", *before)
-    walks, wanted = _walked(pool, actor, params, processor, plan, episodes, decide, again, lost)
+    walks, wanted = _walked(how, episodes, again, lost)
     if len(lost.why) == len(wanted):
         raise TooManyLost(f"each of {len(wanted)} groups was lost: {lost.newest}")
     return _join(walks, wanted, len(episodes), pool.take_times(), store)
@@ -172,34 +172,30 @@ def play(
     before: tuple[int, int] = (0, 0),
 ) -> Outcome:
     """What comes of episodes under the ODE sampler, each alone. Arguments and errors: as `collect`."""
-    decide = _Sampling(noise_key, False, None, None, executed, overlap)
-    lost = Lost("episodes", *before)
     alone = BranchPlan(group_size=1, points=(), fanout=())
-    walks, wanted = _walked(pool, actor, params, processor, alone, episodes, decide, None, lost)
+    how = _Acting(pool, actor, params, processor, alone, noise_key, False, None, None, executed, overlap)
+    lost = Lost("episodes", *before)
+    walks, wanted = _walked(how, episodes, None, lost)
     return _outcome(walks, wanted, lost)
 
 
 def _walked(
-    pool: Pool,
-    actor: Actor,
-    params: tuple[Any, Any],
-    processor: InputProcessor,
-    plan: BranchPlan,
+    how: _Acting,
     episodes: Sequence[Episode],
-    decide: _Sampling,
     again: Callable[[Outcome], Sequence[Episode]] | None,
     lost: Lost,
 ) -> tuple[list[_Walk], list[Episode]]:
     """Walks over all groups, and their episodes."""
-    at_once = pool.num_envs // plan.group_size
+    slots, size = how.pool.num_envs, how.plan.group_size
+    at_once = slots // size
     if at_once == 0:
-        raise ValueError(f"the pool has {pool.num_envs} environments, expected at least group size {plan.group_size}")
+        raise ValueError(f"the pool has {slots} environments, expected at least group size {size}")
     walks: list[_Walk] = []
     done, wanted = 0, list(episodes)
     while done < len(wanted):
         wave = wanted[done : done + at_once]
         lost.drawn += len(wave)
-        walk = _Walk(pool, actor, params, processor, plan, wave, decide, done, lost)
+        walk = _Walk(how, wave, done, lost)
         walk.run()
         walks.append(walk)
         done += len(wave)
@@ -216,9 +212,14 @@ def _outcome(walks: list[_Walk], episodes: Sequence[Episode], lost: Lost) -> Out
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sampling:
-    """How chunks are decided and taken: `collect`'s arguments of these names."""
+class _Acting:
+    """Who acts where, and how: `collect`'s arguments of these names."""
 
+    pool: Pool
+    actor: Actor
+    params: tuple[Any, Any]
+    processor: InputProcessor
+    plan: BranchPlan
     noise_key: tuple[int, ...]
     stochastic: bool
     noise_level: float | None
@@ -230,23 +231,11 @@ class _Sampling:
 class _Walk:
     """One pass over as many groups as the pool holds, chunk by chunk."""
 
-    def __init__(
-        self,
-        pool: Pool,
-        actor: Actor,
-        params: tuple[Any, Any],
-        processor: InputProcessor,
-        plan: BranchPlan,
-        episodes: Sequence[Episode],
-        sampling: _Sampling,
-        first_group: int,
-        lost: Lost,
-    ):
-        self.pool, self.actor, self.params, self.processor = pool, actor, params, processor
-        self.plan, self.episodes, self.sampling, self.first_group = plan, episodes, sampling, first_group
-        self.lost = lost
+    def __init__(self, how: _Acting, episodes: Sequence[Episode], first_group: int, lost: Lost):
+        self.how, self.pool, self.plan = how, how.pool, how.plan
+        self.episodes, self.first_group, self.lost = episodes, first_group, lost
         self.seeds = np.array([episode.seed for episode in episodes])
-        shape = (len(episodes), plan.group_size)
+        shape = (len(episodes), how.plan.group_size)
         self.success = np.zeros(shape, bool)
         self.unstable = np.zeros(shape, bool)
         self.chunks = np.zeros(shape, int)
@@ -258,7 +247,7 @@ class _Walk:
 
     def run(self) -> None:
         """Takes each half of the groups, or all of them, on to where it waits for environments; then the next."""
-        shares = np.array_split(np.arange(len(self.seeds)), 2 if self.sampling.overlap else 1)
+        shares = np.array_split(np.arange(len(self.seeds)), 2 if self.how.overlap else 1)
         running = collections.deque(self._go(groups) for groups in shares if len(groups))
         while running:
             part = running.popleft()
@@ -325,11 +314,11 @@ class _Walk:
     def _decide(self, observations: list[Any], groups: np.ndarray, children: np.ndarray, chunk: int) -> Acted:
         """One look per observation, one chain per child: the VLM runs once however many members part here."""
         began = time.perf_counter()
-        how = self.sampling
+        how = self.how
         acted = act(
-            self.actor,
-            self.params,
-            self.processor,
+            how.actor,
+            how.params,
+            how.processor,
             observations,
             stack_ids(self.seeds[groups][:, None], chunk, children),
             how.noise_key,
