@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import hashlib
 import itertools
@@ -16,7 +17,7 @@ import logging
 import pathlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -28,6 +29,7 @@ from z1_jax.files import require_plain, write_whole
 from z1_jax.interrupt import held
 
 Tree = Any
+T = TypeVar("T")
 _FILES = "files.json"  # in each checkpoint: its files' sizes and checksums
 _HASHED_BYTES = 64 << 20
 
@@ -279,14 +281,7 @@ class Checkpoints:
         metadata = self._metadata(step)
         for name, tree in abstract.items():
             self._check_keys(step, name, metadata["crc32"].get(name), tree)
-        loaded, failed = {}, None
-        try:
-            with _quiet():
-                loaded = self._checkpointer.load_checkpointables(step, dict(abstract))
-        except Exception as error:
-            failed = error
-        if any(told := processes.exchange("" if failed is None else _short(failed) or "not readable")):
-            raise self._damaged(step, failed or ValueError(next(filter(None, told)))) from failed
+        loaded = _everywhere(lambda: self._loaded(step, abstract))
         for name, tree in abstract.items():
             wanted = _leaves(tree)
             for key, leaf in _leaves(loaded[name]).items():
@@ -311,22 +306,18 @@ class Checkpoints:
         """
         for step in reversed(self.steps()):
             try:
-                document = self._agreed_document(step)
+                document = _everywhere(functools.partial(self.document, step))
                 return step, self.load(step, abstract(document) if callable(abstract) else abstract), document
             except CheckpointError as error:
                 self.put_aside(step, error)
         return None
 
-    def _agreed_document(self, step: int) -> dict[str, Any]:
-        """The document of a step where every process can read it."""
-        document, failed = {}, None
+    def _loaded(self, step: int, abstract: Mapping[str, Tree]) -> dict[str, Tree]:
         try:
-            document = self.document(step)
-        except CheckpointError as error:
-            failed = error
-        if any(told := processes.exchange("" if failed is None else str(failed))):
-            raise failed or CheckpointError(next(filter(None, told)))
-        return document
+            with _quiet():
+                return self._checkpointer.load_checkpointables(step, dict(abstract))
+        except Exception as error:
+            raise self._damaged(step, error) from error
 
     def _check_keys(self, step: int, name: str, stored: Mapping[str, Any] | None, tree: Tree) -> None:
         wanted = _leaves(tree)
@@ -372,6 +363,17 @@ class Checkpoints:
         self._checkpointer.close()
         if self._writer not in (None, self._checkpointer):
             self._writer.close()
+
+
+def _everywhere(work: Callable[[], T]) -> T:
+    """What `work` returns, where it fails in no process. Raises CheckpointError: its own, or another process's."""
+    try:
+        done, failed = work(), None
+    except CheckpointError as error:
+        done, failed = None, error
+    if any(told := processes.exchange("" if failed is None else str(failed))):
+        raise failed or CheckpointError(next(filter(None, told)))
+    return cast(T, done)
 
 
 class SoloReader:

@@ -72,6 +72,10 @@ class _Link:
         self._socket.close()
 
 
+def _name(number: int, host: str, pid: int) -> str:
+    return f"process {number} (pid {pid} on {host})"
+
+
 class Line:
     """This process's end. `names` says who each process is, and `hosts` where.
 
@@ -84,9 +88,7 @@ class Line:
         self, index: int, hosts: Sequence[str], pids: Sequence[int], links: dict[int, _Link], listening: Any = None
     ):
         self.index, self.count, self.hosts = index, len(hosts), list(hosts)
-        self.names = [
-            f"process {i} (pid {pid} on {host})" for i, (pid, host) in enumerate(zip(pids, hosts, strict=True))
-        ]
+        self.names = list(map(_name, range(len(hosts)), hosts, pids))
         self.over, self.code = False, 0
         self._links, self._listening = links, listening
         self._round = 0
@@ -255,8 +257,7 @@ def _gather(port: int, count: int, seconds: float) -> Line:
         if hello["count"] != count:
             why = f"it expects {hello['count']} processes, process 0 expects {count}"
         elif number in who:
-            name = f"process {number} (pid {who[number][1]} on {who[number][0]})"
-            why = f"{name} has joined already: do two runs share this coordinator?"
+            why = f"{_name(number, *who[number])} has joined already: do two runs share this coordinator?"
         if why:
             with contextlib.suppress(OSError):
                 link.send(kind="refused", why=why)

@@ -82,7 +82,8 @@ def open_run(argv: Sequence[str], command: str, algorithms: Sequence[str], defau
     config = parse_command_line(argv, default)
     require_algorithm(config, algorithms, command)
     config = settled(config)
-    processes.require_agreement(_facts(config, force))
+    if processes.count() > 1:  # else all sources would be read for nobody
+        processes.require_agreement(_facts(config, force))
     start_jax()  # before a checkpoint is opened: that takes the device
     config = check_inputs(config)
     differing = processes.on_leader(lambda: check_worlds(config))
