@@ -244,7 +244,8 @@ class LeRobotDirectory:
             return float(stamps[0])
         steps = np.diff(stamps)
         off = float(np.abs(steps - 1 / self._meta.fps).max())
-        if off > max(_STAMP_TOLERANCE / self._meta.fps, self._how.tolerance_s):
+        tolerance_s = max(_STAMP_TOLERANCE / self._meta.fps, self._how.tolerance_s)
+        if off > tolerance_s:
             worst = steps[np.argmax(np.abs(steps - 1 / self._meta.fps))]
             cure = f"; --tolerance-s={off * 1.01:.2g} takes stamps of a real clock" * (off * self._meta.fps < _LARGEST)
             raise BadData(
@@ -252,7 +253,7 @@ class LeRobotDirectory:
                 f"{self._meta.fps:g} frames a second of meta/info.json{cure}"
             )
         rate = 1 / steps.mean()
-        if abs(rate / self._meta.fps - 1) > _RATE_TOLERANCE + _STAMP_TOLERANCE / len(steps):
+        if abs(rate / self._meta.fps - 1) > _RATE_TOLERANCE + tolerance_s * self._meta.fps / len(steps):
             raise BadData(
                 f"{where}: {rate:.4g} time stamps a second over the episode, expected the {self._meta.fps:g} of "
                 "meta/info.json"

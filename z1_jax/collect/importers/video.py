@@ -123,12 +123,15 @@ def first_frame(video: Video, place: VideoPlace, first_s: float, fps: float, whe
                 f"{round(start_s * fps) + length}: where the others belong is not told"
             )
     elif sum(stretch.length for stretch in place.every) == frames:
-        first = _number_in_full(video, place, fps)
-        if first not in found:
+        numbers = _numbers_in_full(video, place, fps)
+        first = min(numbers)
+        if first not in found or len(numbers) > 1:
+            expected = " or ".join(f"{n}, {n / fps:g} s" for n in sorted(numbers))
+            taken = " or ".join(map(str, sorted(numbers)))
             raise BadData(
                 f"{where}: from_timestamp in meta/episodes and time stamps begin at {start_s:g} s of {video.path}, "
-                f"expected frame {first}, {first / fps:g} s: the file has exactly the {frames} frames of its "
-                f"{len(place.every)} episodes, and those before this one take up {first}"
+                f"expected frame {expected}: the file has exactly the {frames} frames of its "
+                f"{len(place.every)} episodes, and those before this one take up {taken}"
             )
     else:
         _check_end(video, place, min(found), where)
@@ -153,18 +156,20 @@ def _readings(video: Video, second: float, fps: float) -> set[int]:
     return found
 
 
-def _number_in_full(video: Video, place: VideoPlace, fps: float) -> int:
+def _numbers_in_full(video: Video, place: VideoPlace, fps: float) -> set[int]:
     """The first frame of `own` in a file that has exactly the frames of its episodes, in order of time or of number.
 
     The order that agrees with more of the episodes' times is taken, so that one wrong time affects its episode alone.
+    Two numbers: both orders agree with as many.
     """
-    best, least = 0, len(place.every) + 1
+    best, least = set[int](), len(place.every) + 1
     for key in (lambda s: (s.start_s, s.episode), lambda s: s.episode):
         order: Sequence[Stretch] = sorted(place.every, key=key)
         before = [0, *itertools.accumulate(stretch.length for stretch in order)]
         off = sum(n not in _readings(video, s.start_s, fps) for s, n in zip(order, before, strict=False))
-        if off < least:
-            best, least = before[order.index(place.own)], off
+        if off <= least:
+            best = {*(best if off == least else ()), before[order.index(place.own)]}
+            least = off
     return best
 
 
