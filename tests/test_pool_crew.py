@@ -11,7 +11,7 @@ import tiny_env
 from seeds import fresh_seed
 from tiny_env import FragileEnv, TinyEnv
 
-from envs import pool_crew
+from envs import pool_crew, pool_workers
 from envs.base import Episode, episodes
 from envs.pool import EnvPool, PoolError, SlotsLost
 
@@ -102,6 +102,26 @@ def test_a_worker_that_stops_while_it_is_built_is_started_again_in_time(tmp_path
     with pytest.raises(PoolError, match="3 times on slot 0 while building the environment: no answer within 1 s"):
         EnvPool(functools.partial(tiny_env.stopped, str(tmp_path), 99), 1, 1, start_timeout_s=1.0)
     assert time.monotonic() - began < 10.0
+
+
+def second_stops(folder: str) -> TinyEnv:
+    """Of all builds of an environment the second one stops."""
+    if FragileEnv("", folder)._note("built") == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return TinyEnv()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_build_that_stops_is_noticed_by_what_another_one_took(workers, monkeypatch, tmp_path):
+    """That of a replacement, and one of two at the start: not after `start_timeout_s`."""
+    monkeypatch.setattr(pool_workers, "LEAST_BUILD_S", 0.5)
+    began = time.monotonic()
+    with EnvPool(functools.partial(second_stops, str(tmp_path)), workers, workers, start_timeout_s=300.0) as pool:
+        pool.reset(range(workers), episodes(range(workers)))
+        pool._crew.workers[0].kill()
+        _, seen = pool.step(range(workers), np.zeros((workers, 4, 3)))
+        np.testing.assert_array_equal(seen[0].images["eye"], alone(0, [np.zeros((4, 3))])[1])
+    assert time.monotonic() - began < 150.0
 
 
 class SlowStart(TinyEnv):
