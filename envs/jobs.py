@@ -18,8 +18,9 @@ from typing import Any
 from envs.base import Env
 from envs.pool import ONLY, PoolError
 from envs.pool_crew import TRIES
+from envs.pool_frames import Reply
 from envs.pool_workers import Fault, ProcessWorker
-from envs.worker import DOING, Reply, Request
+from envs.worker import DOING, Request
 
 AHEAD = 4  # jobs for each worker that may be begun from the one on that is waited for
 _log = logging.getLogger(__name__)

@@ -20,8 +20,9 @@ import numpy as np
 from envs import worker
 from envs.base import EnvSpec, PoolError
 from envs.contract import different_spec
+from envs.pool_frames import Reply
 from envs.pool_workers import Fault, Worker, Workers
-from envs.worker import Journal, Reply, Request
+from envs.worker import Journal, Request
 
 TRIES = 3  # failures of one state, or of building a worker, after which there is no other try
 PATIENCE = 10.0  # times the slowest answer so far that the next one may take
@@ -122,8 +123,7 @@ class Crew:
         Raises:
             PoolError: an environment or its building failed in a way that ends everything.
         """
-        if call not in self._open:
-            raise ValueError("this call was finished before, or given up for another one of its slots")
+        self._require_open(call)
         began = time.perf_counter()
         self._renew(self._behind & call.requests.keys())
         self._behind |= call.requests.keys()  # until every answer is in: an interrupt may come at any point
@@ -148,6 +148,23 @@ class Crew:
         self._count(call, call.seconds + time.perf_counter() - began)
         return answers
 
+    def ready(self, calls: Sequence[Call]) -> Call:
+        """Waits for the first of some open calls whose workers have all answered or failed."""
+        began = time.perf_counter()
+        for call in calls:
+            self._require_open(call)
+        workers = {index for call in calls for index in call.requests}
+        try:
+            while True:
+                for call in calls:
+                    if not call.missing or self._behind & call.requests.keys():
+                        call.seconds += time.perf_counter() - began
+                        return call
+                self._hear({index: self._at(index)[0] for index in workers if self._at(index)})
+        except BaseException:
+            self._behind |= workers  # an answer may have been taken and not noted
+            raise
+
     def close(self) -> None:
         """Ends all workers and waits for them."""
         for member in self.workers.values():
@@ -164,6 +181,10 @@ class Crew:
     def slots(self, index: int) -> list[int]:
         """Of a worker."""
         return [slot for slot in range(len(self._journals)) if self.of(slot) == index]
+
+    def _require_open(self, call: Call) -> None:
+        if call not in self._open:
+            raise ValueError("this call was finished before, or given up for another one of its slots")
 
     def _abandon(self, call: Call) -> None:
         self._open.remove(call)
@@ -217,15 +238,18 @@ class Crew:
 
     def _await(self, call: Call) -> None:
         while missing := call.missing:
-            now = time.monotonic()
-            until = {i: max(call.asked, self._heard.get(i, 0.0)) + call.longest_s[i] for i in missing}
-            members = {index: self.workers[index] for index in missing}
-            ready = self._place.wait(list(members.values()), max(0.0, min(until.values()) - now))
-            for index, member in members.items():
-                if member in ready:
-                    self._receive(call, index)
-                elif not ready and until[index] <= time.monotonic():
-                    call.faults[index] = self._late(index, call.longest_s[index])
+            self._hear(dict.fromkeys(missing, call))
+
+    def _hear(self, asked: Mapping[int, Call]) -> None:
+        """Waits until one or more workers have answered the call that is their next, or one is late with it."""
+        until = {i: max(call.asked, self._heard.get(i, 0.0)) + call.longest_s[i] for i, call in asked.items()}
+        members = {index: self.workers[index] for index in asked}
+        ready = self._place.wait(list(members.values()), max(0.0, min(until.values()) - time.monotonic()))
+        for index, member in members.items():
+            if member in ready:
+                self._receive(asked[index], index)
+            elif not ready and until[index] <= time.monotonic():
+                asked[index].faults[index] = self._late(index, asked[index].longest_s[index])
 
     def _receive(self, call: Call, index: int) -> None:
         try:

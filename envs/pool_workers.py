@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import pickle
+import select
 import socket
 import struct
 import subprocess
@@ -15,9 +16,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from envs import elsewhere, worker
-from envs.pool_frames import SharedAnswers, anonymous
+from envs.pool_frames import Reply, SharedAnswers, anonymous
 from envs.simulators import Factories
-from envs.worker import Reply, Request, SlotServer
+from envs.worker import Request, SlotServer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +95,11 @@ class Processes:
         return ProcessWorker(*self._making)
 
     def wait(self, members: Sequence[ProcessWorker], timeout_s: float) -> list[ProcessWorker]:
-        ready = multiprocessing.connection.wait([member.connection for member in members], timeout_s)
-        return [member for member in members if member.connection in ready]
+        poll = select.poll()  # multiprocessing.connection.wait takes four times as long
+        for member in members:
+            poll.register(member.connection.fileno(), select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(math.ceil(1e3 * timeout_s))}
+        return [member for member in members if member.connection.fileno() in ready]
 
     def misplaced(self) -> set[int]:
         return set()

@@ -211,3 +211,43 @@ def test_large_messages_to_busy_workers_do_not_stand_still():
         for call in calls:
             assert pool.finish(call)[0][0].done
         assert time.monotonic() - began < 10.0 and pool.replaced == 0
+
+
+class SlowOdd(TinyEnv):
+    """Chunks of episodes with odd seeds take their time."""
+
+    def reset(self, episode):
+        self._slow = episode.seed % 2
+        super().reset(episode)
+
+    def step_chunk(self, actions):
+        time.sleep(0.3 * self._slow)
+        return super().step_chunk(actions)
+
+
+@pytest.mark.parametrize("killed", [None, 0, 1])
+def test_the_call_that_is_ready_comes_first_and_holds_what_single_environments_show(killed):
+    base = fresh_seed(__name__, "ready") // 2 % 10**6 * 2
+    actions = chunks_of(base, 2, 4)
+    with EnvPool(SlowOdd, 4, 2) as pool:
+        pool.reset(range(4), episodes(range(base, base + 4)))
+        calls = {pool.begin_step([w, w + 2], actions[0, [w, w + 2]]): (w, 0) for w in (1, 0)}
+        order, seen = [], {}
+        while calls:
+            call = pool.ready(list(calls))
+            worker, chunk = calls.pop(call)
+            order.append(worker)
+            seen[worker, chunk] = [observation.images["eye"] for _, observation in pool.finish(call)]
+            if worker == killed and not chunk:
+                pool._crew.workers[worker].kill()
+            if not chunk:
+                calls[pool.begin_step([worker, worker + 2], actions[1, [worker, worker + 2]])] = (worker, 1)
+        assert killed == 0 or order == [0, 0, 1, 1]
+        assert pool.replaced == (killed is not None)
+        for (worker, chunk), images in seen.items():
+            for slot, image in zip((worker, worker + 2), images, strict=True):
+                np.testing.assert_array_equal(image, alone(base + slot, list(actions[: chunk + 1, slot]))[1])
+        with pytest.raises(ValueError, match="finished before"):
+            pool.ready([call])
+        with pytest.raises(ValueError, match="no calls"):
+            pool.ready([])

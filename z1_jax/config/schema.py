@@ -300,6 +300,13 @@ class EvalConfig:
     videos: Annotated[int, Within(0, 64)] = 4
     film_seeds: tuple[str, ...] = ()  # the seeds that are filmed instead of those, e.g. 900000007,12
     video_size: Annotated[int, Within(16, 1024)] = 160  # pixels
+    # evaluate: words that the robot is told in place of others, e.g. left:right,right:left; a test that it listens
+    words: tuple[str, ...] = ()
+
+    @property
+    def told(self) -> dict[str, str]:
+        """Word of an instruction -> what is said instead."""
+        return dict(pair.split(":") for pair in self.words)
 
     @property
     def filmed(self) -> tuple[int, ...]:
@@ -461,6 +468,7 @@ _YOUNGER: dict[str, Any] = {
     "group.oversample": 1.0,
     "flow.temperature": -1.0,
     "rollout.overlap": False,
+    "eval.words": [],
 }
 
 
