@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from envs import worker
+from envs import elsewhere, worker
 from envs.pool_frames import Reply, SharedAnswers, anonymous
 from envs.simulators import Factories
 from envs.worker import Request, SlotServer
@@ -167,13 +167,14 @@ class ProcessWorker:
         _bound_waits(self.connection, timeout_s)
         fd, shared = child.fileno(), anonymous()
         self._answers = SharedAnswers(shared)
+        python, factories = elsewhere.split(factories)
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # the processes are the parallelism
         try:
             self._process = subprocess.Popen(
-                worker.command(fd, os.getpid(), shared),
+                worker.command(fd, os.getpid(), shared, python),
                 pass_fds=[fd, *shared],
                 stdin=subprocess.DEVNULL,
-                env=threads | os.environ,
+                env=threads | (elsewhere.environment() if python else os.environ),
             )
         except BaseException:
             self._answers.close()

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from envs import elsewhere
 from envs.base import ChunkResult, Env, EnvObservation, EnvSpec, Episode, Snapshot
 from envs.contract import ContractError, check_frame, check_observation, check_result
 from envs.pool_frames import Reply, SharedAnswers
@@ -223,16 +224,21 @@ def main(fd: int, parent: int, with_thread: bool, shared: Sequence[int]) -> None
         server.close()
 
 
-def command(fd: int, parent: int, shared: Sequence[int]) -> Sequence[str]:
-    """The command line of a worker: a fresh interpreter with this one's import path, which never runs `__main__`."""
+def command(fd: int, parent: int, shared: Sequence[int], python: str = "") -> Sequence[str]:
+    """The command line of a worker: a fresh interpreter with this one's import path, which never runs `__main__`.
+
+    Args:
+        python: another interpreter, with its own import path (see `envs.elsewhere`).
+    """
     main_thread = threading.current_thread() is threading.main_thread()
+    # The package envs is ours, whatever the working directory holds.
+    ours = f"import sys; sys.path.insert(0, {HOME!r}); import envs\nsys.path[:] = {sys.path!r}\n"
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        f"import sys; sys.path.insert(0, {HOME!r}); import envs\n"  # ours, whatever the working directory holds
-        f"sys.path[:] = {sys.path!r}\n"
+        f"{elsewhere.BOOT if python else ours}"
         f"from envs.worker import main; main({fd}, {parent}, {main_thread}, {list(shared)})"
     )
-    return [sys.executable, "-c", code]
+    return [python or sys.executable, "-c", code]
 
 
 def kill_with_parent(parent: int) -> None:

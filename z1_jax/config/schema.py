@@ -41,6 +41,9 @@ class EnvConfig:
     suite: str = "kitchen"
     options: tuple[str, ...] = ()  # gym: NAME=VALUE, where picture, state, success and words are; image, once a camera
     version: str = ""  # robocasa, libero, metaworld: its version, e.g. 1.0.1; empty: the one that is installed
+    # The Python whose packages the built-in suite is installed in, e.g. VENV/bin/python: its workers run there
+    # (docs/libero.md); empty: this one
+    python: str = ""
     standins: bool = False  # robocasa: primitive stand-ins for the downloaded assets; a smoke test, and labelled so
     cameras: tuple[str, ...] = ("robot0_agentview_left", "robot0_eye_in_hand")  # in the order of the image slots
     image_size: Annotated[int, Within(14, 1024)] = 64  # pixels
@@ -406,6 +409,7 @@ FREE_KEYS = (
     "allow",
     "log",
     "env.workers",
+    "env.python",
     "env.timeout_s",
     "env.simulators",
     "rollout.backend",
