@@ -7,7 +7,7 @@ import scipy.ndimage
 from seeds import fresh_seed
 
 from z1_jax.data.augment import augment, colour, move
-from z1_jax.sft import augmented
+from z1_jax.sft import augmented, normal
 from z1_jax.types import Observation
 
 REFERENCE = np.load(pathlib.Path(__file__).parent / "reference" / "augment.npz")  # augmax 0.4.1, as openpi calls it
@@ -97,3 +97,10 @@ def test_sft_changes_the_images_and_nothing_else(rng):
     expected = augment(key, images.astype(np.float32) / 255 * 2 - 1)
     np.testing.assert_allclose(out.images, expected, atol=1e-6)
     assert out.tokens is observation.tokens and out.image_mask is observation.image_mask
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 3, 4), (7,)])
+def test_noise_is_that_of_jax_bit_for_bit(rng, shape):
+    key = jax.random.key(int(rng.integers(2**31)))
+    ours, theirs = (np.asarray(draw(key, shape)).view(np.uint32) for draw in (normal, jax.random.normal))
+    np.testing.assert_array_equal(ours, theirs)

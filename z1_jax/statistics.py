@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import scipy  # scipy.stats, half a second, is imported where it is used
 from jaxtyping import Bool, Shaped
-from scipy import stats
 
 Interval = tuple[float, float]  # lower and upper end
 
@@ -23,7 +23,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
             f"got {successes} successes of {n} episodes: expected 0 <= successes <= episodes, at least one"
         )
     _check_confidence(confidence)
-    interval = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    interval = scipy.stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
     low = 0.0 if successes == 0 else max(0.0, float(interval.low))  # exactly, where rounding would leave 1e-17
     high = 1.0 if successes == n else min(1.0, float(interval.high))
     return low, high
@@ -46,7 +46,7 @@ def mcnemar_exact(before: Bool[np.ndarray, " n"], after: Bool[np.ndarray, " n"])
     if not (np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all()):
         raise ValueError("McNemar's test compares successes: expected booleans, or 0 and 1")
     gained, lost = int(np.sum(after > before)), int(np.sum(after < before))
-    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return float(scipy.stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def paired_difference_interval(
@@ -81,7 +81,7 @@ def paired_difference_interval(
 
 def _alike(difference: float, n: int, confidence: float) -> Interval:
     """Tango's score interval where all n pairs of successes differ by the same -1, 0 or 1, in closed form."""
-    share = float(stats.norm.ppf(0.5 + confidence / 2)) ** 2 / n
+    share = float(scipy.stats.norm.ppf(0.5 + confidence / 2)) ** 2 / n
     if difference == 0:
         return -share / (1 + share), share / (1 + share)
     end = (1 - share) / (1 + share)
@@ -127,7 +127,7 @@ def clustered_mean(values: Shaped[np.ndarray, " n"], tasks: Sequence[str], seeds
 
 def interquartile_mean(rates: Shaped[np.ndarray, "tasks seeds"]) -> float:
     """The mean of the middle half of all cells: a quarter of them is left out at each end (Agarwal et al. 2021)."""
-    return float(stats.trim_mean(np.ravel(rates), 0.25))
+    return float(scipy.stats.trim_mean(np.ravel(rates), 0.25))
 
 
 def stratified_interval(

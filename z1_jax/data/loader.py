@@ -10,7 +10,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 from jaxtyping import Int, Shaped
 
@@ -65,6 +64,8 @@ class Loader(Iterator[Batch]):
             ValueError: a negative seed, sizes that do not divide, a process out of range, or data that the
                 processor cannot take.
         """
+        import grain  # half a second
+
         if batch_size < 1 or process_count < 1 or batch_size % process_count:
             raise ValueError(f"batch_size={batch_size} is not a positive multiple of the {process_count} processes")
         if seed < 0:

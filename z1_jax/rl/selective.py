@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+import scipy  # scipy.stats, half a second, is imported where it is used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ def trend(success: Sequence[float]) -> Trend:
     error = math.sqrt(float(residual @ residual) / freedom / float(x @ x))
     if error < 1e-12:  # a perfect line; rounding must not make a significant slope of a constant
         return Trend(slope, 0.0, 0.0 if slope > 1e-12 else 1.0)
-    return Trend(slope, error, float(stats.t.sf(slope / error, freedom)))
+    return Trend(slope, error, float(scipy.stats.t.sf(slope / error, freedom)))
 
 
 def decide(success: Sequence[float], confidence: float, enough: float, then: str) -> Decision:
