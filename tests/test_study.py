@@ -230,6 +230,7 @@ def test_other_evaluations_by_hand():
     ]  # fmt: skip
     found[7] = dataclasses.replace(found[7], episodes=(0, 1))
     found[5] = dataclasses.replace(found[5], episodes=(0, 1), success=found[5].success[:2])
+    assert means(found[4:], 0.95) == [] and elsewhere(found[4:], 0.95) == []
     assert len(means(found, 0.95)) == 2 and means(found, 0.95)[1].rate == 0.75  # of the runs' own evaluation
     others = {(one.evaluation, one.form, one.task): one for one in elsewhere(found, 0.95)}
     assert set(others) == {

@@ -271,7 +271,8 @@ def _matrix(outcomes: Sequence[Outcome]) -> Float[np.ndarray, "tasks seeds"]:
 
 
 def _complete(outcomes: Sequence[Outcome], form: str) -> bool:
-    return {one.task for one in outcomes if one.form == form} == set(_tasks(outcomes))
+    mine = {one.task for one in outcomes if one.form == form}
+    return bool(mine) and mine == set(_tasks(outcomes))
 
 
 def _paired(outcomes: Sequence[Outcome], form: str, task: str) -> list[tuple[int, np.ndarray, np.ndarray]]:
