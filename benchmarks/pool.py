@@ -346,11 +346,14 @@ def iterations(run: pathlib.Path, count: int) -> dict[str, dict[str, float]]:
         }
         for number in range(count + 1):  # the first one compiles
             for overlap, trainer in trainers.items():
-                began = time.perf_counter()
+                began, cpu = time.perf_counter(), time.process_time() + cpu_of_workers()
                 out = trainer.collect(pool, number)
                 collected = time.perf_counter()
                 trainer.update(out, number)
                 split = diagnostics.times(out, collected - began, time.perf_counter() - collected)
+                split["cpu_s"] = time.process_time() + cpu_of_workers() - cpu
+                # Of the cores: with all of it filled, an iteration would take 1 - cores_idle of its time.
+                split["cores_idle"] = 1.0 - split["cpu_s"] / (WORKERS * split["time/total"])
                 if number:
                     found.setdefault("overlap" if overlap else "in turn", []).append(split)
     return {

@@ -21,11 +21,10 @@ from envs import worker
 from envs.base import EnvSpec, PoolError
 from envs.contract import different_spec
 from envs.pool_frames import Reply
-from envs.pool_workers import Fault, Worker, Workers
+from envs.pool_workers import PATIENCE, Builds, Fault, Worker, Workers
 from envs.worker import Journal, Request
 
 TRIES = 3  # failures of one state, or of building a worker, after which there is no other try
-PATIENCE = 10.0  # times the slowest answer so far that the next one may take
 LEAST_S = 10.0  # that any answer may take
 ANEW = ("reset", "restore")  # what a slot needs no state for
 _OPEN = 2  # calls that may lie at a worker: it has room for the frames of so many
@@ -48,6 +47,7 @@ class Call:
     faults: dict[int, Fault] = dataclasses.field(default_factory=dict)
     lost: dict[int, str] = dataclasses.field(default_factory=dict)  # slots that failed TRIES times, and why
     seconds: float = 0.0  # that its caller spent in it
+    failures: int = 0  # of building these workers before
 
     @property
     def missing(self) -> list[int]:
@@ -75,6 +75,7 @@ class Crew:
     ) -> None:
         self._place, self._journals, self._num_workers = place, journals, num_workers
         self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
+        self._builds = Builds(start_timeout_s)
         self.workers: dict[int, Worker] = {}
         self.specs: dict[str, EnvSpec] = {}  # by task
         self.replaced = 0
@@ -242,14 +243,19 @@ class Crew:
 
     def _hear(self, asked: Mapping[int, Call]) -> None:
         """Waits until one or more workers have answered the call that is their next, or one is late with it."""
-        until = {i: max(call.asked, self._heard.get(i, 0.0)) + call.longest_s[i] for i, call in asked.items()}
+        longest_s = {index: self._may_take_s(call, index) for index, call in asked.items()}
+        until = {i: max(call.asked, self._heard.get(i, 0.0)) + longest_s[i] for i, call in asked.items()}
         members = {index: self.workers[index] for index in asked}
         ready = self._place.wait(list(members.values()), max(0.0, min(until.values()) - time.monotonic()))
         for index, member in members.items():
             if member in ready:
                 self._receive(asked[index], index)
             elif not ready and until[index] <= time.monotonic():
-                asked[index].faults[index] = self._late(index, asked[index].longest_s[index])
+                asked[index].faults[index] = self._late(index, longest_s[index])
+
+    def _may_take_s(self, call: Call, index: int) -> float:
+        first = call.requests[index][0] == "make" and self._place.prompt
+        return self._builds.longest_s(call.failures) if first else call.longest_s[index]
 
     def _receive(self, call: Call, index: int) -> None:
         try:
@@ -266,6 +272,8 @@ class Crew:
             return
         call.replies[index] = reply
         operation, items = call.requests[index]
+        if operation == "make":
+            self._builds.took(self._heard[index] - call.asked)
         self._slowest[operation] = max(self._slowest.get(operation, 0.0), _busy_s(reply) / len(items))
 
     def _late(self, index: int, longest_s: float) -> Fault:
@@ -274,9 +282,12 @@ class Crew:
         member.kill()
         return fault
 
-    def _gather(self, requests: dict[int, Request], longest_s: float) -> tuple[dict[int, Reply], dict[int, Fault]]:
+    def _gather(
+        self, requests: dict[int, Request], longest_s: float, failures: int = 0
+    ) -> tuple[dict[int, Reply], dict[int, Fault]]:
         """What workers that nothing else is asked of answer."""
         call = Call("", [], lambda _: None, requests=requests, longest_s=dict.fromkeys(requests, longest_s))
+        call.failures = failures
         call.asked = time.monotonic()
         for index in requests:
             self._send(call, index)
@@ -404,7 +415,8 @@ class Crew:
             for index in missing:
                 self.workers[index] = self._place.start(index, self.slots(index))
                 self._heard.pop(index, None)
-            got, faults = self._gather({index: requests[index] for index in missing}, self._start_timeout_s)
+            again = max(failures.values(), default=0)
+            got, faults = self._gather({index: requests[index] for index in missing}, self._start_timeout_s, again)
             replies |= got
             for index, fault in faults.items():
                 failures[index] += 1

@@ -20,6 +20,9 @@ from envs.pool_frames import Reply, SharedAnswers, anonymous
 from envs.simulators import Factories
 from envs.worker import Request, SlotServer
 
+PATIENCE = 10.0  # times the slowest answer so far that the next one may take
+LEAST_BUILD_S = 20.0  # that building a worker may take
+
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
@@ -34,6 +37,27 @@ class Fault:
     def of(cls, reply: Reply) -> Fault:
         """What a reply that holds an error tells."""
         return cls(reply.error or "", reply.error_slot, retry=not (reply.wrong or reply.lasting), ends=reply.lasting)
+
+
+class Builds:
+    """How long building a worker may take: `timeout_s`, or a few times what another one took where that is less.
+
+    A worker that starts again after a failure has all of `timeout_s`.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._slowest_s = 0.0
+
+    def took(self, seconds: float) -> None:
+        """One was built in so many seconds."""
+        self._slowest_s = max(self._slowest_s, seconds)
+
+    def longest_s(self, failures: int) -> float:
+        """That the next one may take, after so many failures of it."""
+        if failures or not self._slowest_s:
+            return self._timeout_s
+        return min(self._timeout_s, max(LEAST_BUILD_S, PATIENCE * self._slowest_s))
 
 
 class Worker(Protocol):
@@ -68,6 +92,8 @@ class Worker(Protocol):
 class Workers(Protocol):
     """Where the workers of a pool run."""
 
+    prompt: bool  # one that is started runs at once, and waits for no place
+
     def start(self, index: int, slots: Sequence[int]) -> Worker:
         """Starts worker `index`, which is to serve `slots`, or starts it again."""
 
@@ -87,6 +113,8 @@ class Processes:
     Args:
         timeout_s: longest that a message to or from one may stand still.
     """
+
+    prompt = True
 
     def __init__(self, factories: Factories, simulators: int, timeout_s: float) -> None:
         self._making = (factories, simulators, timeout_s)
@@ -110,6 +138,8 @@ class Processes:
 
 class InThisProcess:
     """The one worker of a pool without processes."""
+
+    prompt = True
 
     def __init__(self, factories: Factories, simulators: int) -> None:
         self._making = (factories, simulators)

@@ -55,6 +55,8 @@ class RayWorkers:
         ValueError: the factories cannot be sent.
     """
 
+    prompt = False
+
     def __init__(
         self,
         factories: Factories,

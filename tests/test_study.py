@@ -363,13 +363,13 @@ def test_hours_are_projected_from_counts(tmp_path):
     text = projection.told(tmp_path, planned, rates)
     assert text.startswith("8 of 8 runs left: ") and "and what is unknown" in text.splitlines()[0]
     assert (
-        "  sft: 1 runs, 0.19 h, counted\n  specialists: 2 × unknown\n" in text and "less where policies succeed" in text
+        "  sft: 1 run, 0.19 h, counted\n  specialists: 2 × unknown\n" in text and "less where policies succeed" in text
     )
     a_run(tmp_path, "joint-seed0", "grpo", {"OpenDrawer": "x"}, seconds=7200.0)
     assert "joint" not in projection.told(tmp_path, planned, rates).replace("of joint", "")
     a_run(tmp_path, "specialists-OpenDrawer-seed0", "grpo", {"OpenDrawer": "x"}, seconds=7200.0)
     text = projection.told(tmp_path, planned, rates)
-    assert "specialists: 1 runs, 2.00 h, as 1 took that is finished" in text and text.startswith("6 of 8 runs left")
+    assert "specialists: 1 run, 2.00 h, as 1 took that is finished" in text and text.startswith("6 of 8 runs left")
     assert projection.unknown(tmp_path, planned)
     assert projection.told(tmp_path, planned, {}).count("unknown") == 5  # head, sft, three further evaluations
 

@@ -234,7 +234,7 @@ def _videos(run_dir: Path, summary: dict, notes: list[str]) -> str:
     return html.section("Episodes", f'{rule}<div class="grid">{"".join(cards)}</div>') if cards else ""
 
 
-def _some_of_each_task(pairs: Sequence[dict], sides: Mapping[str, str]) -> list[dict]:
+def _some_of_each_task(pairs: Sequence[Any], sides: Mapping[str, str]) -> list[Any]:
     """Of several tasks so many pairs that there are at most MOST_FILMS films: of each task the first, then the next."""
     if len({pair.get("task") for pair in pairs}) < 2:
         return list(pairs)

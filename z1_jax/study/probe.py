@@ -19,6 +19,7 @@ from z1_jax.agreement import seen_in, trained_in
 from z1_jax.config.schema import Config
 from z1_jax.data.dataset import Dataset
 from z1_jax.data.loader import Loader
+from z1_jax.files import write_whole
 from z1_jax.initial_policy import given_policy, new_policy
 from z1_jax.policy import Policy
 from z1_jax.process import run_main, start_jax
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     lines = json.loads(pathlib.Path(argv[1]).read_text())
     start_jax()
     measured = measure(parsed_line(lines["sft"]), parsed_line(lines["rl"]) if lines["rl"] else None)
-    pathlib.Path(argv[2]).write_text(json.dumps(measured))
+    write_whole(pathlib.Path(argv[2]), json.dumps(measured))
 
 
 def measure(sft: Config, rl: Config | None) -> dict[str, float]:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from z1_jax.config.schema import Config
+from z1_jax.files import read_json
 from z1_jax.study.config import SFT, Cell, parsed
 from z1_jax.study.results import finished, seconds
 from z1_jax.suites import resolve, with_tasks
@@ -36,13 +37,13 @@ def measured(folder: pathlib.Path, planned: Sequence[Cell]) -> dict[str, float]:
         began = time.monotonic()
         command = [sys.executable, "-m", "z1_jax.study.probe", str(asked), str(path)]
         ran = subprocess.run(command, capture_output=True, text=True)
-        asked.unlink()
+        asked.unlink(missing_ok=True)  # another program of this study may measure here too
         if ran.returncode:
             told = (ran.stderr.strip().splitlines() or ["no reason given"])[-1]
             print(f"not measured, after {time.monotonic() - began:.0f} s: {told}", flush=True)
             return {}
         print(f"measured in {time.monotonic() - began:.0f} s", flush=True)
-    return {name: float(value) for name, value in json.loads(path.read_text()).items()}
+    return {name: float(value) for name, value in read_json(path, dict, {}).items()}
 
 
 def unknown(folder: pathlib.Path, planned: Sequence[Cell]) -> bool:
@@ -72,7 +73,7 @@ def told(folder: pathlib.Path, planned: Sequence[Cell], rates: Mapping[str, floa
             continue
         total = sum(value for value in each if value is not None) / 3600
         hours += total
-        lines.append(f"  {name}: {len(left)} runs, {total:.2f} h, {how}")
+        lines.append(f"  {name}: {len(left)} run{'s' * (len(left) != 1)}, {total:.2f} h, {how}")
     head = f"{sum(len(left) for _, left in _sorts(folder, planned).values())} of {len(planned)} runs left"
     if lines:
         head += f": {hours:.2f} hours of one machine" + " and what is unknown" * missing
