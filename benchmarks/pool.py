@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -81,6 +82,9 @@ class Chunked(gymnasium.Env):
         result = self._env.step_chunk(actions)
         return self._seen(), 0.0, result.done, False, {}
 
+    def close(self) -> None:
+        self._env.close()
+
 
 def chunks_of(width: int, count: int, slots: int) -> np.ndarray:
     """Small random actions [count, slots, E, width]."""
@@ -111,23 +115,68 @@ def cpu_of_workers() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def with_pool(make: Callable[[], Any], slots: int, count: int, halves: bool = False) -> dict[str, float]:
-    """Chunks through the pool: all slots at once, or in two halves that are open at once."""
+class Counted:
+    """An environment that counts the CPU of simulating and rendering, and writes it to a folder at its end."""
+
+    def __init__(self, make: Callable[[], Any], folder: str) -> None:
+        self._env, self._folder, self._chunks, self._cpu_s = make(), folder, 0, 0.0
+        self.spec, self.reset = self._env.spec, self._env.reset
+
+    def observe(self) -> EnvObservation:
+        return self._timed(self._env.observe)
+
+    def step_chunk(self, actions: np.ndarray) -> ChunkResult:
+        self._chunks += 1
+        return self._timed(self._env.step_chunk, actions)
+
+    def _timed(self, function: Callable[..., Any], *args: Any) -> Any:
+        began = time.thread_time()
+        try:
+            return function(*args)
+        finally:
+            self._cpu_s += (time.thread_time() - began) * (self._chunks > 0)
+
+    def close(self) -> None:
+        file, text = tempfile.mkstemp(dir=self._folder, text=True)[0], f"{self._chunks} {self._cpu_s}"
+        with os.fdopen(file, "w") as out:
+            out.write(text)
+        self._env.close()
+
+
+def counted(case: Callable[..., dict[str, float]], make: Callable[[], Any], *args: Any) -> dict[str, float]:
+    """A case, with the CPU of simulating and rendering a chunk, and the share of the cores that this is not."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = case(functools.partial(Counted, make, folder), *args)
+        rows = [path.read_text().split() for path in pathlib.Path(folder).iterdir()]
+    found["env_cpu_ms"] = 1e3 * sum(float(cpu) for _, cpu in rows) / sum(int(chunks) for chunks, _ in rows)
+    found["beside_cpu_ms"] = found["cpu_ms"] - found["env_cpu_ms"]
+    found["cores_idle"] = 1.0 - 1e-3 * found["chunks_per_s"] * found["cpu_ms"] / WORKERS
+    found["cores_not_simulating"] = 1.0 - 1e-3 * found["chunks_per_s"] * found["env_cpu_ms"] / WORKERS
+    return found
+
+
+def with_pool(make: Callable[[], Any], slots: int, count: int, schedule: str = "") -> dict[str, float]:
+    """Chunks through the pool: all slots at once, in two halves that are open at once, or each worker on its own."""
     with EnvPool(make, slots, WORKERS) as pool:
         pool.reset(range(slots), episodes(range(slots)))
         chunks = chunks_of(pool.spec.action_dim, count, slots)
-        parts = [list(part) for part in np.array_split(np.arange(slots), 2)] if halves else [list(range(slots))]
+        parts = [list(range(slots))]
+        if schedule == "halves":
+            parts = [list(part) for part in np.array_split(np.arange(slots), 2)]
+        elif schedule == "workers":
+            parts = [list(range(worker, slots, pool.num_workers)) for worker in range(pool.num_workers)]
         pool.step(range(slots), chunks[0])
         pool.take_times()
-        calls = [pool.begin_step(part, chunks[0][part]) for part in parts] if halves else []
+        calls = {pool.begin_step(part, chunks[0][part]): part for part in parts} if schedule else {}
 
         def step(chunk: np.ndarray) -> None:
-            if not halves:
+            if not schedule:
                 pool.step(range(slots), chunk)
-                return
-            for number, part in enumerate(parts):
-                pool.finish(calls[number])
-                calls[number] = pool.begin_step(part, chunk[part])
+            for _ in calls.copy():
+                call = next(iter(calls)) if schedule == "halves" else pool.ready(list(calls))
+                part = calls.pop(call)
+                pool.finish(call)
+                calls[pool.begin_step(part, chunk[part])] = part
 
         began = time.perf_counter()
         found = timed(step, chunks)
@@ -169,6 +218,24 @@ def rounds(cases: dict[str, Callable[[], dict[str, float]]], count: int) -> dict
     return {
         name: {key: statistics.median(one[key] for one in all_of_it) for key in all_of_it[0]}
         for name, all_of_it in found.items()
+    }
+
+
+def of_the_kitchen(slots: int, count: int) -> dict[str, Callable[[], dict[str, float]]]:
+    case = functools.partial(functools.partial, counted)
+    return {
+        "pool": case(with_pool, make_kitchen, slots, count),
+        "pool in halves": case(with_pool, make_kitchen, slots, count, "halves"),
+        "pool, each worker on its own": case(with_pool, make_kitchen, slots, count, "workers"),
+        "AsyncVectorEnv": case(with_gymnasium, make_kitchen, slots, count),
+    }
+
+
+def of_frames(count: int) -> dict[str, Callable[[], dict[str, float]]]:
+    return {
+        "pool": functools.partial(with_pool, Frames, 8, count),
+        "pool without shared memory": functools.partial(with_plain_pickles, Frames, 8, count),
+        "AsyncVectorEnv": functools.partial(with_gymnasium, Frames, 8, count),
     }
 
 
@@ -279,11 +346,14 @@ def iterations(run: pathlib.Path, count: int) -> dict[str, dict[str, float]]:
         }
         for number in range(count + 1):  # the first one compiles
             for overlap, trainer in trainers.items():
-                began = time.perf_counter()
+                began, cpu = time.perf_counter(), time.process_time() + cpu_of_workers()
                 out = trainer.collect(pool, number)
                 collected = time.perf_counter()
                 trainer.update(out, number)
                 split = diagnostics.times(out, collected - began, time.perf_counter() - collected)
+                split["cpu_s"] = time.process_time() + cpu_of_workers() - cpu
+                # Of the cores: with all of it filled, an iteration would take 1 - cores_idle of its time.
+                split["cores_idle"] = 1.0 - split["cpu_s"] / (WORKERS * split["time/total"])
                 if number:
                     found.setdefault("overlap" if overlap else "in turn", []).append(split)
     return {
@@ -302,6 +372,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=pathlib.Path, help="JSON of all figures")
     parser.add_argument("--run", type=pathlib.Path, help="a run directory of the kitchen: measures iterations")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=["idle"], help="the kitchen with 8 slots alone: workers and cores that idle")
     parser.add_argument("--chunks", type=int, default=60, help="of each slot, for 8 slots; 4 times as many for 2")
     args = parser.parse_args(argv)
     facts: dict[str, Any] = {"machine": machine()}
@@ -310,23 +381,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, split in facts["iterations"].items():
             print(result_line(f"pool/iteration/{name}", split["time/total"], "s", n=args.rounds, **split))
     else:
-        for slots in (2, 8):
-            count = args.chunks * 8 // slots
-            cases: dict[str, Callable[[], dict[str, float]]] = {
-                "pool": functools.partial(with_pool, make_kitchen, slots, count),
-                "pool in halves": functools.partial(with_pool, make_kitchen, slots, count, True),
-                "AsyncVectorEnv": functools.partial(with_gymnasium, make_kitchen, slots, count),
-            }
-            facts[f"kitchen, {slots} slots"] = rounds(cases, args.rounds)
-        cases = {
-            "pool": functools.partial(with_pool, Frames, 8, 10 * args.chunks),
-            "pool without shared memory": functools.partial(with_plain_pickles, Frames, 8, 10 * args.chunks),
-            "AsyncVectorEnv": functools.partial(with_gymnasium, Frames, 8, 10 * args.chunks),
-        }
-        facts["3 frames of 224 pixels, 8 slots"] = rounds(cases, args.rounds)
-        facts["sharing"] = sharing(4, 8, 4)
-        for decision_ms in (50, 100):
-            facts[f"decisions of {decision_ms} ms elsewhere"] = overlap(decision_ms, args.rounds)
+        for slots in (8,) if args.only else (2, 8):
+            facts[f"kitchen, {slots} slots"] = rounds(of_the_kitchen(slots, args.chunks * 8 // slots), args.rounds)
+        if not args.only:
+            facts["3 frames of 224 pixels, 8 slots"] = rounds(of_frames(10 * args.chunks), args.rounds)
+            facts["sharing"] = sharing(4, 8, 4)
+            for decision_ms in (50, 100):
+                facts[f"decisions of {decision_ms} ms elsewhere"] = overlap(decision_ms, args.rounds)
         for case, by_name in facts.items():
             for name, figures in by_name.items() if case not in ("machine", "sharing") else ():
                 for key, value in figures.items():

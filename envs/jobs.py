@@ -18,8 +18,9 @@ from typing import Any
 from envs.base import Env
 from envs.pool import ONLY, PoolError
 from envs.pool_crew import TRIES
-from envs.pool_workers import Fault, ProcessWorker
-from envs.worker import DOING, Reply, Request
+from envs.pool_frames import Reply
+from envs.pool_workers import Builds, Fault, ProcessWorker
+from envs.worker import DOING, Request
 
 AHEAD = 4  # jobs for each worker that may be begun from the one on that is waited for
 _log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def run_jobs(
       PoolError: a job, or the building of an environment, failed three times, or in a way that no other try would mend.
     """
     members: list[_Member] = []
+    builds = Builds(start_timeout_s)
     numbered = enumerate(jobs)
     finished: dict[int, Any] = {}
     begun, ended = 0, False
@@ -66,7 +68,7 @@ def run_jobs(
                 while idle and (one := following(limit)):
                     idle.pop().begin(*one)
                 while len(members) < processes and (one := following(limit)):
-                    members.append(_Member(make_env, *one, timeout_s, start_timeout_s))
+                    members.append(_Member(make_env, *one, timeout_s, builds))
                 busy = [member for member in members if member.doing]
                 if not busy:
                     return
@@ -94,26 +96,32 @@ def _answers(members: list[_Member]) -> Iterator[tuple[_Member, Reply | Fault]]:
 class _Member:
     """A worker, its job, and until when it must answer."""
 
-    def __init__(
-        self, make_env: Callable[[], Env], number: int, job: Job, timeout_s: float, start_timeout_s: float
-    ) -> None:
-        self._make_env, self._timeout_s, self._start_timeout_s = make_env, timeout_s, start_timeout_s
-        self._number, self._job, self._failures = number, job, 0
+    def __init__(self, make_env: Callable[[], Env], number: int, job: Job, timeout_s: float, builds: Builds) -> None:
+        self._make_env, self._timeout_s, self._builds = make_env, timeout_s, builds
+        self._number, self._job, self._failures, self._unbuilt = number, job, 0, 0
         self._start()
 
     def _start(self) -> None:
         self.worker = ProcessWorker({ONLY: self._make_env}, 0, self._timeout_s)
-        self._ask(("make", [(0, ONLY)]), self._start_timeout_s)
+        self._ask(("make", [(0, ONLY)]))
 
-    def _ask(self, request: Request, timeout_s: float) -> None:
-        self.doing, self.timeout_s = request[0], timeout_s
-        self.deadline = time.monotonic() + timeout_s
+    @property
+    def timeout_s(self) -> float:
+        """Seconds that its answer may take."""
+        return self._builds.longest_s(self._unbuilt) if self.doing == "make" else self._timeout_s
+
+    @property
+    def deadline(self) -> float:
+        return self._asked + self.timeout_s
+
+    def _ask(self, request: Request) -> None:
+        self.doing, self._asked = request[0], time.monotonic()
         with contextlib.suppress(OSError):  # it is dead, or reads no more: the answer will lack
             self.worker.send(request)
 
     def begin(self, number: int, job: Job) -> None:
         self._number, self._job, self._failures = number, job, 0
-        self._ask(("begin", [(0, (ONLY, job.work))]), self._timeout_s)
+        self._ask(("begin", [(0, (ONLY, job.work))]))
 
     def receive(self) -> Reply | Fault:
         try:
@@ -129,14 +137,17 @@ class _Member:
         if isinstance(reply, Fault):
             self._replace(reply)
         elif self.doing == "make":
-            self._ask(("begin", [(0, (ONLY, self._job.work))]), self._timeout_s)
+            self._builds.took(time.monotonic() - self._asked)
+            self._unbuilt = 0
+            self._ask(("begin", [(0, (ONLY, self._job.work))]))
         elif (result := reply.results[0]) is None:
-            self._ask(("advance", [(0, None)]), self._timeout_s)
+            self._ask(("advance", [(0, None)]))
         else:
             finished[self._number], self.doing = result, ""
 
     def _replace(self, fault: Fault) -> None:
         self._failures += 1
+        self._unbuilt += self.doing == "make"
         last = not fault.retry or self._failures >= TRIES
         times = f"{self._failures} times " * (self._failures > 1)
         told = f"a worker failed {times}on {self._job.name} while {DOING[self.doing]}: {fault.text}"

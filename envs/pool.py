@@ -159,6 +159,16 @@ class EnvPool:
             raise SlotsLost(call.lost, [answers.get(slot) for slot in call.slots])
         return [answers[slot] for slot in call.slots]
 
+    def ready(self, calls: Sequence[Call]) -> Call:
+        """The first of some calls that can be finished without waiting, once there is one.
+
+        A program that needs no batch of all slots asks each worker for its own (slot % num_workers), and at once again:
+        then no worker waits for another. In which order answers come depends on time; what they hold does not.
+        """
+        if not calls:
+            raise ValueError("got no calls: expected one or more that begin_reset or begin_step gave")
+        return self._crew.ready(calls)
+
     def branch(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Makes slot targets[i] a bit-exact copy of slot sources[i] as it was before the call."""
         _require_pairs("sources", targets, sources)

@@ -20,11 +20,11 @@ import numpy as np
 from envs import worker
 from envs.base import EnvSpec, PoolError
 from envs.contract import different_spec
-from envs.pool_workers import Fault, Worker, Workers
-from envs.worker import Journal, Reply, Request
+from envs.pool_frames import Reply
+from envs.pool_workers import PATIENCE, Builds, Fault, Worker, Workers
+from envs.worker import Journal, Request
 
 TRIES = 3  # failures of one state, or of building a worker, after which there is no other try
-PATIENCE = 10.0  # times the slowest answer so far that the next one may take
 LEAST_S = 10.0  # that any answer may take
 ANEW = ("reset", "restore")  # what a slot needs no state for
 _OPEN = 2  # calls that may lie at a worker: it has room for the frames of so many
@@ -47,6 +47,7 @@ class Call:
     faults: dict[int, Fault] = dataclasses.field(default_factory=dict)
     lost: dict[int, str] = dataclasses.field(default_factory=dict)  # slots that failed TRIES times, and why
     seconds: float = 0.0  # that its caller spent in it
+    failures: int = 0  # of building these workers before
 
     @property
     def missing(self) -> list[int]:
@@ -74,6 +75,7 @@ class Crew:
     ) -> None:
         self._place, self._journals, self._num_workers = place, journals, num_workers
         self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
+        self._builds = Builds(start_timeout_s)
         self.workers: dict[int, Worker] = {}
         self.specs: dict[str, EnvSpec] = {}  # by task
         self.replaced = 0
@@ -122,8 +124,7 @@ class Crew:
         Raises:
             PoolError: an environment or its building failed in a way that ends everything.
         """
-        if call not in self._open:
-            raise ValueError("this call was finished before, or given up for another one of its slots")
+        self._require_open(call)
         began = time.perf_counter()
         self._renew(self._behind & call.requests.keys())
         self._behind |= call.requests.keys()  # until every answer is in: an interrupt may come at any point
@@ -148,6 +149,23 @@ class Crew:
         self._count(call, call.seconds + time.perf_counter() - began)
         return answers
 
+    def ready(self, calls: Sequence[Call]) -> Call:
+        """Waits for the first of some open calls whose workers have all answered or failed."""
+        began = time.perf_counter()
+        for call in calls:
+            self._require_open(call)
+        workers = {index for call in calls for index in call.requests}
+        try:
+            while True:
+                for call in calls:
+                    if not call.missing or self._behind & call.requests.keys():
+                        call.seconds += time.perf_counter() - began
+                        return call
+                self._hear({index: self._at(index)[0] for index in workers if self._at(index)})
+        except BaseException:
+            self._behind |= workers  # an answer may have been taken and not noted
+            raise
+
     def close(self) -> None:
         """Ends all workers and waits for them."""
         for member in self.workers.values():
@@ -164,6 +182,10 @@ class Crew:
     def slots(self, index: int) -> list[int]:
         """Of a worker."""
         return [slot for slot in range(len(self._journals)) if self.of(slot) == index]
+
+    def _require_open(self, call: Call) -> None:
+        if call not in self._open:
+            raise ValueError("this call was finished before, or given up for another one of its slots")
 
     def _abandon(self, call: Call) -> None:
         self._open.remove(call)
@@ -217,15 +239,23 @@ class Crew:
 
     def _await(self, call: Call) -> None:
         while missing := call.missing:
-            now = time.monotonic()
-            until = {i: max(call.asked, self._heard.get(i, 0.0)) + call.longest_s[i] for i in missing}
-            members = {index: self.workers[index] for index in missing}
-            ready = self._place.wait(list(members.values()), max(0.0, min(until.values()) - now))
-            for index, member in members.items():
-                if member in ready:
-                    self._receive(call, index)
-                elif not ready and until[index] <= time.monotonic():
-                    call.faults[index] = self._late(index, call.longest_s[index])
+            self._hear(dict.fromkeys(missing, call))
+
+    def _hear(self, asked: Mapping[int, Call]) -> None:
+        """Waits until one or more workers have answered the call that is their next, or one is late with it."""
+        longest_s = {index: self._may_take_s(call, index) for index, call in asked.items()}
+        until = {i: max(call.asked, self._heard.get(i, 0.0)) + longest_s[i] for i, call in asked.items()}
+        members = {index: self.workers[index] for index in asked}
+        ready = self._place.wait(list(members.values()), max(0.0, min(until.values()) - time.monotonic()))
+        for index, member in members.items():
+            if member in ready:
+                self._receive(asked[index], index)
+            elif not ready and until[index] <= time.monotonic():
+                asked[index].faults[index] = self._late(index, longest_s[index])
+
+    def _may_take_s(self, call: Call, index: int) -> float:
+        first = call.requests[index][0] == "make" and self._place.prompt
+        return self._builds.longest_s(call.failures) if first else call.longest_s[index]
 
     def _receive(self, call: Call, index: int) -> None:
         try:
@@ -242,6 +272,8 @@ class Crew:
             return
         call.replies[index] = reply
         operation, items = call.requests[index]
+        if operation == "make":
+            self._builds.took(self._heard[index] - call.asked)
         self._slowest[operation] = max(self._slowest.get(operation, 0.0), _busy_s(reply) / len(items))
 
     def _late(self, index: int, longest_s: float) -> Fault:
@@ -250,9 +282,12 @@ class Crew:
         member.kill()
         return fault
 
-    def _gather(self, requests: dict[int, Request], longest_s: float) -> tuple[dict[int, Reply], dict[int, Fault]]:
+    def _gather(
+        self, requests: dict[int, Request], longest_s: float, failures: int = 0
+    ) -> tuple[dict[int, Reply], dict[int, Fault]]:
         """What workers that nothing else is asked of answer."""
         call = Call("", [], lambda _: None, requests=requests, longest_s=dict.fromkeys(requests, longest_s))
+        call.failures = failures
         call.asked = time.monotonic()
         for index in requests:
             self._send(call, index)
@@ -380,7 +415,8 @@ class Crew:
             for index in missing:
                 self.workers[index] = self._place.start(index, self.slots(index))
                 self._heard.pop(index, None)
-            got, faults = self._gather({index: requests[index] for index in missing}, self._start_timeout_s)
+            again = max(failures.values(), default=0)
+            got, faults = self._gather({index: requests[index] for index in missing}, self._start_timeout_s, again)
             replies |= got
             for index, fault in faults.items():
                 failures[index] += 1

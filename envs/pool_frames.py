@@ -6,6 +6,7 @@ keeps. The memory is anonymous: it ends with the last process that holds it, wha
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import mmap
 import os
@@ -15,9 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from envs.base import ChunkResult, EnvObservation
+
 ANSWERS = 2  # that may lie there at once: the parent reads one before the worker writes the next but one
 _SMALL = 4096  # bytes; smaller arrays go with the rest
 _ALIGNED = 64
+_SEEN, _RESULT = (EnvObservation, type(None)), (ChunkResult, type(None))
 
 
 def anonymous() -> list[int]:
@@ -25,6 +29,19 @@ def anonymous() -> list[int]:
     if not hasattr(os, "memfd_create"):
         return []
     return [os.memfd_create("z1-answers") for _ in range(ANSWERS)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What a worker answers to one request."""
+
+    results: list[Any]  # one per item; shorter when an item failed
+    simulate_s: float = 0.0  # seconds in reset, step_chunk, snapshot and restore
+    render_s: float = 0.0  # seconds in observe and render
+    error: str | None = None  # one line: the exception's type and text
+    error_slot: int | None = None  # the slot at which it happened
+    lasting: bool = False  # the environment is wrong: nothing can go on
+    wrong: bool = False  # the request itself is wrong: a retry is pointless
 
 
 class SharedAnswers:
@@ -43,6 +60,8 @@ class SharedAnswers:
         """What to send through the pipe for a value; its large arrays are in the memory then."""
         if not self._fds:
             return pickle.dumps((0, 0, [], pickle.dumps(value, protocol=5)))
+        if isinstance(value, Reply) and (flat := _flattened(value)):
+            return self._pack_images(*flat) or pickle.dumps((0, 0, [], pickle.dumps(value, protocol=5)))
         views: list[memoryview] = []
 
         def in_band(buffer: pickle.PickleBuffer) -> bool:
@@ -67,6 +86,17 @@ class SharedAnswers:
             shared[start : start + size] = view
         return pickle.dumps((turn, total, spans, data))
 
+    def _pack_images(self, plain: Any, images: list[np.ndarray]) -> bytes | None:
+        """The same for images of one shape, beside what is left without them; None where there is no memory."""
+        turn, total = next(self._turns), len(images) * images[0].nbytes
+        try:
+            shared = np.frombuffer(self._mapped(turn, total, grow=True), np.uint8, total)
+        except OSError:
+            return None
+        for place, image in zip(shared.reshape(-1, *images[0].shape), images, strict=True):
+            place[...] = image
+        return pickle.dumps((turn, total, images[0].shape, plain))
+
     def unpack(self, message: bytes) -> Any:
         """The value of a message; nothing in it is shared."""
         turn, total, spans, data = pickle.loads(message)
@@ -74,6 +104,8 @@ class SharedAnswers:
             return pickle.loads(data)
         block = np.empty(total, np.uint8)
         block[:] = np.frombuffer(self._mapped(turn, total, grow=False), np.uint8, total)
+        if isinstance(spans, tuple):
+            return _rebuilt(data, block.reshape(-1, *spans))
         view = block.data
         return pickle.loads(data, buffers=[view[start : start + size] for start, size in spans])
 
@@ -94,3 +126,41 @@ class SharedAnswers:
         access = mmap.ACCESS_WRITE if grow else mmap.ACCESS_READ
         self._maps[turn] = mmap.mmap(self._fds[turn], os.fstat(self._fds[turn]).st_size, access=access)
         return self._maps[turn]
+
+
+def _flattened(reply: Reply) -> tuple[Any, list[np.ndarray]] | None:
+    """A reply with observations as tuples, and their images; None for other replies.
+
+    Pickling the objects themselves takes several times as long: NumPy describes each array's type anew.
+    """
+    images: list[np.ndarray] = []
+    rows: list[Any] = []
+    for answer in reply.results:
+        result, seen = answer if type(answer) is tuple else (None, answer)
+        if type(seen) not in _SEEN or type(result) not in _RESULT:
+            return None
+        chunk = result and tuple(vars(result).values())
+        if seen is None:
+            rows.append((chunk,))
+        else:
+            images += seen.images.values()
+            rows.append((chunk, *seen.images, seen.state.tobytes(), seen.instruction))
+    if not images or any(image.shape != images[0].shape or image.dtype != np.uint8 for image in images):
+        return None
+    return (rows, reply.simulate_s, reply.render_s, reply.error, reply.error_slot, reply.lasting, reply.wrong), images
+
+
+def _rebuilt(plain: Any, images: np.ndarray) -> Reply:
+    """The reply of what `_flattened` made of it, with images [n, S, S, 3]."""
+    rows, *rest = plain
+    each = iter(images)
+    results: list[Any] = []
+    for chunk, *rendered in rows:
+        seen = None
+        if rendered:
+            *names, state, instruction = rendered
+            seen = EnvObservation(
+                {name: next(each) for name in names}, np.frombuffer(bytearray(state), np.float32), instruction
+            )
+        results.append((ChunkResult(*chunk), seen) if chunk else seen)
+    return Reply(results, *rest)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import pickle
+import select
 import socket
 import struct
 import subprocess
@@ -14,10 +15,13 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from envs import worker
-from envs.pool_frames import SharedAnswers, anonymous
+from envs import elsewhere, worker
+from envs.pool_frames import Reply, SharedAnswers, anonymous
 from envs.simulators import Factories
-from envs.worker import Reply, Request, SlotServer
+from envs.worker import Request, SlotServer
+
+PATIENCE = 10.0  # times the slowest answer so far that the next one may take
+LEAST_BUILD_S = 20.0  # that building a worker may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +37,27 @@ class Fault:
     def of(cls, reply: Reply) -> Fault:
         """What a reply that holds an error tells."""
         return cls(reply.error or "", reply.error_slot, retry=not (reply.wrong or reply.lasting), ends=reply.lasting)
+
+
+class Builds:
+    """How long building a worker may take: `timeout_s`, or a few times what another one took where that is less.
+
+    A worker that starts again after a failure has all of `timeout_s`.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._slowest_s = 0.0
+
+    def took(self, seconds: float) -> None:
+        """One was built in so many seconds."""
+        self._slowest_s = max(self._slowest_s, seconds)
+
+    def longest_s(self, failures: int) -> float:
+        """That the next one may take, after so many failures of it."""
+        if failures or not self._slowest_s:
+            return self._timeout_s
+        return min(self._timeout_s, max(LEAST_BUILD_S, PATIENCE * self._slowest_s))
 
 
 class Worker(Protocol):
@@ -67,6 +92,8 @@ class Worker(Protocol):
 class Workers(Protocol):
     """Where the workers of a pool run."""
 
+    prompt: bool  # one that is started runs at once, and waits for no place
+
     def start(self, index: int, slots: Sequence[int]) -> Worker:
         """Starts worker `index`, which is to serve `slots`, or starts it again."""
 
@@ -87,6 +114,8 @@ class Processes:
         timeout_s: longest that a message to or from one may stand still.
     """
 
+    prompt = True
+
     def __init__(self, factories: Factories, simulators: int, timeout_s: float) -> None:
         self._making = (factories, simulators, timeout_s)
 
@@ -94,8 +123,11 @@ class Processes:
         return ProcessWorker(*self._making)
 
     def wait(self, members: Sequence[ProcessWorker], timeout_s: float) -> list[ProcessWorker]:
-        ready = multiprocessing.connection.wait([member.connection for member in members], timeout_s)
-        return [member for member in members if member.connection in ready]
+        poll = select.poll()  # multiprocessing.connection.wait takes four times as long
+        for member in members:
+            poll.register(member.connection.fileno(), select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(math.ceil(1e3 * timeout_s))}
+        return [member for member in members if member.connection.fileno() in ready]
 
     def misplaced(self) -> set[int]:
         return set()
@@ -106,6 +138,8 @@ class Processes:
 
 class InThisProcess:
     """The one worker of a pool without processes."""
+
+    prompt = True
 
     def __init__(self, factories: Factories, simulators: int) -> None:
         self._making = (factories, simulators)
@@ -133,13 +167,14 @@ class ProcessWorker:
         _bound_waits(self.connection, timeout_s)
         fd, shared = child.fileno(), anonymous()
         self._answers = SharedAnswers(shared)
+        python, factories = elsewhere.split(factories)
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # the processes are the parallelism
         try:
             self._process = subprocess.Popen(
-                worker.command(fd, os.getpid(), shared),
+                worker.command(fd, os.getpid(), shared, python),
                 pass_fds=[fd, *shared],
                 stdin=subprocess.DEVNULL,
-                env=threads | os.environ,
+                env=threads | (elsewhere.environment() if python else os.environ),
             )
         except BaseException:
             self._answers.close()

@@ -17,12 +17,13 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
 
+from envs.pool_frames import Reply
 from envs.pool_workers import Worker
 from envs.ray_actor import actor_class, facts, numbered
 from envs.ray_cluster import RESOURCE, connect, ray_module
 from envs.simulators import Factories
 from envs.text import shortened
-from envs.worker import HOME, MOST_TEXT, Reply, Request
+from envs.worker import HOME, MOST_TEXT, Request
 
 # So long a replacement waits for a unit of its own, then it shares a host with others; Ray needs up to 25 s to see that
 # a node is gone.
@@ -53,6 +54,8 @@ class RayWorkers:
         ModuleNotFoundError: Ray is not installed.
         ValueError: the factories cannot be sent.
     """
+
+    prompt = False
 
     def __init__(
         self,

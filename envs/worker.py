@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from envs import elsewhere
 from envs.base import ChunkResult, Env, EnvObservation, EnvSpec, Episode, Snapshot
 from envs.contract import ContractError, check_frame, check_observation, check_result
-from envs.pool_frames import SharedAnswers
+from envs.pool_frames import Reply, SharedAnswers
 from envs.simulators import Factories, Simulators
 from envs.text import shortened
 
@@ -72,19 +73,6 @@ class Journal:
         self.steps = None if self.steps is None else self.steps + int(result.steps)
 
 
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """What a worker answers to one request."""
-
-    results: list[Any]  # one per item; shorter when an item failed
-    simulate_s: float = 0.0  # seconds in reset, step_chunk, snapshot and restore
-    render_s: float = 0.0  # seconds in observe and render
-    error: str | None = None  # one line: the exception's type and text
-    error_slot: int | None = None  # the slot at which it happened
-    lasting: bool = False  # the environment is wrong: nothing can go on
-    wrong: bool = False  # the request itself is wrong: a retry is pointless
-
-
 class SlotServer:
     """Holds the simulators of some slots and executes requests on them, one item after the other.
 
@@ -97,27 +85,33 @@ class SlotServer:
         self._running: dict[int, Generator[None, None, Any]] = {}
         self._simulate_s = 0.0
         self._render_s = 0.0
+        self._seen: list[tuple[int, EnvObservation]] = []  # in this request, to be checked at its end
 
     def serve(self, request: Request) -> Reply:
         """Executes a request. An exception of an environment becomes a reply that holds its text in one line."""
         operation, items = request
         self._simulate_s = self._render_s = 0.0
+        self._seen.clear()
         results: list[Any] = []
-        for slot, payload in items:
-            try:
-                results.append(getattr(self, f"_{operation}")(slot, payload))
-            except Exception as error:  # noqa: BLE001 - whatever an environment raises must reach the parent
-                broken = isinstance(error, ContractError)
-                text = shortened(str(error) if broken else f"{type(error).__name__}: {error}", MOST_TEXT)
-                return Reply(
-                    results,
-                    self._simulate_s,
-                    self._render_s,
-                    text,
-                    error_slot=slot,
-                    lasting=broken,
-                    wrong=type(error) is ValueError,
-                )
+        execute = getattr(self, f"_{operation}")
+        slot: int | None = None
+        try:
+            for slot, payload in items:
+                results.append(execute(slot, payload))
+            for slot, seen in self._seen:  # together: right after a simulator ran, one check takes as long as four
+                check_observation(seen, self._simulators.spec(slot))
+        except Exception as error:  # noqa: BLE001 - whatever an environment raises must reach the parent
+            broken = isinstance(error, ContractError)
+            text = shortened(str(error) if broken else f"{type(error).__name__}: {error}", MOST_TEXT)
+            return Reply(
+                results,
+                self._simulate_s,
+                self._render_s,
+                text,
+                error_slot=slot,
+                lasting=broken,
+                wrong=type(error) is ValueError,
+            )
         return Reply(results, self._simulate_s, self._render_s)
 
     def close(self) -> None:
@@ -135,7 +129,8 @@ class SlotServer:
         start = time.perf_counter()
         observation = env.observe()
         self._render_s += time.perf_counter() - start
-        return check_observation(observation, self._simulators.spec(slot))
+        self._seen.append((slot, observation))
+        return observation
 
     def _make(self, slot: int, task: str) -> EnvSpec:
         return self._simulators.prepare(slot, task)
@@ -229,16 +224,21 @@ def main(fd: int, parent: int, with_thread: bool, shared: Sequence[int]) -> None
         server.close()
 
 
-def command(fd: int, parent: int, shared: Sequence[int]) -> Sequence[str]:
-    """The command line of a worker: a fresh interpreter with this one's import path, which never runs `__main__`."""
+def command(fd: int, parent: int, shared: Sequence[int], python: str = "") -> Sequence[str]:
+    """The command line of a worker: a fresh interpreter with this one's import path, which never runs `__main__`.
+
+    Args:
+        python: another interpreter, with its own import path (see `envs.elsewhere`).
+    """
     main_thread = threading.current_thread() is threading.main_thread()
+    # The package envs is ours, whatever the working directory holds.
+    ours = f"import sys; sys.path.insert(0, {HOME!r}); import envs\nsys.path[:] = {sys.path!r}\n"
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        f"import sys; sys.path.insert(0, {HOME!r}); import envs\n"  # ours, whatever the working directory holds
-        f"sys.path[:] = {sys.path!r}\n"
+        f"{elsewhere.BOOT if python else ours}"
         f"from envs.worker import main; main({fd}, {parent}, {main_thread}, {list(shared)})"
     )
-    return [sys.executable, "-c", code]
+    return [python or sys.executable, "-c", code]
 
 
 def kill_with_parent(parent: int) -> None:

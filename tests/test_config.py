@@ -42,6 +42,7 @@ FREE_TEXT |= {
     "eval.scenes",
     "eval.objects",
     "eval.film_seeds",
+    "eval.words",
     "log.profile",
 }
 

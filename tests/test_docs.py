@@ -16,6 +16,7 @@ import pytest
 import z1_jax
 from z1_jax.config.command_line import parse_command_line
 from z1_jax.config.schema import Config, flat
+from z1_jax.study import __main__ as study
 from z1_jax.study.config import parse_study
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -177,7 +178,8 @@ def test_commands_have_their_modules_presets_keys_and_options(page, monkeypatch)
             parse_command_line(["", *config], f"configs/{'eval' if module == 'z1_jax.evaluate' else 'grpo'}.py")
             options = [option for option in options if option not in config]
         if module == "z1_jax.study":
-            parse_study(["", *options])
+            tables = [option for option in options if option.startswith(study.AGAIN)]
+            parse_study(["", *(option for option in options if option not in (*tables, study.REPORT, study.NO_PROBE))])
             continue
         if options and options != ["--help"]:
             modes = [option for option in options if option.startswith(("--from=", "--check="))]  # a parser for each

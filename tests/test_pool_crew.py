@@ -11,7 +11,7 @@ import tiny_env
 from seeds import fresh_seed
 from tiny_env import FragileEnv, TinyEnv
 
-from envs import pool_crew
+from envs import pool_crew, pool_workers
 from envs.base import Episode, episodes
 from envs.pool import EnvPool, PoolError, SlotsLost
 
@@ -102,6 +102,26 @@ def test_a_worker_that_stops_while_it_is_built_is_started_again_in_time(tmp_path
     with pytest.raises(PoolError, match="3 times on slot 0 while building the environment: no answer within 1 s"):
         EnvPool(functools.partial(tiny_env.stopped, str(tmp_path), 99), 1, 1, start_timeout_s=1.0)
     assert time.monotonic() - began < 10.0
+
+
+def second_stops(folder: str) -> TinyEnv:
+    """Of all builds of an environment the second one stops."""
+    if FragileEnv("", folder)._note("built") == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return TinyEnv()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_build_that_stops_is_noticed_by_what_another_one_took(workers, monkeypatch, tmp_path):
+    """That of a replacement, and one of two at the start: not after `start_timeout_s`."""
+    monkeypatch.setattr(pool_workers, "LEAST_BUILD_S", 0.5)
+    began = time.monotonic()
+    with EnvPool(functools.partial(second_stops, str(tmp_path)), workers, workers, start_timeout_s=300.0) as pool:
+        pool.reset(range(workers), episodes(range(workers)))
+        pool._crew.workers[0].kill()
+        _, seen = pool.step(range(workers), np.zeros((workers, 4, 3)))
+        np.testing.assert_array_equal(seen[0].images["eye"], alone(0, [np.zeros((4, 3))])[1])
+    assert time.monotonic() - began < 150.0
 
 
 class SlowStart(TinyEnv):
@@ -211,3 +231,50 @@ def test_large_messages_to_busy_workers_do_not_stand_still():
         for call in calls:
             assert pool.finish(call)[0][0].done
         assert time.monotonic() - began < 10.0 and pool.replaced == 0
+
+
+class Gated(TinyEnv):
+    """Chunks of episodes with odd seeds wait until a file is there."""
+
+    def __init__(self, gate: str) -> None:
+        super().__init__()
+        self._gate = gate
+
+    def reset(self, episode):
+        self._waits = episode.seed % 2
+        super().reset(episode)
+
+    def step_chunk(self, actions):
+        while self._waits and not os.path.exists(self._gate):
+            time.sleep(0.05)
+        return super().step_chunk(actions)
+
+
+@pytest.mark.parametrize("killed", [None, 0, 1])
+def test_the_call_that_is_ready_comes_first_and_holds_what_single_environments_show(killed, tmp_path):
+    base = fresh_seed(__name__, "ready") // 2 % 10**6 * 2
+    actions = chunks_of(base, 2, 4)
+    with EnvPool(functools.partial(Gated, str(tmp_path / "gate")), 4, 2) as pool:
+        pool.reset(range(4), episodes(range(base, base + 4)))
+        calls = {pool.begin_step([w, w + 2], actions[0, [w, w + 2]]): (w, 0) for w in (1, 0)}
+        order, seen = [], {}
+        while calls:
+            call = pool.ready(list(calls))
+            worker, chunk = calls.pop(call)
+            order.append(worker)
+            if order == [0, 0]:
+                (tmp_path / "gate").touch()
+            seen[worker, chunk] = [observation.images["eye"] for _, observation in pool.finish(call)]
+            if worker == killed and not chunk:
+                pool._crew.workers[worker].kill()
+            if not chunk:
+                calls[pool.begin_step([worker, worker + 2], actions[1, [worker, worker + 2]])] = (worker, 1)
+        assert order == [0, 0, 1, 1]
+        assert pool.replaced == (killed is not None)
+        for (worker, chunk), images in seen.items():
+            for slot, image in zip((worker, worker + 2), images, strict=True):
+                np.testing.assert_array_equal(image, alone(base + slot, list(actions[: chunk + 1, slot]))[1])
+        with pytest.raises(ValueError, match="finished before"):
+            pool.ready([call])
+        with pytest.raises(ValueError, match="no calls"):
+            pool.ready([])

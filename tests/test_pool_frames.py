@@ -1,5 +1,6 @@
 """Answers through shared memory against plain pickles; nothing of it is left after any end."""
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -17,11 +18,60 @@ from seeds import fresh_seed
 from tiny_env import TinyEnv
 
 from envs import pool_frames
-from envs.base import EnvObservation, EnvSpec, Episode, episodes
+from envs.base import ChunkResult, EnvObservation, EnvSpec, Episode, episodes
 from envs.pool import EnvPool
-from envs.pool_frames import SharedAnswers, anonymous
+from envs.pool_frames import Reply, SharedAnswers, anonymous
 
 LINUX = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="the system has no anonymous files")
+
+
+class Named(EnvObservation):
+    """An observation of an environment's own class."""
+
+
+def random_reply(rng: np.random.Generator) -> Reply:
+    """What a worker may answer to a reset or a step; now and then what no environment should give."""
+    size, cameras, results = int(rng.integers(1, 40)), ["eye", "hand"][: int(rng.integers(1, 3))], []
+    for _ in range(int(rng.integers(0, 5))):
+        pixels = {name: rng.integers(0, 256, (size, size, 3), np.uint8) for name in cameras}
+        images = {name: image[::-1] if rng.random() < 0.3 else image for name, image in pixels.items()}
+        state = rng.normal(size=6).astype(np.float32)[:: int(rng.integers(1, 3))]
+        seen = (Named if rng.random() < 0.1 else EnvObservation)(images, state, "é" * int(rng.integers(9)))
+        chunk = ChunkResult(int(rng.integers(9)), np.bool_(True), bool(rng.random() < 0.5), 0.25)
+        results.append(seen if rng.random() < 0.3 else (chunk, None if rng.random() < 0.2 else seen))
+    return Reply(results, 1.5, 2.5, *(("raised", 3, True) if rng.random() < 0.2 else ()))
+
+
+@LINUX
+def test_replies_come_as_plain_pickles_would_bring_them(rng):
+    """Observations travel apart from pickles; every field, class and bit is there again, and may be written to."""
+    fds = anonymous()
+    here, there = SharedAnswers([os.dup(fd) for fd in fds]), SharedAnswers(fds)
+    flat = 0
+    for _ in range(100):
+        sent = random_reply(rng)
+        got = there.unpack(here.pack(sent))
+        expected = pickle.loads(pickle.dumps(sent))
+        assert tuples(got) == tuples(expected)
+        flat += pool_frames._flattened(sent) is not None
+        for answer in got.results:
+            seen = answer[1] if isinstance(answer, tuple) else answer
+            for array in (*seen.images.values(), seen.state) if seen else ():
+                array += 1
+    assert 20 < flat < 100
+    here.close()
+    there.close()
+
+
+def tuples(reply: Reply) -> tuple:
+    """The same as classes, values and bytes."""
+    rows = []
+    for answer in reply.results:
+        chunk, seen = answer if isinstance(answer, tuple) else ("none", answer)
+        images = seen and [(name, image.dtype.str, image.shape, image.tobytes()) for name, image in seen.images.items()]
+        rows.append((repr(chunk), type(seen), images, seen and (seen.state.dtype.str, seen.state.tolist())))
+        rows.append(seen and seen.instruction)
+    return (rows, repr(dataclasses.replace(reply, results=[])))
 
 
 class WideEnv(TinyEnv):

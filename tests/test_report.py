@@ -374,3 +374,27 @@ def test_each_task_of_two_policies_has_their_names():
     shown = tasks.table({**summary, "training_by_task": trained})
     assert re.findall("<th>(.*?)</th>", shown)[:3] == ["task", "before", "after"]
     assert re.findall("<td>(.*?)</td>", shown)[-3:] == ["3", "25.0%", "–"]
+
+
+def test_of_many_tasks_a_page_shows_a_few_films_of_as_many_tasks_as_it_can(tmp_path):
+    """24 tasks with 4 seeds, before and after: 192 films, of which 16 are embedded; of one task all are."""
+    summary = write_run(tmp_path, iterations=3)
+    film = summary["videos"][0]["before"]
+    pairs = [{"task": f"T{t}", "seed": s, "before": film, "after": film} for t in range(24) for s in range(4)]
+
+    def shown(rows):
+        (tmp_path / "summary.json").write_text(json.dumps({**summary, "videos": rows}))
+        page = page_of(tmp_path)
+        return page.tags.count("img"), page.text
+
+    films, page = shown(pairs)
+    assert films == 16 and all(f"T{t}, seed" in page for t in range(8)) and "T8, seed" not in page
+    assert "Of 96 filmed episodes 8 are shown; all films are in " in page and str(tmp_path / "videos") in page
+    films, page = shown([pair for pair in pairs if pair["task"] in ("T3", "T5")][:6])  # four of T3, two of T5
+    assert films == 12 and "are shown" not in page
+    films, page = shown([pair for pair in pairs if pair["task"] in ("T3", "T5", "T7")])
+    assert page.count("T3, seed") == 3 and page.count("T5, seed") == 3 and page.count("T7, seed") == 2
+    films, page = shown([{**pair, "task": "T1"} for pair in pairs[:20]])
+    assert films == 40 and "are shown" not in page
+    films, page = shown([{key: pair[key] for key in ("task", "seed", "after")} for pair in pairs])
+    assert films == 16 and "T15, seed" in page

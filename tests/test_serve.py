@@ -416,12 +416,18 @@ def test_the_command_serves_and_stops(number, checkpoint, rng):
         (("--checkpoint=x", "--inputs=ur5"), "invalid choice: 'ur5'"),
         (("--checkpoint=x", "--api-key-file=/nowhere"), "argument --api-key-file: /nowhere cannot be read"),
         (("--checkpoint=RUN", "--inputs=droid"), "inputs droid: the client's state has width 8, the policy's 16"),
-        (("--checkpoint=RUN", "--host=203.0.113.1", "--batch=1"), "cannot serve at 203.0.113.1:8000"),
+        (("--checkpoint=/nowhere", "--host=203.0.113.1"), "cannot serve at 203.0.113.1:0"),
+        (("--checkpoint=/nowhere", "--host=nowhere.invalid"), "cannot serve at nowhere.invalid:0"),
+        (("--checkpoint=/nowhere", "--port=TAKEN"), r"\(Address already in use\); choose others"),
+        (("--checkpoint=x", "--api-key=secret"), "unrecognized arguments: --api-key=secret"),
     ],
 )
 def test_mistakes(arguments, told, checkpoint):
-    with pytest.raises(UserError, match=told):
-        command.main(["", *(argument.replace("RUN", str(checkpoint)) for argument in arguments)])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        named = {"RUN": str(checkpoint), "TAKEN": str(taken.getsockname()[1])}
+        given = [functools.reduce(lambda text, name: text.replace(name, named[name]), named, a) for a in arguments]
+        with pytest.raises(UserError, match=told):
+            command.main(["", "--port=0", *given])
 
 
 def test_without_the_extra_it_says_so(checkpoint):

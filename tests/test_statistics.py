@@ -1,7 +1,9 @@
 """Intervals and tests against closed formulas, SciPy and brute force."""
 
 import itertools
+import json
 import math
+import pathlib
 from statistics import NormalDist
 
 import numpy as np
@@ -9,6 +11,9 @@ import pytest
 from scipy import stats
 
 from z1_jax import statistics
+
+# What rliable and statsmodels say of random numbers: see tests/helpers/rliable_reference.py.
+REFERENCE = json.loads((pathlib.Path(__file__).parent / "reference" / "rliable.json").read_text())
 
 
 def test_wilson_is_the_closed_formula(rng):
@@ -189,3 +194,51 @@ def test_holm_by_hand():
     # Sorted 0.01, 0.02, 0.03, 0.9: times 4, 3, 2, 1 is 0.04, 0.06, 0.06 (no less than the one before), 0.9.
     assert statistics.holm([0.03, 0.9, 0.01, 0.02]) == pytest.approx([0.06, 0.9, 0.04, 0.06])
     assert statistics.holm([0.7, 0.6]) == [1.0, 1.0] and statistics.holm([]) == []
+
+
+@pytest.mark.parametrize("case", REFERENCE["scores"], ids=lambda case: str(np.shape(case["successes"])))
+def test_aggregates_and_stratified_intervals_are_rliables(case):
+    """rliable's matrices are [runs, tasks], and it draws runs within each task, as here."""
+    rates = np.array(case["successes"]).T / case["episodes"]  # [tasks, training seeds]
+    for name, statistic in (("iqm", statistics.interquartile_mean), ("mean", np.mean)):
+        point, low, high = case[name]
+        assert statistic(rates) == pytest.approx(point, abs=1e-12)
+        got = statistics.stratified_interval(rates, statistic, 0, 0.95, resamples=8_000)
+        np.testing.assert_allclose(got, (low, high), atol=0.06 * (high - low))
+
+
+def test_corrections_tests_and_rates_are_statsmodels():
+    for case in REFERENCE["holm"]:
+        assert statistics.holm(case["p"]) == pytest.approx(case["holm"], abs=1e-12)
+    for case in REFERENCE["mcnemar"]:
+        before = np.repeat([False, True], [case["gained"], case["lost"]])
+        assert statistics.mcnemar_exact(before, ~before) == pytest.approx(case["p"], rel=1e-9)
+    for case in REFERENCE["rates"]:
+        assert statistics.wilson_interval(case["successes"], 256) == pytest.approx(case["wilson"], abs=1e-9)
+
+
+def test_holm_is_the_step_down_procedure(rng):
+    """A second way: reject from the smallest on, as long as each is at most alpha over how many are left."""
+    values = rng.beta(0.5, 2.0, 20)
+    corrected = statistics.holm(values)
+    for alpha in rng.random(50):
+        rejected = set()
+        for rank, index in enumerate(np.argsort(values)):
+            if values[index] > alpha / (len(values) - rank):
+                break
+            rejected.add(int(index))
+        assert rejected == {index for index, p in enumerate(corrected) if p <= alpha}
+
+
+def test_stratified_intervals_are_the_enumerated_bootstrap():
+    """Two tasks of two seeds: all sixteen draws, of which the interval's ends are quantiles."""
+    rates = np.array([[0.0, 1.0], [0.2, 0.6]])
+    means = [(np.mean(one) + np.mean(other)) / 2 for one, other in itertools.product(
+        itertools.product(rates[0], repeat=2), itertools.product(rates[1], repeat=2)
+    )]  # fmt: skip
+    for confidence in (0.5, 0.8):
+        got = statistics.stratified_interval(rates, np.mean, 3, confidence, resamples=20_000)
+        tail = (1 - confidence) / 2
+        for end, share in zip(got, (tail, 1 - tail), strict=True):
+            assert np.mean(np.array(means) < end - 1e-9) <= share + 0.01
+            assert np.mean(np.array(means) <= end + 1e-9) >= share - 0.01

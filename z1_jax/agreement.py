@@ -24,6 +24,7 @@ from z1_jax.errors import UserError
 from z1_jax.files import absolute, read_json
 from z1_jax.initial_policy import policy_document
 from z1_jax.policy import Policy
+from z1_jax.rewording import check_words
 from z1_jax.run_dir import SUMMARY
 from z1_jax.worlds import Difference, World, differences, must_agree
 
@@ -50,6 +51,7 @@ def check_worlds(config: Config) -> list[str]:
     against = []
     if acting and config.eval.episodes:
         seen = environment_worlds(config)
+        check_words(config.eval.told, seen)
         against = [found for one in acting for found in _against(one, seen)]
     if len(policies) > 1 and not config.env.executed:  # two that are compared, each with its own number
         found += [difference for difference in differences(*policies) if difference.kind == "executed"]

@@ -19,7 +19,13 @@ from z1_jax.config.schema import Config, ConfigError, FlowConfig, build
 from z1_jax.rl.actor import act, make_actor, stack_ids
 from z1_jax.rl.rollout import BrokenIteration
 
-_OF_A_RUN = ("executed", "parallel", "workers", "timeout_s")  # keys of env that say nothing of one environment
+_OF_A_RUN = (
+    "executed",
+    "parallel",
+    "workers",
+    "timeout_s",
+    "python",
+)  # keys of env that say nothing of one environment
 _FIELDS = tuple(field.name for field in dataclasses.fields(EnvObservation))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -26,6 +26,7 @@ from z1_jax.initial_policy import given_policy
 from z1_jax.opening import Run, open_run
 from z1_jax.policy import Policy, find_policy
 from z1_jax.process import run_main
+from z1_jax.rewording import RewordedPool
 from z1_jax.rl.actor import make_actor
 from z1_jax.rl.rollout import largest_batch
 from z1_jax.run_dir import conclude
@@ -47,7 +48,8 @@ def main(argv: Sequence[str]) -> None:
     config = run.config
     with jax.set_mesh(run.mesh), contextlib.ExitStack() as served:
         policies = {name: opened(run, path, served) for name, path in run.policies.items()}
-        with make_pool(config) as pool:
+        with make_pool(config) as own:
+            pool = cast(Pool, RewordedPool(own, config.eval.told)) if config.eval.words else own
             seen = {name: look_at(run, policy, pool, name) for name, policy in policies.items()}
             told = instructions(pool, held_out(config, 4))
     result, line = judge(config, {name: outcome for name, (outcome, _) in seen.items()})

@@ -113,17 +113,19 @@ def evaluate(
             title, len(held_out), "episode", columns, start=len(done), interval_s=5.0, alarms=ALARMS
         ) as progress:
             at_once = pool.num_envs * processes.count()
-            for start in range(len(done), len(held_out), at_once):
+            # A wave of which some rows are missing is played again as it was: in a wave of another size, the batch's
+            # rounding would differ, and with it now and then an outcome.
+            for start in range(len(done) // at_once * at_once, len(held_out), at_once):
                 wave = held_out[start : start + at_once]
                 mine = wave[processes.index() * pool.num_envs :][: pool.num_envs]
-                lost = sum(row.get("lost", False) for row in done)
-                how = {"overlap": overlap, "before": (lost, len(done) + len(wave) - len(mine))}
+                lost = sum(row.get("lost", False) for row in done[:start])
+                how = {"overlap": overlap, "before": (lost, start + len(wave) - len(mine))}
                 rows, broken = _play(policy, pool, actor, params, config, mine, how) if mine else ([], [])
                 if processes.count() > 1:
                     actor.finish(params)
                 for why in [why for part in processes.exchange(broken) for why in part]:
                     progress.say(f"an episode counts as a failure: {why}")
-                rows = [row for part in processes.exchange(rows) for row in part]
+                rows = [row for part in processes.exchange(rows) for row in part][len(done) - start :]
                 if processes.leads():
                     with writing(results), results.open("a") as file:
                         file.writelines(json.dumps(row) + "\n" for row in rows)

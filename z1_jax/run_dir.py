@@ -378,7 +378,8 @@ def conclude(
     simulators = note_environments(run_dir)
     forced = read_json(run_dir / FORCED, list, [])
     changed = ", ".join(f"{one['key']} {one['was']} → {one['now']}" for one in forced)
-    for note in filter(None, (suites.label(config), f"changed by force on the way: {changed}" * bool(forced))):
+    told = ", ".join(f"“{said}” is told as “{instead}”" for said, instead in config.eval.told.items())
+    for note in filter(None, (suites.label(config), told, f"changed by force on the way: {changed}" * bool(forced))):
         line += f" [{note}]"
     summary = {
         "task": list(config.tasks) or config.task,
@@ -421,6 +422,7 @@ def protocol(config: Config, policy: Policy | remote.ServedPolicy) -> dict[str, 
         if config.eval.episodes
         else "none",
         "noise_seed": config.eval.noise_seed,
+        **({"words": config.eval.told} if config.eval.words else {}),
         "confidence": config.eval.confidence,
         "cameras": list(config.env.cameras),
         "image_size": config.env.image_size,

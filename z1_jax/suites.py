@@ -20,6 +20,7 @@ from envs.demos import Demonstrator
 from envs.gymnasium_env import gymnasium_suite
 from envs.suite import SettingError, SingleEnv, Suite
 from envs.suite import check_names as _check_names
+from envs.suite_elsewhere import SuiteElsewhere
 from z1_jax.config.schema import Config, ConfigError, EnvConfig, EvalConfig, flat
 from z1_jax.data.normalize import NormStats
 from z1_jax.data.relative import parse_relative
@@ -53,6 +54,8 @@ def _made(env: EnvConfig, evaluation: EvalConfig) -> Suite:
     if env.suite.startswith("gym:"):
         return gymnasium_suite(env.suite, env.options, env.image_size, env.horizon)
     found = _found(BUILT_IN.get(env.suite, env.suite))
+    if env.python and env.suite in BUILT_IN:
+        return SuiteElsewhere(found, BUILT_IN[env.suite], env, evaluation)
     if not hasattr(found, "make_env"):
         return _single(found, env.suite)
     suite = build(found, env, evaluation) if isinstance(found, type) else found
@@ -122,6 +125,7 @@ def check_settings(config: Config) -> None:
         ConfigError: one line.
     """
     values, default = flat(config), flat(Config())
+    _check_python(config)
     suite = resolve(config)
     owners = {key: [name] for key, name in _OWNED.items()}
     for name, where in BUILT_IN.items():
@@ -166,6 +170,19 @@ def check_settings(config: Config) -> None:
                     f"config key {key}: got {values[key]}, which has no effect on one task; leave it at "
                     f"{default[key]}, or give several in tasks"
                 )
+
+
+def _check_python(config: Config) -> None:
+    """Another interpreter is there for the workers of built-in suites on this machine."""
+    if not config.env.python:
+        return
+    wrong = {
+        f"env.suite={config.env.suite}: expected one of {', '.join(BUILT_IN)}": config.env.suite not in BUILT_IN,
+        "env.workers=0, which steps inside this process: expected one or more": not config.env.workers,
+        f"rollout.backend={config.rollout.backend}: expected local": config.rollout.backend != "local",
+    }
+    if found := next((text for text, is_so in wrong.items() if is_so), ""):
+        raise ConfigError(f"config key env.python: got {config.env.python} with {found}")
 
 
 def _check_relative(config: Config) -> None:

@@ -182,8 +182,30 @@ def _check_combinations(config: Config) -> None:
     if len(set(map(int, seeds))) < len(seeds):
         raise ConfigError(f"config key eval.film_seeds: got {', '.join(seeds)}, expected each seed once")
     _check_profile(config)
+    _check_words(config)
     if config.algorithm == "eval" and not config.checkpoint:
         raise ConfigError("config key checkpoint: got '', expected a run directory or a checkpoint to evaluate")
+
+
+def _check_words(config: Config) -> None:
+    words = config.eval.words
+    if words and config.algorithm != "eval":
+        raise ConfigError(
+            f"config key eval.words: got {', '.join(words)} with algorithm={config.algorithm}; other words are for "
+            "python -m z1_jax.evaluate alone: leave it out"
+        )
+    for pair in words:
+        said, colon, instead = pair.partition(":")
+        if (
+            not colon
+            or not said
+            or not instead
+            or said == instead
+            or any(c.isspace() or c == ":" for c in said + instead)
+        ):
+            raise ConfigError(f"config key eval.words: got {pair!r}, expected WORD:INSTEAD, e.g. left:right,right:left")
+    if len(config.eval.told) < len(words):
+        raise ConfigError(f"config key eval.words: got {', '.join(words)}, expected each word once before a colon")
 
 
 def _check_profile(config: Config) -> None:

@@ -80,6 +80,9 @@ def _help(argv: Sequence[str], default: str) -> NoReturn:
 class Parser(argparse.ArgumentParser):
     """Options of a command that takes no config. A mistake raises ConfigError instead of printing the usage."""
 
+    def __init__(self, **how: Any):
+        super().__init__(**how, allow_abbrev=False)  # --api-key SECRET is not --api-key-file
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} ({self.prog} --help shows what there is)")
 

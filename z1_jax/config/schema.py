@@ -41,6 +41,9 @@ class EnvConfig:
     suite: str = "kitchen"
     options: tuple[str, ...] = ()  # gym: NAME=VALUE, where picture, state, success and words are; image, once a camera
     version: str = ""  # robocasa, libero, metaworld: its version, e.g. 1.0.1; empty: the one that is installed
+    # The Python whose packages the built-in suite is installed in, e.g. VENV/bin/python: its workers run there
+    # (docs/libero.md); empty: this one
+    python: str = ""
     standins: bool = False  # robocasa: primitive stand-ins for the downloaded assets; a smoke test, and labelled so
     cameras: tuple[str, ...] = ("robot0_agentview_left", "robot0_eye_in_hand")  # in the order of the image slots
     image_size: Annotated[int, Within(14, 1024)] = 64  # pixels
@@ -297,6 +300,13 @@ class EvalConfig:
     videos: Annotated[int, Within(0, 64)] = 4
     film_seeds: tuple[str, ...] = ()  # the seeds that are filmed instead of those, e.g. 900000007,12
     video_size: Annotated[int, Within(16, 1024)] = 160  # pixels
+    # evaluate: words that the robot is told in place of others, e.g. left:right,right:left; a test that it listens
+    words: tuple[str, ...] = ()
+
+    @property
+    def told(self) -> dict[str, str]:
+        """Word of an instruction -> what is said instead."""
+        return dict(pair.split(":") for pair in self.words)
 
     @property
     def filmed(self) -> tuple[int, ...]:
@@ -399,6 +409,7 @@ FREE_KEYS = (
     "allow",
     "log",
     "env.workers",
+    "env.python",
     "env.timeout_s",
     "env.simulators",
     "rollout.backend",
@@ -457,6 +468,7 @@ _YOUNGER: dict[str, Any] = {
     "group.oversample": 1.0,
     "flow.temperature": -1.0,
     "rollout.overlap": False,
+    "eval.words": [],
 }
 
 

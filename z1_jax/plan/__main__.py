@@ -174,7 +174,6 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         usage="%(prog)s [--config=FILE.py[:PRESET]] [--config.KEY=VALUE ...] [options]",
         description=__doc__,
         epilog="Without a config: --config=configs/grpo.py. python -m z1_jax.train --help lists the keys.",
-        allow_abbrev=False,
     )
     parser.add_argument("--devices", type=int, default=1, help="of the whole run (%(default)s)")
     parser.add_argument(

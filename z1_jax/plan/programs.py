@@ -6,7 +6,9 @@ Each comes with the bytes that a device holds while it runs. Knows no accelerato
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,7 +36,7 @@ class Program:
     """One function of a run. Bytes are of the device that holds most."""
 
     name: str  # sft_step | rl_update | encode | denoise
-    traced: jax.stages.Traced
+    trace: Callable[[], jax.stages.Traced]
     parameters: int  # bytes of all parameters of the run, read by this function or not
     optimizer: int  # bytes of the optimiser's state, which stays on the device from step to step
     gradients: int  # bytes of one gradient of what it trains
@@ -42,9 +44,17 @@ class Program:
     outputs: int  # bytes of results that are not written over an argument
     work: analytic.Work  # over all devices
 
+    @functools.cached_property
+    def traced(self) -> jax.stages.Traced:
+        """The function for its abstract arguments, traced when it is first asked for."""
+        return self.trace()
+
 
 def trace_programs(config: Config, model: Pi05Config, mesh: jax.sharding.Mesh) -> list[Program]:
-    """The SFT step, and for algorithm grpo the update and the sampler: what a run of `config` compiles."""
+    """The SFT step, and for algorithm grpo the update and the sampler: what a run of `config` compiles.
+
+    Each is traced where its `traced` is read.
+    """
     policy = abstract_policy(config, model, mesh)
     programs = [] if config.algorithm == "grpo" and config.init else [_sft(config, policy, mesh)]
     return programs + (_rl(config, policy, mesh) if config.algorithm == "grpo" else [])
@@ -76,12 +86,10 @@ def _sft(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> Program:
         abstract_observation(model, batch, mesh),
         _rows(mesh, (batch, model.horizon, model.action_dim), jnp.float32),
     )
-    with jax.set_mesh(mesh):
-        step = trainer.trace(*inputs)
     state = trainer.state
     return Program(
         name="sft_step",
-        traced=step,
+        trace=_on(mesh, lambda: trainer.trace(*inputs)),
         parameters=bytes_per_device((state.trainable, state.frozen, state.average)),
         optimizer=bytes_per_device(state.opt_state),
         gradients=bytes_per_device(state.trainable),
@@ -113,10 +121,9 @@ def _rl(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> list[Program
     looks = abstract_observation(model, rows, mesh)
     cache = abstract_cache(model, rows, mesh)
     chain = abstract_noise(model, rows, flow.steps, mesh)
-    with jax.set_mesh(mesh):
-        step = updater.trace(trainable, opt_state, frozen, nodes)
-        encode = actor.trace_encode((trainable, frozen), looks)
-        denoise = actor.trace_sample((trainable, frozen), cache, *chain)
+    step = _on(mesh, lambda: updater.trace(trainable, opt_state, frozen, nodes))
+    encode = _on(mesh, lambda: actor.trace_encode((trainable, frozen), looks))
+    denoise = _on(mesh, lambda: actor.trace_sample((trainable, frozen), cache, *chain))
     common = {
         "parameters": bytes_per_device((trainable, frozen, trainable if update.kl_coef else None)),
         "optimizer": bytes_per_device(opt_state),
@@ -139,6 +146,14 @@ def _rl(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> list[Program
         Program("denoise", denoise, gradients=0, inputs=bytes_per_device((cache, chain)), outputs=_local(chain[0]),
                 work=analytic.Work(decision.flops - encoding, decision.weight_bytes), **common),
     ]  # fmt: skip
+
+
+def _on(mesh: jax.sharding.Mesh, trace: Callable[[], jax.stages.Traced]) -> Callable[[], jax.stages.Traced]:
+    def traced() -> jax.stages.Traced:
+        with jax.set_mesh(mesh):
+            return trace()
+
+    return traced
 
 
 def abstract_observation(model: Pi05Config, batch: int, mesh: jax.sharding.Mesh, cameras: int | None = None) -> Any:

@@ -25,6 +25,7 @@ from z1_jax.statistics import wilson_interval
 Records = list[dict[str, Any]]
 REPORT = "report.html"
 COMMANDS = "commands.jsonl"  # the command lines that worked on a run, and when each began
+MOST_FILMS = 16  # that a page of several tasks embeds: of 24 tasks all would be tens of megabytes
 SUFFIXES = {".webp": "image/webp", ".gif": "image/gif", ".png": "image/png"}
 
 
@@ -211,7 +212,11 @@ def _remarks(summary: dict) -> str:
 def _videos(run_dir: Path, summary: dict, notes: list[str]) -> str:
     cards = []
     names: dict[str, str] = dict(zip(("before", "after"), _labels(summary), strict=True))
-    for pair in summary.get("videos") or []:
+    pairs = summary.get("videos") or []
+    shown = _some_of_each_task(pairs, names)
+    if len(shown) < len(pairs):
+        notes.append(f"Of {len(pairs)} filmed episodes {len(shown)} are shown; all films are in {run_dir / 'videos'}.")
+    for pair in shown:
         images = []
         for side in (side for side in names if side in pair):
             source = _embedded(run_dir, pair[side], notes)
@@ -227,6 +232,25 @@ def _videos(run_dir: Path, summary: dict, notes: list[str]) -> str:
             cards.append(f'<div class="card">{seed}<div class="pair">{"".join(images)}</div></div>')
     rule = f'<p class="note">{html.text(summary["videos_rule"])}</p>' if "videos_rule" in summary else ""
     return html.section("Episodes", f'{rule}<div class="grid">{"".join(cards)}</div>') if cards else ""
+
+
+def _some_of_each_task(pairs: Sequence[Any], sides: Mapping[str, str]) -> list[Any]:
+    """Of several tasks so many pairs that there are at most MOST_FILMS films: of each task the first, then the next."""
+    if len({pair.get("task") for pair in pairs}) < 2:
+        return list(pairs)
+    places: dict[Any, int] = {}
+    order = []
+    for number, pair in enumerate(pairs):
+        place = places[pair.get("task")] = places.get(pair.get("task"), -1) + 1
+        order.append((place, number))
+    chosen: list[int] = []
+    films = 0
+    for _, number in sorted(order):
+        films += sum(side in pairs[number] for side in sides)
+        if films > MOST_FILMS:
+            break
+        chosen.append(number)
+    return [pairs[number] for number in sorted(chosen)]
 
 
 def _curves(records: Records, notes: list[str]) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import logging
 import os
 import pathlib
+import socket
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -38,6 +40,7 @@ def main(argv: Sequence[str]) -> None:
         wire.package(name)
     key = _api_key(options.api_key_file)
     logging.basicConfig(format="%(message)s")
+    _check_address(options.host, options.port)
     start_jax()
     policy = _policy(options.checkpoint, options.steps)
     inputs = Inputs(options.inputs, policy.processor.cameras, policy.processor.stats["state"].dim, options.prompt)
@@ -53,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         server.run_until_signal(options.host, options.port)
     except OSError as error:
-        raise UserError(f"cannot serve at {options.host}:{options.port} ({error.strerror}); choose others") from error
+        raise _taken(options.host, options.port, error) from error
     print(f"stopped: {server.answered} answered, {server.refused} refused", flush=True)
 
 
@@ -126,6 +129,29 @@ def _policy(path: str, steps: int) -> Policy:
     finally:
         checkpoints.close()
     return dataclasses.replace(policy, denoising_steps=steps or policy.denoising_steps)
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raises UserError where nobody can listen, before anything is loaded or compiled."""
+    failures: list[OSError] = []
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise _taken(host, port, error) from error
+    for family, kind, _, _, address in addresses:
+        try:
+            with socket.socket(family, kind) as tried:
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+                tried.bind(address)
+        except OSError as error:
+            failures.append(error)
+    # A name may have an address of a family that this machine has not.
+    if failures and (len(failures) == len(addresses) or any(error.errno == errno.EADDRINUSE for error in failures)):
+        raise _taken(host, port, failures[-1]) from failures[-1]
+
+
+def _taken(host: str, port: int, error: OSError) -> UserError:
+    return UserError(f"cannot serve at {host}:{port} ({error.strerror}); choose others")
 
 
 def _api_key(path: str) -> str:

@@ -2,6 +2,9 @@
 
 Each run is a process of its own below the study's folder. Stopped anywhere, the same command goes on; several machines
 may share the folder: a run belongs to who holds its lock, which is free when that process has ended.
+
+`--report` makes no run: it writes the tables of what is finished. `--table=FILE` prints those of a study's
+results.json, wherever that lies. `--no-probe` leaves out the measurement from which hours are projected at first.
 """
 
 from __future__ import annotations
@@ -16,41 +19,53 @@ import sys
 from collections.abc import Sequence
 from typing import IO
 
-import numpy as np
-
-from z1_jax.config.schema import ConfigError
-from z1_jax.errors import UserError
-from z1_jax.files import absolute, lock, write_whole
+from z1_jax.config.schema import FREE_KEYS, Config, ConfigError, among, build, flat
+from z1_jax.errors import UserError, first_line
+from z1_jax.files import absolute, lock, read_json, write_whole
 from z1_jax.interrupt import INTERRUPTED
-from z1_jax.metrics import read_records
 from z1_jax.process import run_main
-from z1_jax.report import html
-from z1_jax.study.config import JOINT, SFT, Cell, StudyConfig, cells, parse_study
-from z1_jax.study.table import Outcome, markdown, means, rows
+from z1_jax.study import projection, results
+from z1_jax.study.config import Cell, StudyConfig, cells, parse_study, parsed
+from z1_jax.study.results import finished
+from z1_jax.study.text import page
+from z1_jax.suites import settled
 
 STUDY, RESULTS, TABLE, PAGE = "study.json", "results.json", "table.md", "study.html"
+AGAIN, REPORT, NO_PROBE = "--table=", "--report", "--no-probe"
+# Of a run's config what its command line says otherwise, and what moves no number.
+_LOOSE = (*FREE_KEYS, "init", "checkpoint", "task", "tasks", "eval.videos", "eval.film_seeds", "flow.steps")
 
 
 def main(argv: Sequence[str]) -> int | None:
     """Makes the runs that are left, and the table of those that are there; exits with 1 where one failed."""
-    study = parse_study(argv)
+    if len(argv) == 2 and argv[1].startswith(AGAIN):
+        print(results.tables(results.read(absolute(argv[1].removeprefix(AGAIN)))), end="")
+        return None
+    study = parse_study([one for one in argv if one not in (REPORT, NO_PROBE)])
     planned = cells(study)
     folder = absolute(study.folder)
-    _claim(study, folder)
-    print(f"study {folder}: {len(planned)} runs", flush=True)
+    _claim(study, folder, planned)
+    check_runs(folder, planned)
+    if REPORT in argv:
+        conclude(folder, planned)
+        return None
+    rates = projection.measured(folder, planned) if NO_PROBE not in argv and projection.unknown(folder, planned) else {}
+    print(f"study {folder}: {projection.told(folder, planned, rates)}", flush=True)
     failed: list[str] = []
     while (cell := _next(folder, planned, failed)) is not None:
         taken, claim = cell
         with claim:
-            print(f"\n══ {taken.name} ({_left(folder, planned)})\n{shlex.join(_command(taken))}", flush=True)
+            left = projection.told(folder, planned, rates).splitlines()[0]
+            print(f"\n══ {taken.name} ({left})\n{shlex.join(_command(taken))}", flush=True)
             code = _run(taken, claim)
         if code == 130 or code < 0:
+            conclude(folder, planned)
             print(INTERRUPTED, file=sys.stderr)
             return 130
         if code:
             failed.append(taken.name)
-    conclude(study, folder, planned)
-    left = [cell.name for cell in planned if not _finished(folder, cell)]
+    conclude(folder, planned)
+    left = [cell.name for cell in planned if not finished(folder, cell)]
     if left:
         waits = "" if failed else ": under way elsewhere, or after what is"
         print(f"{len(left)} of {len(planned)} runs are not finished{waits}; the same command goes on")
@@ -70,16 +85,19 @@ def _run(cell: Cell, claim: IO[str]) -> int:
 
 
 def _command(cell: Cell) -> list[str]:
-    return [sys.executable, "-m", "z1_jax.train", *cell.argv[1:]]
+    return [sys.executable, "-m", f"z1_jax.{'evaluate' if cell.evaluation else 'train'}", *cell.argv[1:]]
 
 
-def _claim(study: StudyConfig, folder: pathlib.Path) -> None:
-    """Makes the study's folder, or checks that it belongs to this study.
+def _claim(study: StudyConfig, folder: pathlib.Path, planned: Sequence[Cell] = ()) -> None:
+    """Makes the study's folder, or checks that it belongs to this study. Runs of it that are there already are taken.
 
     Raises:
         ConfigError: it belongs to another one, or is something else.
     """
-    path, mine = folder / STUDY, json.loads(json.dumps({**dataclasses.asdict(study), "folder": ""}))
+    default = {field.name: field.default for field in dataclasses.fields(study)}
+    mine = json.loads(json.dumps({**dataclasses.asdict(study), "folder": ""}))
+    del mine["extras"]  # of a study that has begun there may be more: they change nothing of what is there
+    path = folder / STUDY
     if path.exists():
         try:
             theirs = dict(json.loads(path.read_text()))
@@ -88,13 +106,15 @@ def _claim(study: StudyConfig, folder: pathlib.Path) -> None:
                 f"{path} cannot be read ({error}); restore it or choose another --config.folder"
             ) from error
         for key, value in mine.items():
-            if theirs.get(key) != value:
+            told = theirs[key] if key in theirs else list(default[key]) if key == "repeated" else default[key]
+            if told != value:
                 raise ConfigError(
-                    f"{folder} belongs to another study ({key} is {theirs.get(key)!r}, asked for {value!r}); "
+                    f"{folder} belongs to another study ({key} is {told!r}, asked for {value!r}); "
                     "choose another --config.folder"
                 )
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    known = {name for cell in planned for name in (cell.name, f"{cell.name}.lock")}
+    if folder.is_dir() and any(entry.name not in known for entry in folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no study (no {STUDY}); choose another --config.folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,11 +123,37 @@ def _claim(study: StudyConfig, folder: pathlib.Path) -> None:
         raise ConfigError(f"config key folder: {folder} cannot be written ({error.strerror})") from error
 
 
+def check_runs(folder: pathlib.Path, planned: Sequence[Cell]) -> None:
+    """Refuses a run in the study's folder that was made with another config than the study's.
+
+    Raises:
+        ConfigError: one line.
+    """
+    for cell in planned:
+        path = folder / cell.name / "config.json"
+        if not path.exists():
+            continue
+        try:
+            theirs = build(Config, read_json(path, dict, {}))
+        except ConfigError as error:
+            raise ConfigError(f"{path} is no config of a run ({first_line(error)}); move that folder away") from error
+        mine = settled(parsed(cell))
+        one, other = flat(theirs), flat(mine)
+        wrong = [key for key in other if not among(key, _LOOSE) and one[key] != other[key]]
+        if theirs.every_task != mine.every_task:
+            wrong.insert(0, "tasks")
+        if wrong:
+            raise ConfigError(
+                f"{folder / cell.name} was made with {wrong[0]}={one[wrong[0]]}, the study has {other[wrong[0]]}: move "
+                "it away, or choose another --config.folder"
+            )
+
+
 def _next(folder: pathlib.Path, planned: Sequence[Cell], failed: Sequence[str]) -> tuple[Cell, IO[str]] | None:
     """A run that is left, whose start is there, and on which nobody else works, with its lock; None: there is none."""
     for cell in planned:
         ready = not cell.needs or (folder / cell.needs / "summary.json").exists()
-        if not ready or cell.name in failed or _finished(folder, cell):
+        if not ready or cell.name in failed or finished(folder, cell):
             continue
         claim = (folder / f"{cell.name}.lock").open("a")
         try:
@@ -115,104 +161,23 @@ def _next(folder: pathlib.Path, planned: Sequence[Cell], failed: Sequence[str]) 
         except UserError:
             claim.close()
             continue
-        if not _finished(folder, cell):  # it may have been finished since
+        if not finished(folder, cell):  # it may have been finished since
             return cell, claim
         claim.close()
     return None
 
 
-def _finished(folder: pathlib.Path, cell: Cell) -> bool:
-    return (folder / cell.name / "summary.json").exists()
-
-
-def _seconds(folder: pathlib.Path, cell: Cell) -> float:
-    return sum(map(float, json.loads((folder / cell.name / "summary.json").read_text())["wall_seconds"].values()))
-
-
-def _left(folder: pathlib.Path, planned: Sequence[Cell]) -> str:
-    """How many runs are left, and the hours that they take by those of their kind that are there."""
-    done: dict[str, list[float]] = {}
-    for cell in planned:
-        if _finished(folder, cell):
-            done.setdefault(cell.kind, []).append(_seconds(folder, cell))
-    left = [cell for cell in planned if not _finished(folder, cell)]
-    unknown = sorted({cell.kind for cell in left} - set(done))
-    hours = sum(float(np.mean(done[cell.kind])) for cell in left if cell.kind in done) / 3600
-    known = f"{hours:.1f} hours of one machine" if len(unknown) < len({cell.kind for cell in left}) else ""
-    more = f"{' and ' * bool(known)}{', '.join(unknown)} of unknown length" if unknown else ""
-    return f"{len(left)} of {len(planned)} runs left: {known}{more}"
-
-
-def outcomes(folder: pathlib.Path, planned: Sequence[Cell]) -> list[Outcome]:
-    """The held-out episodes of the runs that are finished, by form, task and training seed."""
-    found = []
-    for cell in planned:
-        if not _finished(folder, cell):
-            continue
-        summary = json.loads((folder / cell.name / "summary.json").read_text())
-        by_task: dict[str, list[dict]] = {}
-        for record in read_records(folder / cell.name / "evaluation" / "after.jsonl"):
-            by_task.setdefault(str(record.get("task", cell.task)), []).append(record)
-        for task, records in by_task.items():
-            seeds = tuple(int(record["seed"]) for record in records)
-            success = np.array([bool(record["success"]) for record in records])
-            steps = int(summary.get("simulated_steps", 0))
-            found.append(Outcome(cell.kind, task, cell.seed, seeds, success, steps))
-    return found
-
-
-def conclude(study: StudyConfig, folder: pathlib.Path, planned: Sequence[Cell]) -> None:
+def conclude(folder: pathlib.Path, planned: Sequence[Cell]) -> None:
     """Writes results.json, table.md and study.html of what is finished, and prints the means."""
-    found = outcomes(folder, planned)
-    if not found:
+    found = results.collected(folder, planned)
+    if not found["rows"]:
         return
-    tasks = list(dict.fromkeys(outcome.task for outcome in found))
-    confidence = 0.95
-    over, each = means(found, confidence), rows(found, confidence)
-    steps = {kind: _simulated(found, kind) for kind in dict.fromkeys(outcome.form for outcome in found) if kind != SFT}
-    seconds = {cell.name: _seconds(folder, cell) for cell in planned if _finished(folder, cell)}
-    results = {
-        "means": {mean.form: mean.rate for mean in over},
-        "intervals": {mean.form: mean.interval for mean in over},
-        "simulated_steps": steps,
-        "wall_seconds": seconds,
-        "rows": [
-            {"form": one.form, "training_seed": one.seed, "task": one.task, "seed": seed, "success": bool(success)}
-            for one in found
-            for seed, success in zip(one.episodes, one.success, strict=True)
-        ],
-    }
-    write_whole(folder / RESULTS, json.dumps(results))
-    text = markdown(over, each, {"tasks": len(tasks), "seeds": len(study.seeds)}, confidence)
-    spent = ", ".join(f"{kind} {count:,}" for kind, count in steps.items()) or "none"
-    text += f"\nSimulated control steps of RL: {spent}. Hours of all runs: {sum(seconds.values()) / 3600:.2f}.\n"
+    text = results.tables(found)
+    results.write(folder / RESULTS, found)
     write_whole(folder / TABLE, text)
-    write_whole(folder / PAGE, _page(text, f"{len(tasks)} tasks"))
-    print("\n" + text.partition("\n\n")[0] + f"\n{folder / TABLE}, {folder / PAGE}, {folder / RESULTS}", flush=True)
-
-
-def _simulated(found: Sequence[Outcome], kind: str) -> int:
-    """Simulated steps of RL of one form: each run counts once, and a joint one has several tasks."""
-    runs = {(one.seed, "" if kind == JOINT else one.task): one.simulated_steps for one in found if one.form == kind}
-    return sum(runs.values())
-
-
-def _page(text: str, title: str) -> str:
-    """The Markdown tables as a page."""
-    parts: list[str] = []
-    table: list[list[str]] = []
-    for line in [*text.splitlines(), ""]:
-        if line.startswith("|"):
-            table.append([cell.strip() for cell in line.strip("|").split("|")])
-            continue
-        if table:
-            parts.append(
-                html.section("Means" if not parts else "Each task", html.table(table[2:], table[0], "numbers"))
-            )
-            table = []
-        if line:
-            parts.append(f'<p class="note">{html.text(line)}</p>')
-    return html.page(title, f"<header><h1>{html.text(title)}</h1></header>" + "".join(parts))
+    write_whole(folder / PAGE, page(text, f"{len({task for _, _, task, _ in found['policies']})} tasks"))
+    shown = "\n\n".join(text.split("\n\n")[:2])
+    print(f"\n{shown}\n{folder / TABLE}, {folder / PAGE}, {folder / RESULTS}", flush=True)
 
 
 if __name__ == "__main__":

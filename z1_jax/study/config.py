@@ -13,12 +13,16 @@ from typing import Any
 from z1_jax.config.command_line import load, parse_command_line
 from z1_jax.config.schema import Config, ConfigError, build
 from z1_jax.files import absolute
-from z1_jax.suites import check_settings, with_tasks
+from z1_jax.suites import planned, with_tasks
 
 SFT, SPECIALIST, JOINT = "sft", "specialists", "joint"  # kinds of runs, as the table names them
 FORMS = (SPECIALIST, JOINT)
 FILMS = ("eval.video", "eval.film_seeds")  # keys of the evaluation that change no result
 SECTIONS = ("every", "sft", "grpo", "specialists", "joint")  # overrides: of all runs, of SFT, of RL, of one form of it
+EXTRAS = "extras"
+# Of a run's keys those that an evaluation of its policy takes too.
+_EVALUATED = ("env.", "eval.", "rollout.", "mesh.", "model.", "inputs.slots", "allow", "flow.steps", "flow.temperature")
+_OWN = ("task", "tasks", "seed", "run_dir", "algorithm", "init", "checkpoint", "compare")  # the study's, of each run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +31,16 @@ class StudyConfig:
 
     tasks: tuple[str, ...]  # names, and sets of the suite
     seeds: tuple[str, ...] = ("0",)  # of training: SFT and RL are run with each
+    repeated: tuple[str, ...] = ()  # specialists trained with each seed, the others with the first; empty: all tasks
     forms: tuple[str, ...] = FORMS  # of RL: each task by itself from the common start, and one policy for all
     folder: str = "runs/study"
     sft_preset: str = "kitchen"  # of configs/sft.py
     grpo_preset: str = "kitchen"  # of configs/grpo.py
+    eval_preset: str = "kitchen"  # of configs/eval.py, for the further evaluations
     overrides: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)  # section -> key -> text
+    # Further evaluations that each finished policy is put through: name -> key -> text, of configs/eval.py. `tasks`
+    # among them: those alone.
+    extras: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +52,14 @@ class Cell:
     task: str  # empty: all
     seed: int
     needs: str  # the name of the run that must be finished before; empty: none
-    argv: tuple[str, ...]  # of z1_jax.train
+    argv: tuple[str, ...]  # of z1_jax.train or, of a further evaluation, z1_jax.evaluate
+    evaluation: str = ""  # the name of a further evaluation of the policy of `needs`; empty: a training
 
 
 def parse_study(argv: Sequence[str]) -> StudyConfig:
     """Reads `--config=FILE[:PRESET]`, `--config.KEY=VALUE` of the study and `--SECTION.KEY=VALUE` of its runs.
+
+    `--extras.NAME.KEY=VALUE` is a key of a further evaluation, `--config.extras=NAMES` those that are made.
 
     Raises:
         ConfigError: one line.
@@ -57,20 +69,34 @@ def parse_study(argv: Sequence[str]) -> StudyConfig:
         raise ConfigError(f"got {len(files)} configs, expected one --config=configs/FILE.py[:PRESET]")
     values = load(files[0] if files else "configs/study.py", mine=bool(files))
     sections = {name: _texts(values.pop(name, {}), name) for name in SECTIONS}
+    given = values.pop(EXTRAS, {})
+    if not isinstance(given, dict):
+        raise ConfigError(f"config key {EXTRAS}: got {given!r}, expected a section of keys for each further evaluation")
+    extras, chosen = {name: _texts(keys, f"{EXTRAS}.{name}") for name, keys in given.items()}, None
     for argument in argv[1:]:
         where, equals, text = argument.partition("=")
         section, _, key = where.removeprefix("--").partition(".")
         if argument.startswith("--config="):
             continue
-        if not equals or not key or section not in ("config", *SECTIONS):
-            known = ", ".join(f"--{name}.key=value" for name in ("config", *SECTIONS))
+        if not equals or not key or section not in ("config", *SECTIONS, EXTRAS):
+            known = ", ".join(f"--{name}.key=value" for name in ("config", *SECTIONS, f"{EXTRAS}.name"))
             raise ConfigError(f"argument {argument!r} is not understood, expected {known}")
-        if section == "config":
-            values[key] = tuple(filter(None, text.split(","))) if key in ("tasks", "seeds", "forms") else text
+        if section == "config" and key == EXTRAS:
+            chosen = tuple(filter(None, text.split(",")))
+        elif section == "config":
+            values[key] = (
+                tuple(filter(None, text.split(","))) if key in ("tasks", "seeds", "repeated", "forms") else text
+            )
+        elif section == EXTRAS:
+            name, _, key = key.partition(".")
+            extras.setdefault(name, {})[key] = text
         else:
             sections[section][key] = text
     study = build(StudyConfig, {key: value for key, value in values.items()})
-    study = dataclasses.replace(study, overrides=sections)
+    if unknown := [name for name in chosen or () if name not in extras]:
+        raise ConfigError(f"config key {EXTRAS}: {unknown[0]!r} does not exist; known: {', '.join(extras) or 'none'}")
+    extras = {name: keys for name, keys in extras.items() if chosen is None or name in chosen}
+    study = dataclasses.replace(study, overrides=sections, extras=extras)
     _check(study)
     return study
 
@@ -100,53 +126,96 @@ def _check(study: StudyConfig) -> None:
         raise ConfigError("config key tasks: got nothing, expected names of tasks or sets, e.g. kitchen24")
     for section in SECTIONS:
         for key in study.overrides.get(section, {}):
-            if key in ("task", "tasks", "seed", "run_dir", "algorithm", "checkpoint", "compare"):
+            if key in _OWN and key != "init":
                 raise ConfigError(f"{section}.{key}: the study sets {key} of each run itself; leave it out")
             if section != "every" and key.startswith("eval.") and not key.startswith(FILMS):
                 raise ConfigError(f"{section}.{key}: all runs are evaluated alike; give it as --every.{key}=VALUE")
     if "init" in study.overrides.get("grpo", {}):
         raise ConfigError("grpo.init: RL starts from the study's common SFT; leave it out")
+    for name, keys in study.extras.items():
+        if not name.replace("_", "").isalnum() or name in (SFT, *FORMS):
+            raise ConfigError(f"{EXTRAS}.{name}: expected a name of letters, digits and underscores, no form's")
+        for key in keys:
+            if key in _OWN and key != "tasks" or not key:
+                raise ConfigError(
+                    f"{EXTRAS}.{name}.{key}: the study sets {key or 'keys'} of each run itself; leave it out"
+                )
 
 
 def cells(study: StudyConfig) -> list[Cell]:
-    """The runs of a study in the order in which one machine makes them.
+    """The runs of a study in the order in which one machine makes them: by seed, trainings before evaluations.
 
     Raises:
         ConfigError: what a run would refuse of its config.
     """
     folder = absolute(study.folder)
-    first = _cell(study, folder, SFT, "", int(study.seeds[0]))
-    tasks = with_tasks(_parsed(first)).every_task
+    first = parsed(_cell(study, folder, SFT, "", int(study.seeds[0])))
+    tasks = with_tasks(first).every_task
     if len(tasks) < 2:
         raise ConfigError(f"config key tasks: got {', '.join(study.tasks)}, expected two tasks or more")
-    found = []
+    repeated = _among("repeated", _names(first, study.repeated), tasks) or tasks
+    special = {}
+    for name, keys in study.extras.items():
+        named = _among(
+            f"{EXTRAS}.{name}.tasks", _names(first, keys["tasks"].split(",") if "tasks" in keys else ()), tasks
+        )
+        special[name] = tuple(task for task in tasks if task in named) or tasks
+    found: list[Cell] = []
     for seed in map(int, study.seeds):
-        found.append(_cell(study, folder, SFT, "", seed))
+        again = seed != int(study.seeds[0])
+        trained = [_cell(study, folder, SFT, "", seed)]
         if SPECIALIST in study.forms:
-            found += [_cell(study, folder, SPECIALIST, task, seed) for task in tasks]
+            trained += [_cell(study, folder, SPECIALIST, task, seed) for task in (repeated if again else tasks)]
         if JOINT in study.forms:
-            found.append(_cell(study, folder, JOINT, "", seed))
+            trained.append(_cell(study, folder, JOINT, "", seed))
+        found += trained
+        for name, theirs in special.items():
+            found += [_evaluation(study, folder, name, theirs, one) for one in trained if one.task in ("", *theirs)]
     for cell in found:
         if cell.kind == SFT or cell.seed == int(study.seeds[0]):
-            _parsed(cell)
+            parsed(cell)
     return found
 
 
-def _parsed(cell: Cell) -> Config:
+def _names(config: Config, given: Sequence[str]) -> tuple[str, ...]:
+    """Tasks by their names, sets resolved."""
+    return with_tasks(dataclasses.replace(config, task="", tasks=tuple(given))).every_task if given else ()
+
+
+def _among(key: str, names: tuple[str, ...], tasks: Sequence[str]) -> tuple[str, ...]:
+    if other := [name for name in names if name not in tasks]:
+        raise ConfigError(f"config key {key}: {other[0]} is no task of the study ({', '.join(tasks)})")
+    return names
+
+
+def parsed(cell: Cell) -> Config:
+    """The config of a run.
+
+    Raises:
+        ConfigError: what the run would refuse of it.
+    """
     try:
-        config = parse_command_line(cell.argv)
-        check_settings(config)
-        return config
+        return parsed_line(cell.argv)
     except ConfigError as error:
-        raise ConfigError(f"{cell.kind}: {error}") from error
+        raise ConfigError(f"{cell.evaluation or cell.kind}: {error}") from error
+
+
+def parsed_line(argv: Sequence[str]) -> Config:
+    """The config of a run's command line; errors as `parsed`."""
+    config = parse_command_line(argv)
+    planned(config)  # names that a suite does not have
+    return config
+
+
+def _keys(study: StudyConfig, kind: str) -> dict[str, str]:
+    sections = ("every", "sft") if kind == SFT else ("every", "grpo", kind)
+    return {key: text for section in sections for key, text in study.overrides.get(section, {}).items()}
 
 
 def _cell(study: StudyConfig, folder: pathlib.Path, kind: str, task: str, seed: int) -> Cell:
     part = f"-{task.replace('/', '-')}" if task else ""
     name, start = f"{kind}{part}-seed{seed}", f"{SFT}-seed{seed}"
     preset, file = (study.sft_preset, "sft") if kind == SFT else (study.grpo_preset, "grpo")
-    sections = ("every", "sft") if kind == SFT else ("every", "grpo", kind)
-    keys = {key: text for section in sections for key, text in study.overrides.get(section, {}).items()}
     argv = [
         "train.py",
         f"--config=configs/{file}.py:{preset}",
@@ -154,6 +223,22 @@ def _cell(study: StudyConfig, folder: pathlib.Path, kind: str, task: str, seed: 
         f"--config.seed={seed}",
         f"--config.run_dir={folder / name}",
         *([] if kind == SFT else [f"--config.init={folder / start}"]),
-        *(f"--config.{key}={text}" for key, text in keys.items()),
+        *(f"--config.{key}={text}" for key, text in _keys(study, kind).items()),
     ]
     return Cell(name, kind, task, seed, "" if kind == SFT else start, tuple(argv))
+
+
+def _evaluation(study: StudyConfig, folder: pathlib.Path, extra: str, tasks: Sequence[str], of: Cell) -> Cell:
+    """A further evaluation of the policy of a run."""
+    name = f"{extra}-{of.name}"
+    keys = {key: text for key, text in _keys(study, of.kind).items() if key.startswith(_EVALUATED)}
+    keys |= {key: text for key, text in study.extras[extra].items() if key != "tasks"}
+    argv = [
+        "evaluate.py",
+        f"--config=configs/eval.py:{study.eval_preset}",
+        f"--config.tasks={of.task or ','.join(tasks)}",
+        f"--config.checkpoint={folder / of.name}",
+        f"--config.run_dir={folder / name}",
+        *(f"--config.{key}={text}" for key, text in keys.items()),
+    ]
+    return Cell(name, of.kind, of.task, of.seed, of.name, tuple(argv), extra)

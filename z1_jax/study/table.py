@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
+from scipy import stats
 
 from z1_jax.statistics import (
+    Interval,
     clustered_interval,
+    clustered_mean,
     holm,
     interquartile_mean,
     mcnemar_exact,
@@ -20,6 +23,8 @@ from z1_jax.statistics import (
 )
 
 START = "sft"
+WINDOW = 10  # iterations of RL whose mean training success counts
+STEADY_END, STEADY_FALL = 0.05, 0.10  # above which the end's deviation over training seeds, or a fall, is told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Outcome:
     seed: int  # of training
     episodes: tuple[int, ...]  # seeds of the episodes
     success: Bool[np.ndarray, " n"]
-    simulated_steps: int = 0  # of RL up to this policy; of a joint one over all tasks
+    evaluation: str = ""  # the name of a further evaluation; empty: that of the run itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +47,13 @@ class Row:
     form: str
     before: float  # rates, means over training seeds
     after: float
-    interval: tuple[float, float]  # of the difference: over training seeds and episodes
+    interval: Interval  # of the difference: over training seeds, or of one seed over episodes and others' seeds
     p_value: float  # exact McNemar over all episodes, corrected by Holm over the form's tasks
+    seeds: int = 1  # of training
+    deviation: float | None = None  # of the end over training seeds (n − 1); None: there is one
+    fall: float | None = (
+        None  # largest of training success, over WINDOW iterations, from the first of these; None: short
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,86 +62,216 @@ class Mean:
 
     form: str
     rate: float
-    interval: tuple[float, float]  # clustered by task, then training seed
-    interquartile: float  # mean of the middle half of all (task, training seed) rates
-    interquartile_interval: tuple[float, float] | None  # training seeds drawn within each task; None: there is one
+    interval: Interval  # clustered by task, then training seed
+    interquartile: float  # mean of the middle half of the (task, training seed) rates of `matrix`
+    interquartile_interval: Interval | None  # training seeds drawn within each task; None: there is one
+    matrix: tuple[int, int]  # tasks that have as many training seeds as any, and how many that are
     difference: float = 0.0  # from the start
-    difference_interval: tuple[float, float] = (0.0, 0.0)
+    difference_interval: Interval = (0.0, 0.0)
 
 
-def rows(outcomes: Sequence[Outcome], confidence: float) -> list[Row]:
+@dataclasses.dataclass(frozen=True)
+class Elsewhere:
+    """The policies of one form in a further evaluation, beside their own on the same tasks and episodes."""
+
+    evaluation: str
+    form: str
+    task: str  # empty: the mean over tasks
+    usual: float  # rates, means over tasks and training seeds
+    rate: float
+    interval: Interval
+    change: float  # of the usual
+    change_interval: Interval
+    gain: float | None  # over the start in this evaluation; None for the start itself
+    gain_interval: Interval | None
+
+
+Falls = Mapping[tuple[str, str, int], float | None]  # form, task, training seed -> see Row.fall
+Values = Sequence[tuple[Outcome, np.ndarray]]  # one number an episode
+
+
+def largest_fall(success: Sequence[float]) -> float | None:
+    """How far the mean of WINDOW iterations of training success falls below that of the first WINDOW, at most.
+
+    None where there are fewer.
+    """
+    if len(success) < WINDOW:
+        return None
+    moving = np.convolve(np.asarray(success, float), np.full(WINDOW, 1 / WINDOW), mode="valid")
+    return float(max(0.0, moving[0] - moving.min()))
+
+
+def rows(outcomes: Sequence[Outcome], confidence: float, falls: Falls | None = None) -> list[Row]:
     """A row for each form of RL and task. What is not there on both sides is left out."""
-    found: list[Row] = []
+    outcomes, found = _own(outcomes), []
     for form in _forms(outcomes):
         pairs = {task: _paired(outcomes, form, task) for task in _tasks(outcomes)}
-        pairs = {task: paired for task, paired in pairs.items() if len(paired)}
+        pairs = {task: paired for task, paired in pairs.items() if paired}
         corrected = holm([mcnemar_exact(*_joined(paired)) for paired in pairs.values()])
+        noise = training_noise([[float(np.mean(b) - np.mean(a)) for _, a, b in paired] for paired in pairs.values()])
         for (task, paired), p_value in zip(pairs.items(), corrected, strict=True):
             before, after = _joined(paired)
-            interval = _over_seeds(before, after, [seed for seed, one, _ in paired for _ in one], confidence)
-            found.append(Row(task, form, float(before.mean()), float(after.mean()), interval, p_value))
+            ends = [float(np.mean(one)) for _, _, one in paired]
+            known = [fall for seed, *_ in paired if (fall := (falls or {}).get((form, task, seed))) is not None]
+            found.append(
+                Row(
+                    task,
+                    form,
+                    float(before.mean()),
+                    float(after.mean()),
+                    _of_one_task(paired, noise, confidence),
+                    p_value,
+                    len(paired),
+                    float(np.std(ends, ddof=1)) if len(ends) > 1 else None,
+                    max(known, default=None),
+                )
+            )
     return found
 
 
+def training_noise(gains: Sequence[Sequence[float]]) -> float | None:
+    """The standard deviation of a gain over training seeds, pooled over the tasks that have several; None: none has.
+
+    It holds some noise of the evaluation too, and is therefore rather too large.
+    """
+    several = [one for one in gains if len(one) > 1]
+    squares = sum((len(one) - 1) * float(np.var(one, ddof=1)) for one in several)
+    return float(np.sqrt(squares / sum(len(one) - 1 for one in several))) if several else None
+
+
+def _of_one_task(
+    paired: Sequence[tuple[int, np.ndarray, np.ndarray]], noise: float | None, confidence: float
+) -> Interval:
+    """The interval of a task's difference.
+
+    Training seeds are drawn where there are several that differ. With one, episodes are, and the interval is widened by
+    the deviation over training seeds that other tasks of the form show.
+    """
+    before, after = _joined(paired)
+    gains = after.astype(float) - before
+    if len(paired) > 1 and np.ptp(gains):
+        seeds = [seed for seed, one, _ in paired for _ in one]
+        return clustered_interval(gains, [""] * len(gains), seeds, 0, confidence)
+    low, high = paired_difference_interval(before, after, 0, confidence)
+    if len(paired) > 1 or noise is None:
+        return low, high
+    centre, wide = float(gains.mean()), float(stats.norm.ppf(0.5 + confidence / 2)) * noise
+    return max(-1.0, centre - float(np.hypot(centre - low, wide))), min(
+        1.0, centre + float(np.hypot(high - centre, wide))
+    )
+
+
 def means(outcomes: Sequence[Outcome], confidence: float) -> list[Mean]:
-    """The start, then each form: only of those that have all tasks with the same training seeds."""
+    """The start, then each form: only of those that have all tasks."""
+    outcomes = _own(outcomes)
     return [_mean(outcomes, form, confidence) for form in (START, *_forms(outcomes)) if _complete(outcomes, form)]
 
 
 def _mean(outcomes: Sequence[Outcome], form: str, confidence: float) -> Mean:
     mine = [outcome for outcome in outcomes if outcome.form == form]
-    cells = _cells(mine)
-    tasks, seeds = cells.shape
-    rate = float(cells.mean())
-    if rate in (0.0, 1.0):  # every resample is the sample; tasks are what is drawn
-        interval = wilson_interval(int(rate) * tasks, tasks, confidence)
-    else:
-        interval = _clustered([(outcome, outcome.success.astype(float)) for outcome in mine], confidence)
-    found = Mean(
-        form,
-        rate,
-        interval,
-        interquartile_mean(cells),
-        stratified_interval(cells, interquartile_mean, 0, confidence) if seeds > 1 else None,
-    )
-    if form == START:
+    cells = _matrix(mine)
+    values = [(outcome, outcome.success.astype(float)) for outcome in mine]
+    interval = stratified_interval(cells, interquartile_mean, 0, confidence) if cells.shape[1] > 1 else None
+    rate, middle = _over(values, clustered_mean), interquartile_mean(cells)
+    found = Mean(form, rate, _rate_interval(values, confidence), middle, interval, (cells.shape[0], cells.shape[1]))
+    gains = _minus_start(outcomes, mine)
+    if form == START or not gains:
         return found
+    over = _over(gains, clustered_mean), _change_interval(gains, confidence)
+    return dataclasses.replace(found, difference=over[0], difference_interval=over[1])
+
+
+def elsewhere(outcomes: Sequence[Outcome], confidence: float) -> list[Elsewhere]:
+    """Of each further evaluation and form the mean over its tasks, then each task."""
+    usual = {(one.form, one.task, one.seed): one for one in _own(outcomes)}
+    found: list[Elsewhere] = []
+    for evaluation in dict.fromkeys(one.evaluation for one in outcomes if one.evaluation):
+        there = [one for one in outcomes if one.evaluation == evaluation]
+        for form in (START, *_forms(outcomes)):
+            mine = [one for one in there if one.form == form and (one.form, one.task, one.seed) in usual]
+            tasks = _tasks(mine)
+            for task in ["", *tasks] if len(tasks) > 1 else tasks:
+                chosen = [one for one in mine if task in ("", one.task)]
+                found.append(_elsewhere(task, chosen, there, usual, confidence))
+    return found
+
+
+def _elsewhere(
+    task: str,
+    chosen: Sequence[Outcome],
+    there: Sequence[Outcome],
+    usual: Mapping[tuple[str, str, int], Outcome],
+    confidence: float,
+) -> Elsewhere:
+    values = [(one, one.success.astype(float)) for one in chosen]
+    own = [(one, _on(usual[one.form, one.task, one.seed], one.episodes)) for one in chosen]
+    changes = [(one, value - base) for (one, value), (_, base) in zip(values, own, strict=True)]
+    gains = _minus_start(there, chosen) if chosen[0].form != START else []
+    return Elsewhere(
+        chosen[0].evaluation,
+        chosen[0].form,
+        task,
+        _over(own, clustered_mean),
+        _over(values, clustered_mean),
+        _rate_interval(values, confidence),
+        _over(changes, clustered_mean),
+        _change_interval(changes, confidence),
+        _over(gains, clustered_mean) if gains else None,
+        _change_interval(gains, confidence) if gains else None,
+    )
+
+
+def _on(outcome: Outcome, episodes: Sequence[int]) -> Float[np.ndarray, " n"]:
+    """The successes of these episodes; where they are others, the rate of those that there are."""
+    known = dict(zip(outcome.episodes, outcome.success.tolist(), strict=True))
+    rate = float(outcome.success.mean())
+    return np.array([float(known.get(seed, rate)) for seed in episodes])
+
+
+def _minus_start(outcomes: Sequence[Outcome], mine: Sequence[Outcome]) -> list[tuple[Outcome, np.ndarray]]:
     pairs = [(outcome, start) for outcome in mine if (start := _start_of(outcomes, outcome)) is not None]
-    gains = [(outcome, outcome.success.astype(float) - start.success) for outcome, start in pairs]
-    difference = float(np.mean([values.mean() for _, values in gains]))
-    if np.ptp(np.concatenate([values for _, values in gains])):
-        interval = _clustered(gains, confidence)
-    else:  # as above: one pair a task
-        firsts = {outcome.task: (start.success[0], outcome.success[0]) for outcome, start in pairs}
-        before, after = np.array(list(firsts.values())).T
-        interval = paired_difference_interval(before, after, 0, confidence)
-    return dataclasses.replace(found, difference=difference, difference_interval=interval)
+    return [(outcome, outcome.success.astype(float) - start.success) for outcome, start in pairs]
 
 
-def _clustered(values: Sequence[tuple[Outcome, np.ndarray]], confidence: float) -> tuple[float, float]:
+def _over(values: Values, what: Callable[..., Any], **options: Any) -> Any:
+    """A statistic of all episodes by task and training seed."""
     tasks = [outcome.task for outcome, each in values for _ in each]
     seeds = [outcome.seed for outcome, each in values for _ in each]
-    return clustered_interval(np.concatenate([each for _, each in values]), tasks, seeds, 0, confidence)
+    return what(np.concatenate([each for _, each in values]), tasks, seeds, **options)
 
 
-def _over_seeds(before: np.ndarray, after: np.ndarray, seeds: Sequence[int], confidence: float) -> tuple[float, float]:
-    """Training seeds are drawn where there are several; with one, or where all pairs differ alike, episodes."""
-    gains = after.astype(float) - before
-    if len(set(seeds)) > 1 and np.ptp(gains):
-        return clustered_interval(gains, [""] * len(gains), seeds, 0, confidence)
-    return paired_difference_interval(before, after, 0, confidence)
+def _rate_interval(values: Values, confidence: float) -> Interval:
+    """Clustered by task, then training seed. Where all episodes ended alike, that of the tasks: they are drawn."""
+    rate, tasks = _over(values, clustered_mean), len(_tasks([outcome for outcome, _ in values]))
+    if rate in (0.0, 1.0):  # every resample is the sample
+        return wilson_interval(int(rate) * tasks, tasks, confidence)
+    if tasks == 1 and len(values) == 1:
+        return wilson_interval(int(values[0][1].sum()), len(values[0][1]), confidence)
+    return _over(values, clustered_interval, seed=0, confidence=confidence)
 
 
-def _cells(outcomes: Sequence[Outcome]) -> Float[np.ndarray, "tasks seeds"]:
-    rates = {(outcome.task, outcome.seed): float(outcome.success.mean()) for outcome in outcomes}
-    tasks, seeds = _tasks(outcomes), sorted({outcome.seed for outcome in outcomes})
-    return np.array([[rates[task, seed] for seed in seeds] for task in tasks])
+def _change_interval(values: Values, confidence: float) -> Interval:
+    """The same of differences; where all are alike, that of one pair a task."""
+    each, tasks = np.concatenate([one for _, one in values]), len(_tasks([outcome for outcome, _ in values]))
+    if tasks == 1 and len(values) == 1:
+        return paired_difference_interval(np.maximum(-each, 0), np.maximum(each, 0), 0, confidence)
+    if np.ptp(each):
+        return _over(values, clustered_interval, seed=0, confidence=confidence)
+    first = each[:1].repeat(tasks)
+    return paired_difference_interval(np.maximum(-first, 0), np.maximum(first, 0), 0, confidence)
+
+
+def _matrix(outcomes: Sequence[Outcome]) -> Float[np.ndarray, "tasks seeds"]:
+    """Rates of the tasks that have as many training seeds as any."""
+    rates: dict[str, dict[int, float]] = {}
+    for one in outcomes:
+        rates.setdefault(one.task, {})[one.seed] = float(one.success.mean())
+    seeds = max((sorted(by_seed) for by_seed in rates.values()), key=len)
+    return np.array([[by_seed[seed] for seed in seeds] for by_seed in rates.values() if sorted(by_seed) == seeds])
 
 
 def _complete(outcomes: Sequence[Outcome], form: str) -> bool:
-    mine = {(outcome.task, outcome.seed) for outcome in outcomes if outcome.form == form}
-    seeds = {seed for _, seed in mine}
-    return bool(mine) and mine == {(task, seed) for task in _tasks(outcomes) for seed in seeds}
+    return {one.task for one in outcomes if one.form == form} == set(_tasks(outcomes))
 
 
 def _paired(outcomes: Sequence[Outcome], form: str, task: str) -> list[tuple[int, np.ndarray, np.ndarray]]:
@@ -161,38 +301,13 @@ def _joined(paired: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> tuple[np.nd
     return np.concatenate([one for _, one, _ in paired]), np.concatenate([other for _, _, other in paired])
 
 
+def _own(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    return [one for one in outcomes if not one.evaluation]
+
+
 def _forms(outcomes: Sequence[Outcome]) -> list[str]:
     return [form for form in dict.fromkeys(outcome.form for outcome in outcomes) if form != START]
 
 
 def _tasks(outcomes: Sequence[Outcome]) -> list[str]:
     return list(dict.fromkeys(outcome.task for outcome in outcomes))
-
-
-def markdown(found: Sequence[Mean], each: Sequence[Row], facts: Mapping[str, Any], confidence: float) -> str:
-    """The tables as Markdown: means, then one row a task and form."""
-    percent = f"{100 * confidence:g} %"
-    over = f"over {facts['tasks']} tasks, {facts['seeds']} training seeds"
-    lines = [f"| {over} | mean [{percent}] | difference [{percent}] | IQM [{percent}] |"]
-    lines.append("|---|---|---|---|")
-    for mean in found:
-        gain = "" if mean.form == START else _points(mean.difference, mean.difference_interval)
-        iqm = f"{100 * mean.interquartile:.1f}"
-        if mean.interquartile_interval:
-            iqm = _rate(mean.interquartile, mean.interquartile_interval)
-        lines.append(f"| {mean.form} | {_rate(mean.rate, mean.interval)} | {gain} | {iqm} |")
-    lines += ["", f"| task | form | {START} | after | difference [{percent}] | p (Holm) |", "|---|---|---|---|---|---|"]
-    for row in each:
-        gain = _points(row.after - row.before, row.interval)
-        lines.append(
-            f"| {row.task} | {row.form} | {100 * row.before:.1f} | {100 * row.after:.1f} | {gain} | {row.p_value:.2g} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _rate(rate: float, interval: tuple[float, float]) -> str:
-    return f"{100 * rate:.1f} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
-
-
-def _points(difference: float, interval: tuple[float, float]) -> str:
-    return f"{100 * difference:+.1f} [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
