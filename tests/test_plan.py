@@ -26,6 +26,7 @@ from z1_jax.plan import __main__ as plan
 from z1_jax.plan import accelerators, analytic, programs
 from z1_jax.plan import jaxpr as traced
 from z1_jax.rl import trainer
+from z1_jax.rl.actor import make_actor
 
 H200 = accelerators.get_accelerator("H200")
 SMALL = dataclasses.replace(
@@ -275,6 +276,43 @@ def test_a_plan_adds_up(small_plan):
     assert small_plan.peak == max(r.total for r in small_plan.rows)
 
 
+def test_the_copy_for_acting_is_what_xla_is_given():
+    """All that a compiled decision reads beside its inputs and the token embedding; every program of RL holds it."""
+    model = dataclasses.replace(tiny_policy.CONFIG, acting="prepared")
+    config, mesh = dataclasses.replace(SMALL, init="somewhere"), tiny_policy.one_device()
+    policy = programs.abstract_policy(config, model, mesh)
+    graphdef, *params = policy.split("expert")
+    actor = make_actor(policy, graphdef, config.flow, mesh, 8)
+    looks = programs.abstract_observation(model, 8, mesh)
+    chain = programs.abstract_cache(model, 8, mesh), *programs.abstract_noise(model, 8, config.flow.steps, mesh)
+    with jax.set_mesh(mesh):
+        decision = actor.trace_encode(tuple(params), looks), actor.trace_sample(tuple(params), *chain)
+    read = sum(t.lower().compile().memory_analysis().argument_size_in_bytes for t in decision)
+    embedding, level = 4 * model.vocab_size * model.language.width, 4
+    copy = read - embedding - level - programs.bytes_per_device((looks, chain))
+    assert programs.prepared_bytes(config, model, mesh) == copy > 0
+    lora = dataclasses.replace(config, train=dataclasses.replace(config.train, scope="lora"))
+    plain = dataclasses.replace(model, acting="plain")
+    assert programs.prepared_bytes(lora, model, mesh) == programs.prepared_bytes(config, plain, mesh) == 0
+    rows = plan.make_plan(config, tiny_policy.CONFIG, H200, 1e9, 1).rows
+    assert [row.prepared for row in rows] == [copy] * 3
+
+
+def test_host_memory_counts(small_plan):
+    """Caches that no host holds: `auto` computes prefixes again, as the run would; `host` does not fit."""
+    caches = small_plan.host_cache_bytes
+    enough, less = (plan.make_plan(SMALL, tiny_policy.CONFIG, H200, 1e9, 1, "no", x) for x in (caches, caches - 1))
+    assert enough.fits and (enough.host_cache_bytes, enough.recomputed) == (caches, False)
+    assert less.fits and (less.host_cache_bytes, less.recomputed) == (0, True)
+    update = {row.name: row.flops_traced for row in less.rows}["rl_update"]
+    assert update > 1.5 * {row.name: row.flops_traced for row in enough.rows}["rl_update"]
+    assert "recomputed" in "\n".join(plan.lines(less))
+    kept = dataclasses.replace(SMALL, update=dataclasses.replace(SMALL.update, prefix_cache="host"))
+    refused = plan.make_plan(kept, tiny_policy.CONFIG, H200, 1e9, 1, "no", caches - 1)
+    assert not refused.fits and refused.changes[0][0] == "update.prefix_cache=recompute"
+    assert "does not fit: prefix caches need" in "\n".join(plan.lines(refused))
+
+
 def test_a_plan_that_does_not_fit_says_what_would(small_plan):
     budget = 0.9 * small_plan.peak
     tight = plan.make_plan(SMALL, tiny_policy.CONFIG, H200, budget, 1)
@@ -326,6 +364,7 @@ def one_line(capfd, *arguments) -> str:
         (["--config=configs/sft.py", "--memory=-3"], "--memory: got -3, expected"),
         (["--config=configs/sft.py", "--memory=nan"], "--memory: got nan, expected"),
         (["--config=configs/sft.py", "--memory=inf"], "--memory: got inf, expected"),
+        (["--config=configs/sft.py", "--host-memory=-1"], "--host-memory: got -1, expected"),
         (["--config=configs/sft.py", "--compile=gpu"], "--compile: invalid choice: 'gpu'"),
         (["--config=configs/sft.py", "--fsdp=2"], "'--fsdp=2' is not understood"),
         (["--config=configs/eval.py", "--config.checkpoint=x"], "algorithm: got 'eval'"),

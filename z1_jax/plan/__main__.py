@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -36,6 +37,8 @@ GB = 1e9
 # The estimate knows neither layout copies nor gaps between buffers. XLA's own assignment for a GPU was 1.27 times the
 # estimate for the update of full-size π0.5 (16 nodes), 1.67 times for its SFT step (batch 32, fsdp 2).
 ALLOWANCE = 1.7
+# Memory of a host, as a multiple of its devices': a desktop with a card of 24 GB has 64. --host-memory says better.
+HOST_PER_DEVICE = 2.7
 NOTE = (
     "Bytes are of one device, in units of 10^6 or 10^9. 'estimate' is read from the traced program and supposes the "
     "fusions of an accelerator's compiler; planned with is 1.7 times that, which GPU compilations of full-size π0.5 "
@@ -65,6 +68,7 @@ class Row:
     flops_traced_once: float  # the same with each loop's body counted once
     floor_ms: float
     optimizer_ms: float  # of the floor: the optimiser's memory traffic
+    prepared: int = 0  # of the copy of the parameters that decisions read
     compiled: Compiled | None = None
 
     @property
@@ -81,7 +85,7 @@ class Row:
 
     @property
     def total(self) -> int:
-        return self.parameters + self.optimizer + self.inputs + self.outputs + self.temporary
+        return self.parameters + self.prepared + self.optimizer + self.inputs + self.outputs + self.temporary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +98,8 @@ class Plan:
     rows: list[Row]
     cache_bytes: int  # of one observation
     host_cache_bytes: int  # of an iteration at most; 0 where nothing is kept
+    host_memory: float  # bytes that the run may take of its host
+    recomputed: bool  # update.prefix_cache=auto, whose caches would not fit the host
     changes: list[tuple[str, float]]  # settings that would need less, with the bytes they need
 
     @property
@@ -102,7 +108,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.memory
+        return self.peak <= self.memory and self.host_cache_bytes <= self.host_memory
 
 
 def main(argv: Sequence[str]) -> int | None:
@@ -120,7 +126,8 @@ def main(argv: Sequence[str]) -> int | None:
     parts = []
     if options.processes > 1:
         parts = over_processes(config, model, accelerator, memory, options.devices, options.processes)
-    plan = make_plan(config, model, accelerator, memory, options.devices, options.compile)
+    host = (options.host_memory or HOST_PER_DEVICE * accelerator.memory * options.devices) * GB
+    plan = make_plan(config, model, accelerator, memory, options.devices, options.compile, host)
     if options.json:
         told = [{"refused": part} if isinstance(part, str) else dataclasses.asdict(part) for part in parts]
         print(json.dumps(document(plan) | ({"processes": told} if told else {}), indent=1), flush=True)
@@ -175,6 +182,9 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--accelerator", default="H200", help=f"{', '.join(accelerators.ACCELERATORS)} (%(default)s)")
     parser.add_argument("--memory", type=float, default=0.0, help="GB a device may use (92 %% of the accelerator's)")
     parser.add_argument(
+        "--host-memory", type=float, default=0.0, help=f"GB of the hosts ({HOST_PER_DEVICE:g} times their devices')"
+    )
+    parser.add_argument(
         "--compile",
         choices=("cpu", "cuda", "no"),
         default="cpu",
@@ -193,6 +203,8 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise ConfigError(
             f"--memory: got {options.memory:g}, expected GB above 0, at most 1e6; 0 for the accelerator's"
         )
+    if not 0 <= options.host_memory <= 1e7:
+        raise ConfigError(f"--host-memory: got {options.host_memory:g}, expected GB above 0, at most 1e7")
     return options, [argv[0], *rest]
 
 
@@ -221,13 +233,19 @@ def make_plan(
     memory: float,
     devices: int,
     compile_for: str = "no",
+    host_memory: float = math.inf,
 ) -> Plan:
-    """The plan of a run on `devices` devices with `memory` bytes each.
+    """The plan of a run on `devices` devices with `memory` bytes each, and `host_memory` bytes of all hosts.
+
+    Caches that `update.prefix_cache=auto` would keep are recomputed where the hosts cannot hold them, as in the run.
 
     Raises:
         UserError: a mesh or batch that does not divide.
     """
     mesh = _mesh(config, devices)
+    recomputed = config.update.prefix_cache == "auto" and host_caches(config, model) > host_memory
+    if recomputed:
+        config = _with(config, "update", prefix_cache="recompute")
     rows = estimated_rows(config, model, mesh, accelerator)
     if compile_for != "no":
         target = accelerator.name if compile_for == "cuda" else "cpu"
@@ -246,6 +264,8 @@ def make_plan(
         rows=rows,
         cache_bytes=cache_bytes(model),
         host_cache_bytes=caches,
+        host_memory=host_memory,
+        recomputed=recomputed,
         changes=[],
     )
     return plan if plan.fits else dataclasses.replace(plan, changes=changes(config, model, plan))
@@ -277,7 +297,9 @@ def estimated_rows(config: Config, model: Pi05Config, mesh: jax.sharding.Mesh, a
     whole = programs.trace_programs(config, model, mesh)
     local = programs.trace_programs(programs.local_config(config, mesh), model, alone)
     shares = programs.gradient_shares(model, mesh)
-    return [_row(p, q, shares, mesh.size, accelerator) for p, q in zip(whole, local, strict=True)]
+    rows = [_row(p, q, shares, mesh.size, accelerator) for p, q in zip(whole, local, strict=True)]
+    prepared = programs.prepared_bytes(config, model, mesh) if config.algorithm == "grpo" else 0
+    return [row if row.name == "sft_step" else dataclasses.replace(row, prepared=prepared) for row in rows]
 
 
 def _row(
@@ -311,6 +333,17 @@ def changes(config: Config, model: Pi05Config, plan: Plan) -> list[tuple[str, fl
     """Settings that need less memory, each on top of those before it, and the bytes they need; the last fits."""
     found: list[tuple[str, float]] = []
     label = ""
+    if plan.host_cache_bytes > plan.host_memory:
+        config = _with(config, "update", prefix_cache="recompute")
+        label = "update.prefix_cache=recompute"
+        found.append(
+            (
+                label,
+                max(row.total for row in estimated_rows(config, model, _mesh(config, plan.devices), plan.accelerator)),
+            )
+        )
+        if found[-1][1] <= plan.memory:
+            return found
     for name, changed, smaller, devices in _steps(config, model, plan):
         try:
             rows = estimated_rows(changed, smaller, _mesh(changed, devices), plan.accelerator)
@@ -378,6 +411,8 @@ def document(plan: Plan) -> dict[str, Any]:
         ],
         "prefix_cache_bytes": plan.cache_bytes,
         "host_cache_bytes": plan.host_cache_bytes,
+        "host_memory_bytes": None if math.isinf(plan.host_memory) else plan.host_memory,
+        "prefix_caches_recomputed": plan.recomputed,
         "changes": [{"settings": name, "bytes": nbytes} for name, nbytes in plan.changes],
         "note": NOTE,
     }
@@ -395,7 +430,8 @@ def lines(plan: Plan) -> list[str]:
         *_time_lines(plan),
         "",
         f"prefix cache: {_bytes(plan.cache_bytes)} an observation"
-        + (f"; at most {_bytes(plan.host_cache_bytes)} of host memory an iteration" * bool(plan.host_cache_bytes)),
+        + (f"; at most {_bytes(plan.host_cache_bytes)} of host memory an iteration" * bool(plan.host_cache_bytes))
+        + (f"; recomputed: those of an iteration exceed the hosts' {_bytes(plan.host_memory)}" * plan.recomputed),
         *_verdict(plan),
         "",
     ]
@@ -404,10 +440,19 @@ def lines(plan: Plan) -> list[str]:
 
 def _memory_lines(plan: Plan) -> list[str]:
     unit, scale = ("GB", GB) if plan.peak >= GB else ("MB", 1e6)
-    names = ("params", "optim", "inputs", "results", "grads", "activ.", "total", "estimate")
+    names = ("params", "acting", "optim", "inputs", "results", "grads", "activ.", "total", "estimate")
     text = [f"{f'{unit} per device':17}" + "".join(f"{name:>9}" for name in names) + "   compiled"]
     for row in plan.rows:
-        parts = (row.parameters, row.optimizer, row.inputs, row.outputs, row.gradients, row.activations, row.total)
+        parts = (
+            row.parameters,
+            row.prepared,
+            row.optimizer,
+            row.inputs,
+            row.outputs,
+            row.gradients,
+            row.activations,
+            row.total,
+        )
         numbers = "".join(f"{part / scale:9.2f}" for part in (*parts, row.temporary_estimate))
         compiled = row.compiled
         text.append(
@@ -437,6 +482,9 @@ def _bytes(count: float) -> str:
 def _verdict(plan: Plan) -> list[str]:
     worst = max(plan.rows, key=lambda row: row.total)
     need = f"{worst.name} needs {_bytes(plan.peak)} of the {_bytes(plan.memory)} that a device may use"
+    if plan.host_cache_bytes > plan.host_memory:
+        caches = f"prefix caches need {_bytes(plan.host_cache_bytes)} of the hosts' {_bytes(plan.host_memory)}"
+        need = f"{need}, {caches} (--host-memory)" if plan.peak > plan.memory else f"{caches} (--host-memory)"
     if plan.fits:
         return [f"fits: {need}"]
     text = [f"does not fit: {need}. What would need less:"]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from z1_jax.config.schema import Config
+from z1_jax.models.lora import has_adapters
 from z1_jax.models.pi05 import Pi05Config, count_parameters, vlm_is_frozen
 from z1_jax.plan import analytic, jaxpr
 from z1_jax.policy import Policy, abstract_params
@@ -23,6 +24,7 @@ from z1_jax.rl import loss
 from z1_jax.rl.actor import make_actor
 from z1_jax.rl.flow import most_stochastic
 from z1_jax.rl.parts import PartOptimizer
+from z1_jax.rl.prepared import PreparedParams
 from z1_jax.rl.update import NodeBatch, Updater
 from z1_jax.sft import SftTrainer
 from z1_jax.sharding import batch_sharding
@@ -106,8 +108,7 @@ def _sft(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> Program:
 
 def _rl(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> list[Program]:
     model, update, flow = policy.config, config.update, config.flow
-    scope = config.selective.then if config.train.scope == "auto" else config.train.scope  # the dearer of the two
-    graphdef, trainable, frozen = policy.split(scope, config.lora)
+    graphdef, trainable, frozen = policy.split(acting_scope(config), config.lora)
     optimizer = PartOptimizer(update.optim, update.vlm_lr_factor)
     opt_state = optimizer.init_on(mesh, trainable)
     actor = make_actor(policy, graphdef, flow, mesh, config.env.parallel)
@@ -195,6 +196,24 @@ def abstract_nodes(model: Pi05Config, batch: int, steps: int, mesh: jax.sharding
         members=number,
         valid=_rows(mesh, (batch,), jnp.bool_),
     )
+
+
+def prepared_bytes(config: Config, model: Pi05Config, mesh: jax.sharding.Mesh) -> int:
+    """Bytes on one device of the copy of the parameters that decisions read on an accelerator (see `models.acting`).
+
+    It stays there while the update runs; 0 where the run makes none: model.acting=plain, or adapters.
+    """
+    policy = abstract_policy(config, model, mesh)
+    graphdef, *params = policy.split(acting_scope(config), config.lora)
+    if model.acting == "plain" or any(map(has_adapters, params)):
+        return 0
+    prepared = PreparedParams(graphdef, config.flow.steps, mesh, "prepared")
+    return bytes_per_device((prepared.prefix((params[0], params[1])), prepared.expert((params[0], params[1]))))
+
+
+def acting_scope(config: Config) -> str:
+    """What RL trains; of the scopes of `auto` the dearer one."""
+    return config.selective.then if config.train.scope == "auto" else config.train.scope
 
 
 def _rows(mesh: jax.sharding.Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
