@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import IO
+from typing import IO, Any
 
 from z1_jax.config.schema import FREE_KEYS, Config, ConfigError, among, build, flat
 from z1_jax.errors import UserError, first_line
@@ -55,8 +55,8 @@ def main(argv: Sequence[str]) -> int | None:
     while (cell := _next(folder, planned, failed)) is not None:
         taken, claim = cell
         with claim:
-            left = projection.told(folder, planned, rates).splitlines()[0]
-            print(f"\n══ {taken.name} ({left})\n{shlex.join(_command(taken))}", flush=True)
+            told = projection.told(folder, planned, rates).splitlines()[0]
+            print(f"\n══ {taken.name} ({told})\n{shlex.join(_command(taken))}", flush=True)
             code = _run(taken, claim)
         if code == 130 or code < 0:
             conclude(folder, planned)
@@ -94,7 +94,7 @@ def _claim(study: StudyConfig, folder: pathlib.Path, planned: Sequence[Cell] = (
     Raises:
         ConfigError: it belongs to another one, or is something else.
     """
-    default = {field.name: field.default for field in dataclasses.fields(study)}
+    default: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(study)}
     mine = json.loads(json.dumps({**dataclasses.asdict(study), "folder": ""}))
     del mine["extras"]  # of a study that has begun there may be more: they change nothing of what is there
     path = folder / STUDY

@@ -61,6 +61,7 @@ def told(folder: pathlib.Path, planned: Sequence[Cell], rates: Mapping[str, floa
     for name, (done, left) in _sorts(folder, planned).items():
         if not left:
             continue
+        each: list[float | None]
         if done:
             each = [float(np.mean([seconds(folder, cell) for cell in done]))] * len(left)
             how = f"as {len(done)} took that {'is' if len(done) == 1 else 'are'} finished"
