@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import logging
 import time
 from collections import Counter
@@ -232,14 +231,9 @@ class Crew:
             call.faults[index] = Fault(self.workers[index].death())
 
     def _collect(self, call: Call) -> None:
-        """Waits until each worker of a call, and of those before it, has answered or failed."""
-        for earlier in itertools.takewhile(lambda other: other is not call, list(self._open)):
-            self._await(earlier)
-        self._await(call)
-
-    def _await(self, call: Call) -> None:
+        """Waits until each worker of an open call has answered it or failed, and what lies at that worker before it."""
         while missing := call.missing:
-            self._hear(dict.fromkeys(missing, call))
+            self._hear({index: self._at(index)[0] for index in missing})
 
     def _hear(self, asked: Mapping[int, Call]) -> None:
         """Waits until one or more workers have answered the call that is their next, or one is late with it."""
@@ -291,7 +285,8 @@ class Crew:
         call.asked = time.monotonic()
         for index in requests:
             self._send(call, index)
-        self._await(call)
+        while missing := call.missing:
+            self._hear(dict.fromkeys(missing, call))
         return call.replies, call.faults
 
     # --- failures --------------------------------------------------------------------------------------------------
