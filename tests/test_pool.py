@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import multiprocessing.connection
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from tiny_env import TinyEnv
 from envs import kitchen
 from envs.base import EnvObservation, Episode, episodes
 from envs.pool import EnvPool, PoolError, SlotsLost
+from envs.pool_workers import Processes
 
 
 def make_kitchen():
@@ -186,19 +186,19 @@ class Interrupted(KeyboardInterrupt):
 @pytest.mark.parametrize("when", ["before the answers", "between two answers"])
 def test_an_interrupted_call_leaves_no_trace(monkeypatch, when):
     actions = random_chunks(11, 2, 2, 3)
-    wait = multiprocessing.connection.wait
+    wait = Processes.wait
 
-    def interrupt(connections, timeout=None):
-        if when == "before the answers" or len(connections) == 1:
+    def interrupt(self, members, timeout_s):
+        if when == "before the answers" or len(members) == 1:
             raise Interrupted
-        return wait(connections, timeout)[:1]
+        return wait(self, members, timeout_s)[:1]
 
     with EnvPool(TinyEnv, 2, 2) as pool:
         pool.reset([0, 1], episodes([1, 2]))
         pool.step([0, 1], actions[0])
         before = [snapshot.physics for snapshot in pool.snapshot([0, 1])]
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
-            patch.setattr(multiprocessing.connection, "wait", interrupt)
+            patch.setattr(Processes, "wait", interrupt)
             pool.step([0, 1], actions[1])
         after = [snapshot.physics for snapshot in pool.snapshot([0, 1])]
     np.testing.assert_array_equal(after, before)
