@@ -137,7 +137,7 @@ def _flattened(reply: Reply) -> tuple[Any, list[np.ndarray]] | None:
     rows: list[Any] = []
     for answer in reply.results:
         result, seen = answer if type(answer) is tuple else (None, answer)
-        if type(seen) not in _SEEN or type(result) not in _RESULT:
+        if type(seen) not in _SEEN or type(result) not in _RESULT or not (seen is None or _sound(seen)):
             return None
         chunk = result and tuple(vars(result).values())
         if seen is None:
@@ -145,9 +145,20 @@ def _flattened(reply: Reply) -> tuple[Any, list[np.ndarray]] | None:
         else:
             images += seen.images.values()
             rows.append((chunk, *seen.images, seen.state.tobytes(), seen.instruction))
-    if not images or any(image.shape != images[0].shape or image.dtype != np.uint8 for image in images):
+    if not images or any(image.shape != images[0].shape for image in images):
         return None
     return (rows, reply.simulate_s, reply.render_s, reply.error, reply.error_slot, reply.lasting, reply.wrong), images
+
+
+def _sound(seen: EnvObservation) -> bool:
+    """Whether an observation is what `_rebuilt` makes; a broken one travels as it is, to be told of."""
+    return (
+        type(seen.images) is dict
+        and all(type(image) is np.ndarray and image.dtype == np.uint8 for image in seen.images.values())
+        and type(seen.state) is np.ndarray
+        and seen.state.dtype == np.float32
+        and seen.state.ndim == 1
+    )
 
 
 def _rebuilt(plain: Any, images: np.ndarray) -> Reply:

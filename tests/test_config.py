@@ -35,6 +35,7 @@ FREE_TEXT |= {
     "env.suite",
     "env.options",
     "env.protocol",
+    "env.python",
     "env.train_on",
     "allow",
     "env.version",
