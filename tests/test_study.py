@@ -18,7 +18,7 @@ from z1_jax.study import projection, results
 from z1_jax.study.config import cells, parse_study, parsed
 from z1_jax.study.table import Outcome, elsewhere, largest_fall, means, rows, training_noise
 from z1_jax.study.text import markdown, page
-from z1_jax.suites import settled
+from z1_jax.suites import settled, with_tasks
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -352,7 +352,7 @@ def test_hours_are_projected_from_counts(tmp_path):
     by_name = {cell.name: cell for cell in planned}
 
     def counted(name):
-        return projection.counts(projection._config(by_name[name]), by_name[name], 8)
+        return projection.counts(with_tasks(parsed(by_name[name])), by_name[name], 8)
 
     assert counted("sft-seed0") == {"demonstration": 5 * 80, "sft": 7, "look": 10 * 20}
     # Two groups of 4 a run of two iterations; two evaluations.

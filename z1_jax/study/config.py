@@ -6,6 +6,7 @@ A run is a command line of z1_jax.train: who wants one of them by itself gives t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -188,6 +189,7 @@ def _among(key: str, names: tuple[str, ...], tasks: Sequence[str]) -> tuple[str,
     return names
 
 
+@functools.cache  # of hundreds of runs, each of which is checked, compared with what is there, and counted
 def parsed(cell: Cell) -> Config:
     """The config of a run.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import pathlib
 import platform
@@ -16,7 +15,7 @@ import numpy as np
 from z1_jax.config.schema import Config
 from z1_jax.files import read_json
 from z1_jax.study.config import SFT, Cell, parsed
-from z1_jax.study.results import finished, seconds
+from z1_jax.study.results import finished, seconds, summary_of
 from z1_jax.suites import resolve, with_tasks
 
 CAVEAT = (
@@ -58,12 +57,13 @@ def told(folder: pathlib.Path, planned: Sequence[Cell], rates: Mapping[str, floa
         rates: as `probe.measure` gives them; empty: nothing was measured.
     """
     hours, lines, counted, missing = 0.0, [], False, False
-    for name, (done, left) in _sorts(folder, planned).items():
+    sorts = _sorts(folder, planned)
+    for name, (done, left) in sorts.items():
         if not left:
             continue
         each: list[float | None]
         if done:
-            each = [float(np.mean([seconds(folder, cell) for cell in done]))] * len(left)
+            each = [float(np.mean([seconds(summary_of(folder, cell)) for cell in done]))] * len(left)
             how = f"as {len(done)} took that {'is' if len(done) == 1 else 'are'} finished"
         else:
             each, how = [projected(cell, rates) for cell in left], "counted"
@@ -75,7 +75,7 @@ def told(folder: pathlib.Path, planned: Sequence[Cell], rates: Mapping[str, floa
         total = sum(value for value in each if value is not None) / 3600
         hours += total
         lines.append(f"  {name}: {len(left)} run{'s' * (len(left) != 1)}, {total:.2f} h, {how}")
-    head = f"{sum(len(left) for _, left in _sorts(folder, planned).values())} of {len(planned)} runs left"
+    head = f"{sum(len(left) for _, left in sorts.values())} of {len(planned)} runs left"
     if lines:
         head += f": {hours:.2f} hours of one machine" + " and what is unknown" * missing
     return "\n".join([head, *lines, *[f"  counted: {CAVEAT}"] * (counted and bool(rates))])
@@ -92,16 +92,11 @@ def _sorts(folder: pathlib.Path, planned: Sequence[Cell]) -> dict[str, tuple[lis
 
 def projected(cell: Cell, rates: Mapping[str, float]) -> float | None:
     """Seconds of a run by what it counts; None where a part was not measured."""
-    config = _config(cell)
+    config = with_tasks(parsed(cell))
     parts = counts(config, cell, int(rates.get("executed", 0)) or 1)
     if any(count and name not in rates for name, count in parts.items()):
         return None
     return sum(count * rates.get(name, 0.0) for name, count in parts.items())
-
-
-@functools.cache
-def _config(cell: Cell) -> Config:
-    return with_tasks(parsed(cell))
 
 
 def counts(config: Config, cell: Cell, executed: int) -> dict[str, float]:

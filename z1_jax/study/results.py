@@ -30,9 +30,14 @@ def finished(folder: pathlib.Path, cell: Cell) -> bool:
     return (folder / cell.name / "summary.json").exists()
 
 
-def seconds(folder: pathlib.Path, cell: Cell) -> float:
+def summary_of(folder: pathlib.Path, cell: Cell) -> dict[str, Any]:
+    """What a finished run says of itself."""
+    return json.loads((folder / cell.name / "summary.json").read_text())
+
+
+def seconds(summary: Mapping[str, Any]) -> float:
     """Wall seconds of a finished run, all stages."""
-    return sum(map(float, json.loads((folder / cell.name / "summary.json").read_text())["wall_seconds"].values()))
+    return sum(map(float, summary["wall_seconds"].values()))
 
 
 def collected(folder: pathlib.Path, planned: Sequence[Cell]) -> dict[str, Any]:
@@ -80,7 +85,7 @@ def _outcomes(folder: pathlib.Path, cell: Cell) -> list[Outcome]:
 
 
 def _run(folder: pathlib.Path, cell: Cell) -> dict[str, Any]:
-    summary = json.loads((folder / cell.name / "summary.json").read_text())
+    summary = summary_of(folder, cell)
     trains = cell.kind != SFT and not cell.evaluation
     records = [r for r in read_records(folder / cell.name / METRICS) if r.get("stage") == "grpo"] if trains else []
     tasks = summary["task"] if isinstance(summary["task"], list) else [summary["task"]]
@@ -91,7 +96,7 @@ def _run(folder: pathlib.Path, cell: Cell) -> dict[str, Any]:
         "training_seed": cell.seed,
         "task": cell.task,
         "evaluation": cell.evaluation,
-        "wall_seconds": round(seconds(folder, cell), 1),
+        "wall_seconds": round(seconds(summary), 1),
         "simulated_steps": int(summary.get("simulated_steps", 0)),
         **({"largest_fall": falls} if trains else {}),
     }
