@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,6 +23,8 @@ from envs.text import shortened
 RESOURCE = "simulator"  # what hosts offer for actors
 CONNECT_S = 30.0  # longest that a cluster may take to answer at all
 START_S = 60.0  # longest that one of our own may take to start
+HEAD_EVERY_S = 2.0  # between two looks at a cluster's head
+HEAD_GONE_S = 10.0  # of silence, after which it is taken for gone
 _STORE = 512 * 2**20  # bytes of the object store of a Ray of our own
 
 
@@ -45,6 +49,8 @@ try:
 except BaseException as error:
     print("told:", json.dumps([type(error).__name__, str(error), 0.0]))
 """
+
+_log = logging.getLogger(__name__)
 
 
 class Told(NamedTuple):
@@ -197,6 +203,43 @@ def connect(ray: Any, address: str, units: int) -> Callable[[], None]:
                 raise PoolError(f"cannot join the Ray cluster at {address}: {shortened(str(error), 400)}") from error
         stack.callback(ray.shutdown)
         return stack.pop_all().close
+
+
+class HeadWatch:
+    """Looks from time to time, in a thread, whether a cluster's head still listens.
+
+    Without one, Ray ends this process after a minute, in lines of its own.
+
+    Args:
+        address: of the head, HOST:PORT.
+
+    Attributes:
+        gone: that it is gone and what to do, one line; empty while it is there.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.gone = ""
+        self._address, self._closed = address, threading.Event()
+        threading.Thread(target=self._watch, name="the head of the Ray cluster", daemon=True).start()
+
+    def close(self) -> None:
+        """Looks no more."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        host, _, port = self._address.rpartition(":")
+        heard = time.monotonic()
+        while not self.gone and not self._closed.wait(HEAD_EVERY_S):
+            try:
+                socket.create_connection((host, int(port)), timeout=HEAD_EVERY_S).close()
+                heard = time.monotonic()
+            except OSError as error:
+                if time.monotonic() > heard + HEAD_GONE_S:
+                    self.gone = (
+                        f"the head of the Ray cluster at {self._address} is gone ({error.strerror or error}): start "
+                        "Ray again, then the same command continues"
+                    )
+                    _log.warning(self.gone)  # the process may be busy with something else until Ray ends it
 
 
 @contextlib.contextmanager

@@ -17,10 +17,11 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
 
+from envs.base import PoolError
 from envs.pool_frames import Reply
 from envs.pool_workers import Worker
 from envs.ray_actor import actor_class, facts, numbered
-from envs.ray_cluster import RESOURCE, connect, ray_module
+from envs.ray_cluster import RESOURCE, HeadWatch, connect, ray_module
 from envs.simulators import Factories
 from envs.text import shortened
 from envs.worker import HOME, MOST_TEXT, Request
@@ -50,7 +51,7 @@ class RayWorkers:
         name: of the pool, before the names of its actors in Ray's dashboard, e.g. "grpo-OpenDrawer-seed0".
 
     Raises:
-        PoolError: no such cluster, or one of another version of Ray or Python.
+        PoolError: no such cluster, or one of another version of Ray or Python. `wait` raises it when its head is gone.
         ModuleNotFoundError: Ray is not installed.
         ValueError: the factories cannot be sent.
     """
@@ -74,13 +75,14 @@ class RayWorkers:
         try:
             self._packed = self._ray.cloudpickle.dumps((dict(factories), simulators))
         except Exception as error:  # noqa: BLE001 - pickling runs the factories' own code
-            self.close()
+            self._leave()
             raise ValueError(f"make_env cannot be sent to an actor ({error}): expected what can be pickled") from None
         self._actor = self._ray.remote(actor_class())
         self._members: dict[int, RayWorker] = {}
         self._starts: Counter[int] = Counter()
         self.deadly: set[str] = set()  # nodes where an actor died or did not answer
         self._told = time.monotonic()
+        self._head = HeadWatch(self._ray.get_runtime_context().gcs_address)
 
     def start(self, index: int, slots: Sequence[int]) -> RayWorker:
         """An actor that Ray places where a unit of the resource is free, as soon as there is one."""
@@ -90,6 +92,8 @@ class RayWorkers:
     def wait(self, members: Sequence[RayWorker], timeout_s: float) -> list[RayWorker]:
         deadline = time.monotonic() + timeout_s
         while True:
+            if self._head.gone:
+                raise PoolError(self._head.gone)
             self._attend(members)
             if refused := [member for member in members if member.refused]:
                 return refused
@@ -113,6 +117,7 @@ class RayWorkers:
         return set(moving)
 
     def close(self) -> None:
+        self._head.close()
         self._leave()
 
     def summary(self) -> str:

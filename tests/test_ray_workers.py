@@ -255,6 +255,51 @@ def test_two_learners_share_a_cluster_and_a_killed_one_leaves_no_actor(cluster, 
     assert len(set(pids)) == 4 and not any(alive(pid, 20.0) for pid in pids)
 
 
+HEADLESS = """
+import os, pathlib, signal
+import numpy as np
+from tiny_env import TinyEnv
+from envs import ray_cluster
+from envs.base import PoolError, episodes
+from envs.pool import EnvPool
+from envs.ray_workers import RayWorkers
+
+def newest_head():
+    found = []
+    for entry in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if b"gcs_server" in entry.read_bytes():
+                found.append(int(entry.parent.name))
+        except OSError:  # it has just ended
+            continue
+    return max(found)
+
+if __name__ == "__main__":
+    ray_cluster.HEAD_EVERY_S, ray_cluster.HEAD_GONE_S = 0.5, 2.0
+    place = RayWorkers({"": TinyEnv}, 0, 2)
+    with EnvPool(TinyEnv, 2, 2, place=place, timeout_s=20.0) as pool:
+        pool.reset([0, 1], episodes([0, 1]))
+        os.kill(newest_head(), signal.SIGKILL)
+        try:
+            while True:
+                pool.step([0, 1], np.zeros((2, 1, 3)))
+                pool.reset([0, 1], episodes([0, 1]))
+        except PoolError as error:
+            print(error)
+"""
+
+
+def test_a_head_that_is_gone_is_told(tmp_path):
+    script = tmp_path / "headless.py"
+    script.write_text(HEADLESS)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    environment.pop("RAY_ADDRESS", None)
+    ended = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    told = ended.stdout.splitlines()[-1]
+    assert told.startswith("the head of the Ray cluster at ") and "start Ray again" in told
+
+
 def test_where_no_cluster_answers(monkeypatch):
     monkeypatch.setattr(ray_cluster, "CONNECT_S", 4.0)
     with socket.socket() as silent:
