@@ -27,19 +27,21 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import survival_processes
 from figures import result_line
 from survival_runs import (
     EVERY,
     PATIENCE_S,
     ROOT,
     SETTINGS,
-    STAGES,
     Injection,
     Runs,
     different,
     digests,
+    drawn,
     fresh,
     half_way,
+    in_order,
     left_behind,
     outcome,
     position,
@@ -128,20 +130,6 @@ def inflict(one: Injection, process: subprocess.Popen, children: list[int]) -> b
     else:
         one.note = "no worker was there"
     return False
-
-
-def drawn(rng: random.Random, kind: str, stages: tuple[str, ...] = STAGES) -> Injection:
-    """One at a random moment: half of them in RL."""
-    weights = [{"grpo": 6, "sft": 3, "saving": 1}.get(stage, 1) for stage in stages]
-    stage = rng.choices(stages, weights)[0]
-    most = {"start": 1, "demonstrations": 15, "sft": 11, "before": 16, "grpo": 11, "saving": 8, "after": 16}[stage]
-    delay = rng.uniform(0, 6.0 if stage == "start" else 0.3)
-    return Injection(kind, stage, rng.randrange(0 if stage == "grpo" else 1, most + 1), round(delay, 2))
-
-
-def in_order(injections: list[Injection]) -> list[Injection]:
-    order = [stage for stage in STAGES if stage != "saving"]
-    return sorted(injections, key=lambda i: (order.index("grpo" if i.stage == "saving" else i.stage), i.count))
 
 
 def plan(seed: int) -> dict[str, list[Injection]]:
@@ -363,6 +351,13 @@ def main() -> None:
         draw = lambda name: random.Random(f"{given.seed} {name}")  # noqa: E731
         for name in FAULTS:
             yield name, lambda name=name: faulty(runs, name, draw(name), reference)
+        for name, injections in survival_processes.plan(given.seed).items():
+            yield (
+                name,
+                lambda name=name, injections=injections: survival_processes.disturbed(
+                    runs, name, injections, survival_processes.undisturbed(runs)
+                ),
+            )
         for n in range(given.disks):
             name, share = f"disk-{n}", draw(f"disk-{n}").uniform(0.02, 0.9)
             yield name, lambda name=name, share=share: filled(runs, name, int(share * bytes_of_run), reference)

@@ -9,12 +9,14 @@ import hashlib
 import json
 import os
 import pathlib
+import random
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -88,16 +90,30 @@ class Runs:
         }
         (work / "tmp").mkdir(parents=True, exist_ok=True)
 
-    def start(self, run_dir: pathlib.Path, file_bytes: int = 0, faults: str = "") -> subprocess.Popen:
-        """Args: file_bytes: no file may be larger, as on a full disk; 0: any."""
+    def start(
+        self,
+        run_dir: pathlib.Path,
+        file_bytes: int = 0,
+        faults: str = "",
+        more: Sequence[str] = (),
+        log: pathlib.Path | None = None,
+    ) -> subprocess.Popen:
+        """Starts the command of a run directory.
+
+        Args:
+          file_bytes: no file may be larger, as on a full disk; 0: any.
+          faults: what goes wrong in environments (faulty_world.py).
+          more: arguments.
+          log: names the log in place of the run directory.
+        """
         keys = [f"--config.{key}={value}" for key, value in (SETTINGS | {"run_dir": run_dir}).items()]
-        with (self.work / f"{run_dir.name}.log").open("ab") as log:
+        with (self.work / f"{(log or run_dir).name}.log").open("ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "z1_jax.train", "--config=configs/grpo.py:small_world", *keys],
+                [sys.executable, "-m", "z1_jax.train", "--config=configs/grpo.py:small_world", *keys, *more],
                 cwd=ROOT,
                 env=self.environment | {"Z1_FAULTS": faults},
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=output,
                 stderr=subprocess.STDOUT,
             )
         if file_bytes:
@@ -153,6 +169,20 @@ def reached(run_dir: pathlib.Path, injection: Injection) -> bool:
         now = position(run_dir).grpo
         return now >= count and any(run_dir.glob("checkpoints/grpo/*tmp*")) or now > count + EVERY
     return getattr(position(run_dir), stage) >= count
+
+
+def drawn(rng: random.Random, kind: str, stages: tuple[str, ...] = STAGES) -> Injection:
+    """One at a random moment: half of them in RL."""
+    weights = [{"grpo": 6, "sft": 3, "saving": 1}.get(stage, 1) for stage in stages]
+    stage = rng.choices(stages, weights)[0]
+    most = {"start": 1, "demonstrations": 15, "sft": 11, "before": 16, "grpo": 11, "saving": 8, "after": 16}[stage]
+    delay = rng.uniform(0, 6.0 if stage == "start" else 0.3)
+    return Injection(kind, stage, rng.randrange(0 if stage == "grpo" else 1, most + 1), round(delay, 2))
+
+
+def in_order(injections: list[Injection]) -> list[Injection]:
+    order = [stage for stage in STAGES if stage != "saving"]
+    return sorted(injections, key=lambda i: (order.index("grpo" if i.stage == "saving" else i.stage), i.count))
 
 
 def workers(process: subprocess.Popen) -> list[int]:

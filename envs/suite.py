@@ -30,7 +30,8 @@ class Suite(Protocol):
     """Made once a run, from the sections `env` and `eval` of its config.
 
     It may also have `shares = True`, if snapshots cost little beside a chunk: then the environments of a worker take
-    turns in one simulator for each task.
+    turns in one simulator for each task. And `renderer_bytes`, if it draws by OpenGL: what the renderer of one
+    simulator takes of a card's memory.
     """
 
     name: str

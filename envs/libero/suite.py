@@ -34,6 +34,7 @@ class LiberoSuite:
     own_keys = ("env.version", "env.protocol", "env.train_on")
     action_dim, state_dim, control_hz = tables.ACTION_DIM, tables.STATE_DIM, tables.CONTROL_HZ
     branches = shares = True
+    renderer_bytes = 460_000_000  # libero_spatial: textures 336 MB with alpha and mipmaps, shadows 67, meshes 40
     instructions: tuple[str, ...] = ()  # a tokenizer learns those of the demonstrations
 
     def __init__(self, env: Any, evaluation: Any):

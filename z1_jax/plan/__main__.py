@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from z1_jax import sharding
+from z1_jax import rendering, sharding
 from z1_jax.config.checks import check_horizon
 from z1_jax.config.command_line import Parser, parse_command_line
 from z1_jax.config.schema import Config, ConfigError
@@ -99,6 +99,7 @@ class Plan:
     cache_bytes: int  # of one observation
     host_cache_bytes: int  # of an iteration at most; 0 where nothing is kept
     host_memory: float  # bytes that the run may take of its host
+    rendering: int  # bytes of a device that renderers take
     recomputed: bool  # update.prefix_cache=auto, whose caches would not fit the host
     changes: list[tuple[str, float]]  # settings that would need less, with the bytes they need
 
@@ -107,8 +108,13 @@ class Plan:
         return max(row.total for row in self.rows)
 
     @property
+    def room(self) -> float:
+        """Bytes that a device may use for what the run computes."""
+        return self.memory - self.rendering
+
+    @property
     def fits(self) -> bool:
-        return self.peak <= self.memory and self.host_cache_bytes <= self.host_memory
+        return self.peak <= self.room and self.host_cache_bytes <= self.host_memory
 
 
 def main(argv: Sequence[str]) -> int | None:
@@ -265,6 +271,7 @@ def make_plan(
         cache_bytes=cache_bytes(model),
         host_cache_bytes=caches,
         host_memory=host_memory,
+        rendering=rendering.renderer_bytes(config),
         recomputed=recomputed,
         changes=[],
     )
@@ -342,7 +349,7 @@ def changes(config: Config, model: Pi05Config, plan: Plan) -> list[tuple[str, fl
                 max(row.total for row in estimated_rows(config, model, _mesh(config, plan.devices), plan.accelerator)),
             )
         )
-        if found[-1][1] <= plan.memory:
+        if found[-1][1] <= plan.room:
             return found
     for name, changed, smaller, devices in _steps(config, model, plan):
         try:
@@ -351,7 +358,7 @@ def changes(config: Config, model: Pi05Config, plan: Plan) -> list[tuple[str, fl
             continue
         label = f"{label} + {name}" if label else name
         found.append((label, max(row.total for row in rows)))
-        if found[-1][1] <= plan.memory:
+        if found[-1][1] <= plan.room:
             break
     return found
 
@@ -410,6 +417,7 @@ def document(plan: Plan) -> dict[str, Any]:
             for row in plan.rows
         ],
         "prefix_cache_bytes": plan.cache_bytes,
+        "rendering_bytes": plan.rendering,
         "host_cache_bytes": plan.host_cache_bytes,
         "host_memory_bytes": None if math.isinf(plan.host_memory) else plan.host_memory,
         "prefix_caches_recomputed": plan.recomputed,
@@ -432,6 +440,7 @@ def lines(plan: Plan) -> list[str]:
         f"prefix cache: {_bytes(plan.cache_bytes)} an observation"
         + (f"; at most {_bytes(plan.host_cache_bytes)} of host memory an iteration" * bool(plan.host_cache_bytes))
         + (f"; recomputed: those of an iteration exceed the hosts' {_bytes(plan.host_memory)}" * plan.recomputed),
+        *([f"rendering: {_bytes(plan.rendering)} of a card, an estimate from textures"] if plan.rendering else []),
         *_verdict(plan),
         "",
     ]
@@ -481,15 +490,15 @@ def _bytes(count: float) -> str:
 
 def _verdict(plan: Plan) -> list[str]:
     worst = max(plan.rows, key=lambda row: row.total)
-    need = f"{worst.name} needs {_bytes(plan.peak)} of the {_bytes(plan.memory)} that a device may use"
+    need = f"{worst.name} needs {_bytes(plan.peak)} of the {_bytes(plan.room)} that a device may use"
     if plan.host_cache_bytes > plan.host_memory:
         caches = f"prefix caches need {_bytes(plan.host_cache_bytes)} of the hosts' {_bytes(plan.host_memory)}"
-        need = f"{need}, {caches} (--host-memory)" if plan.peak > plan.memory else f"{caches} (--host-memory)"
+        need = f"{need}, {caches} (--host-memory)" if plan.peak > plan.room else f"{caches} (--host-memory)"
     if plan.fits:
         return [f"fits: {need}"]
     text = [f"does not fit: {need}. What would need less:"]
     for name, nbytes in plan.changes:
-        text.append(f"  {_bytes(nbytes):>10}  {'fits' if nbytes <= plan.memory else '    '}  {name}")
+        text.append(f"  {_bytes(nbytes):>10}  {'fits' if nbytes <= plan.room else '    '}  {name}")
     return text
 
 

@@ -85,10 +85,17 @@ PRESETS: dict[str, dict[str, Any]] = {
             "sft__optim__warmup_steps": 100,
             "sft__ema": 0.99,
         },
+        # Chosen on TurnSinkSpout and PnPCounterToSink, on seeds from 1,000,000,000 on (docs/kitchen-24.md).
         "grpo": {
             "group__branching": "none",
             "group__prefix_chunks": 0,
             "group__prefix_chunks_end": 0,
+            "group__oversample": 2.0,
+            "flow__noise_level": 0.7,
+            "flow__noise_level_end": 0.3,
+            "train__iterations": 60,
+            "train__stop_success": 0.99,
+            "train__stop_window": 10,
             "eval__videos": 0,
         },
         "joint": {"group__count": 24, "group__spread": "adaptive", "env__parallel": 192},
