@@ -101,7 +101,7 @@ def hit(runs: Runs, run_dir: pathlib.Path, pair: list[subprocess.Popen], victim:
     one.lost = max(0, now.grpo - now.saved)
     log = run_dir if victim == 1 else second(run_dir)
     text = (runs.work / f"{log.name}.log").read_text(errors="replace")
-    told = [line for line in text.splitlines() if line.startswith("error: ")][-1:]
+    told = [line for line in text.splitlines() if "error: " in line][-1:]  # of process 1: "process 1: error: …"
     named = bool(told) and f"process {victim} (" in told[0]
     one.note = told[0][:300] if told else f"exit {code}: {runs.last_line(log)}"
     one.survived = code not in (None, 0) and both_ended and named and not left_behind(children)

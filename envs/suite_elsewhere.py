@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import importlib.metadata
 import multiprocessing
 import os
 import subprocess
@@ -68,6 +69,10 @@ class SuiteElsewhere:
 
     def facts(self, task: str) -> dict[str, Any]:
         return self._ask("facts", task)
+
+    def mujoco_version(self) -> str:
+        """Of that interpreter."""
+        return self._ask("mujoco_version", "")
 
     def other_names(self, task: str) -> tuple[str, ...]:
         return self._ask("other_names", task)
@@ -159,7 +164,8 @@ def answer(fd: int) -> None:
                 sections = (types.SimpleNamespace(**section) for section in (env, evaluation))
                 suite = getattr(importlib.import_module(module), name)(*sections)
                 made.append((key, suite))
-            reply = ("answer", getattr(suite, method)(task))
+            mujoco = method == "mujoco_version"
+            reply = ("answer", importlib.metadata.version("mujoco") if mujoco else getattr(suite, method)(task))
         except SettingError as error:
             reply = ("refused", (error.key, str(error)))
         except Exception as error:  # noqa: BLE001 - whatever its packages raise must be said there

@@ -69,7 +69,11 @@ def interpreter(folder: pathlib.Path, **modules: str) -> str:
 @pytest.fixture(scope="module")
 def other(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("other")
-    return interpreter(folder / "venv", robosuite='__version__ = "1.4.0"', other_world=WORLD)
+    python = interpreter(folder / "venv", robosuite='__version__ = "1.4.0"', other_world=WORLD)
+    (package,) = (folder / "venv" / "lib").glob("python*/site-packages")
+    (package / "mujoco-3.0.1.dist-info").mkdir()  # what pip says is installed there; the package itself is this one's
+    (package / "mujoco-3.0.1.dist-info" / "METADATA").write_text("Name: mujoco\nVersion: 3.0.1\n")
+    return python
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +157,8 @@ def test_a_suite_answers_from_there(other):
     assert dataclasses.replace(there.env, python="") == here.env and suites.simulators(there) == suites.simulators(here)
     (factory,) = suites.make_envs(there).values()
     assert isinstance(factory, Elsewhere) and factory.python == other
+    assert suites.mujoco_version(there) == "3.0.1"
+    assert suites.mujoco_version(here) == importlib.metadata.version("mujoco")
     expert = suites.demonstrator(there)
     assert isinstance(expert.make_env, Elsewhere) and expert.noise_profile == suites.demonstrator(here).noise_profile
     with EnvPool(suites.make_envs(there), 1, 1) as pool:

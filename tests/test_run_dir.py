@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -23,6 +24,7 @@ from z1_jax.files import hold
 from z1_jax.policy import TOKENIZER
 from z1_jax.run_dir import claim_directory, claim_policy, dataset_identity, policy_identity, results_of, write_json
 
+MUJOCO = importlib.metadata.version("mujoco")
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -189,16 +191,19 @@ def test_a_run_is_not_told_of_a_dataset_that_was_made_anew(tmp_path):
 
 
 def test_a_run_that_goes_on_in_other_environments_says_so(tmp_path, monkeypatch, capsys):
-    first = run_dir.note_environments(tmp_path)
-    assert run_dir.note_environments(tmp_path) == first and len(first) == 1 and capsys.readouterr().out == ""
+    first = run_dir.note_environments(tmp_path, MUJOCO)
+    assert run_dir.note_environments(tmp_path, MUJOCO) == first and len(first) == 1 and capsys.readouterr().out == ""
     copy = shutil.copytree(ROOT / "envs", tmp_path / "envs", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(run_dir.envs, "__file__", str(copy / "__init__.py"))
-    assert run_dir.note_environments(tmp_path) == first and capsys.readouterr().out == ""
+    assert run_dir.note_environments(tmp_path, MUJOCO) == first and capsys.readouterr().out == ""
     (copy / "kitchen" / "env.py").write_text((copy / "kitchen" / "env.py").read_text() + "GRAVITY = -5\n")
-    second = run_dir.note_environments(tmp_path)
+    second = run_dir.note_environments(tmp_path, MUJOCO)
     assert second[:1] == first and len(second) == 2
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and f"was simulated with {first[0]}, and goes on with {second[1]}" in out
+    third = run_dir.note_environments(tmp_path, "3.17.0")
+    assert f"goes on with {third[2]}" in capsys.readouterr().out
+    assert third[-1].startswith("mujoco 3.17.0, envs ")
     config = dataclasses.replace(Config(), run_dir=str(tmp_path / "run"))
     directory = claim_directory(config)
     write_json(directory / "environments.json", first)
@@ -237,7 +242,7 @@ DAMAGES = [
     b"[" * 99_999,
 ]
 READERS = {
-    "environments.json": run_dir.note_environments,
+    "environments.json": lambda path: run_dir.note_environments(path, MUJOCO),
     "policies.json": lambda path: claim_policy(path, {"checkpoint": "abc"}),
     "evaluation/policies.json": lambda path: results_of(path, "after", "grpo"),
     "summary.json": run_dir.finished_sentence,

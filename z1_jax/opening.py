@@ -35,7 +35,7 @@ from z1_jax.run_dir import (
 )
 from z1_jax.serve import remote
 from z1_jax.stages import check_inputs, make_mesh
-from z1_jax.suites import episode_steps, label, settled
+from z1_jax.suites import episode_steps, label, mujoco_version, settled
 
 FORCE = "--force"  # a run that has begun goes on under other settings, where its checkpoints allow it
 
@@ -140,7 +140,7 @@ def _take(
     take_forced(config, directory)
     take_lengths(config, directory, changes)
     note_command(directory, [*argv, *[FORCE] * force])
-    note_environments(directory)
+    note_environments(directory, mujoco_version(config))
     return True
 
 

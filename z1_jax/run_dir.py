@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -141,15 +140,18 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def note_environments(run_dir: pathlib.Path) -> list[str]:
+def note_environments(run_dir: pathlib.Path, mujoco: str) -> list[str]:
     """Records the simulator of a run, and warns if it is another than the run began with: episodes may differ.
+
+    Args:
+        mujoco: its version.
 
     Returns:
         What has simulated it so far, today's last.
     """
     files = sorted(pathlib.Path(envs.__file__).parent.rglob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
-    today = f"mujoco {importlib.metadata.version('mujoco')}, envs {digest}"
+    today = f"mujoco {mujoco}, envs {digest}"
     path = run_dir / "environments.json"
     told = list(map(str, read_json(path, list, [])))
     if told and told[-1] != today:
@@ -375,7 +377,7 @@ def conclude(
     """Writes summary.json and the report, and prints the result; `differing` is what `check_worlds` found."""
     if not processes.leads():
         return
-    simulators = note_environments(run_dir)
+    simulators = note_environments(run_dir, suites.mujoco_version(config))
     forced = read_json(run_dir / FORCED, list, [])
     changed = ", ".join(f"{one['key']} {one['was']} → {one['now']}" for one in forced)
     told = ", ".join(f"“{said}” is told as “{instead}”" for said, instead in config.eval.told.items())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -283,6 +284,18 @@ def simulators(config: Config) -> int:
     if config.env.simulators or not (suite.branches and getattr(suite, "shares", False)):
         return config.env.simulators
     return min(len(config.every_task), -(-config.env.parallel // max(1, config.env.workers)))
+
+
+def mujoco_version(config: Config) -> str:
+    """Of the interpreter that simulates.
+
+    Raises:
+        ConfigError: env.python does not answer.
+    """
+    suite = resolve(config)
+    if isinstance(suite, SuiteElsewhere):
+        return _asked(suite.mujoco_version)
+    return importlib.metadata.version("mujoco")
 
 
 def episode_of(config: Config) -> Callable[[int], Episode]:
