@@ -23,8 +23,9 @@ from z1_jax.models.gemma import GemmaConfig
 from z1_jax.models.presets import get_preset
 from z1_jax.models.siglip import SiglipConfig
 from z1_jax.plan import __main__ as plan
-from z1_jax.plan import accelerators, analytic, programs
+from z1_jax.plan import accelerators, analytic, planning, programs
 from z1_jax.plan import jaxpr as traced
+from z1_jax.plan import text as plan_text
 from z1_jax.rl import trainer
 from z1_jax.rl.actor import make_actor
 
@@ -236,7 +237,7 @@ def test_the_most_looks_are_those_of_the_dearest_iteration(branching, schedule, 
     assert trainer.most_looks(config, control_steps=46, executed=8) == most
     model = tiny_policy.CONFIG
     env = dataclasses.replace(SMALL.env, horizon=46)
-    made = plan.make_plan(dataclasses.replace(config, env=env, init="there"), model, H200, 1e9, 1)
+    made = planning.make_plan(dataclasses.replace(config, env=env, init="there"), model, H200, 1e9, 1)
     assert made.host_cache_bytes == most * pi05.cache_bytes(model)
 
 
@@ -253,7 +254,7 @@ def test_the_sampler_casts_its_weights_once():
 
 @pytest.fixture(scope="module")
 def small_plan():
-    return plan.make_plan(SMALL, tiny_policy.CONFIG, H200, 1e9, 1)
+    return planning.make_plan(SMALL, tiny_policy.CONFIG, H200, 1e9, 1)
 
 
 def test_a_plan_adds_up(small_plan):
@@ -294,44 +295,44 @@ def test_the_copy_for_acting_is_what_xla_is_given():
     lora = dataclasses.replace(config, train=dataclasses.replace(config.train, scope="lora"))
     plain = dataclasses.replace(model, acting="plain")
     assert programs.prepared_bytes(lora, model, mesh) == programs.prepared_bytes(config, plain, mesh) == 0
-    rows = plan.make_plan(config, tiny_policy.CONFIG, H200, 1e9, 1).rows
+    rows = planning.make_plan(config, tiny_policy.CONFIG, H200, 1e9, 1).rows
     assert [row.prepared for row in rows] == [copy] * 3
 
 
 def test_host_memory_counts(small_plan):
     """Caches that no host holds: `auto` computes prefixes again, as the run would; `host` does not fit."""
     caches = small_plan.host_cache_bytes
-    enough, less = (plan.make_plan(SMALL, tiny_policy.CONFIG, H200, 1e9, 1, "no", x) for x in (caches, caches - 1))
+    enough, less = (planning.make_plan(SMALL, tiny_policy.CONFIG, H200, 1e9, 1, "no", x) for x in (caches, caches - 1))
     assert enough.fits and (enough.host_cache_bytes, enough.recomputed) == (caches, False)
     assert less.fits and (less.host_cache_bytes, less.recomputed) == (0, True)
     update = {row.name: row.flops_traced for row in less.rows}["rl_update"]
     assert update > 1.5 * {row.name: row.flops_traced for row in enough.rows}["rl_update"]
-    assert "recomputed" in "\n".join(plan.lines(less))
+    assert "recomputed" in "\n".join(plan_text.lines(less))
     kept = dataclasses.replace(SMALL, update=dataclasses.replace(SMALL.update, prefix_cache="host"))
-    refused = plan.make_plan(kept, tiny_policy.CONFIG, H200, 1e9, 1, "no", caches - 1)
+    refused = planning.make_plan(kept, tiny_policy.CONFIG, H200, 1e9, 1, "no", caches - 1)
     assert not refused.fits and refused.changes[0][0] == "update.prefix_cache=recompute"
-    assert "does not fit: prefix caches need" in "\n".join(plan.lines(refused))
+    assert "does not fit: prefix caches need" in "\n".join(plan_text.lines(refused))
 
 
 def test_a_plan_that_does_not_fit_says_what_would(small_plan):
     budget = 0.9 * small_plan.peak
-    tight = plan.make_plan(SMALL, tiny_policy.CONFIG, H200, budget, 1)
+    tight = planning.make_plan(SMALL, tiny_policy.CONFIG, H200, budget, 1)
     assert not tight.fits and tight.changes
     assert tight.changes[-1][1] <= budget and all(nbytes > budget for _, nbytes in tight.changes[:-1])
-    text = "\n".join(plan.lines(tight))
+    text = "\n".join(plan_text.lines(tight))
     assert "does not fit: sft_step needs" in text and tight.changes[0][0] in text
-    assert json.loads(json.dumps(plan.document(tight)))["fits"] is False
+    assert json.loads(json.dumps(plan_text.document(tight)))["fits"] is False
 
 
 def test_compiled_bytes_and_estimate_agree_in_float32():
     """On the CPU in float32, where no number is widened: within a factor of two of what XLA allocates."""
     only_rl = dataclasses.replace(SMALL, init="somewhere")
     model = dataclasses.replace(tiny_policy.CONFIG, remat="full")
-    rows = {row.name: row for row in plan.make_plan(only_rl, model, H200, 1e9, 1, "cpu").rows}
+    rows = {row.name: row for row in planning.make_plan(only_rl, model, H200, 1e9, 1, "cpu").rows}
     update = rows["rl_update"]
     assert 0.5 < update.temporary_estimate / update.compiled.temporary < 2.0
     # A CPU's allocation is not what is planned with.
-    assert update.temporary == int(plan.ALLOWANCE * update.temporary_estimate)
+    assert update.temporary == int(planning.ALLOWANCE * update.temporary_estimate)
     assert update.compiled.flops_with_trips(update.flops_traced, update.flops_traced_once) > update.flops_traced
 
 
@@ -339,8 +340,8 @@ def test_compiled_bytes_and_estimate_agree_in_float32():
 def test_full_size_fits_where_it_should(source, devices, memory):
     config = parse_command_line(["", f"--config=configs/{source}.py:full"])
     model = initial_policy.configured_model(config)
-    result = plan.make_plan(config, model, H200, memory, devices)
-    assert result.fits, plan.lines(result)
+    result = planning.make_plan(config, model, H200, memory, devices)
+    assert result.fits, plan_text.lines(result)
     floor = 4 * pi05.count_parameters(nnx.state(pi05.abstract_model(model))) * 3 / devices
     assert source == "grpo" or result.peak > floor  # no plan for less than parameters and moments
 

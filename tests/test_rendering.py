@@ -11,8 +11,9 @@ from z1_jax import process, rendering
 from z1_jax.config.command_line import parse_command_line
 from z1_jax.config.schema import Config
 from z1_jax.initial_policy import configured_model
-from z1_jax.plan.__main__ import checked, main, make_plan
+from z1_jax.plan.__main__ import checked, main
 from z1_jax.plan.accelerators import get_accelerator
+from z1_jax.plan.planning import make_plan
 
 
 def config_of(*keys: str) -> Config:

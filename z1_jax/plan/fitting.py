@@ -1,7 +1,7 @@
 """What cannot fit is refused before a run's first stage, in a line that names the key: `z1_jax.plan`'s arithmetic.
 
 Never refuses what fits: of the temporary bytes that are read from a traced program half are counted (XLA's own
-assignments are above the whole, see `plan.__main__.ALLOWANCE`), against all memory that a device or the host has.
+assignments are above the whole, see `planning.ALLOWANCE`), against all memory that a device or the host has.
 """
 
 from __future__ import annotations
