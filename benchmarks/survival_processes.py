@@ -34,7 +34,7 @@ from survival_runs import (
 
 END_S = 60.0  # longest that the other process, and a stopped one that is continued, may take to end
 KINDS = ("kill of a process", "kill of a process", "stop of a process", "kill of a process")
-CHAINS = 3  # runs, each with these
+CHAINS = 2  # runs, each with these
 
 
 def plan(seed: int) -> dict[str, list[Injection]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from z1_jax import processes, rendering
+from z1_jax import processes
 from z1_jax.agreement import check_worlds
 from z1_jax.config.command_line import parse_command_line
 from z1_jax.config.schema import RANDOM, Config, ConfigError, flat
@@ -84,7 +84,7 @@ def open_run(argv: Sequence[str], command: str, algorithms: Sequence[str], defau
     config = settled(config)
     if processes.count() > 1:  # else all sources would be read for nobody
         processes.require_agreement(_facts(config, force))
-    start_jax(lambda: rendering.share(config))  # before a checkpoint is opened: that takes the device
+    start_jax()  # before a checkpoint is opened: that takes the device
     config = check_inputs(config)
     differing = processes.on_leader(lambda: check_worlds(config))
     policies = _given_policies(config)

@@ -123,11 +123,10 @@ def require_algorithm(config: Config, known: Sequence[str], command: str) -> Non
         )
 
 
-def start_jax(rendering: Callable[[], float] = lambda: 0.0) -> None:
+def start_jax() -> None:
     """Settings of the process, before the first device is used: compiled functions are kept from run to run.
 
-    On a GPU, JAX may take as much memory as `z1_jax.plan` plans with; its default is 75 %. Of that `rendering()`, a
-    share of the memory, is left to what draws on the card. Sums have the same order in
+    On a GPU, JAX may take as much memory as `z1_jax.plan` plans with; its default is 75 %. Sums have the same order in
     every run. Products of float32 are computed in float32: with factors rounded to TF32 or bfloat16, as is the default
     of accelerators, an update would not reproduce the probabilities of its rollout. Products of bfloat16 stay as they
     are.
@@ -136,7 +135,7 @@ def start_jax(rendering: Callable[[], float] = lambda: 0.0) -> None:
     if _SAME_ORDER not in flags and any(map(importlib.util.find_spec, _GPU_PLUGINS)):
         os.environ["XLA_FLAGS"] = f"{flags} {_SAME_ORDER}=true".strip()
     if not any(name in os.environ for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")):
-        os.environ["XLA_CLIENT_MEM_FRACTION"] = f"{max(USABLE_MEMORY - rendering(), 0.05):.3g}"
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(USABLE_MEMORY)
     if jax.config.jax_default_matmul_precision is None:  # type: ignore[attr-defined]
         jax.config.update("jax_default_matmul_precision", "float32")
     cache = os.environ.get("Z1_JAX_CACHE", "~/.cache/z1_jax/xla")

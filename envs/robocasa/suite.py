@@ -24,7 +24,6 @@ class RoboCasaSuite:
     own_keys = ("env.version", "env.standins", "env.scenes", "env.objects", "eval.scenes", "eval.objects")
     action_dim, state_dim, control_hz = tables.ACTION_DIM, tables.STATE_DIM, float(tables.CONTROL_HZ)
     branches = True
-    renderer_bytes = 1_000_000_000  # assumed: its textures could not be had
     shares = False  # a snapshot of another episode is restored by building its scene
     instructions: tuple[str, ...] = ()
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
-from z1_jax import rendering, sharding
+from z1_jax import sharding
 from z1_jax.config.schema import Config
 from z1_jax.errors import UserError
 from z1_jax.models.choices import trains_vlm
 from z1_jax.models.pi05 import Pi05Config, cache_bytes
-from z1_jax.plan import jaxpr, programs
+from z1_jax.plan import jaxpr, programs, rendering
 from z1_jax.plan.accelerators import Accelerator
 from z1_jax.plan.programs import Program
 from z1_jax.plan.xla import Compiled, compile_only_mesh, compile_program
@@ -74,7 +74,7 @@ class Plan:
     cache_bytes: int  # of one observation
     host_cache_bytes: int  # of an iteration at most; 0 where nothing is kept
     host_memory: float  # bytes that the run may take of its host
-    rendering: int  # bytes of a device that renderers take
+    rendering: int  # bytes of a card that renderers take besides, by an estimate
     recomputed: bool  # update.prefix_cache=auto, whose caches would not fit the host
     changes: list[tuple[str, float]]  # settings that would need less, with the bytes they need
 
@@ -83,13 +83,8 @@ class Plan:
         return max(row.total for row in self.rows)
 
     @property
-    def room(self) -> float:
-        """Bytes that a device may use for what the run computes."""
-        return self.memory - self.rendering
-
-    @property
     def fits(self) -> bool:
-        return self.peak <= self.room and self.host_cache_bytes <= self.host_memory
+        return self.peak <= self.memory and self.host_cache_bytes <= self.host_memory
 
 
 def make_plan(
@@ -210,7 +205,7 @@ def changes(config: Config, model: Pi05Config, plan: Plan) -> list[tuple[str, fl
         label = "update.prefix_cache=recompute"
         rows = estimated_rows(config, model, mesh_of(config, plan.devices), plan.accelerator)
         found.append((label, max(row.total for row in rows)))
-        if found[-1][1] <= plan.room:
+        if found[-1][1] <= plan.memory:
             return found
     for name, changed, smaller, devices in _steps(config, model, plan):
         try:
@@ -219,7 +214,7 @@ def changes(config: Config, model: Pi05Config, plan: Plan) -> list[tuple[str, fl
             continue
         label = f"{label} + {name}" if label else name
         found.append((label, max(row.total for row in rows)))
-        if found[-1][1] <= plan.room:
+        if found[-1][1] <= plan.memory:
             break
     return found
 

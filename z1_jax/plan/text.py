@@ -7,6 +7,7 @@ import math
 import textwrap
 from typing import Any
 
+from z1_jax.plan import rendering
 from z1_jax.plan.planning import Plan
 
 GB = 1e9
@@ -59,7 +60,7 @@ def lines(plan: Plan) -> list[str]:
         f"prefix cache: {_bytes(plan.cache_bytes)} an observation"
         + (f"; at most {_bytes(plan.host_cache_bytes)} of host memory an iteration" * bool(plan.host_cache_bytes))
         + (f"; recomputed: those of an iteration exceed the hosts' {_bytes(plan.host_memory)}" * plan.recomputed),
-        *([f"rendering: {_bytes(plan.rendering)} of a card, an estimate from textures"] if plan.rendering else []),
+        *_rendering(plan),
         *_verdict(plan),
         "",
     ]
@@ -103,19 +104,25 @@ def _time_lines(plan: Plan) -> list[str]:
     return [*text, *textwrap.wrap(_COUNTS, 118)]
 
 
+def _rendering(plan: Plan) -> list[str]:
+    if not plan.rendering:
+        return []
+    return textwrap.wrap(rendering.advice(plan.rendering, plan.peak, plan.accelerator.memory * GB), 118)
+
+
 def _bytes(count: float) -> str:
     return f"{count / GB:.1f} GB" if count >= GB else f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count:.0f} bytes"
 
 
 def _verdict(plan: Plan) -> list[str]:
     worst = max(plan.rows, key=lambda row: row.total)
-    need = f"{worst.name} needs {_bytes(plan.peak)} of the {_bytes(plan.room)} that a device may use"
+    need = f"{worst.name} needs {_bytes(plan.peak)} of the {_bytes(plan.memory)} that a device may use"
     if plan.host_cache_bytes > plan.host_memory:
         caches = f"prefix caches need {_bytes(plan.host_cache_bytes)} of the hosts' {_bytes(plan.host_memory)}"
-        need = f"{need}, {caches} (--host-memory)" if plan.peak > plan.room else f"{caches} (--host-memory)"
+        need = f"{need}, {caches} (--host-memory)" if plan.peak > plan.memory else f"{caches} (--host-memory)"
     if plan.fits:
         return [f"fits: {need}"]
     text = [f"does not fit: {need}. What would need less:"]
     for name, nbytes in plan.changes:
-        text.append(f"  {_bytes(nbytes):>10}  {'fits' if nbytes <= plan.room else '    '}  {name}")
+        text.append(f"  {_bytes(nbytes):>10}  {'fits' if nbytes <= plan.memory else '    '}  {name}")
     return text
