@@ -87,6 +87,8 @@ def disturbed(runs: Runs, name: str, injections: list[Injection], reference: dic
 def hit(runs: Runs, run_dir: pathlib.Path, pair: list[subprocess.Popen], victim: int, one: Injection) -> None:
     """Kills or stops one of the two, and looks how both end."""
     children = [child for process in pair for child in workers(process)]
+    log = run_dir if victim == 1 else second(run_dir)
+    written = (runs.work / f"{log.name}.log").stat().st_size  # by earlier pairs too
     began = time.monotonic()
     stop = one.kind.startswith("stop")
     pair[victim].send_signal(signal.SIGSTOP if stop else signal.SIGKILL)
@@ -99,8 +101,7 @@ def hit(runs: Runs, run_dir: pathlib.Path, pair: list[subprocess.Popen], victim:
     close(pair)
     now = position(run_dir)
     one.lost = max(0, now.grpo - now.saved)
-    log = run_dir if victim == 1 else second(run_dir)
-    text = (runs.work / f"{log.name}.log").read_text(errors="replace")
+    text = (runs.work / f"{log.name}.log").read_bytes()[written:].decode(errors="replace")
     told = [line for line in text.splitlines() if "error: " in line][-1:]  # of process 1: "process 1: error: …"
     named = bool(told) and f"process {victim} (" in told[0]
     one.note = told[0][:300] if told else f"exit {code}: {runs.last_line(log)}"

@@ -228,13 +228,14 @@ class HeadWatch:
 
     def _watch(self) -> None:
         host, _, port = self._address.rpartition(":")
-        heard = time.monotonic()
+        heard, failed = time.monotonic(), 0
         while not self.gone and not self._closed.wait(HEAD_EVERY_S):
             try:
-                socket.create_connection((host, int(port)), timeout=HEAD_EVERY_S).close()
-                heard = time.monotonic()
+                socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_EVERY_S).close()
+                heard, failed = time.monotonic(), 0
             except OSError as error:
-                if time.monotonic() > heard + HEAD_GONE_S:
+                failed += 1  # one alone may come of this process having stood still
+                if failed > 2 and time.monotonic() > heard + HEAD_GONE_S:
                     self.gone = (
                         f"the head of the Ray cluster at {self._address} is gone ({error.strerror or error}): start "
                         "Ray again, then the same command continues"

@@ -130,6 +130,9 @@ class _Process:
             return self._connection.recv()
         except (EOFError, OSError):
             raise self._failed("it ended") from None
+        except Exception as error:  # noqa: BLE001 - of its packages, which this interpreter may lack
+            text = f"{self._python} answers what cannot be read here ({error}): {_EXPECTED}"
+            raise SettingError(_KEY, text) from None
 
     def _failed(self, why: str) -> SettingError:
         _process.cache_clear()

@@ -223,11 +223,17 @@ def test_every_bound_is_enforced(key):
         assert f"config key {key}: got" in refusal(GRPO, f"--config.{key}={nonsense}")
 
 
+def test_a_task_that_is_given_takes_the_place_of_the_files_tasks():
+    assert parse("--config=configs/grpo.py:libero").tasks == ("libero_spatial",)
+    one = parse("--config=configs/grpo.py:libero", "--config.task=libero_spatial/3")
+    assert (one.task, one.tasks) == ("libero_spatial/3", ())
+
+
 def test_a_run_that_is_made_short_keeps_its_warm_up_and_says_so(capsys):
     config = parse(GRPO, "--config.sft.steps=20")
     assert (config.sft.steps, config.sft.optim.warmup_steps) == (20, 50)
     assert (
-        capsys.readouterr().out == "sft.optim.warmup_steps=50 is more than sft.steps=20: the learning rate only rises\n"
+        capsys.readouterr().err == "sft.optim.warmup_steps=50 is more than sft.steps=20: the learning rate only rises\n"
     )
     assert "sft.optim.warmup_steps: got 50" in refusal(
         GRPO, "--config.sft.steps=20", "--config.sft.optim.warmup_steps=50"

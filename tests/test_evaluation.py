@@ -10,7 +10,8 @@ import pytest
 import tiny_policy as tiny
 from seeds import fresh_seed
 
-from envs.base import episodes
+from envs.base import EnvObservation, SlotsLost, episodes
+from z1_jax import processes
 from z1_jax.config.schema import EvalConfig, FlowConfig
 from z1_jax.errors import UserError
 from z1_jax.evaluation import (
@@ -259,6 +260,37 @@ def test_episodes_whose_environment_fails_are_failures_and_told(directory, tmp_p
     assert equal(again, out) and np.array_equal(again.lost, out.lost)
     with pytest.raises(UserError, match=r"3 of \d+ episodes were lost.*ValueError: no such contact"):
         measured(longer[:3], tmp_path / "many.jsonl")
+
+
+def test_what_a_run_bears_is_counted_over_all_processes(directory, tmp_path, monkeypatch):
+    """Two lost episodes are borne; where another process tells of as many, they are four of 24."""
+    told = processes.exchange
+    monkeypatch.setattr(processes, "exchange", lambda x: 2 * told(x) if x and isinstance(x[0], str) else told(x))
+    (actor, params), natural = tiny.acting(), whole(directory)
+    seeds = natural.seeds[natural.steps > 8][[0, -1]]
+    with (
+        tiny.failing_pool(16, frozenset(seeds.tolist())) as pool,
+        pytest.raises(UserError, match=r"[34] of \d+ episodes were lost"),
+    ):
+        known = {"title": "evaluation", "actor": actor, "params": params}
+        evaluate(tiny.policy(), pool, tiny.one_device(), CONFIG, tiny.EVERY_STEP, tmp_path / "two.jsonl", **known)
+
+
+class Lost:
+    """A pool that loses the first of two episodes as it begins."""
+
+    num_envs = 2
+
+    def reset(self, slots, episodes):
+        self.slots = [*slots]
+        look = EnvObservation({"c": np.zeros((8, 8, 3), np.uint8)}, np.zeros(1, np.float32), "look")
+        raise SlotsLost({0: "it broke"}, [None, look][: len(slots)])
+
+
+def test_an_episode_that_cannot_begin_ends_nothing():
+    assert instructions(Lost(), episodes([1, 2])) == ["look"]
+    (clip,) = film(tiny.policy(), Lost(), None, None, episodes([1]), CONFIG, "c", 6)
+    assert not clip.success and clip.frames.shape == (1, 6, 6, 3) and not clip.frames.any()
 
 
 def test_results_of_before_there_was_such_a_count_are_read(directory, tmp_path):

@@ -302,7 +302,9 @@ def test_the_copy_for_acting_is_what_xla_is_given():
 def test_host_memory_counts(small_plan):
     """Caches that no host holds: `auto` computes prefixes again, as the run would; `host` does not fit."""
     caches = small_plan.host_cache_bytes
-    enough, less = (planning.make_plan(SMALL, tiny_policy.CONFIG, H200, 1e9, 1, "no", x) for x in (caches, caches - 1))
+    enough, less = (
+        planning.make_plan(SMALL, tiny_policy.CONFIG, H200, 1e9, 1, "no", x) for x in (2 * caches, 2 * caches - 1)
+    )
     assert enough.fits and (enough.host_cache_bytes, enough.recomputed) == (caches, False)
     assert less.fits and (less.host_cache_bytes, less.recomputed) == (0, True)
     update = {row.name: row.flops_traced for row in less.rows}["rl_update"]
@@ -383,6 +385,7 @@ def test_accelerators_are_found_by_what_jax_calls_them():
     assert accelerators.accelerator_of("NVIDIA H100 80GB HBM3").name == "H100"
     assert accelerators.accelerator_of("NVIDIA GeForce RTX 4090").name == "RTX4090"
     assert accelerators.accelerator_of("TPU v5 lite").name == "TPUv5e"
+    assert accelerators.accelerator_of("TPU v5").name == "TPUv5p"  # what JAX calls it
     assert accelerators.accelerator_of("cpu") is None
     assert accelerators.get_accelerator("tpu-v5p").memory == 95
     with pytest.raises(ConfigError):

@@ -47,6 +47,20 @@ def test_a_pool_shows_the_same_with_other_words():
         assert over[0].done and gone == [None, None]
 
 
+def test_an_episode_without_the_words_is_refused():
+    """Of a spout's episodes a third say "center": they would pass for episodes with other words."""
+    with EnvPool(lambda: KitchenEnv("TurnSinkSpout", image_size=8), 1, 0) as pool:
+        told = {pool.reset([0], [Episode(seed, "TurnSinkSpout")])[0].instruction: seed for seed in range(40)}
+        other = RewordedPool(pool, SWAP)
+        for text, seed in told.items():
+            if reworded(text, SWAP) != text:
+                assert other.reset([0], [Episode(seed, "TurnSinkSpout")])[0].instruction == reworded(text, SWAP)
+                continue
+            with pytest.raises(ConfigError, match=f"changes nothing in “{text}” of an episode"):
+                other.reset([0], [Episode(seed, "TurnSinkSpout")])
+    assert len(told) == 3
+
+
 def test_what_is_left_of_a_broken_call_has_other_words_too():
     class Broken:
         def reset(self, slots, episodes):

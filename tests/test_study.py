@@ -10,9 +10,11 @@ import sys
 
 import numpy as np
 import pytest
+from seeds import fresh_seed
 
 from z1_jax.config.schema import ConfigError
 from z1_jax.errors import UserError
+from z1_jax.statistics import paired_difference_interval, wilson_interval
 from z1_jax.study import __main__ as program
 from z1_jax.study import projection, results
 from z1_jax.study.config import cells, parse_study, parsed
@@ -87,6 +89,8 @@ def test_further_evaluations_are_runs_of_their_own(tmp_path):
         (["--grpo.seed=3"], "grpo.seed: the study sets seed of each run itself"),
         (["--specialists.group.spread=adaptive"], "specialists: config key group.spread: .*no effect on one task"),
         (["--joint.eval.episodes=8"], r"joint.eval.episodes: all runs are evaluated alike; give it as --every.eval"),
+        *(([f"--{one}.init=x"], f"{one}.init: the study sets init of each run") for one in ("every", "joint")),
+        (["--grpo.init=x"], "grpo.init: RL starts from the study's common SFT"),
         (["--config.repeated=TurnOnStove"], "config key repeated: TurnOnStove is no task of the study"),
         (["--config.extras=a"], "config key extras: 'a' does not exist; known: none"),
         (["--extras.a.seed=3"], "extras.a.seed: the study sets seed of each run itself"),
@@ -103,6 +107,36 @@ def test_what_cannot_be_is_one_line(arguments, text):
     assert "\n" not in str(error.value)
 
 
+def test_runs_that_evaluate_otherwise_are_refused_and_numbers_are_texts(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import ml_collections\n"
+        "def get_config():\n"
+        "    grpo = {'eval__film_seeds': (900000001, 900000002)}\n"
+        "    return ml_collections.ConfigDict(\n"
+        "        {'tasks': ('drawers',), 'grpo_preset': 'smoke', 'seeds': ('01',), 'grpo': grpo})\n"
+    )
+    asked = parse_study(["study", f"--config={file}"])
+    assert asked.overrides["grpo"] == {"eval.film_seeds": "900000001,900000002"} and asked.seeds == ("1",)
+    with pytest.raises(ConfigError, match="specialists: eval.episodes is 64, that of sft 256: .*--every.eval.episodes"):
+        cells(asked)
+
+
+def test_a_report_of_nothing_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="no run of this study is finished in .*wrong"):
+        program.main(["study", "--config=configs/study.py:smoke", f"--config.folder={tmp_path / 'wrong'}", "--report"])
+    assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"task": "A"}', '{"wall_seconds": {}}'])
+def test_a_damaged_summary_is_one_line(text, tmp_path):
+    cell = cells(study())[0]
+    (tmp_path / cell.name).mkdir()
+    (tmp_path / cell.name / "summary.json").write_text(text)
+    with pytest.raises(UserError, match="summary.json"):
+        results.summary_of(tmp_path, cell)
+
+
 def test_a_folder_of_another_study_is_refused(tmp_path):
     program._claim(study(), tmp_path / "a")
     program._claim(study(), tmp_path / "a")
@@ -114,6 +148,9 @@ def test_a_folder_of_another_study_is_refused(tmp_path):
     program._claim(study("--extras.a.env.layouts=high"), tmp_path / "a")
     with pytest.raises(ConfigError, match=r"repeated is \[\], asked for \['OpenDrawer'\]"):
         program._claim(study("--config.repeated=OpenDrawer"), tmp_path / "a")
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "study.json.tmp").touch()  # as it began
+    program._claim(study(), tmp_path / "killed")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine").touch()
     with pytest.raises(ConfigError, match="is not empty and holds no study"):
@@ -166,12 +203,16 @@ def test_tables_by_hand():
 
 
 def test_training_noise_is_in_the_intervals():
-    """Three training seeds of one task that end at 0, 1/2 and 1: episodes alone would say much less."""
+    """Three training seeds that end at 0, 1/2 and 1, of two tasks alike: a deviation of 1/2 with 2 × 2 freedoms."""
     found = [outcome("sft", task, "........", seed) for task in "AB" for seed in range(3)]
     found += [outcome("joint", task, p * 8, seed) for task in "AB" for seed, p in enumerate(".x")]
     found += [outcome("joint", task, "xxxx....", 2) for task in "AB"]
     row = rows(found, 0.95)[0]
-    assert row.interval == (0.0, 1.0) and row.after == 0.5
+    before, after = np.zeros(24, bool), np.concatenate([one.success for one in found[6:] if one.task == "A"])
+    low, high = paired_difference_interval(before, after, 0, 0.95)
+    wide = 2.7764 * 0.5 / np.sqrt(3)  # Student's t
+    expected = (0.5 - np.hypot(0.5 - low, wide), min(1.0, 0.5 + np.hypot(high - 0.5, wide)))
+    assert row.interval == pytest.approx(expected, abs=1e-4) and row.after == 0.5
     assert row.seeds == 3 and row.deviation == 0.5  # of 0, 1 and 1/2, n − 1
     assert "nan" not in markdown(found, means(found, 0.95), [row], [], 0.95)
     assert means(found, 0.95)[0].interquartile_interval == (0.0, 0.0)  # of three training seeds that all fail
@@ -179,18 +220,44 @@ def test_training_noise_is_in_the_intervals():
         rows([*found[:6], Outcome("joint", "A", 0, tuple(range(1, 9)), np.ones(8, bool))], 0.95)
 
 
+def test_intervals_of_few_seeds_hold_the_truth():
+    """Six tasks of three training seeds whose true gains deviate by 10 points: nine intervals of ten, at least."""
+    rng, held = np.random.default_rng(fresh_seed(__name__, "test_intervals_of_few_seeds_hold_the_truth")), []
+    for _ in range(30):
+        found = []
+        for task, seed in itertools.product("ABCDEF", range(3)):
+            gain = 0.2 + rng.normal(0, 0.1)
+            found.append(Outcome("sft", task, seed, tuple(range(128)), rng.random(128) < 0.4))
+            found.append(Outcome("joint", task, seed, tuple(range(128)), rng.random(128) < 0.4 + gain))
+        held += [row.interval[0] <= 0.2 <= row.interval[1] for row in rows(found, 0.95)]
+    assert np.mean(held) > 0.9
+
+
+def test_no_interval_is_without_width():
+    """Every draw of tasks is alike where all have one rate: then episodes are counted."""
+    found = [outcome("sft", task, "xx......") for task in "AB"] + [outcome("joint", task, "xxxx....") for task in "AB"]
+    start, joint = means(found, 0.95)
+    assert start.interval == wilson_interval(4, 16, 0.95) and joint.interval == wilson_interval(8, 16, 0.95)
+    low, high = joint.difference_interval
+    assert low == pytest.approx(0.25 - 1.96 * np.sqrt(0.1875 / 16), abs=1e-3) and high == pytest.approx(0.5 - low)
+    all_won = Outcome("sft", "A", 0, (100, 101, 102, 103), np.ones(4, bool), "far")  # on other episodes
+    (far,) = elsewhere([found[0], all_won], 0.95)
+    assert far.change == 0.75 and far.change_interval[0] < 0.5 and far.change_interval[1] == 1.0
+
+
 def test_one_seed_borrows_the_training_noise_of_others():
-    """B's gains over three seeds are 0, 1/2 and 1; A has one seed, where 2 of 8 are gained and none is lost."""
+    """B's gains over three seeds are 3/8, 1/2 and 5/8; A has one seed, where 2 of 8 are gained and none is lost."""
     found = [outcome("sft", "B", "........", seed) for seed in range(3)] + [outcome("sft", "A", "........")]
-    found += [outcome("joint", "B", pattern, seed) for seed, pattern in enumerate(("........", "xxxx....", "xxxxxxxx"))]
+    found += [outcome("joint", "B", pattern, seed) for seed, pattern in enumerate(("xxx.....", "xxxx....", "xxxxx..."))]
     found.append(outcome("joint", "A", "xx......"))
     assert training_noise([[0.0, 0.5, 1.0], [0.25]]) == 0.5  # deviation of three, n − 1
     assert training_noise([[0.0, 0.5, 1.0], [0.2, 0.2], [0.7]]) == pytest.approx(np.sqrt(2 * 0.25 / 3))
     assert training_noise([[0.1], [0.2]]) is None
     a = next(row for row in rows(found, 0.95) if row.task == "A")
     alone = rows([one for one in found if one.task == "A"], 0.95)[0]
-    low, high = (0.25 - np.hypot(0.25 - alone.interval[0], 0.98), 0.25 + np.hypot(alone.interval[1] - 0.25, 0.98))
-    assert a.interval == (pytest.approx(low, abs=1e-3), min(1.0, high)) and low < alone.interval[0]
+    wide = 4.3027 * 0.125  # Student's t with two freedoms, times the deviation
+    low, high = (0.25 - np.hypot(0.25 - alone.interval[0], wide), 0.25 + np.hypot(alone.interval[1] - 0.25, wide))
+    assert a.interval == pytest.approx((low, min(1.0, high)), abs=1e-3) and low < alone.interval[0]
     text = markdown(found, means(found, 0.95), rows(found, 0.95), [], 0.95)
     assert "joint: on 0 of 1 task the end deviates by at most 5 points;" in text
     assert "intervals of the 1 task with one seed are widened by the others' deviation" in text

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from envs.base import Episode, Pool, episodes
+from envs.base import Episode, Pool, SlotsLost, episodes
 from z1_jax import processes
 from z1_jax.config.schema import EvalConfig, FlowConfig
 from z1_jax.errors import UserError
@@ -23,6 +23,7 @@ from z1_jax.metrics import ALARMS, Progress, drop_half_line, read_records
 from z1_jax.policy import Policy
 from z1_jax.rl import rollout
 from z1_jax.rl.actor import Actor, make_actor
+from z1_jax.rl.lost import check_lost
 from z1_jax.statistics import clustered_interval, mcnemar_exact, paired_difference_interval, wilson_interval
 
 
@@ -123,8 +124,11 @@ def evaluate(
                 rows, broken = _play(policy, pool, actor, params, config, mine, how) if mine else ([], [])
                 if processes.count() > 1:
                     actor.finish(params)
-                for why in [why for part in processes.exchange(broken) for why in part]:
+                broken = [why for part in processes.exchange(broken) for why in part]
+                for why in broken:
                     progress.say(f"an episode counts as a failure: {why}")
+                if broken:  # each process has counted its own
+                    check_lost(lost + len(broken), start + len(wave), "episodes", broken[-1])
                 rows = [row for part in processes.exchange(rows) for row in part][len(done) - start :]
                 if processes.leads():
                     with writing(results), results.open("a") as file:
@@ -176,7 +180,11 @@ def instructions(pool: Pool, held_out: Sequence[Episode]) -> list[str]:
     told: list[str] = []
     for start in range(0, len(held_out), pool.num_envs):
         wave = held_out[start : start + pool.num_envs]
-        told += [look.instruction for look in pool.reset(range(len(wave)), wave)]
+        try:
+            looks: Sequence[Any] = pool.reset(range(len(wave)), wave)
+        except SlotsLost as error:  # such an episode has counted as a failure
+            looks = error.answers
+        told += [look.instruction for look in looks if look is not None]
     return list(dict.fromkeys(told))
 
 

@@ -109,14 +109,17 @@ def clear(folder: pathlib.Path, ours: Set[str]) -> None:
     shutil.rmtree(folder)
 
 
-def lock(file: IO[Any], what: pathlib.Path, owner: str = "") -> None:
+def lock(file: IO[Any], what: pathlib.Path, owner: str = "", wait: bool = False) -> None:
     """Locks an open file until it is closed. Does nothing where the file system has no locks.
+
+    Args:
+        wait: until another process lets it go.
 
     Raises:
         UserError: another process has it.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         who = f"process {owner}" if owner else "another process"
         raise UserError(f"{what} is in use by {who}: wait until it ends, or stop it first") from None

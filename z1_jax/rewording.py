@@ -27,16 +27,25 @@ def check_words(words: Mapping[str, str], seen: Sequence[World]) -> None:
     """
     for world in seen if words else ():
         for text in world.instructions:
-            if reworded(text, words) == text:
-                said = ",".join(f"{one}:{other}" for one, other in words.items())
-                raise ConfigError(
-                    f"config key eval.words: got {said}, which changes nothing in “{text}” of {world.tasks[0]}; leave "
-                    "the task out, or give words that all of its instructions have"
-                )
+            _changed(text, words, world.tasks[0])
+
+
+def _changed(text: str, words: Mapping[str, str], task: str = "an episode") -> str:
+    """The instruction with other words; refused where they are the same."""
+    if (other := reworded(text, words)) != text:
+        return other
+    said = ",".join(f"{one}:{instead}" for one, instead in words.items())
+    raise ConfigError(
+        f"config key eval.words: got {said}, which changes nothing in “{text}” of {task}; leave the task out, or give "
+        "words that all of its instructions have"
+    )
 
 
 class RewordedPool:
-    """A pool whose observations hold other words; all else is the pool's own."""
+    """A pool whose observations hold other words; all else is the pool's own.
+
+    A reset raises ConfigError at an episode whose instruction has none of them.
+    """
 
     def __init__(self, pool: Pool, words: Mapping[str, str]):
         """Args: `words`: as of `reworded`."""
@@ -65,5 +74,8 @@ class RewordedPool:
     def _one(self, answer: Any) -> Any:
         """Of a reset an observation, of a step a result and an observation; None where there is none."""
         if isinstance(answer, tuple):
-            return answer[0], self._one(answer[1])
-        return answer and dataclasses.replace(answer, instruction=reworded(answer.instruction, self._words))
+            return answer[0], answer[1] and self._reworded(answer[1], reworded)
+        return answer and self._reworded(answer, _changed)
+
+    def _reworded(self, look: EnvObservation, how: Callable[[str, Mapping[str, str]], str]) -> EnvObservation:
+        return dataclasses.replace(look, instruction=how(look.instruction, self._words))

@@ -110,10 +110,17 @@ def film(
         waves = episodes[:most], episodes[most:]
         return [c for wave in waves for c in film(policy, pool, actor, params, wave, config, camera, size)]
     slots = list(range(len(episodes)))
-    observations: list[Any] = pool.reset(slots, episodes)
+    try:
+        looks_at_start: Sequence[Any] = pool.reset(slots, episodes)
+    except SlotsLost as error:  # what the evaluation counts as a failure is one black picture
+        looks_at_start = error.answers
     success = [False] * len(episodes)
-    frames = [[frame] for frame in pool.render(slots, camera, size)]
-    alive, chunk = slots, 0
+    alive = [slot for slot, look in zip(slots, looks_at_start, strict=True) if look is not None]
+    observations: list[Any] = [looks_at_start[slot] for slot in alive]
+    frames = [[np.zeros((size, size, 3), np.uint8)] for _ in episodes]
+    for slot, frame in zip(alive, pool.render(alive, camera, size) if alive else (), strict=True):
+        frames[slot] = [frame]
+    chunk = 0
     while alive:
         ids = stack_ids(np.array([episodes[i].seed for i in alive])[:, None], chunk, np.zeros((len(alive), 1), int))
         key, executed = (config.noise_seed,), policy.executed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -398,7 +399,8 @@ def _check_warmup(config: Config, given: Iterable[str]) -> None:
             continue
         key = f"{section}.warmup_steps"
         if key not in given:
-            print(f"{key}={optim.warmup_steps} is more than {length}={steps}: the learning rate only rises", flush=True)
+            told = f"{key}={optim.warmup_steps} is more than {length}={steps}: the learning rate only rises"
+            print(told, file=sys.stderr, flush=True)  # a plan may print JSON
             continue
         raise ConfigError(
             f"config key {key}: got {optim.warmup_steps}, expected at most {length} = {steps}: the learning rate would "

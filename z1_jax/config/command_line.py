@@ -51,6 +51,8 @@ def parse_command_line(argv: Sequence[str], default: str = "configs/grpo.py") ->
         for section in sections:
             node = node.setdefault(section, {})
         node[leaf] = _parse_value(key, text, known[key])
+    if "task" in keys and "tasks" not in keys:  # in place of those of the config file
+        values["tasks"] = ()
     config = checked(values)
     check_given(config, keys)
     return config

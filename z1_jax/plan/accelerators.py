@@ -55,8 +55,9 @@ def get_accelerator(name: str) -> Accelerator:
 
 
 def accelerator_of(device_kind: str) -> Accelerator | None:
-    """The entry for what JAX calls a device ("NVIDIA H100 80GB HBM3", "TPU v5p"); None where there is none."""
+    """The entry for what JAX calls a device ("NVIDIA H100 80GB HBM3", "TPU v5"); None where there is none."""
     plain = _plain(device_kind).replace("v5lite", "v5e").replace("v6lite", "v6e")
+    plain = "tpuv5p" if plain == "tpuv5" else plain
     found = [accelerator for name, accelerator in ACCELERATORS.items() if _plain(name) in plain]
     return found[0] if found else None
 

@@ -18,6 +18,7 @@ from z1_jax.plan import jaxpr, programs, rendering
 from z1_jax.plan.accelerators import Accelerator
 from z1_jax.plan.programs import Program
 from z1_jax.plan.xla import Compiled, compile_only_mesh, compile_program
+from z1_jax.rl.prefix_cache import HOST_SHARE
 from z1_jax.rl.trainer import most_looks
 from z1_jax.stages import check_batches
 from z1_jax.suites import episode_steps
@@ -104,7 +105,7 @@ def make_plan(
         UserError: a mesh or batch that does not divide.
     """
     mesh = mesh_of(config, devices)
-    recomputed = config.update.prefix_cache == "auto" and host_caches(config, model) > host_memory
+    recomputed = config.update.prefix_cache == "auto" and host_caches(config, model) > HOST_SHARE * host_memory
     if recomputed:
         config = _with(config, "update", prefix_cache="recompute")
     rows = estimated_rows(config, model, mesh, accelerator)
@@ -246,7 +247,8 @@ def _steps(config: Config, model: Pi05Config, plan: Plan) -> Iterator[tuple[str,
         config = _with(config, "sft", batch_size=config.sft.batch_size // 2)
         yield step(f"sft.batch_size={config.sft.batch_size}")
     elif config.env.parallel > config.group.size:
-        config = _with(config, "env", parallel=max(config.env.parallel // 2, config.group.size))
+        groups = max(config.env.parallel // (2 * config.group.size), 1)
+        config = _with(config, "env", parallel=groups * config.group.size)
         yield step(f"env.parallel={config.env.parallel}")
     if config.algorithm == "grpo" and config.train.scope != "expert":
         config = _with(config, "train", scope="expert")

@@ -94,6 +94,8 @@ def train_grpo(
             for group, why in rollouts.lost.items():
                 progress.say(f"iteration {iteration}: group {group} of {rollouts.drawn} is dropped: {why}")
             first = rollouts.success[: rollouts.first]  # what is drawn again depends on what came of these
+            if not first.size:  # they are all lost
+                first = rollouts.success
             success = float(first.mean())
             tasks = [episode.task for episode in rollouts.episodes[: len(first)]]
             by_task = trainer.tasks.observe(tasks, first)

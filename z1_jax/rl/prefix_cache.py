@@ -21,7 +21,7 @@ from z1_jax.config.checks import stale_cache
 from z1_jax.sharding import replicated
 from z1_jax.types import PrefixCache
 
-_DEVICE_SHARE, _HOST_SHARE = 0.4, 0.5  # of the memory that is free: activations and frames need the rest
+DEVICE_SHARE, HOST_SHARE = 0.4, 0.5  # of the memory that is free: activations and frames need the rest
 
 
 class PrefixStore:
@@ -169,9 +169,9 @@ def choose_placement(asked: str, trains_vlm: bool, scope: str, planned: int, dev
         return "recompute"
     if asked != "auto":
         return asked
-    if device is not None and planned <= _DEVICE_SHARE * device:
+    if device is not None and planned <= DEVICE_SHARE * device:
         return "device"
-    return "host" if planned <= _HOST_SHARE * host else "recompute"
+    return "host" if planned <= HOST_SHARE * host else "recompute"
 
 
 def free_device_bytes(mesh: Mesh) -> int | None:

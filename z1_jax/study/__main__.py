@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from z1_jax.config.schema import FREE_KEYS, Config, ConfigError, among, build, flat
 from z1_jax.errors import UserError, first_line
-from z1_jax.files import absolute, lock, read_json, write_whole
+from z1_jax.files import absolute, lock, partial_path, read_json, write_whole
 from z1_jax.interrupt import INTERRUPTED
 from z1_jax.process import run_main
 from z1_jax.study import projection, results
@@ -31,6 +31,7 @@ from z1_jax.study.text import page
 from z1_jax.suites import settled
 
 STUDY, RESULTS, TABLE, PAGE = "study.json", "results.json", "table.md", "study.html"
+CONCLUDING = "conclude.lock"
 AGAIN, REPORT, NO_PROBE = "--table=", "--report", "--no-probe"
 # Of a run's config what its command line says otherwise, and what moves no number.
 _LOOSE = (*FREE_KEYS, "init", "checkpoint", "task", "tasks", "eval.videos", "eval.film_seeds", "flow.steps")
@@ -44,6 +45,8 @@ def main(argv: Sequence[str]) -> int | None:
     study = parse_study([one for one in argv if one not in (REPORT, NO_PROBE)])
     planned = cells(study)
     folder = absolute(study.folder)
+    if REPORT in argv and not any(finished(folder, cell) for cell in planned):
+        raise UserError(f"no run of this study is finished in {folder}; expected the --config.folder that it was given")
     _claim(study, folder, planned)
     check_runs(folder, planned)
     if REPORT in argv:
@@ -58,7 +61,7 @@ def main(argv: Sequence[str]) -> int | None:
             told = projection.told(folder, planned, rates).splitlines()[0]
             print(f"\n══ {taken.name} ({told})\n{shlex.join(_command(taken))}", flush=True)
             code = _run(taken, claim)
-        if code == 130 or code < 0:
+        if code == 130:
             conclude(folder, planned)
             print(INTERRUPTED, file=sys.stderr)
             return 130
@@ -75,12 +78,17 @@ def main(argv: Sequence[str]) -> int | None:
 
 
 def _run(cell: Cell, claim: IO[str]) -> int:
-    """Runs a cell to its end, and returns its exit code. It holds the claim while it lives, and is told of Ctrl-C."""
-    process = subprocess.Popen(_command(cell), process_group=0, pass_fds=[claim.fileno()])
+    """Runs a cell to its end, and returns its exit code, or 130 after a Ctrl-C, of which it is told.
+
+    It holds the claim while it lives.
+    """
+    process, interrupted = subprocess.Popen(_command(cell), process_group=0, pass_fds=[claim.fileno()]), False
     while True:
         try:
-            return process.wait()
+            code = process.wait()
+            return 130 if interrupted else code
         except KeyboardInterrupt:
+            interrupted = True
             process.send_signal(signal.SIGINT)
 
 
@@ -114,6 +122,7 @@ def _claim(study: StudyConfig, folder: pathlib.Path, planned: Sequence[Cell] = (
                 )
         return
     known = {name for cell in planned for name in (cell.name, f"{cell.name}.lock")}
+    known |= {partial_path(path).name, CONCLUDING}
     if folder.is_dir() and any(entry.name not in known for entry in folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no study (no {STUDY}); choose another --config.folder")
     try:
@@ -173,9 +182,11 @@ def conclude(folder: pathlib.Path, planned: Sequence[Cell]) -> None:
     if not found["rows"]:
         return
     text = results.tables(found)
-    results.write(folder / RESULTS, found)
-    write_whole(folder / TABLE, text)
-    write_whole(folder / PAGE, page(text, f"{len({task for _, _, task, _ in found['policies']})} tasks"))
+    with (folder / CONCLUDING).open("a") as turn:  # several machines may come to their end at once
+        lock(turn, folder, wait=True)
+        results.write(folder / RESULTS, found)
+        write_whole(folder / TABLE, text)
+        write_whole(folder / PAGE, page(text, f"{len({task for _, _, task, _ in found['policies']})} tasks"))
     shown = "\n\n".join(text.split("\n\n")[:2])
     print(f"\n{shown}\n{folder / TABLE}, {folder / PAGE}, {folder / RESULTS}", flush=True)
 

@@ -99,7 +99,7 @@ def parse_study(argv: Sequence[str]) -> StudyConfig:
     extras = {name: keys for name, keys in extras.items() if chosen is None or name in chosen}
     study = dataclasses.replace(study, overrides=sections, extras=extras)
     _check(study)
-    return study
+    return dataclasses.replace(study, seeds=tuple(str(int(seed)) for seed in study.seeds))
 
 
 def _texts(section: Any, name: str) -> dict[str, str]:
@@ -110,7 +110,7 @@ def _texts(section: Any, name: str) -> dict[str, str]:
 
 def _text(value: Any) -> str:
     if isinstance(value, (tuple, list)):
-        return ",".join(value)
+        return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -127,7 +127,7 @@ def _check(study: StudyConfig) -> None:
         raise ConfigError("config key tasks: got nothing, expected names of tasks or sets, e.g. kitchen24")
     for section in SECTIONS:
         for key in study.overrides.get(section, {}):
-            if key in _OWN and key != "init":
+            if key in _OWN and (key, section) not in (("init", "sft"), ("init", "grpo")):  # the latter is told below
                 raise ConfigError(f"{section}.{key}: the study sets {key} of each run itself; leave it out")
             if section != "every" and key.startswith("eval.") and not key.startswith(FILMS):
                 raise ConfigError(f"{section}.{key}: all runs are evaluated alike; give it as --every.{key}=VALUE")
@@ -175,7 +175,20 @@ def cells(study: StudyConfig) -> list[Cell]:
     for cell in found:
         if cell.kind == SFT or cell.seed == int(study.seeds[0]):
             parsed(cell)
+            if not cell.evaluation:
+                _check_alike(first, cell)
     return found
+
+
+def _check_alike(first: Config, cell: Cell) -> None:
+    """Refuses a training whose evaluation is not that of SFT: their episodes could not be paired."""
+    for key in ("episodes", "first_seed", "noise_seed", "scenes", "objects"):
+        one, other = getattr(first.eval, key), getattr(parsed(cell).eval, key)
+        if one != other:
+            raise ConfigError(
+                f"{cell.kind}: eval.{key} is {other!r}, that of {SFT} {one!r}: all runs are evaluated alike; give "
+                f"--every.eval.{key}=VALUE"
+            )
 
 
 def _names(config: Config, given: Sequence[str]) -> tuple[str, ...]:

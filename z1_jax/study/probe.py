@@ -92,7 +92,12 @@ def _rl(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> dict[str, fl
         config,
         env=dataclasses.replace(config.env, horizon=LOOKS * policy.executed),
         reward=dataclasses.replace(config.reward, keep_low=-10.0, keep_high=1.0),
-        group=dataclasses.replace(config.group, oversample=1.0),
+        group=dataclasses.replace(
+            config.group,
+            oversample=1.0,
+            prefix_chunks=min(config.group.prefix_chunks, LOOKS - 1),
+            prefix_chunks_end=min(config.group.prefix_chunks_end, LOOKS - 1),
+        ),
     )
     with make_pool(config) as pool:
         policy = trained_in(policy, seen_in(config.every_task, pool.spec))

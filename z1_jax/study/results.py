@@ -31,8 +31,16 @@ def finished(folder: pathlib.Path, cell: Cell) -> bool:
 
 
 def summary_of(folder: pathlib.Path, cell: Cell) -> dict[str, Any]:
-    """What a finished run says of itself."""
-    return json.loads((folder / cell.name / "summary.json").read_text())
+    """What a finished run says of itself.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / cell.name / "summary.json"
+    summary = read_json(path, dict, {})
+    if not isinstance(summary.get("wall_seconds"), dict) or "task" not in summary:
+        raise UserError(f"{path} is damaged; delete it, and the run's command writes it anew")
+    return summary
 
 
 def seconds(summary: Mapping[str, Any]) -> float:
