@@ -260,7 +260,7 @@ def test_one_seed_borrows_the_training_noise_of_others():
     assert a.interval == pytest.approx((low, min(1.0, high)), abs=1e-3) and low < alone.interval[0]
     text = markdown(found, means(found, 0.95), rows(found, 0.95), [], 0.95)
     assert "joint: on 0 of 1 task the end deviates by at most 5 points;" in text
-    assert "intervals of the 1 task with one seed are widened by the others' deviation" in text
+    assert "intervals of tasks are widened by the deviation over training seeds that these show together" in text
     over = means(found, 0.95)[1]
     assert over.rate == (0.25 + 0.5) / 2 and over.matrix == (1, 3) and over.interquartile == 0.5
 

@@ -80,8 +80,8 @@ def _notes(each: Sequence[Row]) -> list[str]:
         told = [f"on {steady} of {_count(len(known), 'task')} the end deviates by at most {100 * STEADY_END:g} points"]
         falls = [row.task for row in mine if row.fall is not None and row.fall > STEADY_FALL]
         told.append(f"training success falls by more than {100 * STEADY_FALL:g} points on {', '.join(falls) or 'none'}")
-        if alone and known:
-            told.append(f"intervals of the {_count(alone, 'task')} with one seed are widened by the others' deviation")
+        if known:
+            told.append("intervals of tasks are widened by the deviation over training seeds that these show together")
         elif alone:
             told.append("intervals hold the noise of the evaluation alone, not that of training: there is one seed")
         found.append(f"{form}: {'; '.join(told if known else told[1:])}.")
