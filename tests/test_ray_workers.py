@@ -19,7 +19,7 @@ from tiny_env import TinyEnv
 from envs import ray_cluster, ray_workers
 from envs.base import episodes
 from envs.pool import EnvPool, PoolError
-from envs.ray_cluster import RESOURCE, refusal
+from envs.ray_cluster import RESOURCE, HeadWatch, refusal
 from envs.ray_workers import RayWorkers
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'z1-jax[ray]'")
@@ -289,7 +289,26 @@ if __name__ == "__main__":
 """
 
 
-def test_a_head_that_is_gone_is_told(tmp_path):
+def test_a_head_that_no_longer_listens_is_gone(cluster, monkeypatch):
+    monkeypatch.setattr(ray_cluster, "HEAD_EVERY_S", 0.05)
+    monkeypatch.setattr(ray_cluster, "HEAD_GONE_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        watch = HeadWatch(f"127.0.0.1:{head.getsockname()[1]}")
+        time.sleep(1.0)
+        assert not watch.gone
+    until = time.monotonic() + 10
+    while not watch.gone and time.monotonic() < until:
+        time.sleep(0.05)
+    assert "is gone (" in watch.gone and "start Ray again, then the same command continues" in watch.gone
+    with pool_of(TinyEnv, 2, 1) as pool:
+        pool.reset([0, 1], episodes([1, 2]))
+        pool._crew._place._head.gone = watch.gone
+        with pytest.raises(PoolError, match="the head of the Ray cluster at .* is gone"):
+            pool.step([0, 1], np.zeros((2, 1, 3)))
+
+
+@pytest.mark.slow
+def test_a_head_that_is_killed_is_told(tmp_path):
     script = tmp_path / "headless.py"
     script.write_text(HEADLESS)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
