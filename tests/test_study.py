@@ -202,6 +202,20 @@ def test_tables_by_hand():
     assert page(text, "two").count("<table>") == 2 and "<h2>Each task</h2>" in page(text, "two")
 
 
+def test_the_kitchens_page_shows_what_its_file_holds():
+    """Each task's rates and difference on docs/kitchen-24.md, made again from the episodes."""
+    stored = results.read(ROOT / "docs" / "results" / "kitchen_study.json")
+    found = results.outcomes_of(stored)
+    page = (ROOT / "docs" / "kitchen-24.md").read_text()
+    usual = {one.task: one.success for one in found if one.form == "sft" and not one.evaluation}
+    assert len(usual) == 24 and all(len(success) == 256 for success in usual.values())
+    assert stored["means"]["sft"] == pytest.approx(np.mean([success.mean() for success in usual.values()]))
+    for row in rows(found, results.CONFIDENCE):
+        ends = [100 * value for value in (row.after - row.before, *row.interval)]
+        told = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*ends)
+        assert f"| {row.task} | {100 * row.before:.1f} | {100 * row.after:.1f} | {told} |" in page
+
+
 def test_training_noise_is_in_the_intervals():
     """Three training seeds that end at 0, 1/2 and 1, of two tasks alike: a deviation of 1/2 with 2 × 2 freedoms."""
     found = [outcome("sft", task, "........", seed) for task in "AB" for seed in range(3)]
