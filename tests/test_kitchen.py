@@ -501,13 +501,16 @@ def test_light_and_colours_vary_but_stay_near_the_style(seed):
 
 @pytest.mark.parametrize("task", ALL_TASKS)
 def test_experts_solve_fresh_seeds(task, seed):
+    """Seven of eight; or 27 of 32, for an expert of 95 % misses the former in one run of seventeen."""
     env = make(task, image_size=4)
     solved = []
-    for i in range(8):
+    for i in range(32):
         env.reset(Episode(seed + i))
         expert_actions(env, env.spec.horizon)
         solved.append(env.success)
-    assert sum(solved) >= 7, solved
+        if i == 7 and sum(solved) >= 7:
+            return
+    assert sum(solved) >= 27, solved
 
 
 def test_envs_never_import_jax():
