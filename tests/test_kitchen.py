@@ -501,7 +501,7 @@ def test_light_and_colours_vary_but_stay_near_the_style(seed):
 
 @pytest.mark.parametrize("task", ALL_TASKS)
 def test_experts_solve_fresh_seeds(task, seed):
-    """Seven of eight; or 27 of 32, for an expert of 95 % misses the former in one run of seventeen."""
+    """Seven of eight; or as large a share of 32, for an expert of 95 % misses the former in one run of seventeen."""
     env = make(task, image_size=4)
     solved = []
     for i in range(32):
@@ -510,7 +510,7 @@ def test_experts_solve_fresh_seeds(task, seed):
         solved.append(env.success)
         if i == 7 and sum(solved) >= 7:
             return
-    assert sum(solved) >= 27, solved
+    assert sum(solved) >= 28, solved
 
 
 def test_envs_never_import_jax():

@@ -59,7 +59,10 @@ def lines(plan: Plan) -> list[str]:
         "",
         f"prefix cache: {_bytes(plan.cache_bytes)} an observation"
         + (f"; at most {_bytes(plan.host_cache_bytes)} of host memory an iteration" * bool(plan.host_cache_bytes))
-        + (f"; recomputed: those of an iteration exceed the hosts' {_bytes(plan.host_memory)}" * plan.recomputed),
+        + (
+            f"; recomputed: those of an iteration exceed half of the hosts' {_bytes(plan.host_memory)}"
+            * plan.recomputed
+        ),
         *_rendering(plan),
         *_verdict(plan),
         "",
