@@ -142,7 +142,8 @@ def _quantity(
     starts = np.cumsum([0, *(len(part) for part in parts)])
     for dim in range(stats.dim):
         if stats.constant[dim]:
-            moves = f"moves by {stats.span[dim]:.2g} in all" if stats.span[dim] else "never moves"
+            whole = np.ptp(values[:, dim])
+            moves = f"moves by {whole:.2g} in all" if whole else "never moves"
             line = f"{key} dimension {dim} {moves} ({stats.mean[dim]:.4g}): it is held constant in labels and actions"
             found.append(Finding("constant", line))
         elif _nearly_constant(stats)[dim]:
