@@ -211,6 +211,7 @@ class Compilations:
 @pytest.mark.parametrize("branching", ["none", "prefix", "tree"])
 def test_nothing_is_compiled_between_iterations(branching):
     """Iterations with other numbers of kept groups, batches, looks and living episodes: the same compiled functions."""
+    jax.clear_caches()  # full of other tests' functions, they would forget one of this test's
     prefix = 0 if branching == "none" else 1
     group = dataclasses.replace(CONFIG.group, branching=branching, prefix_chunks=prefix, prefix_chunks_end=prefix)
     made = trainer(dataclasses.replace(CONFIG, group=group, reward=RewardConfig()))

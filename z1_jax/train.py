@@ -13,6 +13,7 @@ import jax
 from z1_jax.agreement import seen_in, trained_in
 from z1_jax.config.schema import RANDOM
 from z1_jax.data.normalize import held_line
+from z1_jax.earlier_evaluation import take_over
 from z1_jax.evaluation import Evaluation, compare, evaluate, instructions, rate_sentence, sentence
 from z1_jax.extending import known_changes
 from z1_jax.initial_policy import given_policy, untrained_policy
@@ -128,6 +129,8 @@ def finish_grpo(run: Run, policy: Policy, writer: MetricsWriter, alone: bool = F
                 writer.video(path.stem, step, path, outcomes[path.name])
             return outcomes
 
+        if config.init:
+            take_over(config, run_dir, episodes)
         before = measure("before", "evaluation before RL", None if alone or config.init else "sft", 0)
         parts = before.by_task() or {config.task: before}
         hardly = [task for task, part in parts.items() if part.success.mean() < HARDLY]

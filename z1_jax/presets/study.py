@@ -98,7 +98,14 @@ PRESETS: dict[str, dict[str, Any]] = {
             "train__stop_window": 10,
             "eval__videos": 0,
         },
-        "joint": {"group__count": 24, "group__spread": "adaptive", "env__parallel": 192},
+        # A task gets one group an iteration, where a specialist gets eight: more iterations.
+        "joint": {
+            "group__count": 24,
+            "group__spread": "adaptive",
+            "group__oversample": 1.0,
+            "train__iterations": 240,
+            "env__parallel": 192,
+        },
         "extras": KITCHEN_EXTRAS,
     },
     # One small policy for the ten tasks of a suite of the real LIBERO, from its experts' demonstrations (docs/libero.md).
