@@ -29,6 +29,7 @@ from z1_jax.resuming import counted_sft
 from z1_jax.rl import flow
 from z1_jax.train_state import TrainState
 from z1_jax.types import Observation
+from z1_jax.validation import HELD_OUT, TRAINED, Split, Validation, sentence, split
 
 
 def flow_matching_loss(
@@ -147,6 +148,11 @@ class SftTrainer:
         stats = {"loss": value, "grad_norm": optax.global_norm(grads)}
         return (params, opt_state, average), stats
 
+    def validation(self, loader: Loader, dataset: Dataset, parts: Split) -> Validation:
+        """What gives the loss on held-out episodes, to be called with `state.acting`."""
+        of_loss = self._config.flows, self._counted
+        return Validation(self.graphdef, loader, dataset, parts, *of_loss, self._mesh, self._config.batch_size)
+
     def policy(self) -> Policy:
         """The policy as trained so far: with the averaged parameters where `sft.ema` asks for them."""
         return self._policy.with_params(*self.state.acting)
@@ -183,7 +189,9 @@ def train_sft(
         print(line, flush=True)
     part, parts = distributed.share_of_batch(mesh)
     own = {"process_index": part, "process_count": parts}
-    loader = Loader(dataset, policy.processor, config.batch_size, seed, sampling=sampling, **own)
+    chosen = split(dataset, config.validation, seed) if config.validation else None
+    records = chosen.trained if chosen else None
+    loader = Loader(dataset, policy.processor, config.batch_size, seed, sampling=sampling, records=records, **own)
     trainer = SftTrainer(policy, config, seed, mesh, adapters)
     del policy  # frees what is now kept in bfloat16
     start, document = _restore(checkpoints, trainer, loader)
@@ -208,7 +216,9 @@ def train_sft(
             step, trainer.state.parts(saved), {**saved.document(), "loader": loader.get_state(), "records": written}
         )
 
-    columns = {"loss": ".4f", "grad_norm": ".3f"}
+    validate = trainer.validation(loader, dataset, chosen) if chosen else None
+    losses: dict[str, float] = {}
+    columns = {"loss": ".4f", "grad_norm": ".3f", **({HELD_OUT: ".4f", TRAINED: ".4f"} if validate else {})}
     stats: dict[str, jax.Array] = {}
     with GracefulStop() as stop, Progress(stage, config.steps, "step", columns, start=start) as progress:
         for step in range(start, config.steps):
@@ -220,15 +230,21 @@ def train_sft(
             with jax.profiler.StepTraceAnnotation(stage, step_num=step):
                 stats = trainer.step(next(loader), step)
             done = step + 1
-            if done % report_every == 0 or done == config.steps:
+            saves = done % config.checkpoint_every == 0 or done == config.steps
+            if done % report_every == 0 or done == config.steps or (validate and saves):
                 values = checked(stats, done)
+                if validate and saves:
+                    losses = validate(*trainer.state.acting)
+                    values |= losses
                 writer.write(stage, done, values)
                 written += 1
                 progress.report(done, values)
-            if done % config.checkpoint_every == 0 or done == config.steps:
+            if saves:
                 checked(stats, done)
                 save(done)
     checkpoints.close()
+    if losses:
+        print(sentence(losses), flush=True)
     return trainer.policy()
 
 

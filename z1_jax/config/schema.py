@@ -172,6 +172,9 @@ class SftConfig:
     scope: str = "everything"  # what is trained, as in train.scope
     # decay of a moving average of the parameters, with which the policy then acts; 0: none
     ema: Annotated[float, Within(0.0, 0.99999)] = 0.0
+    # share of each task's episodes that are not trained on: the loss on them is told at each checkpoint, beside that on
+    # as many records that are; 0: none
+    validation: Annotated[float, Within(0.0, 0.9)] = 0.0
     augment: bool = False  # openpi's crop, rotation (first slot only) and colour jitter of the images
     optim: SftOptimConfig = dataclasses.field(default_factory=lambda: SftOptimConfig(lr=3e-3, warmup_steps=50))
     checkpoint_every: Annotated[int, Within(1, 10_000_000)] = 250  # steps
@@ -469,6 +472,7 @@ _YOUNGER: dict[str, Any] = {
     "flow.temperature": -1.0,
     "rollout.overlap": False,
     "eval.words": [],
+    "sft.validation": 0.0,
 }
 
 

@@ -48,6 +48,7 @@ class Loader(Iterator[Batch]):
         seed: int,
         *,
         sampling: str = "proportional",
+        records: Int[np.ndarray, " n"] | None = None,
         process_index: int = 0,
         process_count: int = 1,
         memory_bytes: int = MEMORY_BYTES,
@@ -57,6 +58,7 @@ class Loader(Iterator[Batch]):
         """Args:
             batch_size: rows of a global batch, a multiple of `process_count`.
             sampling: proportional: every record is as likely as another; balanced: every task of the dataset.
+            records: those that batches are drawn from; None: all.
             memory_bytes: a dataset that takes more than this is read from disk, batch by batch.
             prefetch: batches read ahead, by `threads` threads, when reading from disk.
 
@@ -76,10 +78,18 @@ class Loader(Iterator[Batch]):
         self._identity = {"dataset": dataset.identity, "seed": seed, "batch_size": batch_size}
         local = batch_size // process_count
         rows = slice(process_index * local, (process_index + 1) * local)
-        parts = _records_by_task(dataset) if sampling == "balanced" else []
-        of_batch = batch_size, seed, rows
-        chosen = BalancedBatches(parts, *of_batch) if len(parts) > 1 else Batches(len(dataset), *of_batch)
+        self._rows = rows
+        parts = _records_by_task(dataset) if sampling == "balanced" else [np.arange(len(dataset))]
         self._sampling = sampling if len(parts) > 1 else "proportional"
+        if records is not None:
+            parts = [part for part in (np.intersect1d(part, records) for part in parts) if len(part)]
+            self._identity["records"] = len(records)
+        of_batch = batch_size, seed, rows
+        chosen = (
+            Batches(len(dataset), *of_batch)
+            if len(parts) == 1 and records is None
+            else BalancedBatches(parts, *of_batch)
+        )
         order = grain.MapDataset.source(chosen)
         self.memory: Batch | None = None  # all records, where they fit: arrays as in a batch, in the dataset's order
         if decoded_bytes(dataset, processor) <= memory_bytes:
@@ -96,6 +106,11 @@ class Loader(Iterator[Batch]):
             return item
         return {key: value[item] for key, value in self.memory.items()}
 
+    def rows(self, records: Int[np.ndarray, " B"]) -> Batch:
+        """This process's rows of a batch of given records."""
+        mine = records[self._rows]
+        return self._read(mine) if self.memory is None else {key: value[mine] for key, value in self.memory.items()}
+
     def get_state(self) -> dict[str, Any]:
         """The position, as JSON: a loader with this state goes on with the batch that would come next."""
         told = {} if self._sampling == "proportional" else {"sampling": self._sampling}  # older states know no other
@@ -108,7 +123,7 @@ class Loader(Iterator[Batch]):
             ValueError: the state belongs to another dataset, seed or batch size.
         """
         saved = {"sampling": "proportional", **state}
-        for key, value in {**self._identity, "sampling": self._sampling}.items():
+        for key, value in {"records": None, **self._identity, "sampling": self._sampling}.items():
             if saved.get(key) != value:
                 raise UserError(
                     f"the data position was saved with {key}={saved.get(key)!r}, this run has {value!r}; "

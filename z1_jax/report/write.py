@@ -55,7 +55,12 @@ def _seconds(value: float) -> str:
 
 TIMES = ("simulate", "render", "sample", "update", "idle")
 CURVES = (
-    Curve("SFT loss", "sft", {"loss": "training"}, x_label="step"),
+    Curve(
+        "SFT loss",
+        "sft",
+        {"loss": "training", "validation/trained": "trained episodes", "validation/held_out": "held-out episodes"},
+        x_label="step",
+    ),
     Curve(
         "Groups", "grpo", {"groups/kept": "kept", "groups/all_success": "all succeed", "groups/all_fail": "all fail"}
     ),
