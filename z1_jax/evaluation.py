@@ -191,22 +191,25 @@ def instructions(pool: Pool, held_out: Sequence[Episode]) -> list[str]:
 def _read_results(path: pathlib.Path, episodes: Sequence[Episode]) -> list[dict[str, Any]]:
     rows = read_records(path)[: len(episodes)]
     for number, (row, episode) in enumerate(zip(rows, episodes, strict=False), 1):
-        if not {"seed", "success", "steps"} <= row.keys():
-            raise UserError(
-                f"{path}:{number} is no result of an episode: the file is damaged; mend or delete that line"
-            )
-        told = [row["success"], row["steps"], row.get("unstable", False), row.get("lost", False)]
-        least = 0 if row.get("lost") is True else 1
-        if list(map(type, told)) != [bool, int, bool, bool] or not least <= row["steps"] < 2**31:
-            raise UserError(
-                f"{path}:{number} has success={row['success']!r:.80}, steps={row['steps']!r:.80} and "
-                f"unstable={row.get('unstable', False)!r:.80}, expected true or false, 1 or more, and true or false: "
-                "the file was edited; mend or delete that line"
-            )
+        check_row(path, number, row)
         if any(row.get(key, value) != value for key, value in episode.to_json().items()):  # older rows hold seeds alone
             raise UserError(f"{path} holds other episodes than this evaluation's; move it away to evaluate anew")
     drop_half_line(path)  # what comes next is appended
     return rows
+
+
+def check_row(path: pathlib.Path, number: int, row: dict[str, Any]) -> None:
+    """Refuses a row that is no result of an episode. Args: `number`: of the line in its file, from 1."""
+    if not {"seed", "success", "steps"} <= row.keys():
+        raise UserError(f"{path}:{number} is no result of an episode: the file is damaged; mend or delete that line")
+    told = [row["success"], row["steps"], row.get("unstable", False), row.get("lost", False)]
+    least = 0 if row.get("lost") is True else 1
+    if list(map(type, told)) != [bool, int, bool, bool] or not least <= row["steps"] < 2**31:
+        raise UserError(
+            f"{path}:{number} has success={row['success']!r:.80}, steps={row['steps']!r:.80} and "
+            f"unstable={row.get('unstable', False)!r:.80}, expected true or false, 1 or more, and true or false: "
+            "the file was edited; mend or delete that line"
+        )
 
 
 def compare(before: Evaluation, after: Evaluation, confidence: float) -> dict[str, Any]:

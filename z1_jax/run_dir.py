@@ -47,6 +47,7 @@ from z1_jax.serve import remote
 
 SUMMARY = "summary.json"
 DATASET = "demos.dataset"
+TAKEN_FROM = "evaluation/before_from.json"  # in a run directory: whose evaluation the one before RL is
 FORCED = "forced.json"  # in a run directory: every key that was changed by force
 OUTCOMES = "outcomes.json"  # in the folder of videos: of each file, whether its episode succeeded
 # What repetitions of the default run gave on one core, on two and on other machines; see docs/runs.md.
@@ -378,7 +379,7 @@ def conclude(
     if not processes.leads():
         return
     simulators = note_environments(run_dir, suites.mujoco_version(config))
-    forced = read_json(run_dir / FORCED, list, [])
+    forced, taken = read_json(run_dir / FORCED, list, []), read_json(run_dir / TAKEN_FROM, dict, {})
     changed = ", ".join(f"{one['key']} {one['was']} → {one['now']}" for one in forced)
     told = ", ".join(f"“{said}” is told as “{instead}”" for said, instead in config.eval.told.items())
     for note in filter(None, (suites.label(config), told, f"changed by force on the way: {changed}" * bool(forced))):
@@ -391,6 +392,7 @@ def conclude(
             **({"allowed_to_differ": list(config.allow)} if config.allow else {}),
             **({"differences": list(differing)} if differing else {}),
             **({"environments": simulators} if len(simulators) > 1 else {}),
+            **({"before_from": str(taken["run"])} if "run" in taken else {}),
             **({"forced": forced} if forced else {}),
         },
         **result,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -171,11 +172,13 @@ def train_sft(
     stage: str = "sft",
     adapters: LoraConfig | None = None,
     sampling: str = "proportional",
+    collected: bool = False,
 ) -> Policy:
     """Trains to `config.steps`, from the newest checkpoint in `directory` where there is one. `policy` is used up.
 
     Args:
         sampling: of the batches, as `demos.sampling`.
+        collected: the run collected its demonstrations itself.
 
     Order of a step: stop if asked → next batch → step → log → save.
 
@@ -191,6 +194,12 @@ def train_sft(
     own = {"process_index": part, "process_count": parts}
     chosen = split(dataset, config.validation, seed) if config.validation else None
     records = chosen.trained if chosen else None
+    if chosen:
+        print(
+            f"held out for validation: {chosen.episodes:,} of {len(dataset.episodes):,} episodes, "
+            f"{len(chosen.held_out):,} of {len(dataset):,} records",
+            flush=True,
+        )
     loader = Loader(dataset, policy.processor, config.batch_size, seed, sampling=sampling, records=records, **own)
     trainer = SftTrainer(policy, config, seed, mesh, adapters)
     del policy  # frees what is now kept in bfloat16
@@ -201,7 +210,7 @@ def train_sft(
     written = processes.on_leader(lambda: counted_sft(writer.run_dir, start, document, stage))
     writer.resume(stage, start + 1)  # records count finished steps: that of `start` is covered by its checkpoint
 
-    def checked(stats: dict[str, jax.Array], done: int) -> dict[str, float]:
+    def checked(stats: Mapping[str, jax.Array | float], done: int) -> dict[str, float]:
         values = {name: float(value) for name, value in stats.items()}
         if not np.isfinite(list(values.values())).all():
             raise FloatingPointError(
@@ -234,7 +243,7 @@ def train_sft(
             if done % report_every == 0 or done == config.steps or (validate and saves):
                 values = checked(stats, done)
                 if validate and saves:
-                    losses = validate(*trainer.state.acting)
+                    losses = checked(validate(*trainer.state.acting), done)
                     values |= losses
                 writer.write(stage, done, values)
                 written += 1
@@ -244,7 +253,7 @@ def train_sft(
                 save(done)
     checkpoints.close()
     if losses:
-        print(sentence(losses), flush=True)
+        print(sentence(losses, collected), flush=True)
     return trainer.policy()
 
 

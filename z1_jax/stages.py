@@ -38,6 +38,7 @@ from z1_jax.suites import (
     simulators,
     widths,
 )
+from z1_jax.validation import split
 
 DEMO_SEEDS = 10_000  # from one run seed's first demonstration to the next one's
 
@@ -71,7 +72,10 @@ def check_inputs(config: Config) -> Config:
         if config.inputs.tokenizer:
             initial_policy.prompt_tokenizer(config, shapes)
         if config.demos.dataset:
-            _fitting(config, open_dataset(config.demos.dataset))
+            dataset = open_dataset(config.demos.dataset)
+            _fitting(config, dataset)
+            if config.sft.validation:
+                split(dataset, config.sft.validation, config.seed)
     return initial_policy.with_own_steps(config)
 
 
@@ -358,6 +362,7 @@ def supervised_policy(
         report_every=config.log.every,
         adapters=config.lora,
         sampling=config.demos.sampling,
+        collected=not config.demos.dataset,
     )
 
 
@@ -372,6 +377,9 @@ def _check_own(config: Config, dataset: Dataset, checkpoints: Checkpoints) -> No
     if not told:  # an older one
         return
     mine = {"dataset": dataset.identity, "seed": config.seed, "batch_size": config.sft.batch_size}
+    told = {"records": None, **told}
+    held_out = config.sft.validation and split(dataset, config.sft.validation, config.seed)
+    mine["records"] = len(held_out.trained) if held_out else None
     for key, value in mine.items():
         if told.get(key, value) != value:
             raise UserError(

@@ -129,8 +129,8 @@ def finish_grpo(run: Run, policy: Policy, writer: MetricsWriter, alone: bool = F
                 writer.video(path.stem, step, path, outcomes[path.name])
             return outcomes
 
-        if config.init:
-            take_over(config, run_dir, episodes)
+        if not alone:
+            take_over(config, policy, run_dir, episodes)
         before = measure("before", "evaluation before RL", None if alone or config.init else "sft", 0)
         parts = before.by_task() or {config.task: before}
         hardly = [task for task, part in parts.items() if part.success.mean() < HARDLY]

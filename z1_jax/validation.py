@@ -1,4 +1,4 @@
-"""SFT's loss on episodes that it is not trained on, beside that on as many records that it is.
+"""SFT's loss on episodes that it is not trained on, beside that on episodes that it is.
 
 Their difference is what the policy knows by heart. Closed-loop success is what counts in the end; this is what tells
 before, and without a simulator, whether more demonstrations would help.
@@ -26,7 +26,7 @@ from z1_jax.sharding import replicated
 from z1_jax.types import Observation
 
 HELD_OUT, TRAINED = "validation/held_out", "validation/trained"  # names of the two losses in metrics.jsonl
-MOST = 1024  # records of either kind that are looked at
+MOST = 512  # records of either kind that are looked at
 BY_HEART = 1.5  # times the loss of what was trained on: above it, more demonstrations are worth naming
 
 
@@ -36,6 +36,7 @@ class Split:
 
     trained: Int[np.ndarray, " n"]
     held_out: Int[np.ndarray, " m"]
+    episodes: int = 0  # that are held out
 
 
 def split(dataset: Dataset, share: float, seed: int) -> Split:
@@ -76,10 +77,13 @@ class Validation:
     ):
         """Args: `loader`: where records come from; `flows`, `counted`: of the loss, as SFT has them."""
         self._loader, self._mesh, self._batch_size = loader, mesh, batch_size
-        tasks = np.array([row.task for row in dataset.episodes for _ in range(row.records)])
-        chosen = [_some(records) for records in (parts.held_out, parts.trained)]
-        self._records, self._held = np.concatenate(chosen), len(chosen[0])
-        self._tasks = tasks[self._records]
+        count = min(MOST, len(parts.held_out), len(parts.trained))
+        chosen = [_some(records, count) for records in (parts.held_out, parts.trained)]
+        self._records, self._held = np.concatenate(chosen), count
+        first = [row.first_record for row in dataset.episodes]
+        self._tasks = np.array(
+            [dataset.episodes[number - 1].task for number in np.searchsorted(first, self._records, "right")]
+        )
 
         def losses(
             acting: Any, frozen: Any, observation: Observation, actions: jax.Array, record: jax.Array
@@ -111,8 +115,10 @@ class Validation:
             }
             for task in dict.fromkeys(self._tasks.tolist())
         }
-        both = [losses for losses in by_task.values() if len(losses) == 2]
-        means = {name: float(np.mean([losses[name] for losses in both])) for name in (HELD_OUT, TRAINED)}
+        means = {
+            name: float(np.mean([losses[name] for losses in by_task.values() if name in losses]))
+            for name in (HELD_OUT, TRAINED)
+        }
         several = {f"tasks/{task}/{name}": value for task, losses in by_task.items() for name, value in losses.items()}
         return {**means, **(several if len(by_task) > 1 else {})}
 
@@ -129,18 +135,16 @@ class Validation:
         return distributed.whole(self._losses(acting, frozen, observation, actions, number))
 
 
-def _some(records: Int[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
-    """At most `MOST` of them, evenly spread."""
-    return records[np.unique(np.linspace(0, len(records) - 1, min(MOST, len(records))).round().astype(int))]
+def _some(records: Int[np.ndarray, " n"], count: int) -> Int[np.ndarray, " count"]:
+    """So many of them, evenly spread."""
+    return records[np.arange(count) * len(records) // count]
 
 
-def sentence(losses: dict[str, float]) -> str:
-    """What the losses say, in a line."""
+def sentence(losses: dict[str, float], collected: bool) -> str:
+    """What the losses say, in a line. Args: `collected`: the run collected its demonstrations itself."""
     held, trained = losses[HELD_OUT], losses[TRAINED]
     line = f"loss on held-out episodes: {held:.4f}, on trained ones {trained:.4f}"
     if held <= BY_HEART * trained:
         return line
-    return (
-        f"{line}: much of it is known by heart, so more demonstrations help more than more steps (of what is collected "
-        "here: demos.episodes)"
-    )
+    which = " (demos.episodes)" if collected else ""
+    return f"{line}: much of it is known by heart, so more demonstrations{which} help more than more steps"

@@ -170,6 +170,11 @@ def _check_combinations(config: Config) -> None:
             "config key eval.episodes: got 0, expected at least 1; 0 is for algorithm=sft with a demos.dataset, which "
             "then trains without simulating"
         )
+    if config.sft.validation and config.demos.episodes < 2 and not config.demos.dataset:
+        raise ConfigError(
+            f"config key sft.validation: got {config.sft.validation:g} with demos.episodes=1, expected two episodes of "
+            "a task or more: one of them is held out"
+        )
     for key, section in (("sft", config.sft), ("train", config.train)):
         if section.keep_every % section.checkpoint_every:
             raise ConfigError(

@@ -173,7 +173,7 @@ class SftConfig:
     # decay of a moving average of the parameters, with which the policy then acts; 0: none
     ema: Annotated[float, Within(0.0, 0.99999)] = 0.0
     # share of each task's episodes that are not trained on: the loss on them is told at each checkpoint, beside that on
-    # as many records that are; 0: none
+    # trained ones; 0: none
     validation: Annotated[float, Within(0.0, 0.9)] = 0.0
     augment: bool = False  # openpi's crop, rotation (first slot only) and colour jitter of the images
     optim: SftOptimConfig = dataclasses.field(default_factory=lambda: SftOptimConfig(lr=3e-3, warmup_steps=50))

@@ -127,7 +127,7 @@ class Loader(Iterator[Batch]):
             if saved.get(key) != value:
                 raise UserError(
                     f"the data position was saved with {key}={saved.get(key)!r}, this run has {value!r}; "
-                    f"use the same {key}, or start a new run"
+                    f"use the same {'sft.validation' if key == 'records' else key}, or start a new run"
                 )
         self._batches.set_state(state["position"])
 

@@ -112,4 +112,4 @@ def counts(config: Config, cell: Cell, executed: int) -> dict[str, float]:
         return {"demonstration": shown, "sft": config.sft.steps, "look": evaluated}
     group = config.group
     chunks = config.train.iterations * group.count * group.size * float(np.mean(looks))
-    return {"look": 2 * evaluated + group.oversample * chunks, "update": chunks}
+    return {"look": evaluated + group.oversample * chunks, "update": chunks}
