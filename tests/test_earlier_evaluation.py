@@ -83,6 +83,15 @@ def test_the_same_policy_on_the_same_episodes_is_not_evaluated_twice(runs, capsy
     assert not take_over(config, tiny.policy(), mine, EPISODES[3:]) and not results.read_text()
 
 
+def test_what_differs_by_task_is_compared_for_the_tasks_that_are_asked_for(runs):
+    config, source, mine, _ = runs
+    told(source, physics=None, by_task={"OpenDrawer": {"physics": 9}, "CloseDrawer": {"physics": 8}})
+    assert not take_over(config, tiny.policy(), mine, EPISODES[3:])
+    own = protocol(CONFIG, tiny.policy())["physics"]
+    told(source, physics=None, by_task={"OpenDrawer": {"physics": 9}, "CloseDrawer": {"physics": own}})
+    assert take_over(config, tiny.policy(), mine, EPISODES[3:])
+
+
 def told(source, **values):
     """The source's summary says something else."""
     write(source / "summary.json", {"protocol": {**protocol(CONFIG, tiny.policy()), **values}})

@@ -72,9 +72,9 @@ def _rows(config: Config, policy: Policy, source: pathlib.Path, run_dir: pathlib
     told = read_json(source / "config.json", dict, {})
     here = json.loads(json.dumps(protocol(config, policy)))
     there = read_json(source / SUMMARY, dict, {})["protocol"]
-    if _kept(here) != _kept(there) or any(
-        told[section][key] != getattr(getattr(config, section), key) for section, key in _DIGITS
-    ):
+    if any(_of_task(here, task) != _of_task(there, task) for task in config.every_task):
+        return {}
+    if any(told[section][key] != getattr(getattr(config, section), key) for section, key in _DIGITS):
         return {}
     path = source / "evaluation" / "after.jsonl"
     rows = read_records(path)
@@ -83,5 +83,7 @@ def _rows(config: Config, policy: Policy, source: pathlib.Path, run_dir: pathlib
     return {Episode.from_json(row): row for row in rows}
 
 
-def _kept(told: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in told.items() if key not in _OF_THE_RUN}
+def _of_task(told: dict[str, Any], task: str) -> dict[str, Any]:
+    """What a protocol says of one of its tasks, whichever others it is of."""
+    common = {key: value for key, value in told.items() if key not in (*_OF_THE_RUN, "by_task")}
+    return {**common, **told.get("by_task", {}).get(task, {})}
