@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import importlib.util
 import itertools
 import json
 import pathlib
@@ -52,6 +53,20 @@ def test_the_kitchens_study_has_24_tasks_and_twelve_of_them_three_seeds():
         config = parsed(cell)
         assert config.eval.first_seed == 1_400_000_000 and config.env.executed == 4 and config.flow.temperature == 0
     assert {parsed(cell).eval.episodes for cell in trained} == {256} and parsed(made[0]).sft.steps == 8000
+
+
+def test_liberos_study_is_one_policy_for_ten_tasks_or_a_line_that_says_what_to_install(tmp_path):
+    made = cells(study(preset="libero"))
+    assert [cell.kind for cell in made] == ["sft", "joint"]
+    joint = parsed(made[1])
+    assert len(with_tasks(joint).every_task) == 10 and joint.group.spread == "adaptive" and joint.env.executed == 5
+    assert {one.kind for one in cells(study("--config.forms=specialists", preset="libero"))} == {"sft", "specialists"}
+    if importlib.util.find_spec("libero") is None:
+        with pytest.raises(ConfigError, match="is not installed: pip install 'z1-jax.libero.'"):
+            program.main(
+                ["study", f"--config={ROOT / 'configs' / 'study.py'}:libero", f"--config.folder={tmp_path / 'study'}"]
+            )
+        assert not (tmp_path / "study").exists()
 
 
 def test_further_evaluations_are_runs_of_their_own(tmp_path):

@@ -47,6 +47,8 @@ def main(argv: Sequence[str]) -> int | None:
     folder = absolute(study.folder)
     if REPORT in argv and not any(finished(folder, cell) for cell in planned):
         raise UserError(f"no run of this study is finished in {folder}; expected the --config.folder that it was given")
+    if REPORT not in argv:
+        settled(parsed(planned[0]))  # a suite that is not installed is told before anything is made
     _claim(study, folder, planned)
     check_runs(folder, planned)
     if REPORT in argv:
