@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from z1_jax.optim import init_optimizer, make_optimizer, schedule
 from z1_jax.policy import Policy
 from z1_jax.resuming import counted_sft
 from z1_jax.rl import flow
+from z1_jax.sharding import constrain
 from z1_jax.train_state import TrainState
 from z1_jax.types import Observation
 from z1_jax.validation import HELD_OUT, TRAINED, Split, Validation, sentence, split
@@ -47,13 +48,28 @@ def flow_matching_loss(
         actions: [B, H, A], normalised and padded.
         counted: 0 or 1 [A], the dimensions that the loss averages.
     """
-    batch = actions.shape[0]
+    return velocity_loss(model, observation, actions, draw_times(key, actions.shape, flows), counted, actions.shape[0])
+
+
+def draw_times(key: Key[jax.Array, ""], shape: tuple[int, ...], flows: int) -> tuple[jax.Array, jax.Array]:
+    """Flow times float32 [B, flows] and noise [B, flows, H, A] for actions of a shape [B, H, A]."""
     time_key, noise_key = jax.random.split(key)
-    t = flow.training_times(time_key, (batch, flows))
-    noise = normal(noise_key, (batch, flows, *actions.shape[1:]))
+    return flow.training_times(time_key, (shape[0], flows)), normal(noise_key, (shape[0], flows, *shape[1:]))
+
+
+def velocity_loss(
+    model: Any,
+    observation: Observation,
+    actions: Float[jax.Array, "B H A"],
+    drawn: tuple[jax.Array, jax.Array],
+    counted: Shaped[jax.Array, " A"],
+    rows: int,
+) -> jax.Array:
+    """As `flow_matching_loss` with what `draw_times` drew, over `rows`: those of the batch that these are a part of."""
+    t, noise = drawn
     x_t, target = flow.training_pair(actions[:, None], noise, t)
     velocity = model.velocity(model.encode_prefix(observation), x_t, t)
-    weight = counted / (jnp.sum(counted) * batch * flows * actions.shape[1])
+    weight = counted / (jnp.sum(counted) * rows * t.shape[1] * actions.shape[1])
     return jnp.sum(jnp.square(velocity - target) * weight)
 
 
@@ -74,6 +90,18 @@ def augmented(observation: Observation, key: Key[jax.Array, ""], moved_slots: tu
     """The observation (uint8 images) with every image randomly changed, as openpi trains: float32 in [-1, 1]."""
     images = observation.images.astype(jnp.float32) / 255.0 * 2.0 - 1.0
     return dataclasses.replace(observation, images=augment(key, images, moved_slots))
+
+
+def _summed(gradient: Callable[..., tuple[jax.Array, Any]], params: Any, whole: Any, count: int) -> tuple[Any, Any]:
+    """Value and gradient of a batch [B, …] as sums over `count` micro-batches, each with rows of every device."""
+
+    def accumulate(total: tuple[Any, Any], part: Any) -> tuple[tuple[Any, Any], None]:
+        part = jax.tree.map(lambda x: constrain(x, "batch"), part)
+        return jax.tree.map(jnp.add, total, gradient(params, part)), None
+
+    parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), whole)
+    zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(accumulate, zeros, parts)[0]
 
 
 def _copied(x: Any) -> Any:
@@ -137,11 +165,17 @@ class SftTrainer:
         if self._config.augment:
             observation = augmented(observation, jax.random.fold_in(key, 0xA6), self._policy.processor.moved_slots)
 
-        def loss(params: Any) -> jax.Array:
-            model = nnx.merge(self.graphdef, params, frozen)
-            return flow_matching_loss(model, observation, actions, key, self._config.flows, self._counted)
+        rows, micro = len(actions), self._config.micro_batch or len(actions)
 
-        value, grads = jax.value_and_grad(loss)(params)
+        def loss(params: Any, part: tuple[Any, ...]) -> jax.Array:
+            model = nnx.merge(self.graphdef, params, frozen)
+            return velocity_loss(model, *part, self._counted, rows)
+
+        whole = observation, actions, draw_times(key, actions.shape, self._config.flows)
+        if micro == rows:
+            value, grads = jax.value_and_grad(loss)(params, whole)
+        else:
+            value, grads = _summed(jax.value_and_grad(loss), params, whole, rows // micro)
         updates, opt_state = self._optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
         if average is not None:

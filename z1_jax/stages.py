@@ -154,7 +154,11 @@ def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
         ConfigError: one line.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    for key, size in (("sft.batch_size", config.sft.batch_size), ("update.micro_batch", config.update.micro_batch)):
+    for key, size in (
+        ("sft.batch_size", config.sft.batch_size),
+        ("sft.micro_batch", config.sft.micro_batch),  # 0, the whole batch, is a multiple
+        ("update.micro_batch", config.update.micro_batch),
+    ):
         if size % shards:
             raise ConfigError(f"config key {key}: got {size}, expected a multiple of the {shards} shards of a batch")
 

@@ -130,6 +130,11 @@ def _check_combinations(config: Config) -> None:
             f"config key update.batch_size: got {config.update.batch_size}, "
             f"expected a multiple of update.micro_batch = {config.update.micro_batch}"
         )
+    if config.sft.micro_batch and config.sft.batch_size % config.sft.micro_batch:
+        raise ConfigError(
+            f"config key sft.batch_size: got {config.sft.batch_size}, "
+            f"expected a multiple of sft.micro_batch = {config.sft.micro_batch}"
+        )
     if config.reward.keep_low > config.reward.keep_high:
         raise ConfigError(
             f"config key reward.keep_low: got {config.reward.keep_low}, "

@@ -91,7 +91,9 @@ def _too_large(config: Config, program: Program, needed: float, memory: int, sha
     batch = ("update.batch_size", update.batch_size)
     micro = ("update.micro_batch", update.micro_batch)
     key, value = {
-        "sft_step": ("sft.batch_size", config.sft.batch_size),
+        "sft_step": ("sft.micro_batch", config.sft.micro_batch)
+        if config.sft.micro_batch
+        else ("sft.batch_size", config.sft.batch_size),
         "rl_update": batch if program.inputs > needed / 2 else micro,
         "encode": ("env.parallel", config.env.parallel),
         "denoise": ("env.parallel", config.env.parallel),

@@ -244,7 +244,10 @@ def _steps(config: Config, model: Pi05Config, plan: Plan) -> Iterator[tuple[str,
             config = _with(config, "update", micro_batch=half, batch_size=half)
             yield step(f"update.micro_batch={half} and update.batch_size={half}")
     elif worst == "sft_step" and config.sft.batch_size > 1:
-        config = _with(config, "sft", batch_size=config.sft.batch_size // 2)
+        rows = config.sft.micro_batch or config.sft.batch_size
+        if rows % 2 == 0:  # the same training, but for a second gradient
+            yield f"sft.micro_batch={rows // 2}", _with(config, "sft", micro_batch=rows // 2), model, devices
+        config = _with(config, "sft", batch_size=config.sft.batch_size // 2, micro_batch=0)
         yield step(f"sft.batch_size={config.sft.batch_size}")
     elif config.env.parallel > config.group.size:
         groups = max(config.env.parallel // (2 * config.group.size), 1)

@@ -254,7 +254,11 @@ def gradient_shares(model: Pi05Config, mesh: jax.sharding.Mesh) -> dict[tuple[in
 def local_config(config: Config, mesh: jax.sharding.Mesh) -> Config:
     """`config` with the share of every batch that one device of the mesh has."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    sft = dataclasses.replace(config.sft, batch_size=max(config.sft.batch_size // shards, 1))
+    sft = dataclasses.replace(
+        config.sft,
+        batch_size=max(config.sft.batch_size // shards, 1),
+        micro_batch=config.sft.micro_batch // shards,
+    )
     update = dataclasses.replace(
         config.update,
         batch_size=config.update.batch_size // shards,

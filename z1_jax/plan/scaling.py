@@ -104,7 +104,10 @@ def traffic_of(
         "encode": row.parameters,
         "denoise": config.flow.steps * analytic.expert_parameters(model) * itemsize(model.dtype) / (fsdp * tensor),
     }[row.name]
-    times = config.update.batch_size // config.update.micro_batch if row.name == "rl_update" else 1
+    times = {
+        "rl_update": config.update.batch_size // config.update.micro_batch,
+        "sft_step": config.sft.batch_size // (config.sft.micro_batch or config.sft.batch_size),
+    }.get(row.name, 1)
     if fsdp > 1:
         add(times * gathered * (fsdp - 1), fsdp_crosses)
         add(times * row.gradients * (fsdp - 1), fsdp_crosses)
