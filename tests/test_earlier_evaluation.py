@@ -144,6 +144,7 @@ def test_seeds_beyond_those_evaluated_are_not_taken_over(runs):
     assert not take_over(config, tiny.policy(), mine, [*EPISODES[3:], Episode(900_000_003, "CloseDrawer")])
 
 
+@pytest.mark.slow
 def test_the_command_takes_it_over(tmp_path, capsys):
     """SFT of two tasks, then RL of one from there, by their commands; its evaluation is not made."""
     small = ["env.parallel=2", "env.workers=0", "env.horizon=24", "eval.episodes=2"]

@@ -67,6 +67,7 @@ def test_over_devices_each_has_rows_of_every_micro_batch(batch, whole):
     assert_close(stepped(batch, 4, mesh), whole)
 
 
+@pytest.mark.slow
 def test_adapters_and_augmented_pictures(batch):
     changes = {"scope": "lora", "augment": True, "ema": 0.9}
     assert_close(stepped(batch, 2, **changes), stepped(batch, 0, **changes))

@@ -160,6 +160,7 @@ def test_looking_moves_no_number(tmp_path, dataset):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_what_is_known_by_heart_is_told(dataset, tmp_path):
     """Trained on one record of each task again and again: their loss falls more than that of other episodes."""
     record = np.array([row.first_record for row in dataset.episodes])

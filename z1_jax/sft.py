@@ -51,8 +51,10 @@ def flow_matching_loss(
     return velocity_loss(model, observation, actions, draw_times(key, actions.shape, flows), counted, actions.shape[0])
 
 
-def draw_times(key: Key[jax.Array, ""], shape: tuple[int, ...], flows: int) -> tuple[jax.Array, jax.Array]:
-    """Flow times float32 [B, flows] and noise [B, flows, H, A] for actions of a shape [B, H, A]."""
+def draw_times(
+    key: Key[jax.Array, ""], shape: tuple[int, ...], flows: int
+) -> tuple[Float[jax.Array, "B F"], Float[jax.Array, "B F H A"]]:
+    """Flow times and noise, F = `flows` of them for each action chunk, for actions of a shape [B, H, A]."""
     time_key, noise_key = jax.random.split(key)
     return flow.training_times(time_key, (shape[0], flows)), normal(noise_key, (shape[0], flows, *shape[1:]))
 
@@ -61,7 +63,7 @@ def velocity_loss(
     model: Any,
     observation: Observation,
     actions: Float[jax.Array, "B H A"],
-    drawn: tuple[jax.Array, jax.Array],
+    drawn: tuple[Float[jax.Array, "B F"], Float[jax.Array, "B F H A"]],
     counted: Shaped[jax.Array, " A"],
     rows: int,
 ) -> jax.Array:
