@@ -169,9 +169,9 @@ class SftTrainer:
 
         rows, micro = len(actions), self._config.micro_batch or len(actions)
 
-        def loss(params: Any, part: tuple[Any, ...]) -> jax.Array:
+        def loss(params: Any, part: tuple[Observation, jax.Array, tuple[jax.Array, jax.Array]]) -> jax.Array:
             model = nnx.merge(self.graphdef, params, frozen)
-            return velocity_loss(model, *part, self._counted, rows)
+            return velocity_loss(model, *part, counted=self._counted, rows=rows)
 
         whole = observation, actions, draw_times(key, actions.shape, self._config.flows)
         if micro == rows:
