@@ -53,6 +53,7 @@ def test_whole_episodes_of_each_task_are_held_out(share, each, dataset, rng):
     parts = split(dataset, share, seed)
     held, whole = episodes_of(dataset, parts.held_out)
     assert whole and [sum(task == name for task, _ in held) for name in TASKS] == [each, each]
+    assert parts.episodes == len(held)
     assert sorted([*parts.trained, *parts.held_out]) == list(range(len(dataset)))
     again = split(dataset, share, seed)
     assert np.array_equal(again.held_out, parts.held_out)
@@ -60,7 +61,7 @@ def test_whole_episodes_of_each_task_are_held_out(share, each, dataset, rng):
     assert len(others) > 1
 
 
-def test_a_task_of_one_episode_is_trained_on(tmp_path):
+def test_data_without_a_second_episode_of_any_task_are_refused(tmp_path):
     one = write_dataset(tmp_path / "one", collect(TASKS[:1], 1), {"made_by": "test"})
     with pytest.raises(UserError, match="sft.validation: no task of .*one has two episodes.* set 0"):
         split(one, 0.5, 0)
@@ -134,6 +135,7 @@ def test_a_run_tells_both_losses_at_each_checkpoint_and_goes_on(tmp_path, datase
     out = capsys.readouterr().out
     rows = read_records(tmp_path / "whole" / "metrics.jsonl")
     assert [(row["step"], HELD_OUT in row) for row in rows] == [(2, False), (3, True), (4, False), (6, True)]
+    assert "held out for validation: 2 of 8 episodes, " in out
     assert all("loss" in row for row in rows) and "loss on held-out episodes: " in out
     assert "validation held out" in out  # a column
     step = SftTrainer.step

@@ -58,7 +58,7 @@ def split(dataset: Dataset, share: float, seed: int) -> Split:
             "set 0, or bring more demonstrations"
         )
     records = np.sort(np.concatenate([np.arange(row.first_record, row.first_record + row.records) for row in held]))
-    return Split(np.setdiff1d(np.arange(len(dataset)), records), records)
+    return Split(np.setdiff1d(np.arange(len(dataset)), records), records, len(held))
 
 
 class Validation:
