@@ -34,23 +34,6 @@ from z1_jax.types import Observation
 from z1_jax.validation import HELD_OUT, TRAINED, Split, Validation, sentence, split
 
 
-def flow_matching_loss(
-    model: Any,
-    observation: Observation,
-    actions: Float[jax.Array, "B H A"],
-    key: Key[jax.Array, ""],
-    flows: int,
-    counted: Shaped[jax.Array, " A"],
-) -> jax.Array:
-    """Mean squared error of the velocity over `flows` times and noises per observation, each encoded once.
-
-    Args:
-        actions: [B, H, A], normalised and padded.
-        counted: 0 or 1 [A], the dimensions that the loss averages.
-    """
-    return velocity_loss(model, observation, actions, draw_times(key, actions.shape, flows), counted, actions.shape[0])
-
-
 def draw_times(
     key: Key[jax.Array, ""], shape: tuple[int, ...], flows: int
 ) -> tuple[Float[jax.Array, "B F"], Float[jax.Array, "B F H A"]]:
@@ -59,7 +42,7 @@ def draw_times(
     return flow.training_times(time_key, (shape[0], flows)), normal(noise_key, (shape[0], flows, *shape[1:]))
 
 
-def velocity_loss(
+def flow_matching_loss(
     model: Any,
     observation: Observation,
     actions: Float[jax.Array, "B H A"],
@@ -67,7 +50,14 @@ def velocity_loss(
     counted: Shaped[jax.Array, " A"],
     rows: int,
 ) -> jax.Array:
-    """As `flow_matching_loss` with what `draw_times` drew, over `rows`: those of the batch that these are a part of."""
+    """Mean squared error of the velocity over the flow times and noises of each observation, which is encoded once.
+
+    Args:
+        actions: [B, H, A], normalised and padded.
+        drawn: by `draw_times`.
+        counted: 0 or 1 [A], the dimensions that the loss averages.
+        rows: of the batch that these B are a part of; the losses of its parts add up to its own.
+    """
     t, noise = drawn
     x_t, target = flow.training_pair(actions[:, None], noise, t)
     velocity = model.velocity(model.encode_prefix(observation), x_t, t)
@@ -171,7 +161,7 @@ class SftTrainer:
 
         def loss(params: Any, part: tuple[Observation, jax.Array, tuple[jax.Array, jax.Array]]) -> jax.Array:
             model = nnx.merge(self.graphdef, params, frozen)
-            return velocity_loss(model, *part, counted=self._counted, rows=rows)
+            return flow_matching_loss(model, *part, counted=self._counted, rows=rows)
 
         whole = observation, actions, draw_times(key, actions.shape, self._config.flows)
         if micro == rows:
