@@ -1,7 +1,6 @@
 """SFT's batch in micro-batches, whose gradients are added up."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_policy as tiny
@@ -30,7 +29,7 @@ def batch():
 def stepped(batch, micro, mesh=None, **changes):
     """Statistics and the optimiser's moments after one step: those of its gradient."""
     config = SftConfig(steps=10, batch_size=ROWS, micro_batch=micro, flows=2, **changes)
-    policy = tiny.policy().with_params(jax.tree.map(jnp.copy, tiny.policy().params))
+    policy = tiny.consumable()
     if mesh is not None:
         policy = policy.with_params(jax.device_put(policy.params, sharding.replicated(mesh)))
     trainer = SftTrainer(policy, config, 3, mesh or tiny.one_device(), LoraConfig(vlm_rank=2, expert_rank=0))

@@ -119,15 +119,12 @@ def test_the_losses_are_those_of_the_formula(dataset):
         np.testing.assert_allclose(told[name], np.mean(means), rtol=1e-5)
 
 
-def consumable():
-    """SFT uses its policy up."""
-    return tiny.policy().with_params(jax.tree.map(jnp.copy, tiny.policy().params))
-
-
 def train(run_dir, dataset, config=SFT, report_every=2):
     with MetricsWriter(run_dir) as writer:
         where = run_dir / "checkpoints"
-        return train_sft(consumable(), dataset, config, 5, tiny.one_device(), where, writer, report_every=report_every)
+        return train_sft(
+            tiny.consumable(), dataset, config, 5, tiny.one_device(), where, writer, report_every=report_every
+        )
 
 
 def test_a_run_tells_both_losses_at_each_checkpoint_and_goes_on(tmp_path, dataset, monkeypatch, capsys):
@@ -169,7 +166,7 @@ def test_what_is_known_by_heart_is_told(dataset, tmp_path):
     parts = Split(record[[0, 4]], record[[1, 2, 3, 5, 6, 7]])
     optim = dataclasses.replace(SFT.optim, lr=5e-3, warmup_steps=10)
     config = dataclasses.replace(SFT, steps=300, flows=16, loss_dims="real", optim=optim)
-    trainer = SftTrainer(consumable(), config, 0, tiny.one_device())
+    trainer = SftTrainer(tiny.consumable(), config, 0, tiny.one_device())
     loader = Loader(dataset, tiny.policy().processor, 4, 0, records=parts.trained)
     validate = trainer.validation(loader, dataset, parts)
     before = validate(*trainer.state.acting)

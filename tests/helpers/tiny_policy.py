@@ -149,6 +149,11 @@ def policy(seed: int = 0) -> Policy:
     return fresh.with_params(jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, "f"), fresh.params))
 
 
+def consumable() -> Policy:
+    """The same with parameters of its own, which a trainer may use up."""
+    return policy().with_params(jax.tree.map(lambda x: x.copy(), policy().params))
+
+
 EVERY_STEP = FlowConfig(sde_steps="all", noise_level=0.5, noise_schedule="constant")  # noise in each denoising step
 
 
