@@ -138,7 +138,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "group__prefix_chunks_end": 0,
             "flow__noise_level": 0.7,
             "flow__noise_level_end": 0.3,
-            "train__iterations": 40,
+            "train__iterations": 20,
             "train__checkpoint_every": 1,  # an iteration takes minutes
             "eval__videos": 0,
         },

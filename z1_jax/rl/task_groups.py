@@ -21,21 +21,24 @@ def in_turn(tasks: int, seed: int, first: int, count: int) -> np.ndarray:
     return np.array([orders[n][place] for n, place in zip(rounds.tolist(), places.tolist(), strict=True)], int)
 
 
-def shares(success: Float[np.ndarray, " tasks"], floor: float) -> Float[np.ndarray, " tasks"]:
-    """Of an iteration's groups the share of each task: in proportion to p(1 − p), with a floor.
+def shares(
+    success: Float[np.ndarray, " tasks"], groups: Float[np.ndarray, " tasks"], floor: float
+) -> Float[np.ndarray, " tasks"]:
+    """Of an iteration's groups the share of each task: in proportion to what is expected of p(1 − p), with a floor.
 
     Of a task whose success rate is p, p(1 − p) is the variance of an episode's outcome, by which members of a group are
-    compared: nothing is learned where all fail or all succeed.
+    compared: nothing is learned where all fail or all succeed. p is known from few groups, and the members of a group
+    share their episode: a group that succeeds does not show that its task always does. So each group counts as one
+    observation, p starts as uniform on [0, 1], and the mean of p(1 − p) over its posterior, a Beta, is taken.
 
     Args:
-        success: p by task, NaN where nothing is known, which counts as 1/2.
+        success: mean success of a task's groups, anything where it had none.
+        groups: how many groups those are.
         floor: least share of a task, as a part of 1/tasks.
     """
-    p = np.where(np.isnan(success), 0.5, success)
-    weight = p * (1.0 - p)
-    if not weight.sum() > 0:
-        return np.full(len(p), 1.0 / len(p))
-    return floor / len(p) + (1.0 - floor) * weight / weight.sum()
+    successes = np.where(groups > 0, success, 0.0) * groups
+    weight = (1.0 + successes) * (1.0 + groups - successes) / ((2.0 + groups) * (3.0 + groups))
+    return floor / len(weight) + (1.0 - floor) * weight / weight.sum()
 
 
 def apportioned(share: Float[np.ndarray, " tasks"], count: int, seed: int, iteration: int) -> np.ndarray:
@@ -55,6 +58,7 @@ class TaskRecord:
     """Training success of one task."""
 
     recent: list[float] = dataclasses.field(default_factory=list)  # of its newest iterations
+    sizes: list[int] = dataclasses.field(default_factory=list)  # groups that each of those had
     iterations: int = 0  # that had groups of it
     groups: int = 0
     best: float = 0.0  # highest mean over WINDOW of its iterations
@@ -62,7 +66,8 @@ class TaskRecord:
 
     def add(self, success: float, groups: int, window: int) -> None:
         """One more iteration. `window`: how many are remembered."""
-        self.recent = [*self.recent, success][-max(window, WINDOW) :]
+        kept = max(window, WINDOW)
+        self.recent, self.sizes = [*self.recent, success][-kept:], [*self.sizes, groups][-kept:]
         self.iterations, self.groups = self.iterations + 1, self.groups + groups
         if len(self.recent) >= WINDOW:
             self.best = max(self.best, self.mean)
@@ -72,6 +77,12 @@ class TaskRecord:
     def mean(self) -> float:
         """Mean success over its last iterations, at most WINDOW; NaN before the first."""
         return float(np.mean(self.recent[-WINDOW:])) if self.recent else float("nan")
+
+    @property
+    def evidence(self) -> tuple[float, float]:
+        """Mean success over the groups of its last iterations, at most WINDOW, and how many groups those are."""
+        recent, sizes = self.recent[-WINDOW:], self.sizes[-WINDOW:]
+        return (float(np.average(recent, weights=sizes)), float(sum(sizes))) if recent else (0.0, 0.0)
 
 
 class TaskGroups:
@@ -99,7 +110,8 @@ class TaskGroups:
         """Of the next iteration's groups, the share of each task."""
         if self._spread == "uniform":
             return np.full(len(self.tasks), 1.0 / len(self.tasks))
-        return shares(np.array([record.mean for record in self.records.values()]), self._floor)
+        known = [record.evidence for record in self.records.values()]
+        return shares(np.array([success for success, _ in known]), np.array([groups for _, groups in known]), self._floor)
 
     def observe(self, tasks: Sequence[str], success: Bool[np.ndarray, "groups G"]) -> dict[str, float]:
         """Notes an iteration's outcomes; returns the metrics of a run of several tasks.
@@ -161,3 +173,5 @@ class TaskGroups:
     def resume(self, progress: Mapping[str, Any]) -> None:
         """Takes the records of a checkpoint."""
         self.records = {task: TaskRecord(**progress[task]) for task in self.tasks}
+        for record in self.records.values():  # earlier checkpoints do not tell the sizes
+            record.sizes = record.sizes or [1] * len(record.recent)
