@@ -253,7 +253,7 @@ def test_no_reset_leaves_a_trace_in_the_model(rng, envs):
     assert {name for name in fields if getattr(model, name).tobytes() != before[name]} == set()
 
 
-def test_a_soft_reset_is_the_benchmarks_own_and_its_growing_list_is_not(rng, envs, benchmarks_own):
+def test_a_soft_reset_is_the_benchmarks_own_and_its_growing_list_is_not(rng, envs, benchmarks_own, monkeypatch):
     """Bit for bit what LIBERO has with a newly built model, also many steps later."""
     env, raw, seed = envs(MUG), benchmarks_own.env, fresh_seed(rng) % 2**32
     seen = []
@@ -272,6 +272,7 @@ def test_a_soft_reset_is_the_benchmarks_own_and_its_growing_list_is_not(rng, env
     benchmarks_own.reset()
     env.reset(Episode(fresh_seed(rng)))
     env.step_chunk(random_actions(rng, 5))
+    monkeypatch.setattr(env, "arm_noise", 0.0)
     env.reset(Episode(seed))
     for action in [tables.NO_OP] * 10:
         raw.step(np.array(action))
@@ -310,6 +311,29 @@ def test_openpis_loop_sees_the_same_pictures_states_and_words(rng, envs, benchma
         assert env.step_chunk(actions).success == done
     benchmark = compat.task_maps()["libero_10"][MUG.partition("/")[2]]
     assert ours.instruction == benchmark.language == "put the yellow and white mug in the microwave and close it"
+
+
+def test_drawn_placements_vary_the_arm_as_the_initial_states_do(rng, envs):
+    """LIBERO's own reset has one posture alone, its initial states have many: training must see what is evaluated."""
+    env, seeds = envs(MUG), [fresh_seed(rng) for _ in range(40)]
+    env.protocol = dataclasses.replace(env.protocol, settle_steps=0)
+    try:
+        drawn, joints = [], np.array(env.raw.robots[0]._ref_joint_pos_indexes)
+        for seed in seeds:
+            env.reset(Episode(seed))
+            drawn.append(env.raw.sim.data.qpos.copy())
+        env.arm_noise = 0.0
+        env.reset(Episode(seeds[-1]))
+        usual = env.raw.sim.data.qpos.copy()
+    finally:
+        env.protocol, env.arm_noise = dataclasses.replace(env.protocol, settle_steps=10), tables.ARM_NOISE
+    fixed = env.initial_states[:, 1 + joints]
+    # 280 numbers a side, of σ = 0.02: five standard errors are ± 0.005 for their spread, ± 0.015 for a joint's mean.
+    for postures in (np.stack(drawn)[:, joints], fixed):
+        assert abs((postures - usual[joints]).std() - tables.ARM_NOISE) < 0.005
+        assert np.abs((postures - usual[joints]).mean(axis=0)).max() < 0.016
+    others = np.setdiff1d(np.arange(len(usual)), joints)
+    np.testing.assert_array_equal(drawn[-1][others], usual[others])  # where things are does not move
 
 
 def test_evaluations_start_from_the_fixed_states_and_training_never_does(rng, envs):

@@ -57,6 +57,7 @@ class LiberoEnv(SteppedEnv):
         if size < 1 or (horizon is not None and horizon < 1) or not cameras:
             raise ValueError(f"expected a camera, positive image_size and horizon; got {image_size} and {horizon}")
         self._train_on = train_on
+        self.arm_noise = tables.ARM_NOISE  # of drawn placements; 0 gives LIBERO's own reset, which moves things alone
         self._spec = EnvSpec(
             task=self._task,
             cameras=tuple(cameras),
@@ -89,8 +90,8 @@ class LiberoEnv(SteppedEnv):
     def reset(self, episode: Episode) -> None:
         """Starts an episode: places drawn by the seed, then the initial state if there is one, then the no-ops.
 
-        An initial state holds where movable things are; where fixtures stand is then drawn by the protocol's seed,
-        otherwise by the episode's. Equal episodes start equally, in any process and after any history.
+        An initial state holds where movable things are, and the arm's posture; where fixtures stand is then drawn by
+        the protocol's seed. Otherwise all three are drawn by the episode's, the posture as in the initial states. Equal episodes start equally, in any process and after any history.
 
         Raises:
           ValueError: another task, or an initial state that does not exist.
@@ -108,9 +109,12 @@ class LiberoEnv(SteppedEnv):
         raw = self._simulation()
         with simulation.seeded(seed):
             self._observed = simulation.reset(raw)
+            posture = np.random.normal(0.0, self.arm_noise, tables.ARM_JOINTS)
         stability.forgive(raw.sim.data._data)
         if number is not None:
             self._observed = simulation.set_state(raw, self.initial_states[number])
+        elif self.arm_noise:
+            self._observed = simulation.set_state(raw, simulation.moved_arm(raw, posture))
         self._begin_count()
         for _ in range(self.protocol.settle_steps):
             self._broken = self._broken or self._control(np.array(tables.NO_OP))[0]

@@ -106,6 +106,14 @@ def set_state(raw: Any, flat: np.ndarray) -> Mapping[str, np.ndarray]:
     return raw._get_observations()
 
 
+def moved_arm(raw: Any, by: np.ndarray) -> np.ndarray:
+    """The present state [1 + nq + nv], its arm's joints moved [7], radians. The controller keeps the usual posture as
+    its own, as it does where an initial state is put in."""
+    flat = raw.sim.get_state().flatten()
+    flat[1 + np.array(raw.robots[0]._ref_joint_pos_indexes)] += by
+    return flat
+
+
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """A context with a seeded np.random, which LIBERO draws from. The generator's state is restored afterwards."""

@@ -11,6 +11,10 @@ BASES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 PERTURBATIONS = ("lan", "object", "swap", "task")
 SUITES = (*BASES, "libero_90", *(f"{base}_{kind}" for base in BASES for kind in PERTURBATIONS))
 INITIAL_STATES = 50  # of every task
+ARM_JOINTS = 7
+# σ in radians of each joint about the arm's usual posture, a normal distribution: robosuite's default, and what the
+# initial states of libero_spatial, _object, _goal and _10 have (0.0185 to 0.0218). LIBERO's own reset has none.
+ARM_NOISE = 0.02
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 CONTROL_HZ = 20.0
