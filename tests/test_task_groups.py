@@ -21,7 +21,8 @@ def test_in_turn_every_task_comes_once_a_round(rng):
 
 
 def test_shares_by_hand():
-    # Means of p(1 − p) over Beta(1, 3), Beta(1, 1), Beta(3, 1): 3/20, 1/6, 3/20. A floor of 1/2: 1/6 each, and half the rest.
+    # Means of p(1 − p) over Beta(1, 3), Beta(1, 1), Beta(3, 1): 3/20, 1/6, 3/20.
+    # A floor of 1/2: 1/6 each, and half of the rest.
     got = shares(np.array([0.0, math.nan, 1.0]), np.array([2.0, 0.0, 2.0]), 0.5)
     np.testing.assert_allclose(got, [1 / 6 + 1 / 2 * 9 / 28, 1 / 6 + 1 / 2 * 10 / 28, 1 / 6 + 1 / 2 * 9 / 28])
 

@@ -119,12 +119,37 @@ def test_the_losses_are_those_of_the_formula(dataset):
         np.testing.assert_allclose(told[name], np.mean(means), rtol=1e-5)
 
 
-def train(run_dir, dataset, config=SFT, report_every=2):
+def train(run_dir, dataset, config=SFT, report_every=2, tasks=()):
+    how = {"report_every": report_every, "tasks": tasks}
     with MetricsWriter(run_dir) as writer:
         where = run_dir / "checkpoints"
-        return train_sft(
-            tiny.consumable(), dataset, config, 5, tiny.one_device(), where, writer, report_every=report_every
-        )
+        return train_sft(tiny.consumable(), dataset, config, 5, tiny.one_device(), where, writer, **how)
+
+
+@pytest.mark.parametrize("validation", [0.0, 0.25])
+def test_of_a_dataset_of_more_tasks_a_run_takes_its_own(validation, dataset, tmp_path, monkeypatch, capsys):
+    """All of its records within an epoch, but those that are held out, and no others."""
+    seen, step = [], SftTrainer.step
+
+    def noted(self, batch, number):
+        seen.extend(batch["index"].tolist())
+        return step(self, batch, number)
+
+    monkeypatch.setattr(SftTrainer, "step", noted)
+    tasks = [row.task for row in dataset.episodes for _ in range(row.records)]
+    own = [number for number, task in enumerate(tasks) if task == TASKS[1]]
+    steps = 1 + len(own) // SFT.batch_size
+    train(tmp_path / "run", dataset, dataclasses.replace(SFT, validation=validation, steps=steps), tasks=TASKS[1:])
+    held = split(dataset, validation, 5, np.array(own)).held_out if validation else []
+    assert set(seen) == set(own) - set(held) and bool(validation) == bool(set(held) & set(own))
+    assert f"of the dataset's {len(dataset):,} records {len(own)} are of this run's tasks" in capsys.readouterr().out
+
+
+def test_which_records_are_a_runs_own(dataset):
+    first = dataset.episodes[4].first_record
+    np.testing.assert_array_equal(dataset.records_of(TASKS[1:]), np.arange(first, len(dataset)))
+    assert dataset.records_of(TASKS) is None  # all of them
+    assert dataset.records_of([*TASKS, "PressButton"]) is None and dataset.records_of(["PressButton"]) is None
 
 
 def test_a_run_tells_both_losses_at_each_checkpoint_and_goes_on(tmp_path, dataset, monkeypatch, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -199,12 +199,14 @@ def train_sft(
     adapters: LoraConfig | None = None,
     sampling: str = "proportional",
     collected: bool = False,
+    tasks: Sequence[str] = (),
 ) -> Policy:
     """Trains to `config.steps`, from the newest checkpoint in `directory` where there is one. `policy` is used up.
 
     Args:
         sampling: of the batches, as `demos.sampling`.
         collected: the run collected its demonstrations itself.
+        tasks: the run's. Where the dataset has them all and others too, it is trained on theirs alone; () takes all.
 
     Order of a step: stop if asked → next batch → step → log → save.
 
@@ -218,8 +220,11 @@ def train_sft(
         print(line, flush=True)
     part, parts = distributed.share_of_batch(mesh)
     own = {"process_index": part, "process_count": parts}
-    chosen = split(dataset, config.validation, seed) if config.validation else None
-    records = chosen.trained if chosen else None
+    mine = dataset.records_of(tasks) if tasks else None
+    if mine is not None:
+        print(f"of the dataset's {len(dataset):,} records {len(mine):,} are of this run's tasks; SFT uses no others")
+    chosen = split(dataset, config.validation, seed, mine) if config.validation else None
+    records = chosen.trained if chosen else mine
     if chosen:
         print(
             f"held out for validation: {chosen.episodes:,} of {len(dataset.episodes):,} episodes, "

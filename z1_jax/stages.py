@@ -75,7 +75,7 @@ def check_inputs(config: Config) -> Config:
             dataset = open_dataset(config.demos.dataset)
             _fitting(config, dataset)
             if config.sft.validation:
-                split(dataset, config.sft.validation, config.seed)
+                split(dataset, config.sft.validation, config.seed, dataset.records_of(config.every_task))
     return initial_policy.with_own_steps(config)
 
 
@@ -367,6 +367,7 @@ def supervised_policy(
         adapters=config.lora,
         sampling=config.demos.sampling,
         collected=not config.demos.dataset,
+        tasks=config.every_task,
     )
 
 
@@ -382,8 +383,10 @@ def _check_own(config: Config, dataset: Dataset, checkpoints: Checkpoints) -> No
         return
     mine = {"dataset": dataset.identity, "seed": config.seed, "batch_size": config.sft.batch_size}
     told = {"records": None, **told}
-    held_out = config.sft.validation and split(dataset, config.sft.validation, config.seed)
-    mine["records"] = len(held_out.trained) if held_out else None
+    records = dataset.records_of(config.every_task)
+    if config.sft.validation:
+        records = split(dataset, config.sft.validation, config.seed, records).trained
+    mine["records"] = None if records is None else len(records)
     for key, value in mine.items():
         if told.get(key, value) != value:
             raise UserError(

@@ -7,6 +7,7 @@ before, and without a simulator, whether more demonstrations would help.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,14 +40,19 @@ class Split:
     episodes: int = 0  # that are held out
 
 
-def split(dataset: Dataset, share: float, seed: int) -> Split:
+def split(dataset: Dataset, share: float, seed: int, records: Int[np.ndarray, " n"] | None = None) -> Split:
     """Holds out whole episodes: of each task a random `share`, at least one and never the last.
+
+    Args:
+        records: whole episodes' that are split, ascending; None: all.
 
     Raises:
         UserError: no task has two episodes.
     """
     by_task: dict[str, list[Any]] = {}
-    for row in dataset.episodes:
+    own = np.arange(len(dataset)) if records is None else records
+    mine = np.isin([row.first_record for row in dataset.episodes], own)
+    for row in itertools.compress(dataset.episodes, mine):
         by_task.setdefault(row.task, []).append(row)
     rng, held = np.random.default_rng([seed, 0x5A11D]), []
     for rows in by_task.values():
@@ -57,8 +63,8 @@ def split(dataset: Dataset, share: float, seed: int) -> Split:
             f"config key sft.validation: no task of {dataset.path} has two episodes, so none can be held out; "
             "set 0, or bring more demonstrations"
         )
-    records = np.sort(np.concatenate([np.arange(row.first_record, row.first_record + row.records) for row in held]))
-    return Split(np.setdiff1d(np.arange(len(dataset)), records), records, len(held))
+    apart = np.sort(np.concatenate([np.arange(row.first_record, row.first_record + row.records) for row in held]))
+    return Split(np.setdiff1d(own, apart), apart, len(held))
 
 
 class Validation:

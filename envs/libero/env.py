@@ -91,7 +91,8 @@ class LiberoEnv(SteppedEnv):
         """Starts an episode: places drawn by the seed, then the initial state if there is one, then the no-ops.
 
         An initial state holds where movable things are, and the arm's posture; where fixtures stand is then drawn by
-        the protocol's seed. Otherwise all three are drawn by the episode's, the posture as in the initial states. Equal episodes start equally, in any process and after any history.
+        the protocol's seed. Otherwise all three are drawn by the episode's, the posture as in the initial states.
+        Equal episodes start equally, in any process and after any history.
 
         Raises:
           ValueError: another task, or an initial state that does not exist.

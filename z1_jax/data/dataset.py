@@ -15,7 +15,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -127,6 +127,14 @@ class Dataset:
             raise UserError(
                 f"dataset {self.path} is damaged: its records cannot be read ({first_line(error)}); make it again"
             ) from None
+
+    def records_of(self, tasks: Collection[str]) -> np.ndarray | None:
+        """The records int [n] of a run's tasks, ascending; None where that is all of them, or a task is missing."""
+        known = {row.task for row in self.episodes}
+        if not set(tasks) < known:
+            return None
+        mine = [row for row in self.episodes if row.task in tasks]
+        return np.concatenate([np.arange(row.first_record, row.first_record + row.records) for row in mine])
 
     def numbers(self, at_once: int = 1024) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(states float32 [n, state_dim], actions float32 [n, H, action_dim]) of all records; no image is decoded.

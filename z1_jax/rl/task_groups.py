@@ -110,8 +110,8 @@ class TaskGroups:
         """Of the next iteration's groups, the share of each task."""
         if self._spread == "uniform":
             return np.full(len(self.tasks), 1.0 / len(self.tasks))
-        known = [record.evidence for record in self.records.values()]
-        return shares(np.array([success for success, _ in known]), np.array([groups for _, groups in known]), self._floor)
+        success, groups = np.array([record.evidence for record in self.records.values()]).T
+        return shares(success, groups, self._floor)
 
     def observe(self, tasks: Sequence[str], success: Bool[np.ndarray, "groups G"]) -> dict[str, float]:
         """Notes an iteration's outcomes; returns the metrics of a run of several tasks.
