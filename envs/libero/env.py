@@ -110,11 +110,11 @@ class LiberoEnv(SteppedEnv):
         raw = self._simulation()
         with simulation.seeded(seed):
             self._observed = simulation.reset(raw)
-            posture = np.random.normal(0.0, self.arm_noise, tables.ARM_JOINTS)
         stability.forgive(raw.sim.data._data)
         if number is not None:
             self._observed = simulation.set_state(raw, self.initial_states[number])
         elif self.arm_noise:
+            posture = np.random.default_rng([seed, 0xA4]).normal(0.0, self.arm_noise, tables.ARM_JOINTS)
             self._observed = simulation.set_state(raw, simulation.moved_arm(raw, posture))
         self._begin_count()
         for _ in range(self.protocol.settle_steps):
