@@ -110,10 +110,10 @@ def test_a_damaged_sft_policy_is_moved_aside_and_trained_again(tmp_path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["3.damaged"]
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"dataset": "another"}, {"batch_size": 8}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"dataset": "another"}, {"batch_size": 8}, {"records": 5}])
 def test_a_finished_sft_policy_of_another_run_is_refused(change, tmp_path):
     config = dataclasses.replace(make_config(), sft=SftConfig(steps=3))
-    dataset = types.SimpleNamespace(identity="mine")
+    dataset = types.SimpleNamespace(identity="mine", records_of=lambda tasks: None)
     loader = {"dataset": "mine", "seed": 0, "batch_size": config.sft.batch_size, "position": {"next_index": 3}}
     for name, told in (("own", loader), ("copied", {**loader, **change})):
         checkpoints = Checkpoints(tmp_path / name)
