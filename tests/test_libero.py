@@ -314,20 +314,16 @@ def test_openpis_loop_sees_the_same_pictures_states_and_words(rng, envs, benchma
     assert ours.instruction == benchmark.language == "put the yellow and white mug in the microwave and close it"
 
 
-def test_drawn_placements_vary_the_arm_as_the_initial_states_do(rng, envs):
+def test_drawn_placements_vary_the_arm_as_the_initial_states_do(rng, envs, monkeypatch):
     """LIBERO's own reset has one posture alone, its initial states have many: training must see what is evaluated."""
-    env, seeds = envs(MUG), [fresh_seed(rng) for _ in range(40)]
-    env.protocol = dataclasses.replace(env.protocol, settle_steps=0)
-    try:
-        drawn, joints = [], np.array(env.raw.robots[0]._ref_joint_pos_indexes)
-        for seed in seeds:
-            env.reset(Episode(seed))
-            drawn.append(env.raw.sim.data.qpos.copy())
-        env.arm_noise = 0.0
-        env.reset(Episode(seeds[-1]))
-        usual = env.raw.sim.data.qpos.copy()
-    finally:
-        env.protocol, env.arm_noise = dataclasses.replace(env.protocol, settle_steps=10), tables.ARM_NOISE
+    env, seeds, drawn = envs(MUG), [fresh_seed(rng) for _ in range(40)], []
+    monkeypatch.setattr(env, "protocol", dataclasses.replace(env.protocol, settle_steps=0))
+    for seed in seeds:
+        env.reset(Episode(seed))
+        drawn.append(env.raw.sim.data.qpos.copy())
+    monkeypatch.setattr(env, "arm_noise", 0.0)
+    env.reset(Episode(seeds[-1]))
+    usual, joints = env.raw.sim.data.qpos.copy(), np.array(env.raw.robots[0]._ref_joint_pos_indexes)
     fixed = env.initial_states[:, 1 + joints]
     # 280 numbers a side, of σ = 0.02: five standard errors are ± 0.005 for their spread, ± 0.015 for a joint's mean.
     for postures in (np.stack(drawn)[:, joints], fixed):
