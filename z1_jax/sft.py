@@ -222,7 +222,8 @@ def train_sft(
     own = {"process_index": part, "process_count": parts}
     mine = dataset.records_of(tasks) if tasks else None
     if mine is not None:
-        print(f"of the dataset's {len(dataset):,} records {len(mine):,} are of this run's tasks; SFT uses no others")
+        line = f"of the dataset's {len(dataset):,} records {len(mine):,} are of this run's tasks; SFT uses no others"
+        print(line, flush=True)
     chosen = split(dataset, config.validation, seed, mine) if config.validation else None
     records = chosen.trained if chosen else mine
     if chosen:

@@ -63,7 +63,7 @@ def split(dataset: Dataset, share: float, seed: int, records: Int[np.ndarray, " 
             f"config key sft.validation: no task of {dataset.path} has two episodes, so none can be held out; "
             "set 0, or bring more demonstrations"
         )
-    apart = np.sort(np.concatenate([np.arange(row.first_record, row.first_record + row.records) for row in held]))
+    apart = np.sort(np.concatenate([row.span for row in held]))
     return Split(np.setdiff1d(own, apart), apart, len(held))
 
 

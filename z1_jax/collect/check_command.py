@@ -83,7 +83,7 @@ def _ours(dataset: Dataset) -> Stream:
     for row in dataset.episodes:
         name = f"episode {row.episode}"
         try:
-            records = dataset.records(range(row.first_record, row.first_record + row.records))
+            records = dataset.records(row.span)
         except UserError as error:
             yield name, BadData(f"{name}: {error}")
             continue

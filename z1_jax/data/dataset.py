@@ -71,8 +71,13 @@ class EpisodeRow:
     seed: int
     success: bool
     steps: int  # control steps
-    first_record: int  # its records are first_record .. first_record + records - 1
+    first_record: int
     records: int  # decisions
+
+    @property
+    def span(self) -> range:
+        """Its records' places in the dataset."""
+        return range(self.first_record, self.first_record + self.records)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +138,7 @@ class Dataset:
         known = {row.task for row in self.episodes}
         if not set(tasks) < known:
             return None
-        mine = [row for row in self.episodes if row.task in tasks]
-        return np.concatenate([np.arange(row.first_record, row.first_record + row.records) for row in mine])
+        return np.concatenate([row.span for row in self.episodes if row.task in tasks])
 
     def numbers(self, at_once: int = 1024) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(states float32 [n, state_dim], actions float32 [n, H, action_dim]) of all records; no image is decoded.

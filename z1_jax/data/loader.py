@@ -139,7 +139,7 @@ def _records_by_task(dataset: Dataset) -> list[np.ndarray]:
     """The records of each task, in the tasks' order of appearance."""
     parts: dict[str, list[np.ndarray]] = {}
     for row in dataset.episodes:
-        parts.setdefault(row.task, []).append(np.arange(row.first_record, row.first_record + row.records))
+        parts.setdefault(row.task, []).append(np.array(row.span))
     return [np.concatenate(part) for part in parts.values()]
 
 
