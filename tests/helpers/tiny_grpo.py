@@ -14,6 +14,7 @@ from z1_jax.config.schema import Config, EnvConfig, GroupConfig, OptimConfig, Re
 from z1_jax.metrics import MetricsWriter, read_records
 from z1_jax.policy import Policy, named
 from z1_jax.rl.loop import train_grpo
+from z1_jax.rl.rollout import Rollouts
 from z1_jax.rl.trainer import GrpoTrainer
 
 SEED = fresh_seed(__name__) % 10_000
@@ -44,6 +45,15 @@ def trainer(config: Config = CONFIG, **episodes: Any) -> GrpoTrainer:
     new, shared = GrpoTrainer(tiny.policy(), config, tiny.one_device(), 16, **episodes), compiled()
     new.actor, new._updater = shared.actor, shared._updater
     return new
+
+
+def differing(made: GrpoTrainer, iteration: int = 0) -> Rollouts:
+    """Rollouts whose update has nodes to train on: in one of 25 iterations each group's members do all alike."""
+    for later in range(iteration, iteration + 20):
+        rollouts = made.collect(tiny.pool(16), later)
+        if made.credit(rollouts, np.random.default_rng(0)).usable.any():
+            return rollouts
+    raise AssertionError("in 20 iterations no group's members differ")
 
 
 def grpo(run_dir: pathlib.Path, made: GrpoTrainer, pool: Any = None) -> Policy:
