@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -65,6 +65,22 @@ def split(dataset: Dataset, share: float, seed: int, records: Int[np.ndarray, " 
         )
     apart = np.sort(np.concatenate([row.span for row in held]))
     return Split(np.setdiff1d(own, apart), apart, len(held))
+
+
+def records_to_train(
+    dataset: Dataset, tasks: Sequence[Sequence[str]], share: float, seed: int
+) -> tuple[Int[np.ndarray, " n"] | None, Split | None]:
+    """The records that SFT is trained on, None for all, and the split that they come from, where one is held out.
+
+    Args:
+        tasks: the run's, as in `Dataset.episodes_of`; `share`: `sft.validation`.
+
+    Raises:
+        UserError: as `split`.
+    """
+    own = dataset.records_of(tasks)
+    parts = split(dataset, share, seed, own) if share else None
+    return (parts.trained if parts else own), parts
 
 
 class Validation:
