@@ -83,7 +83,7 @@ def test_held_out_records_are_in_no_batch(sampling, memory_bytes, dataset, rng):
     whole = Loader(dataset, tiny.policy().processor, 5, seed, sampling=sampling)
     with pytest.raises(UserError, match="saved with records"):
         whole.set_state(loader.get_state())
-    with pytest.raises(UserError, match="saved with records=None"):
+    with pytest.raises(UserError, match="saved with records=None.*; use the same tasks, sft.validation and version"):
         loader.set_state(whole.get_state())
 
 
@@ -118,6 +118,34 @@ def test_the_losses_are_those_of_the_formula(dataset):
         means = [np.mean([by_record[r] for r in records if tasks[r] == task]) for task in TASKS]
         np.testing.assert_allclose([told[f"tasks/{task}/{name}"] for task in TASKS], means, rtol=1e-5)
         np.testing.assert_allclose(told[name], np.mean(means), rtol=1e-5)
+
+
+def test_it_looks_at_no_more_records_at_once_than_sft(dataset):
+    """And each process at its own rows of them."""
+    parts, losses = split(dataset, 0.25, 3), []
+    for micro in (0, 2):
+        trainer = SftTrainer(tiny.policy(), dataclasses.replace(SFT, micro_batch=micro), 0, tiny.one_device())
+        loader = Loader(dataset, tiny.policy().processor, 4, 0, records=parts.trained)
+        validate, looked = trainer.validation(loader, dataset, parts), []
+        loader.rows = lambda records, rows=loader.rows, looked=looked: looked.append(len(records)) or rows(records)
+        losses.append(validate(*trainer.state.acting))
+        assert set(looked) == {micro or 4}
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for index in range(2):
+        loader = Loader(dataset, tiny.policy().processor, 4, 0, process_index=index, process_count=2)
+        for records in (np.array([3, 1]), np.array([5, 2, 4, 0])):
+            np.testing.assert_array_equal(loader.rows(records)["index"], np.split(records, 2)[index])
+
+
+def test_both_losses_are_of_the_same_tasks(dataset):
+    """Of a task with one episode none is held out: it tells nothing of what is known by heart."""
+    first, second = dataset.episodes[4].span, dataset.episodes[5].span
+    trainer = SftTrainer(tiny.policy(), SFT, 0, tiny.one_device())
+    parts = Split(np.concatenate([dataset.episodes[0].span, first]), np.array(second), 1)
+    told = trainer.validation(Loader(dataset, tiny.policy().processor, 4, 0), dataset, parts)(*trainer.state.acting)
+    parts = dataclasses.replace(parts, trained=np.array(first))
+    alone = trainer.validation(Loader(dataset, tiny.policy().processor, 4, 0), dataset, parts)
+    assert told == alone(*trainer.state.acting)
 
 
 def train(run_dir, dataset, config=SFT, report_every=2, tasks=()):

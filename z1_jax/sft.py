@@ -178,7 +178,8 @@ class SftTrainer:
     def validation(self, loader: Loader, dataset: Dataset, parts: Split) -> Validation:
         """What gives the loss on held-out episodes, to be called with `state.acting`."""
         of_loss = self._config.flows, self._counted
-        return Validation(self.graphdef, loader, dataset, parts, *of_loss, self._mesh, self._config.batch_size)
+        rows = self._config.micro_batch or self._config.batch_size  # what memory is known to hold
+        return Validation(self.graphdef, loader, dataset, parts, *of_loss, self._mesh, rows)
 
     def policy(self) -> Policy:
         """The policy as trained so far: with the averaged parameters where `sft.ema` asks for them."""
