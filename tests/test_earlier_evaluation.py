@@ -92,6 +92,13 @@ def test_what_differs_by_task_is_compared_for_the_tasks_that_are_asked_for(runs)
     assert take_over(config, tiny.policy(), mine, EPISODES[3:])
 
 
+def test_what_a_run_says_of_its_own_start_does_not_matter(runs):
+    """An RL run that took over the evaluation of its start, or one whose dataset had other words."""
+    config, source, mine, _ = runs
+    told(source, before_from="runs/sft", allowed_to_differ=["rate"], differences=["instruction: other words"])
+    assert take_over(config, tiny.policy(), mine, EPISODES[3:])
+
+
 def told(source, **values):
     """The source's summary says something else."""
     write(source / "summary.json", {"protocol": {**protocol(CONFIG, tiny.policy()), **values}})

@@ -19,6 +19,7 @@ from z1_jax.run_dir import SUMMARY, TAKEN_FROM, known_identities, protocol, writ
 
 # Of a protocol: what differs between two runs that evaluate alike. Which episodes they are is looked at row by row.
 _OF_THE_RUN = ("task", "config", "evaluation_seeds", "confidence")
+_OF_ITS_START = ("allowed_to_differ", "differences", "before_from")  # in a summary alone: of data, and of RL's start
 # Keys of a config that a protocol does not tell, and that move last digits.
 _DIGITS = (("model", "attention"), ("model", "acting"), ("rollout", "overlap"))
 
@@ -85,5 +86,5 @@ def _rows(config: Config, policy: Policy, source: pathlib.Path, run_dir: pathlib
 
 def _of_task(told: dict[str, Any], task: str) -> dict[str, Any]:
     """What a protocol says of one of its tasks, whichever others it is of."""
-    common = {key: value for key, value in told.items() if key not in (*_OF_THE_RUN, "by_task")}
+    common = {key: value for key, value in told.items() if key not in (*_OF_THE_RUN, *_OF_ITS_START, "by_task")}
     return {**common, **told.get("by_task", {}).get(task, {})}
