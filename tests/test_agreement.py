@@ -151,6 +151,10 @@ def test_a_policy_from_elsewhere_says_little_and_is_not_refused_for_it(tmp_path,
     known = trained_in(policy, World("", tasks=("OpenDrawer",), instructions=("open the drawer",), rate=20.0))
     both = trained_in(known, World("", tasks=(tiny.TASK,)))  # RL, in words that are not told
     assert both.document()["world"] == {"tasks": ["OpenDrawer", tiny.TASK], "instructions": [], "rate": 20.0}
+    again = trained_in(known, World("", tasks=("drawer/0",)), [("drawer/0", "OpenDrawer"), (tiny.TASK,)])
+    assert again.world["tasks"] == ["OpenDrawer"] and again.world["instructions"] == ["open the drawer"]
+    more = trained_in(known, World("", tasks=("drawer/0", tiny.TASK)), [("drawer/0", "OpenDrawer"), (tiny.TASK,)])
+    assert more.world["tasks"] == ["OpenDrawer", tiny.TASK] and more.world["instructions"] == []
     for name, one in (("known", known), ("both", both)):
         checkpoints = Checkpoints(tmp_path / name)
         checkpoints.save(1, one.parts(), one.document())

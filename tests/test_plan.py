@@ -326,6 +326,24 @@ def test_a_plan_that_does_not_fit_says_what_would(small_plan):
     assert json.loads(json.dumps(plan_text.document(tight)))["fits"] is False
 
 
+@pytest.mark.parametrize(
+    "batch, micro, told",
+    [(8, 0, ["micro_batch=4", "batch_size=4"]), (64, 8, ["micro_batch=4", "batch_size=4"]), (5, 0, ["batch_size=2"]),
+     (6, 3, ["batch_size=3"]), (3, 3, [])],
+)  # fmt: skip
+def test_what_is_advised_is_what_was_planned(batch, micro, told, small_plan):
+    """Each advice, with those before it, names the batch of the config whose bytes stand beside it."""
+    given = dataclasses.replace(SMALL, sft=dataclasses.replace(SMALL.sft, batch_size=batch, micro_batch=micro))
+    worst = dataclasses.replace(small_plan, rows=[row for row in small_plan.rows if row.name == "sft_step"])
+    steps = [(name, made) for name, made, *_ in planning._steps(given, tiny_policy.CONFIG, worst) if "sft" in name]
+    assert [name.removeprefix("sft.") for name, _ in steps] == told
+    expected = given.sft
+    for name, made in steps:
+        key, _, value = name.removeprefix("sft.").partition("=")
+        expected = dataclasses.replace(expected, **{key: int(value)})
+        assert made.sft == expected
+
+
 def test_compiled_bytes_and_estimate_agree_in_float32():
     """On the CPU in float32, where no number is widened: within a factor of two of what XLA allocates."""
     only_rl = dataclasses.replace(SMALL, init="somewhere")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from z1_jax.errors import UserError
 from z1_jax.serve import __main__ as command
 from z1_jax.serve import wire
 from z1_jax.serve.engine import Engine
-from z1_jax.serve.server import Limits
+from z1_jax.serve.server import Limits, place
 
 ROOT = pathlib.Path(__file__).parents[1]
 CAMERA = tiny_policy.CAMERA
@@ -428,6 +429,21 @@ def test_mistakes(arguments, told, checkpoint):
         given = [functools.reduce(lambda text, name: text.replace(name, named[name]), named, a) for a in arguments]
         with pytest.raises(UserError, match=told):
             command.main(["", "--port=0", *given])
+
+
+@pytest.mark.parametrize(
+    "host, leads, alone",
+    [("robot.example", "::1", True), ("robot.example", "127.0.0.2", True), ("a", "::", False), ("a", "0.0.0.0", False)],
+)
+def test_a_name_is_what_it_leads_to(host, leads, alone, monkeypatch):
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda name, *rest, **how: look_up(leads, *rest, **how))
+    assert command._check_address(host, 0) is alone
+
+
+def test_the_address_that_is_told_is_one_that_clients_take():
+    for host, told in (("::1", "[::1]:80"), ("127.0.0.1", "127.0.0.1:80"), ("robot.example", "robot.example:80")):
+        assert place(host, 80) == told and urllib.parse.urlsplit(f"ws://{told}").hostname == host
 
 
 def test_without_the_extra_it_says_so(checkpoint):

@@ -77,7 +77,7 @@ def test_sft_goes_on_from_a_policy_that_is_given(tmp_path, monkeypatch):
     monkeypatch.setattr(initial_policy, "configured_model", lambda config: tiny.CONFIG)
     check_policy(sft, sft.init)
     started = {}
-    monkeypatch.setattr(stages, "dataset_world", lambda dataset: World("", tasks=("Juggle",)))
+    monkeypatch.setattr(stages, "dataset_world", lambda dataset, tasks: World("", tasks=("Juggle",)))
     monkeypatch.setattr(stages, "train_sft", lambda policy, *args, **kwargs: started.update(policy=policy, **kwargs))
     supervised_policy(sft, None, tiny.one_device(), tmp_path / "new", None)
     for a, b in zip(jax.tree.leaves(started["policy"].params), jax.tree.leaves(tiny.policy().params), strict=True):
@@ -100,7 +100,7 @@ def test_a_damaged_sft_policy_is_moved_aside_and_trained_again(tmp_path, monkeyp
     checkpoints.close()
     monkeypatch.setattr(stages, "train_sft", lambda *args, **kwargs: "trained")
     monkeypatch.setattr(initial_policy, "new_policy", lambda *args: tiny.policy())
-    monkeypatch.setattr(stages, "dataset_world", lambda dataset: World(""))
+    monkeypatch.setattr(stages, "dataset_world", lambda dataset, tasks: World(""))
     assert supervised_policy(config, None, tiny.one_device(), tmp_path, None) != "trained"
     array = next(path for path in sorted((tmp_path / "3" / "params").rglob("*")) if path.stat().st_size > 1000)
     array.write_bytes(array.read_bytes()[:-100])

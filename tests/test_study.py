@@ -15,7 +15,7 @@ from seeds import fresh_seed
 
 from z1_jax.config.schema import ConfigError
 from z1_jax.errors import UserError
-from z1_jax.statistics import paired_difference_interval, wilson_interval
+from z1_jax.statistics import mcnemar_exact, paired_difference_interval, wilson_interval
 from z1_jax.study import __main__ as program
 from z1_jax.study import projection, results
 from z1_jax.study.config import cells, parse_study, parsed
@@ -210,7 +210,7 @@ def test_tables_by_hand():
     text = markdown(found, over, list(each.values()), [], 0.95)
     # Two of two tasks: Wilson's interval of them. With one training seed the interquartile mean has none.
     assert "| specialists | 100.0 [34.2, 100.0] | +37.5 [+0.0, +75.0] | 100.0 | 2 tasks, 1 training seed |" in text
-    assert "specialists: training success falls by more than 10 points on none; intervals hold the noise of the" in text
+    assert "specialists: training success falls by more than 10 points on none; intervals and p hold the noise" in text
     low, high = each["B", "specialists"].interval  # eight equal pairs: Tango's ±z²/(8 + z²)
     assert low == -high and high == pytest.approx(3.8415 / (8 + 3.8415), abs=1e-4)
     assert "| A | specialists | 1 | 25.0 | 100.0 | +75.0 [" in text and "| 0.062 | – | – |" in text
@@ -262,6 +262,33 @@ def test_intervals_of_few_seeds_hold_the_truth():
     assert np.mean(held) > 0.9
 
 
+def test_p_values_know_training_noise():
+    """Training that gains nothing in the mean, and deviates by 10 points: seldom a task of six is significant."""
+    rng, wrong, naive = np.random.default_rng(fresh_seed(__name__, "test_p_values_know_training_noise")), [], []
+    for _ in range(60):
+        found = []
+        for task, seed in itertools.product("ABCDEF", range(3)):
+            found.append(Outcome("sft", task, seed, tuple(range(128)), rng.random(128) < 0.5))
+            found.append(Outcome("joint", task, seed, tuple(range(128)), rng.random(128) < 0.5 + rng.normal(0, 0.1)))
+        wrong.append(min(row.p_value for row in rows(found, 0.95)) < 0.05)
+        one = [rows([each for each in found if (each.task, each.seed) == (task, 0)], 0.95)[0] for task in "ABCDEF"]
+        naive.append(6 * min(row.p_value for row in one) < 0.05)
+    assert np.mean(wrong) < 0.2 < np.mean(naive)
+
+
+def test_a_p_value_is_the_level_at_which_the_interval_ends_at_nothing():
+    rng = np.random.default_rng(fresh_seed(__name__, "test_a_p_value_is_the_level"))
+    found = []
+    for seed, gain in enumerate((0.05, 0.1, 0.15)):
+        found.append(Outcome("sft", "A", seed, tuple(range(4000)), rng.random(4000) < 0.4))
+        found.append(Outcome("joint", "A", seed, tuple(range(4000)), rng.random(4000) < 0.4 + gain))
+    (row,) = rows(found, 0.95)
+    low, _ = rows(found, 1 - row.p_value)[0].interval
+    assert 0.001 < row.p_value < 0.7 and low == pytest.approx(0, abs=0.003)
+    (alone,) = rows([one for one in found if one.seed == 1], 0.95)  # of one training seed: McNemar's
+    assert alone.p_value == mcnemar_exact(found[2].success, found[3].success) < 1e-3
+
+
 def test_no_interval_is_without_width():
     """Every draw of tasks is alike where all have one rate: then episodes are counted."""
     found = [outcome("sft", task, "xx......") for task in "AB"] + [outcome("joint", task, "xxxx....") for task in "AB"]
@@ -289,7 +316,7 @@ def test_one_seed_borrows_the_training_noise_of_others():
     assert a.interval == pytest.approx((low, min(1.0, high)), abs=1e-3) and low < alone.interval[0]
     text = markdown(found, means(found, 0.95), rows(found, 0.95), [], 0.95)
     assert "joint: on 0 of 1 task the end deviates by at most 5 points;" in text
-    assert "intervals of tasks are widened by the deviation over training seeds that these show together" in text
+    assert "intervals and p of tasks are widened by the deviation over training seeds that these show together" in text
     over = means(found, 0.95)[1]
     assert over.rate == (0.25 + 0.5) / 2 and over.matrix == (1, 3) and over.interquartile == 0.5
 

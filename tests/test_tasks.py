@@ -12,12 +12,13 @@ import tiny_policy as tiny
 from test_simulators import Counted
 
 from envs.base import Env, Episode
+from envs.libero import compat
 from z1_jax import stages, suites, train
 from z1_jax.agreement import check_worlds
 from z1_jax.checkpoint import Checkpoints
 from z1_jax.collect import __main__ as collect
 from z1_jax.config.command_line import parse_command_line
-from z1_jax.config.schema import Config, ConfigError, fingerprint
+from z1_jax.config.schema import Config, ConfigError, EnvConfig, fingerprint
 from z1_jax.data.dataset import open_dataset
 from z1_jax.metrics import read_records
 
@@ -137,6 +138,18 @@ def test_what_cannot_be_is_one_line(arguments, parts):
 def test_one_of_two_names_of_a_task_is_enough():
     with pytest.raises(ConfigError, match="PickPlaceCounterToSink is there twice, as PnPCounterToSink and as Pick"):
         suites.check_settings(parse("tasks=PnPCounterToSink,PickPlaceCounterToSink", file="grpo.py:robocasa"))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_name_that_no_list_has_is_a_name_of_the_task_all_the_same(order, monkeypatch):
+    """LIBERO's tasks are listed by their numbers, and understood by their full names too."""
+    monkeypatch.setattr(compat, "task_maps", lambda: {"libero_object": {"get_milk": None, "get_soup": None}})
+    given = ["libero_object/1", "libero_object/get_soup"]
+    tasks = ("libero_object/get_milk", "libero_object/1")
+    config = Config(env=EnvConfig(suite="libero", objects=("train",)), tasks=tasks)
+    assert suites.names_of_tasks(config) == (("libero_object/get_milk", "libero_object/0"), tuple(given))
+    with pytest.raises(ConfigError, match=f"{given[::order][1]} is there twice"):
+        suites.with_tasks(dataclasses.replace(config, tasks=tuple(given[::order])))
 
 
 def test_tasks_may_differ_in_their_horizon():

@@ -11,6 +11,7 @@ import tiny_policy as tiny
 from flax import nnx
 
 from envs.kitchen import demos
+from z1_jax.agreement import dataset_world
 from z1_jax.config.schema import SftConfig
 from z1_jax.data.dataset import write_dataset
 from z1_jax.data.loader import Loader
@@ -82,7 +83,7 @@ def test_held_out_records_are_in_no_batch(sampling, memory_bytes, dataset, rng):
     whole = Loader(dataset, tiny.policy().processor, 5, seed, sampling=sampling)
     with pytest.raises(UserError, match="saved with records"):
         whole.set_state(loader.get_state())
-    with pytest.raises(UserError, match="saved with records=None"):
+    with pytest.raises(UserError, match="saved with records=None.*; use the same tasks, sft.validation and version"):
         loader.set_state(whole.get_state())
 
 
@@ -119,6 +120,34 @@ def test_the_losses_are_those_of_the_formula(dataset):
         np.testing.assert_allclose(told[name], np.mean(means), rtol=1e-5)
 
 
+def test_it_looks_at_no_more_records_at_once_than_sft(dataset):
+    """And each process at its own rows of them."""
+    parts, losses = split(dataset, 0.25, 3), []
+    for micro in (0, 2):
+        trainer = SftTrainer(tiny.policy(), dataclasses.replace(SFT, micro_batch=micro), 0, tiny.one_device())
+        loader = Loader(dataset, tiny.policy().processor, 4, 0, records=parts.trained)
+        validate, looked = trainer.validation(loader, dataset, parts), []
+        loader.rows = lambda records, rows=loader.rows, looked=looked: looked.append(len(records)) or rows(records)
+        losses.append(validate(*trainer.state.acting))
+        assert set(looked) == {micro or 4}
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for index in range(2):
+        loader = Loader(dataset, tiny.policy().processor, 4, 0, process_index=index, process_count=2)
+        for records in (np.array([3, 1]), np.array([5, 2, 4, 0])):
+            np.testing.assert_array_equal(loader.rows(records)["index"], np.split(records, 2)[index])
+
+
+def test_both_losses_are_of_the_same_tasks(dataset):
+    """Of a task with one episode none is held out: it tells nothing of what is known by heart."""
+    first, second = dataset.episodes[4].span, dataset.episodes[5].span
+    trainer = SftTrainer(tiny.policy(), SFT, 0, tiny.one_device())
+    parts = Split(np.concatenate([dataset.episodes[0].span, first]), np.array(second), 1)
+    told = trainer.validation(Loader(dataset, tiny.policy().processor, 4, 0), dataset, parts)(*trainer.state.acting)
+    parts = dataclasses.replace(parts, trained=np.array(first))
+    alone = trainer.validation(Loader(dataset, tiny.policy().processor, 4, 0), dataset, parts)
+    assert told == alone(*trainer.state.acting)
+
+
 def train(run_dir, dataset, config=SFT, report_every=2, tasks=()):
     how = {"report_every": report_every, "tasks": tasks}
     with MetricsWriter(run_dir) as writer:
@@ -139,17 +168,32 @@ def test_of_a_dataset_of_more_tasks_a_run_takes_its_own(validation, dataset, tmp
     tasks = [row.task for row in dataset.episodes for _ in range(row.records)]
     own = [number for number, task in enumerate(tasks) if task == TASKS[1]]
     steps = 1 + len(own) // SFT.batch_size
-    train(tmp_path / "run", dataset, dataclasses.replace(SFT, validation=validation, steps=steps), tasks=TASKS[1:])
+    config = dataclasses.replace(SFT, validation=validation, steps=steps)
+    train(tmp_path / "run", dataset, config, tasks=[("drawer/0", TASKS[1])])
     held = split(dataset, validation, 5, np.array(own)).held_out if validation else []
     assert set(seen) == set(own) - set(held) and bool(validation) == bool(set(held) & set(own))
-    assert f"of the dataset's {len(dataset):,} records {len(own)} are of this run's tasks" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"of the dataset's {len(dataset):,} records {len(own)} are of this run's tasks" in out
+    assert (f"held out for validation: 1 of 4 episodes, {len(held)} of {len(own)} records" in out) == bool(validation)
 
 
 def test_which_records_are_a_runs_own(dataset):
     first = dataset.episodes[4].first_record
-    np.testing.assert_array_equal(dataset.records_of(TASKS[1:]), np.arange(first, len(dataset)))
-    assert dataset.records_of(TASKS) is None  # all of them
-    assert dataset.records_of([*TASKS, "PressButton"]) is None and dataset.records_of(["PressButton"]) is None
+    for names in (TASKS[1:], ("drawer/0", TASKS[1]), TASKS[::-1]):  # by its own name, where that is there
+        np.testing.assert_array_equal(dataset.records_of([names]), np.arange(first, len(dataset)))
+        assert [row.task for row in dataset.episodes_of([names])] == [TASKS[1]] * 4
+        world = dataset_world(dataset, [names])  # what the policy then says that it was trained in
+        assert world.tasks == (TASKS[1],) and set(world.instructions) == {r.instruction for r in dataset.episodes[4:]}
+    assert dataset.records_of([["any", *TASKS]]) is None  # all of them
+    both = [[task] for task in TASKS]
+    assert dataset.records_of(both) is dataset.records_of([]) is None
+    assert dataset.records_of([*both, ["PressButton"]]) is None and dataset.records_of([["PressButton"]]) is None
+
+
+def test_a_dataset_of_more_tasks_that_knows_not_the_runs_is_told_of(dataset, tmp_path, capsys):
+    train(tmp_path / "run", dataset, dataclasses.replace(SFT, steps=1, validation=0.0), tasks=[("PressButton", "x")])
+    line = f"SFT takes all {len(dataset):,} records of the dataset's 2 tasks: none of these is called PressButton\n"
+    assert line in capsys.readouterr().out
 
 
 def test_a_run_tells_both_losses_at_each_checkpoint_and_goes_on(tmp_path, dataset, monkeypatch, capsys):

@@ -90,12 +90,13 @@ def _given(config: Config) -> tuple[str, World | None, list[World]]:
     return "init", None, policies
 
 
-def dataset_world(dataset: Dataset) -> World:
-    """What a dataset says."""
+def dataset_world(dataset: Dataset, tasks: Sequence[Sequence[str]] = ()) -> World:
+    """What a dataset says; given a run's tasks by their names, of those episodes alone that SFT takes for them."""
+    episodes = dataset.episodes_of(tasks)
     return World(
         name=f"the dataset {dataset.path}",
-        tasks=tuple(dict.fromkeys(row.task for row in dataset.episodes)),
-        instructions=tuple(dict.fromkeys(row.instruction for row in dataset.episodes)),
+        tasks=tuple(dict.fromkeys(row.task for row in episodes)),
+        instructions=tuple(dict.fromkeys(row.instruction for row in episodes)),
         rate=suites.rate_of(dataset.source),
         images={camera: (shape[0], shape[1]) for camera, shape in dataset.cameras.items()},
         stats=suites.training_statistics(dataset.source, dataset.stats),
@@ -178,15 +179,20 @@ def seen_in(tasks: Sequence[str], spec: EnvSpec, named: bool = False) -> World:
     )
 
 
-def trained_in(policy: Policy, world: World) -> Policy:
+def trained_in(policy: Policy, world: World, names: Sequence[Sequence[str]] = ()) -> Policy:
     """The policy with the tasks and words of a world that it is trained in, besides those that it has.
 
-    Rate and frames are those of that world, where it tells them. If it does not tell its instructions, the list
-    would be incomplete and is left empty.
+    Rate and frames are those of that world, where it tells them. If it has tasks that are new to the policy, and does
+    not tell its instructions, the list would be incomplete and is left empty.
+
+    Args:
+        names: of tasks those that each has. A task that the policy knows by one of them is not told again by another.
     """
-    known = policy.world
-    words = sorted({*known.get("instructions", ()), *world.instructions}) if world.instructions else []
-    tasks = sorted({*known.get("tasks", ()), *world.tasks})
+    known, same = policy.world, {name: set(task) for task in names for name in task}
+    had = set(known.get("tasks", ()))
+    new = {task for task in world.tasks if had.isdisjoint({task} | same.get(task, set()))}
+    words = sorted({*known.get("instructions", ()), *world.instructions}) if world.instructions or not new else []
+    tasks = sorted(had | new)
     rate = world.rate or known.get("rate")
     sizes = {camera: list(size) for camera, size in world.images.items() if size and camera in policy.processor.cameras}
     images = {**known.get("images", {}), **sizes}

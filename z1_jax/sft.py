@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ from z1_jax.rl import flow
 from z1_jax.sharding import constrain
 from z1_jax.train_state import TrainState
 from z1_jax.types import Observation
-from z1_jax.validation import HELD_OUT, TRAINED, Split, Validation, sentence, split
+from z1_jax.validation import HELD_OUT, TRAINED, Split, Validation, records_to_train, sentence
 
 
 def draw_times(
@@ -178,7 +178,8 @@ class SftTrainer:
     def validation(self, loader: Loader, dataset: Dataset, parts: Split) -> Validation:
         """What gives the loss on held-out episodes, to be called with `state.acting`."""
         of_loss = self._config.flows, self._counted
-        return Validation(self.graphdef, loader, dataset, parts, *of_loss, self._mesh, self._config.batch_size)
+        rows = self._config.micro_batch or self._config.batch_size  # what memory is known to hold
+        return Validation(self.graphdef, loader, dataset, parts, *of_loss, self._mesh, rows)
 
     def policy(self) -> Policy:
         """The policy as trained so far: with the averaged parameters where `sft.ema` asks for them."""
@@ -199,14 +200,15 @@ def train_sft(
     adapters: LoraConfig | None = None,
     sampling: str = "proportional",
     collected: bool = False,
-    tasks: Sequence[str] = (),
+    tasks: Sequence[Sequence[str]] = (),
 ) -> Policy:
     """Trains to `config.steps`, from the newest checkpoint in `directory` where there is one. `policy` is used up.
 
     Args:
         sampling: of the batches, as `demos.sampling`.
         collected: the run collected its demonstrations itself.
-        tasks: the run's. Where the dataset has them all and others too, it is trained on theirs alone; () takes all.
+        tasks: the run's, each by its names. Where the dataset has them all and others too, it is trained on theirs
+            alone; () takes all.
 
     Order of a step: stop if asked → next batch → step → log → save.
 
@@ -220,18 +222,9 @@ def train_sft(
         print(line, flush=True)
     part, parts = distributed.share_of_batch(mesh)
     own = {"process_index": part, "process_count": parts}
-    mine = dataset.records_of(tasks) if tasks else None
-    if mine is not None:
-        line = f"of the dataset's {len(dataset):,} records {len(mine):,} are of this run's tasks; SFT uses no others"
+    records, chosen = records_to_train(dataset, tasks, config.validation, seed)
+    for line in _told(dataset, tasks, chosen):
         print(line, flush=True)
-    chosen = split(dataset, config.validation, seed, mine) if config.validation else None
-    records = chosen.trained if chosen else mine
-    if chosen:
-        print(
-            f"held out for validation: {chosen.episodes:,} of {len(dataset.episodes):,} episodes, "
-            f"{len(chosen.held_out):,} of {len(dataset):,} records",
-            flush=True,
-        )
     loader = Loader(dataset, policy.processor, config.batch_size, seed, sampling=sampling, records=records, **own)
     trainer = SftTrainer(policy, config, seed, mesh, adapters)
     del policy  # frees what is now kept in bfloat16
@@ -287,6 +280,24 @@ def train_sft(
     if losses:
         print(sentence(losses, collected), flush=True)
     return trainer.policy()
+
+
+def _told(dataset: Dataset, tasks: Sequence[Sequence[str]], chosen: Split | None) -> Iterator[str]:
+    """Lines that say which part of a dataset SFT takes."""
+    own, known = dataset.episodes_of(tasks), {row.task for row in dataset.episodes}
+    mine = sum(row.records for row in own)
+    if len(own) < len(dataset.episodes):
+        yield f"of the dataset's {len(dataset):,} records {mine:,} are of this run's tasks; SFT uses no others"
+    elif missing := [names[0] for names in tasks if known.isdisjoint(names)] if len(known) > len(tasks) else []:
+        yield (
+            f"SFT takes all {len(dataset):,} records of the dataset's {len(known)} tasks: none of these is called "
+            f"{missing[0]}{f', nor {len(missing) - 1} more of the run' * (len(missing) > 1)}"
+        )
+    if chosen:
+        yield (
+            f"held out for validation: {chosen.episodes:,} of {len(own):,} episodes, {len(chosen.held_out):,} of "
+            f"{mine:,} records"
+        )
 
 
 def _restore(checkpoints: Checkpoints, trainer: SftTrainer, loader: Loader) -> tuple[int, dict[str, Any]]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from envs import demos
 from envs.base import Pool
@@ -33,12 +34,13 @@ from z1_jax.suites import (
     least_episode_steps,
     made_by,
     make_envs,
+    names_of_tasks,
     rate_of,
     resolve,
     simulators,
     widths,
 )
-from z1_jax.validation import split
+from z1_jax.validation import records_to_train
 
 DEMO_SEEDS = 10_000  # from one run seed's first demonstration to the next one's
 
@@ -74,8 +76,7 @@ def check_inputs(config: Config) -> Config:
         if config.demos.dataset:
             dataset = open_dataset(config.demos.dataset)
             _fitting(config, dataset)
-            if config.sft.validation:
-                split(dataset, config.sft.validation, config.seed, dataset.records_of(config.every_task))
+            _trained(config, dataset)
     return initial_policy.with_own_steps(config)
 
 
@@ -351,12 +352,13 @@ def supervised_policy(
             return load_policy(checkpoints, config.sft.steps, mesh)
         except CheckpointError as error:
             checkpoints.put_aside(config.sft.steps, error)
-    world = dataset_world(dataset)
+    tasks = names_of_tasks(config)
+    world = dataset_world(dataset, tasks)
     return train_sft(
         # No name for the policy here: what SFT freezes in bfloat16 must not stay in memory in float32 too.
-        trained_in(initial_policy.given_policy(config, config.init, mesh, dataset), world)
+        trained_in(initial_policy.given_policy(config, config.init, mesh, dataset), world, tasks)
         if config.init
-        else trained_in(initial_policy.new_policy(config, dataset, mesh, rules), world),
+        else trained_in(initial_policy.new_policy(config, dataset, mesh, rules), world, tasks),
         dataset,
         config.sft,
         config.seed,
@@ -367,7 +369,7 @@ def supervised_policy(
         adapters=config.lora,
         sampling=config.demos.sampling,
         collected=not config.demos.dataset,
-        tasks=config.every_task,
+        tasks=tasks,
     )
 
 
@@ -383,9 +385,7 @@ def _check_own(config: Config, dataset: Dataset, checkpoints: Checkpoints) -> No
         return
     mine = {"dataset": dataset.identity, "seed": config.seed, "batch_size": config.sft.batch_size}
     told = {"records": None, **told}
-    records = dataset.records_of(config.every_task)
-    if config.sft.validation:
-        records = split(dataset, config.sft.validation, config.seed, records).trained
+    records = _trained(config, dataset)
     mine["records"] = None if records is None else len(records)
     for key, value in mine.items():
         if told.get(key, value) != value:
@@ -394,6 +394,11 @@ def _check_own(config: Config, dataset: Dataset, checkpoints: Checkpoints) -> No
                 f"{value!r}: it is another run's; remove it and SFT is trained here, or start RL from it in a new run "
                 "with --config.init"
             )
+
+
+def _trained(config: Config, dataset: Dataset) -> np.ndarray | None:
+    """The records that SFT is trained on; None: all. Raises UserError: none can be held out."""
+    return records_to_train(dataset, names_of_tasks(config), config.sft.validation, config.seed)[0]
 
 
 def _rules(checkpoints: Checkpoints) -> dict[str, Rule]:

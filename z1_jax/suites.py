@@ -218,10 +218,17 @@ def _tasks(config: Config, suite: Suite) -> tuple[str, ...]:
     return tuple(found)
 
 
+def names_of_tasks(config: Config) -> tuple[tuple[str, ...], ...]:
+    """Of each task of a config its name there, and the others that it has."""
+    suite = resolve(config)
+    return tuple((task, *_other_names(suite, task)) for task in config.every_task)
+
+
 def _other_names(suite: Suite, task: str) -> tuple[str, ...]:
+    """A task may be given by a name that `suite.tasks` does not list."""
     try:
-        return suite.other_names(task) if task in suite.tasks else ()
-    except SettingError:  # nobody knows without an installation, which others ask for
+        return suite.other_names(task)
+    except (SettingError, LookupError, ValueError):  # unknown: refused elsewhere; or nobody knows, not being installed
         return ()
 
 

@@ -25,7 +25,7 @@ from z1_jax.resuming import check_records, concluded, goes_on_alone, own_policy
 from z1_jax.rl.loop import GrpoTrainer, train_grpo
 from z1_jax.run_dir import clip_paths, conclude, results_of
 from z1_jax.stages import demonstrations, make_pool, supervised_policy
-from z1_jax.suites import held_out, resolve
+from z1_jax.suites import held_out, names_of_tasks, resolve
 from z1_jax.videos import clips_of, record_clips
 
 HARDLY = 0.05  # success after SFT, below which RL seldom starts
@@ -100,7 +100,7 @@ def finish_grpo(run: Run, policy: Policy, writer: MetricsWriter, alone: bool = F
         print(line, flush=True)
     episodes = held_out(config)
     with make_pool(config) as pool:
-        policy = trained_in(policy, seen_in(config.every_task, pool.spec))
+        policy = trained_in(policy, seen_in(config.every_task, pool.spec), names_of_tasks(config))
         trainer = GrpoTrainer(policy, config, run.mesh, pool.num_envs, resolve(config).episode)
         policy = policy.without_params()  # the trainer has them
 

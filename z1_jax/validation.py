@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -67,6 +67,22 @@ def split(dataset: Dataset, share: float, seed: int, records: Int[np.ndarray, " 
     return Split(np.setdiff1d(own, apart), apart, len(held))
 
 
+def records_to_train(
+    dataset: Dataset, tasks: Sequence[Sequence[str]], share: float, seed: int
+) -> tuple[Int[np.ndarray, " n"] | None, Split | None]:
+    """The records that SFT is trained on, None for all, and the split that they come from, where one is held out.
+
+    Args:
+        tasks: the run's, as in `Dataset.episodes_of`; `share`: `sft.validation`.
+
+    Raises:
+        UserError: as `split`.
+    """
+    own = dataset.records_of(tasks)
+    parts = split(dataset, share, seed, own) if share else None
+    return (parts.trained if parts else own), parts
+
+
 class Validation:
     """The losses of a policy under training. Flow times and noise of a record are the same at each call."""
 
@@ -83,13 +99,11 @@ class Validation:
     ):
         """Args: `loader`: where records come from; `flows`, `counted`: of the loss, as SFT has them."""
         self._loader, self._mesh, self._batch_size = loader, mesh, batch_size
-        count = min(MOST, len(parts.held_out), len(parts.trained))
-        chosen = [_some(records, count) for records in (parts.held_out, parts.trained)]
-        self._records, self._held = np.concatenate(chosen), count
-        first = [row.first_record for row in dataset.episodes]
-        self._tasks = np.array(
-            [dataset.episodes[number - 1].task for number in np.searchsorted(first, self._records, "right")]
-        )
+        tasks = np.array([row.task for row in dataset.episodes]).repeat([row.records for row in dataset.episodes])
+        alike = parts.trained[np.isin(tasks[parts.trained], tasks[parts.held_out])]  # of tasks with held-out episodes
+        count = min(MOST, len(parts.held_out), len(alike))
+        self._records = np.concatenate([_some(records, count) for records in (parts.held_out, alike)])
+        self._held, self._tasks = count, tasks[self._records]
 
         def losses(
             acting: Any, frozen: Any, observation: Observation, actions: jax.Array, record: jax.Array
@@ -107,6 +121,8 @@ class Validation:
 
     def __call__(self, acting: Any, frozen: Any) -> dict[str, float]:
         """Mean losses, tasks alike: of held-out episodes, of trained ones, and `tasks/NAME/…` where there are several.
+
+        A task without held-out episodes tells nothing of what is known by heart and is in neither.
 
         Args:
             acting, frozen: the parameters that the policy acts with, split as SFT splits them.

@@ -15,7 +15,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -133,12 +133,20 @@ class Dataset:
                 f"dataset {self.path} is damaged: its records cannot be read ({first_line(error)}); make it again"
             ) from None
 
-    def records_of(self, tasks: Collection[str]) -> np.ndarray | None:
-        """The records int [n] of a run's tasks, ascending; None where that is all of them, or a task is missing."""
+    def episodes_of(self, tasks: Sequence[Sequence[str]]) -> Sequence[EpisodeRow]:
+        """The episodes of a run's tasks; all where one of these is missing, or there are none.
+
+        Args:
+            tasks: each by the names that it has: its own, which is looked for first, then others.
+        """
         known = {row.task for row in self.episodes}
-        if not set(tasks) < known:
-            return None
-        return np.concatenate([row.span for row in self.episodes if row.task in tasks])
+        own = [known.intersection(names[:1]) or known.intersection(names) for names in tasks]
+        return [row for row in self.episodes if row.task in set().union(*own)] if own and all(own) else self.episodes
+
+    def records_of(self, tasks: Sequence[Sequence[str]]) -> np.ndarray | None:
+        """The records int [n] of those episodes, ascending; None: all. `tasks`: as in `episodes_of`."""
+        own = self.episodes_of(tasks)
+        return None if len(own) == len(self.episodes) else np.concatenate([row.span for row in own])
 
     def numbers(self, at_once: int = 1024) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(states float32 [n, state_dim], actions float32 [n, H, action_dim]) of all records; no image is decoded.

@@ -78,7 +78,7 @@ class Loader(Iterator[Batch]):
         self._identity = {"dataset": dataset.identity, "seed": seed, "batch_size": batch_size}
         local = batch_size // process_count
         rows = slice(process_index * local, (process_index + 1) * local)
-        self._rows = rows
+        self._part = process_index, process_count
         parts = _records_by_task(dataset) if sampling == "balanced" else [np.arange(len(dataset))]
         self._sampling = sampling if len(parts) > 1 else "proportional"
         if records is not None:
@@ -107,8 +107,9 @@ class Loader(Iterator[Batch]):
         return {key: value[item] for key, value in self.memory.items()}
 
     def rows(self, records: Int[np.ndarray, " B"]) -> Batch:
-        """This process's rows of a batch of given records."""
-        mine = records[self._rows]
+        """This process's rows of a batch of given records, a multiple of the processes."""
+        index, count = self._part
+        mine = records.reshape(count, -1)[index]
         return self._read(mine) if self.memory is None else {key: value[mine] for key, value in self.memory.items()}
 
     def get_state(self) -> dict[str, Any]:
@@ -122,12 +123,12 @@ class Loader(Iterator[Batch]):
         Raises:
             ValueError: the state belongs to another dataset, seed or batch size.
         """
-        saved = {"sampling": "proportional", **state}
+        saved, which = {"sampling": "proportional", **state}, "tasks, sft.validation and version of this code"
         for key, value in {"records": None, **self._identity, "sampling": self._sampling}.items():
             if saved.get(key) != value:
                 raise UserError(
                     f"the data position was saved with {key}={saved.get(key)!r}, this run has {value!r}; "
-                    f"use the same {'sft.validation' if key == 'records' else key}, or start a new run"
+                    f"use the same {which if key == 'records' else key}, or start a new run"
                 )
         self._batches.set_state(state["position"])
 

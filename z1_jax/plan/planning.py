@@ -246,9 +246,14 @@ def _steps(config: Config, model: Pi05Config, plan: Plan) -> Iterator[tuple[str,
     elif worst == "sft_step" and config.sft.batch_size > 1:
         rows = config.sft.micro_batch or config.sft.batch_size
         if rows % 2 == 0:  # the same training, but for a second gradient
-            yield f"sft.micro_batch={rows // 2}", _with(config, "sft", micro_batch=rows // 2), model, devices
-        config = _with(config, "sft", batch_size=config.sft.batch_size // 2, micro_batch=0)
-        yield step(f"sft.batch_size={config.sft.batch_size}")
+            rows //= 2
+            config = _with(config, "sft", micro_batch=rows)
+            yield step(f"sft.micro_batch={rows}")
+        elif not config.sft.micro_batch:
+            rows //= 2
+        if rows < config.sft.batch_size:  # one micro-batch: no second gradient
+            config = _with(config, "sft", batch_size=rows)
+            yield step(f"sft.batch_size={rows}")
     elif config.env.parallel > config.group.size:
         groups = max(config.env.parallel // (2 * config.group.size), 1)
         config = _with(config, "env", parallel=groups * config.group.size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import ipaddress
 import logging
 import os
 import pathlib
@@ -27,10 +28,8 @@ from z1_jax.serve import wire
 from z1_jax.serve.engine import SPAN_FACTOR, Engine
 from z1_jax.serve.inputs import OPTIONAL, TABLES, Inputs
 from z1_jax.serve.remote import API_KEY
-from z1_jax.serve.server import Limits, PolicyServer
+from z1_jax.serve.server import Limits, PolicyServer, place
 from z1_jax.sharding import make_mesh
-
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
         wire.package(name)
     key = _api_key(options.api_key_file)
     logging.basicConfig(format="%(message)s")
-    _check_address(options.host, options.port)
+    alone = _check_address(options.host, options.port)
     start_jax()
     policy = _policy(options.checkpoint, options.steps)
     inputs = Inputs(options.inputs, policy.processor.cameras, policy.processor.stats["state"].dim, options.prompt)
@@ -50,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     began = time.perf_counter()
     engine.warm_up()
     print(f"compiled in {time.perf_counter() - began:.1f} s; {_told(about, inputs)}", flush=True)
-    if options.host not in LOOPBACK and not key:
+    if not alone and not key:
         print(f"warning: whoever reaches {options.host} can use this policy: no API key is set ({API_KEY})", flush=True)
     server = PolicyServer(engine, inputs, about, limits=_limits(options), api_key=key, seed=options.seed)
     try:
@@ -131,8 +130,12 @@ def _policy(path: str, steps: int) -> Policy:
     return dataclasses.replace(policy, denoising_steps=steps or policy.denoising_steps)
 
 
-def _check_address(host: str, port: int) -> None:
-    """Raises UserError where nobody can listen, before anything is loaded or compiled."""
+def _check_address(host: str, port: int) -> bool:
+    """Raises UserError where nobody can listen, before anything is loaded or compiled.
+
+    Returns:
+        Whether this machine alone reaches it, by IPv4 or IPv6.
+    """
     failures: list[OSError] = []
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -148,10 +151,11 @@ def _check_address(host: str, port: int) -> None:
     # A name may have an address of a family that this machine has not.
     if failures and (len(failures) == len(addresses) or any(error.errno == errno.EADDRINUSE for error in failures)):
         raise _taken(host, port, failures[-1]) from failures[-1]
+    return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in addresses)
 
 
 def _taken(host: str, port: int, error: OSError) -> UserError:
-    return UserError(f"cannot serve at {host}:{port} ({error.strerror}); choose others")
+    return UserError(f"cannot serve at {place(host, port)} ({error.strerror}); choose others")
 
 
 def _api_key(path: str) -> str:

@@ -43,6 +43,11 @@ class Limits:
     deadline_s: float = 0.0  # oldest observation that is answered; 0: any
 
 
+def place(host: str, port: int) -> str:
+    """Both as a client's address has them: an IPv6 address is in brackets there."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class Refused(ValueError):
     """Why a request gets no actions: one line, which is sent as the error frame."""
 
@@ -149,7 +154,7 @@ class PolicyServer:
             running = asyncio.create_task(self.run(host, port, started))
             await asyncio.wait({running, started}, return_when=asyncio.FIRST_COMPLETED)
             if started.done():
-                print(f"serving at ws://{host}:{started.result()} (Ctrl-C stops)", flush=True)
+                print(f"serving at ws://{place(host, started.result())} (Ctrl-C stops)", flush=True)
             await running
 
         asyncio.run(main())

@@ -27,7 +27,7 @@ from z1_jax.rl.trainer import GrpoTrainer
 from z1_jax.sft import SftTrainer
 from z1_jax.stages import demonstrations, make_mesh, make_pool
 from z1_jax.study.config import parsed_line
-from z1_jax.suites import episode_steps, resolve, settled
+from z1_jax.suites import episode_steps, names_of_tasks, resolve, settled
 
 TASKS, DEMOS = 3, 8  # tasks that are tried, at most, and demonstrations of each
 STEPS, LOOKS = 3, 4  # timed SFT steps, looks of a rollout
@@ -100,7 +100,7 @@ def _rl(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> dict[str, fl
         ),
     )
     with make_pool(config) as pool:
-        policy = trained_in(policy, seen_in(config.every_task, pool.spec))
+        policy = trained_in(policy, seen_in(config.every_task, pool.spec), names_of_tasks(config))
         trainer = GrpoTrainer(policy, config, mesh, pool.num_envs, resolve(config).episode)
         for iteration in range(2):  # the first compiles
             began = time.perf_counter()

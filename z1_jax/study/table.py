@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy import stats
+from scipy import optimize, stats
 
 from z1_jax.statistics import (
     Interval,
@@ -48,7 +48,7 @@ class Row:
     before: float  # rates, means over training seeds
     after: float
     interval: Interval  # of the difference: over episodes, widened by the form's deviation over training seeds
-    p_value: float  # exact McNemar over all episodes, corrected by Holm over the form's tasks
+    p_value: float  # exact McNemar over all episodes, widened as the interval, corrected by Holm over the form's tasks
     seeds: int = 1  # of training
     deviation: float | None = None  # of the end over training seeds (n − 1); None: there is one
     fall: float | None = (
@@ -107,9 +107,9 @@ def rows(outcomes: Sequence[Outcome], confidence: float, falls: Falls | None = N
     for form in _forms(outcomes):
         pairs = {task: _paired(outcomes, form, task) for task in _tasks(outcomes)}
         pairs = {task: paired for task, paired in pairs.items() if paired}
-        corrected = holm([mcnemar_exact(*_joined(paired)) for paired in pairs.values()])
         gains = [[float(np.mean(b) - np.mean(a)) for _, a, b in paired] for paired in pairs.values()]
         noise, freedom = training_noise(gains), sum(len(one) - 1 for one in gains)
+        corrected = holm([_p_of_one_task(paired, noise, freedom) for paired in pairs.values()])
         for (task, paired), p_value in zip(pairs.items(), corrected, strict=True):
             before, after = _joined(paired)
             ends = [float(np.mean(one)) for _, _, one in paired]
@@ -159,6 +159,26 @@ def _of_one_task(
         max(-1.0, centre - float(np.hypot(centre - low, wide))),
         min(1.0, centre + float(np.hypot(high - centre, wide))),
     )
+
+
+def _p_of_one_task(paired: Sequence[tuple[int, np.ndarray, np.ndarray]], noise: float | None, freedom: int) -> float:
+    """The p-value of a task's difference: McNemar's, which takes training seeds for episodes, with training noise.
+
+    It is the level at which an interval as that of `_of_one_task` would end at 0, its part over episodes such that
+    without training noise this is McNemar's p-value.
+    """
+    before, after = _joined(paired)
+    exact, gain = mcnemar_exact(before, after), float(after.mean() - before.mean())
+    if not noise or exact == 1.0:
+        return exact
+    lowest = max(exact, 1e-300)
+    episodes, training = abs(gain) / stats.norm.isf(lowest / 2), noise / np.sqrt(len(paired))
+
+    def beyond(log_p: float) -> float:
+        half = np.exp(log_p) / 2
+        return float(np.hypot(stats.norm.isf(half) * episodes, stats.t.isf(half, freedom) * training)) - abs(gain)
+
+    return float(np.exp(optimize.bisect(beyond, np.log(lowest), 0.0)))
 
 
 def means(outcomes: Sequence[Outcome], confidence: float) -> list[Mean]:

@@ -81,9 +81,11 @@ def _notes(each: Sequence[Row]) -> list[str]:
         falls = [row.task for row in mine if row.fall is not None and row.fall > STEADY_FALL]
         told.append(f"training success falls by more than {100 * STEADY_FALL:g} points on {', '.join(falls) or 'none'}")
         if known:
-            told.append("intervals of tasks are widened by the deviation over training seeds that these show together")
+            told.append(
+                "intervals and p of tasks are widened by the deviation over training seeds that these show together"
+            )
         elif alone:
-            told.append("intervals hold the noise of the evaluation alone, not that of training: there is one seed")
+            told.append("intervals and p hold the noise of the evaluation alone, none of training: there is one seed")
         found.append(f"{form}: {'; '.join(told if known else told[1:])}.")
         worse = [row.task for row in mine if row.after < row.before and row.p_value < 0.05]
         found.append(
