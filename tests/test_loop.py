@@ -47,7 +47,7 @@ def untouched(tmp_path_factory):
 
 
 def ratio_errors(rows):
-    """The largest error of the first updates' ratios; an iteration whose groups do all alike updates nothing."""
+    """The largest error of the first updates' ratios; an iteration that ends before members part updates nothing."""
     return max(row["ratio/first_update_max_error"] for row in rows if row["updates"])
 
 

@@ -186,7 +186,7 @@ def test_rl_never_begins_with_its_own_policy(run_dir, capsys):
     for step in (1, 2):
         folder = run_dir / "checkpoints" / "grpo" / str(step)
         (folder / "files.json").unlink()
-        # Every file: where an iteration's groups did all alike, the state is zeros, which lie in none of the large ones.
+        # Every file: where an iteration has updated nothing, the state is zeros, which the largest need not hold.
         for data in filter(pathlib.Path.is_file, (folder / "optimizer").rglob("*")):
             flipped = bytearray(data.read_bytes())
             flipped[len(flipped) // 2] ^= 0x40

@@ -48,12 +48,12 @@ def trainer(config: Config = CONFIG, **episodes: Any) -> GrpoTrainer:
 
 
 def differing(made: GrpoTrainer, iteration: int = 0) -> Rollouts:
-    """Rollouts whose update has nodes to train on: in one of 25 iterations each group's members do all alike."""
+    """Rollouts whose update has nodes to train on: in some iterations all members succeed before they part."""
     for later in range(iteration, iteration + 20):
         rollouts = made.collect(tiny.pool(16), later)
         if made.credit(rollouts, np.random.default_rng(0)).usable.any():
             return rollouts
-    raise AssertionError("in 20 iterations no group's members differ")
+    raise AssertionError("in 20 iterations no group comes to a chunk of its members' own")
 
 
 def grpo(run_dir: pathlib.Path, made: GrpoTrainer, pool: Any = None) -> Policy:
