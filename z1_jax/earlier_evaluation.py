@@ -17,9 +17,9 @@ from z1_jax.metrics import read_records
 from z1_jax.policy import Policy, find_policy
 from z1_jax.run_dir import SUMMARY, TAKEN_FROM, known_identities, protocol, write_json
 
-# Of a protocol: what differs between two runs that evaluate alike. Which episodes they are is looked at row by row.
-_OF_THE_RUN = ("task", "config", "evaluation_seeds", "confidence")
-_OF_ITS_START = ("allowed_to_differ", "differences", "before_from")  # in a summary alone: of data, and of RL's start
+# Of a protocol: what differs between two runs that evaluate alike. Which episodes they are is looked at row by row; the
+# last three are in a summary alone.
+_OF_THE_RUN = ("task", "config", "evaluation_seeds", "confidence", "allowed_to_differ", "differences", "before_from")
 # Keys of a config that a protocol does not tell, and that move last digits.
 _DIGITS = (("model", "attention"), ("model", "acting"), ("rollout", "overlap"))
 
@@ -86,5 +86,5 @@ def _rows(config: Config, policy: Policy, source: pathlib.Path, run_dir: pathlib
 
 def _of_task(told: dict[str, Any], task: str) -> dict[str, Any]:
     """What a protocol says of one of its tasks, whichever others it is of."""
-    common = {key: value for key, value in told.items() if key not in (*_OF_THE_RUN, *_OF_ITS_START, "by_task")}
+    common = {key: value for key, value in told.items() if key not in (*_OF_THE_RUN, "by_task")}
     return {**common, **told.get("by_task", {}).get(task, {})}

@@ -47,10 +47,10 @@ def trainer(config: Config = CONFIG, **episodes: Any) -> GrpoTrainer:
     return new
 
 
-def differing(made: GrpoTrainer, iteration: int = 0) -> Rollouts:
+def differing(made: GrpoTrainer) -> Rollouts:
     """Rollouts whose update has nodes to train on: in some iterations all members succeed before they part."""
-    for later in range(iteration, iteration + 20):
-        rollouts = made.collect(tiny.pool(16), later)
+    for iteration in range(20):
+        rollouts = made.collect(tiny.pool(16), iteration)
         if made.credit(rollouts, np.random.default_rng(0)).usable.any():
             return rollouts
     raise AssertionError("in 20 iterations no group comes to a chunk of its members' own")

@@ -140,8 +140,11 @@ class Dataset:
             tasks: each by the names that it has: its own, which is looked for first, then others.
         """
         known = {row.task for row in self.episodes}
-        own = [known.intersection(names[:1]) or known.intersection(names) for names in tasks]
-        return [row for row in self.episodes if row.task in set().union(*own)] if own and all(own) else self.episodes
+        each = [known.intersection(names[:1]) or known.intersection(names) for names in tasks]
+        if not each or not all(each):
+            return self.episodes
+        own = set().union(*each)
+        return [row for row in self.episodes if row.task in own]
 
     def records_of(self, tasks: Sequence[Sequence[str]]) -> np.ndarray | None:
         """The records int [n] of those episodes, ascending; None: all. `tasks`: as in `episodes_of`."""
