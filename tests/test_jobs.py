@@ -19,7 +19,16 @@ from envs.jobs import Job, run_jobs
 from envs.pool import PoolError
 
 PROFILE = (1.0, 0.5, 0.0)
-SEED = fresh_seed(__name__)
+FAULT_STEP = 8  # of `TinyEnv`; an episode that succeeds before never gets there
+
+
+def control_steps(seed: int) -> int:
+    [one] = collect(Demonstrator(TinyEnv, TinyExpert, PROFILE), [Episode(seed)], stride=2, chunk=4, processes=0)
+    return one.control_steps
+
+
+# One random episode in two gets to the fault: the first of these does.
+SEED = next(seed for seed in itertools.count(fresh_seed(__name__)) if control_steps(seed) >= FAULT_STEP)
 EPISODES = [Episode(SEED + i) for i in range(6)]
 
 
