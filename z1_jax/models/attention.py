@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -28,12 +29,7 @@ def attend(
         if mask is not None:  # cuDNN wants a row of it for every query
             full_mask = jnp.broadcast_to(mask[:, None, None, :], (mask.shape[0], 1, q.shape[1], mask.shape[1]))
         return _library(q, k, v, full_mask, implementation)
-    grouped = _group(q, k.shape[2])
-    logits = _logits("bkxd,bskd->bkxs", grouped, k)
-    if mask is not None:
-        logits = jnp.where(mask[:, None, None, :], logits, MASKED_LOGIT)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return _ungroup(jnp.einsum("bkxs,bskd->bkxd", weights, v), q.shape)
+    return _ungroup(_over_blocks(_group(q, k.shape[2]), (k,), (v,), mask), q.shape)
 
 
 def _library(q: Array, k: Array, v: Array, mask: Array | None, implementation: str) -> Array:
@@ -128,16 +124,94 @@ def attend_shared_prefix(
         allowed = chunk_mask(prefix_mask, chunks, horizon, horizon, chunks * horizon)
         flat = q.reshape(batch, -1, heads, width)
         return attend_in_order(flat, keys, values, allowed, implementation).reshape(q.shape)
-    kv_heads, prefix_length = k.shape[3], prefix_k.shape[1]
-    group = heads // kv_heads
-    grouped = q.reshape(batch, chunks, horizon, kv_heads, group, width).transpose(0, 3, 4, 1, 2, 5)
+    kv_heads = k.shape[3]
+    grouped = q.reshape(batch, chunks, horizon, kv_heads, heads // kv_heads, width).transpose(0, 3, 4, 1, 2, 5)
     flat = grouped.reshape(batch, kv_heads, -1, width)  # every query of an observation: the prefix is read once
-    to_prefix = _logits("bkxd,btkd->bkxt", flat, prefix_k.astype(q.dtype))
-    to_prefix = jnp.where(prefix_mask[:, None, None, :], to_prefix, MASKED_LOGIT)
-    to_chunk = _logits("bkgmhd,bmskd->bkgmhs", grouped, k)
-    logits = [to_prefix.reshape(*grouped.shape[:-1], prefix_length), to_chunk]
-    weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1).astype(v.dtype)
-    over_prefix, over_chunk = weights[..., :prefix_length], weights[..., prefix_length:]
-    flat = jnp.einsum("bkxt,btkd->bkxd", over_prefix.reshape(*flat.shape[:3], -1), prefix_v.astype(v.dtype))
-    out = flat.reshape(grouped.shape) + jnp.einsum("bkgmhs,bmskd->bkgmhd", over_chunk, v)
-    return out.transpose(0, 3, 4, 1, 2, 5).reshape(q.shape)
+    out = _over_blocks(flat, (prefix_k.astype(q.dtype), k), (prefix_v.astype(v.dtype), v), prefix_mask)
+    return out.reshape(grouped.shape).transpose(0, 3, 4, 1, 2, 5).reshape(q.shape)
+
+
+@jax.custom_vjp
+def _over_blocks(
+    q: Float[Array, "B K X D"],
+    keys: tuple[Float[Array, "..."], ...],
+    values: tuple[Float[Array, "..."], ...],
+    mask: Bool[Array, "B S"] | None,
+) -> Float[Array, "B K X D"]:
+    """Attention with one softmax over blocks of keys that are never put together.
+
+    A block [B, S, K, D] is for all queries, one [B, M, H, K, D] holds the own keys of M chunks of H queries each; the
+    queries of a key head come by N/K, M and H then. `mask` is the first block's.
+
+    The backward pass is written out, with the sum over keys of weight times its gradient taken as that of output times
+    its gradient (Dao et al. 2022, FlashAttention, appendix B.2): a sum over D numbers instead of all keys. Rows are
+    divided by the softmax's sum where they have D numbers too.
+    """
+    return _forward(q, keys, values, mask)[0]
+
+
+def _attended(q: Array, keys: tuple[Array, ...], values: tuple[Array, ...], mask: Array | None) -> tuple[Array, Any]:
+    """The output in float32, and what the backward pass needs beside it and the inputs."""
+    logits = [_product("q,k->w", k, q, k) for k in keys]
+    if mask is not None:
+        logits[0] = jnp.where(mask[:, None, None, :], logits[0], MASKED_LOGIT)
+    largest = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in logits])
+    exponentials = [jnp.exp(x - largest) for x in logits]
+    total = _sum([jnp.sum(x, axis=-1, keepdims=True) for x in exponentials])
+    weights = [x.astype(v.dtype) for x, v in zip(exponentials, values, strict=True)]
+    out = _sum([_product("w,k->q", v, w, v) for w, v in zip(weights, values, strict=True)]) / total
+    return out, (weights, total)
+
+
+def _sum(parts: list[Array]) -> Array:
+    return functools.reduce(jnp.add, parts)
+
+
+def _forward(q: Array, keys: tuple[Array, ...], values: tuple[Array, ...], mask: Array | None) -> tuple[Array, Any]:
+    out, kept = _attended(q, keys, values, mask)
+    return out.astype(q.dtype), (q, keys, values, out.astype(q.dtype), *kept)
+
+
+def _backward(kept: Any, gradient: Float[Array, "B K X D"]) -> tuple[Any, ...]:
+    q, keys, values, out, weights, total = kept
+    gradient = gradient / total  # of weights before they are divided by their sum; float32
+    shift = jnp.sum(gradient * out, axis=-1, keepdims=True)
+    gradient = gradient.astype(q.dtype)
+    to_q, to_keys, to_values = [], [], []
+    for k, v, w in zip(keys, values, weights, strict=True):
+        to_values.append(_product("w,q->k", v, w, gradient).astype(v.dtype))
+        to_logits = (w * (_product("q,k->w", v, gradient, v) - shift)).astype(q.dtype)
+        to_q.append(_product("w,k->q", k, to_logits, k))
+        to_keys.append(_product("w,q->k", k, to_logits, q).astype(k.dtype))
+    return _sum(to_q).astype(q.dtype), tuple(to_keys), tuple(to_values), None
+
+
+_over_blocks.defvjp(_forward, _backward)
+
+# Dimensions of queries, of keys or values, and of weights, by how many a block has.
+_LETTERS = {
+    4: {"q": "bkxd", "k": "bskd", "w": "bkxs"},
+    5: {"q": "bkgmhd", "k": "bmskd", "w": "bkgmhs"},
+}
+
+
+def _product(kinds: str, block: Array, left: Array, right: Array) -> Float[Array, "..."]:
+    """A product over a block of keys in float32, such as "q,k->w" of queries and keys; rows are [B, K, X, …].
+
+    Factors of bfloat16 are multiplied as such whatever the default precision.
+    """
+
+    def apart(kind: str, x: Array) -> Array:
+        whole = kind == "k" or block.ndim == 4
+        return x if whole else x.reshape(*x.shape[:2], -1, *block.shape[1:3], x.shape[-1])
+
+    first, second, result = kinds[0], kinds[2], kinds[-1]
+    letters = _LETTERS[block.ndim]
+    out = jnp.einsum(
+        f"{letters[first]},{letters[second]}->{letters[result]}",
+        apart(first, left),
+        apart(second, right),
+        precision=jax.lax.Precision.DEFAULT if left.dtype == jnp.bfloat16 else None,
+        preferred_element_type=jnp.float32,
+    )
+    return out if result == "k" else out.reshape(*out.shape[:2], -1, out.shape[-1])

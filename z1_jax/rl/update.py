@@ -158,7 +158,10 @@ class Updater:
         if parts == 1:
             grads, (stats, logp) = accumulate(zeros, batch)
         else:
-            grads, (stacked, logp) = jax.lax.scan(_unless_padding(accumulate), zeros, _split_rows(batch, parts))
+            step = _unless_padding(accumulate)
+            grads, (stacked, logp) = jax.lax.scan(
+                lambda total, part: step(total, _rows_of(batch, parts, part)), zeros, jnp.arange(parts)
+            )
             stats = {
                 name: jnp.max(value) if name.endswith(loss.MAXIMA) else jnp.sum(value)
                 for name, value in stacked.items()
@@ -218,10 +221,12 @@ def _unless_padding(accumulate: Callable[[Any, NodeBatch], tuple[Any, Any]]) -> 
     return step
 
 
-def _split_rows(batch: NodeBatch, parts: int) -> NodeBatch:
+def _rows_of(batch: NodeBatch, parts: int, part: jax.Array) -> NodeBatch:
+    """One of the equal parts of a batch, cut out where it lies: the whole prefix cache is never copied."""
+
     def rows(x: jax.Array, axis: int = 0) -> jax.Array:
         shape = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x.reshape(shape), axis, 0)
+        return jax.lax.dynamic_index_in_dim(x.reshape(shape), part, axis, keepdims=False)
 
     if isinstance(batch.seen, PrefixCache):
         seen: Any = PrefixCache(rows(batch.seen.k, 1), rows(batch.seen.v, 1), rows(batch.seen.mask))
