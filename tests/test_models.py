@@ -194,14 +194,15 @@ def test_attention_implementations_agree_with_plain_numpy(rng, kv_heads):
             assert relative_error(shared[:, i, 0], alone) < 1e-5
 
 
-def dots(fn, *args) -> list[tuple[set, object]]:
-    """(dtypes of the factors, precision) of every product in `fn`'s trace that is not within a called function."""
-    equations = jax.make_jaxpr(fn)(*args).jaxpr.eqns
-    return [
-        ({str(factor.aval.dtype) for factor in equation.invars}, equation.params["precision"])
-        for equation in equations
-        if equation.primitive.name == "dot_general"
-    ]
+def dots(jaxpr) -> list[tuple[set, object]]:
+    """(dtypes of the factors, precision) of every product in a trace, those of called functions included."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found.append(({str(factor.aval.dtype) for factor in equation.invars}, equation.params["precision"]))
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            found += dots(inner)
+    return found
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -215,10 +216,11 @@ def test_only_products_of_float32_are_computed_in_full(rng, dtype):
         return jnp.sum(jnp.square(attention.attend(q, k, v, mask)) + jnp.square(shared[:, 0])).astype(jnp.float32)
 
     with jax.default_matmul_precision("float32"):
-        found = dots(jax.grad(loss, argnums=(0, 1, 2)), q, k, v)
+        found = dots(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v).jaxpr)
     full = (jax.lax.Precision.HIGHEST,) * 2
-    widened = [precision for factors, precision in found if "float32" in factors]
-    assert widened and all((precision == full) == (dtype == "float32") for precision in widened)
+    # Logits and output, and the gradients of their four factors; of two blocks and of one.
+    assert len(found) == 18
+    assert all(factors == {dtype} and (precision == full) == (dtype == "float32") for factors, precision in found)
 
 
 def test_cudnn_agrees_for_chunks_over_a_shared_prefix(rng):

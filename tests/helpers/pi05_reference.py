@@ -19,7 +19,7 @@ from flax import nnx
 from z1_jax.convert import openpi_names
 from z1_jax.models import pi05
 from z1_jax.models.gemma import prefix_positions
-from z1_jax.models.layers import rope, time_embedding
+from z1_jax.models.layers import rope_tables, rotate, time_embedding
 from z1_jax.models.presets import get_preset
 from z1_jax.types import Observation
 
@@ -156,8 +156,9 @@ def forward_comparisons(case: Case, aux: dict[str, jax.Array]) -> Iterator[Compa
 
 def piece_comparisons() -> Iterator[Comparison]:
     misc = load("misc.npz")
+    x, at = misc["rope/x"], misc["rope/positions"]
     yield compare("time_embedding", time_embedding(misc["posemb_sincos/t"], 1024), misc["posemb_sincos/out_1024"])
-    yield compare("rope", rope(misc["rope/x"], misc["rope/positions"]), misc["rope/out"])
+    yield compare("rope", rotate(x, rope_tables(at, x.shape[-1], int(at.max()) + 1)), misc["rope/out"])
 
 
 def gradient_comparisons(case: Case, grads: nnx.State) -> Iterator[Comparison]:

@@ -151,7 +151,7 @@ def encode_prefix(
     prompt = (rows * width**0.5).astype(images.dtype)
     x = constrain(jnp.concatenate([images.reshape(batch, cameras * patches, width), prompt], axis=1), "batch")
     mask = jnp.concatenate([jnp.repeat(obs.image_mask, patches, axis=1), obs.token_mask], axis=1)
-    tables = rope_tables(prefix_positions(mask), config.language.head_dim)
+    tables = rope_tables(prefix_positions(mask), config.language.head_dim, mask.shape[1])
     keys, values = [], []
     for layer in params["language"]:
         h = _rms_norm(x, layer["norm_attention"])
@@ -231,7 +231,7 @@ def _by_buffers(config: Pi05Config, cache: PrefixCache, chunks: int) -> tuple[At
     padded, length = _round_up(config.horizon), cache.mask.shape[1]
     room = _round_up(length + chunks * padded) - length
     positions = jnp.sum(cache.mask, axis=1, dtype=jnp.int32)[:, None] + jnp.tile(jnp.arange(padded), chunks)
-    tables = rope_tables(positions, config.expert.head_dim)
+    tables = rope_tables(positions, config.expert.head_dim, length + padded)
     allowed = attention.chunk_mask(cache.mask, chunks, padded, config.horizon, room)
 
     def buffers(stacked: Float[Array, "layers B T K D"]) -> list[Array]:

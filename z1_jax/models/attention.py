@@ -91,17 +91,18 @@ def chunk_mask(prefix: Bool[Array, "B T"], chunks: int, length: int, horizon: in
 
 
 def _group(q: Float[Array, "B T N D"], kv_heads: int) -> Float[Array, "B K X D"]:
-    """Queries that share a key head, one after the other (X = N/K heads x T): one large product per key head."""
+    """Queries that share a key head in token order (X = T x N/K heads): one large product per key head.
+
+    With a single key head, as π0.5 has, nothing is moved.
+    """
     batch, length, heads, width = q.shape
-    q = q.reshape(batch, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
-    return q.reshape(batch, kv_heads, -1, width)
+    return jnp.moveaxis(q.reshape(batch, length, kv_heads, -1, width), 2, 1).reshape(batch, kv_heads, -1, width)
 
 
-def _ungroup(x: Float[Array, "B K X D"], shape: tuple[int, ...]) -> Float[Array, "B T N D"]:
-    batch, length, heads, width = shape
-    kv_heads = x.shape[1]
-    x = x.reshape(batch, kv_heads, heads // kv_heads, length, width).transpose(0, 3, 1, 2, 4)
-    return x.reshape(shape)
+def _ungroup(x: Float[Array, "B K X D"], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    batch, kv_heads, _, width = x.shape
+    heads = shape[-2]
+    return jnp.moveaxis(x.reshape(batch, kv_heads, -1, heads // kv_heads, width), 1, 2).reshape(shape)
 
 
 def attend_shared_prefix(
@@ -124,11 +125,9 @@ def attend_shared_prefix(
         allowed = chunk_mask(prefix_mask, chunks, horizon, horizon, chunks * horizon)
         flat = q.reshape(batch, -1, heads, width)
         return attend_in_order(flat, keys, values, allowed, implementation).reshape(q.shape)
-    kv_heads = k.shape[3]
-    grouped = q.reshape(batch, chunks, horizon, kv_heads, heads // kv_heads, width).transpose(0, 3, 4, 1, 2, 5)
-    flat = grouped.reshape(batch, kv_heads, -1, width)  # every query of an observation: the prefix is read once
+    flat = _group(q.reshape(batch, -1, heads, width), k.shape[3])  # every query: the prefix is read once
     out = _over_blocks(flat, (prefix_k.astype(q.dtype), k), (prefix_v.astype(v.dtype), v), prefix_mask)
-    return out.reshape(grouped.shape).transpose(0, 3, 4, 1, 2, 5).reshape(q.shape)
+    return _ungroup(out, q.shape)
 
 
 @jax.custom_vjp
@@ -141,7 +140,7 @@ def _over_blocks(
     """Attention with one softmax over blocks of keys that are never put together.
 
     A block [B, S, K, D] is for all queries, one [B, M, H, K, D] holds the own keys of M chunks of H queries each; the
-    queries of a key head come by N/K, M and H then. `mask` is the first block's.
+    rows of a key head come by M, H and N/K then. `mask` is the first block's.
 
     The backward pass is written out, with the sum over keys of weight times its gradient taken as that of output times
     its gradient (Dao et al. 2022, FlashAttention, appendix B.2): a sum over D numbers instead of all keys. Rows are
@@ -191,7 +190,7 @@ _over_blocks.defvjp(_forward, _backward)
 # Dimensions of queries, of keys or values, and of weights, by how many a block has.
 _LETTERS = {
     4: {"q": "bkxd", "k": "bskd", "w": "bkxs"},
-    5: {"q": "bkgmhd", "k": "bmskd", "w": "bkgmhs"},
+    5: {"q": "bkmxd", "k": "bmskd", "w": "bkmxs"},
 }
 
 
@@ -203,7 +202,7 @@ def _product(kinds: str, block: Array, left: Array, right: Array) -> Float[Array
 
     def apart(kind: str, x: Array) -> Array:
         whole = kind == "k" or block.ndim == 4
-        return x if whole else x.reshape(*x.shape[:2], -1, *block.shape[1:3], x.shape[-1])
+        return x if whole else x.reshape(*x.shape[:2], block.shape[1], -1, x.shape[-1])
 
     first, second, result = kinds[0], kinds[2], kinds[-1]
     letters = _LETTERS[block.ndim]

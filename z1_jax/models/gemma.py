@@ -23,7 +23,8 @@ from z1_jax.models.layers import (
     GatedMlp,
     RMSNorm,
     dense,
-    rope,
+    rope_tables,
+    rotate,
     scan_layers,
     time_embedding,
 )
@@ -31,6 +32,7 @@ from z1_jax.models.params import Init, param
 from z1_jax.sharding import constrain
 from z1_jax.types import PrefixCache
 
+Tables = tuple[Float[Array, "B ... 1 D/2"], Float[Array, "B ... 1 D/2"]]  # of `rope_tables`
 Attend = Callable[[Array, Array, Array], Array]  # rotated and scaled queries, rotated keys, values -> outputs
 
 
@@ -81,23 +83,23 @@ class GemmaBlock(nnx.Module):
         for linear in (self.q, self.kv, self.out, self.mlp):
             linear.adapt(rank, alpha)
 
-    def keys_values(self, h: Float[Array, "B ... W"], positions: Int[Array, "B ..."]) -> tuple[Array, Array]:
+    def keys_values(self, h: Float[Array, "B ... W"], tables: Tables) -> tuple[Array, Array]:
         """Rotated keys and values `[B, ..., K, D]` of normalised inputs."""
         k, v = self.kv(h)
-        return constrain(rope(k, positions), "batch"), constrain(v, "batch")
+        return constrain(rotate(k, tables), "batch"), constrain(v, "batch")
 
     def __call__(
         self,
         x: Float[Array, "B ... W"],
-        positions: Int[Array, "B ..."],
+        tables: Tables,
         attend: Attend,
         condition: Float[Array, "B M W"] | None = None,
     ) -> tuple[Float[Array, "B ... W"], tuple[Array, Array]]:
         """The block's output, and its own rotated keys and values."""
         middle = (None,) * (x.ndim - 2)
         h, gate = self.norm_attention(x, condition)
-        q = constrain(rope(self.q(h), positions) * self.query_scale, "batch", *middle, "heads")
-        k, v = self.keys_values(h, positions)
+        q = constrain(rotate(self.q(h), tables) * self.query_scale, "batch", *middle, "heads")
+        k, v = self.keys_values(h, tables)
         x = _add_residual(x, self.out(attend(q, k, v)), gate)
         h, gate = self.norm_mlp(x, condition)
         return _add_residual(x, self.mlp(h), gate), (k, v)
@@ -135,16 +137,16 @@ class LanguageModel(nnx.Module):
         self, x: Float[Array, "B T W"], mask: Bool[Array, "B T"]
     ) -> tuple[Float[Array, "layers B T K D"], Float[Array, "layers B T K D"]]:
         """Rotated keys and values of every layer. Those of masked tokens are meaningless and must not be read."""
-        positions = prefix_positions(mask)
+        tables = rope_tables(prefix_positions(mask), self.config.head_dim, mask.shape[1])
 
         def attend(q: Array, k: Array, v: Array) -> Array:
             return attention.attend(q, k, v, mask, self.compute.attention)
 
         def step(layer: GemmaBlock, x: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
-            return layer(x, positions, attend)
+            return layer(x, tables, attend)
 
         x, (k, v) = scan_layers(self.layers, step, x, self.compute)
-        last_k, last_v = self.last.keys_values(self.last.norm_attention(x)[0], positions)
+        last_k, last_v = self.last.keys_values(self.last.norm_attention(x)[0], tables)
         return jnp.concatenate([k, last_k[None]]), jnp.concatenate([v, last_v[None]])
 
 
@@ -184,13 +186,14 @@ class ActionExpert(nnx.Module):
         condition = self.condition(t)
         prefix_length = jnp.sum(cache.mask.astype(jnp.int32), axis=1)
         positions = prefix_length[:, None, None] + jnp.arange(x_t.shape[2], dtype=jnp.int32)
+        tables = rope_tables(positions, self.config.head_dim, cache.mask.shape[1] + x_t.shape[2])
         x = constrain(self.action_in(x_t.astype(jnp.float32)).astype(self.compute.dtype), "batch")
 
         def step(layer: GemmaBlock, x: Array, prefix: tuple[Array, Array]) -> tuple[Array, None]:
             def attend(q: Array, k: Array, v: Array) -> Array:
                 return attention.attend_shared_prefix(q, k, v, *prefix, cache.mask, self.compute.attention)
 
-            return layer(x, positions, attend, condition)[0], None
+            return layer(x, tables, attend, condition)[0], None
 
         x, _ = scan_layers(self.layers, step, x, self.compute, (cache.k, cache.v))
         x, _ = self.norm(x, condition)

@@ -196,23 +196,27 @@ class GatedMlp(nnx.Module):
         return y.reshape(x.shape)
 
 
-def rope(x: Float[Array, "... T N D"], positions: Int[Array, "... T"]) -> Float[Array, "... T N D"]:
-    """Rotary position embedding over split halves, computed in float32, returned in the dtype of `x`."""
-    return rotate(x, rope_tables(positions, x.shape[-1]))
-
-
 def rope_tables(
-    positions: Int[Array, "... T"], width: int
+    positions: Int[Array, "... T"], width: int, longest: int
 ) -> tuple[Float[Array, "... T 1 D/2"], Float[Array, "... T 1 D/2"]]:
-    """Sines and cosines of the positions, for `rotate`."""
+    """Sines and cosines of the positions, for `rotate`.
+
+    They are looked up in a table of all positions below `longest`; others are taken to be the nearest of these.
+    Computed from the positions, they would be fused into what reads them, and XLA's CPU compiler would compute them
+    for every head, layer and reader anew.
+    """
     half = width // 2
     timescale = ROPE_BASE ** ((2.0 / width) * jnp.arange(half, dtype=jnp.float32))
-    radians = (positions[..., None].astype(jnp.float32) / timescale)[..., None, :]
-    return jnp.sin(radians), jnp.cos(radians)
+    radians = jnp.arange(longest, dtype=jnp.float32)[:, None] / timescale
+    sin, cos = (jnp.take(table, positions, axis=0, mode="clip") for table in (jnp.sin(radians), jnp.cos(radians)))
+    return sin[..., None, :], cos[..., None, :]
 
 
 def rotate(x: Float[Array, "... T N D"], tables: tuple[Float[Array, "..."], ...]) -> Float[Array, "... T N D"]:
-    """As `rope`, with the tables of `rope_tables`."""
+    """Rotary position embedding over split halves, computed in float32, returned in the dtype of `x`.
+
+    `tables` are those of `rope_tables`.
+    """
     sin, cos = tables
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -32,6 +32,7 @@ PRESETS: dict[str, Pi05Config] = {
         action_dim=12,
         horizon=8,
         dtype="float32",
+        unroll=True,
     ),
     # π0.5's proportions at nine million parameters, for measurements on a CPU: one observation's prefix costs some
     # 30 times what the expert's denoising of a chunk costs (K = 4).
@@ -45,6 +46,7 @@ PRESETS: dict[str, Pi05Config] = {
         action_dim=32,
         horizon=8,
         dtype="float32",
+        unroll=True,
     ),
     # The size of the reference numbers that the tests compare with.
     "tiny": Pi05Config(
