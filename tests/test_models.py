@@ -194,6 +194,44 @@ def test_attention_implementations_agree_with_plain_numpy(rng, kv_heads):
             assert relative_error(shared[:, i, 0], alone) < 1e-5
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_attentions_gradients_are_those_of_the_plain_formula(rng, kv_heads):
+    """Differentiated by JAX, chunk by chunk, keys repeated for each head; masked keys get none."""
+    batch, chunks, horizon, heads, width, prefix = 2, 3, 2, 4, 8, 5
+    q = rng.normal(size=(batch, chunks, horizon, heads, width))
+    k, v = rng.normal(size=(2, batch, chunks, horizon, kv_heads, width))
+    prefix_k, prefix_v = rng.normal(size=(2, batch, prefix, kv_heads, width))
+    mask = rng.random((batch, prefix)) < 0.6
+    weight = rng.normal(size=q.shape)
+
+    def plain(q, k, v, prefix_k, prefix_v):
+        keys, values = (
+            jnp.repeat(jnp.concatenate([jnp.stack([shared] * chunks, 1), own], axis=2), heads // kv_heads, axis=3)
+            for shared, own in ((prefix_k, k), (prefix_v, v))
+        )
+        allowed = jnp.concatenate([mask, np.ones((batch, horizon), bool)], axis=1)
+        logits = jnp.einsum("bmhnd,bmsnd->bmnhs", q, keys)
+        weights = jax.nn.softmax(jnp.where(allowed[:, None, None, None], logits, -jnp.inf))
+        return jnp.sum(weight * jnp.einsum("bmnhs,bmsnd->bmhnd", weights, values))
+
+    def ours(*factors):
+        return jnp.sum(weight * attention.attend_shared_prefix(*factors, mask))
+
+    def within(q, k, v):
+        return jnp.sum(weight[:, 0] * attention.attend(q[:, 0], k[:, 0], v[:, 0], None))
+
+    factors = [x.astype("f") for x in (q, k, v, prefix_k, prefix_v)]
+    found, expected = (jax.grad(loss, argnums=range(5))(*factors) for loss in (ours, plain))
+    for one, other in zip(found, expected, strict=True):
+        assert relative_error(one, other) < 1e-5
+    for gradient in found[3:]:
+        assert not gradient[~mask].any()
+    alone = jax.grad(within, argnums=range(3))(*factors[:3])
+    mask[:], weight[:, 1:] = False, 0  # no prefix, and only the first chunk: what `attend` does
+    for one, other in zip(alone, jax.grad(plain, argnums=range(3))(*factors), strict=True):
+        assert relative_error(one, other) < 1e-5
+
+
 def dots(jaxpr) -> list[tuple[set, object]]:
     """(dtypes of the factors, precision) of every product in a trace, those of called functions included."""
     found = []
