@@ -347,7 +347,7 @@ def _affine(x: Array, kernel: Array, bias: Array) -> Array:
     return constrain(_product(x, kernel) + bias, "batch")
 
 
-def _rotated(config: Pi05Config, qkv: Float[Array, "B T X D"], tables: tuple[Array, ...]) -> tuple[Array, ...]:
+def _rotated(config: Pi05Config, qkv: Float[Array, "B T X D"], tables: tuple[Array, Array]) -> tuple[Array, ...]:
     """Rotated and scaled queries, rotated keys, and values, out of one product."""
     heads, kv_heads = config.language.heads, config.language.kv_heads
     q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
