@@ -15,7 +15,7 @@ from envs.base import episodes
 from z1_jax import sharding
 from z1_jax.config.schema import LoraConfig
 from z1_jax.evaluation import make_actor
-from z1_jax.models import acting, pi05
+from z1_jax.models import acting, attention, pi05
 from z1_jax.models.presets import get_preset
 from z1_jax.rl import flow, rollout
 from z1_jax.rl.actor import stack_ids
@@ -213,3 +213,34 @@ def test_lengths_are_rounded_up_and_never_seen(rng):
     wanted, got, beside_poison = velocities(state)
     np.testing.assert_array_equal(got, beside_poison)
     assert distance(wanted, got) < 1e-5
+
+
+def test_products_cut_into_parts_decide_the_same(rng, monkeypatch):
+    """A full-size policy's products are cut; here the constants are made so small that the tiny one's are too."""
+    monkeypatch.setattr(acting, "SHORTEST", 8)
+    monkeypatch.setattr(acting, "ROWS", 2)
+    model = model_of("one chunk")
+    assert acting._parts(1, model.config.expert.width, 1) > 1
+    (cache, chain), (other, sampled) = both(model, 1, rng)
+    assert distance(chain.x, sampled.x) < 1e-6
+    assert distance(chain.logp, sampled.logp) < 1e-6
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_product_in_parts_is_the_product_of_the_sum(rng, monkeypatch, parts):
+    x, kernel = rng.standard_normal((3, 2, 5, 4, 16)), rng.standard_normal((4, 16, 7))
+    monkeypatch.setattr(acting, "_parts", lambda rows, inner, columns: parts)
+    got = acting._product_in_parts(x.astype("f"), kernel.astype("f"), 2)
+    wanted = np.einsum("sbtnd,ndf->btf", x, kernel)
+    assert distance(wanted, got) < 1e-6
+
+
+def test_attention_in_parts_adds_up_to_attention(rng):
+    q, k, v = rng.standard_normal((2, 24, 4)), rng.standard_normal((2, 12, 4)), rng.standard_normal((2, 12, 4))
+    mask = rng.random((2, 5, 12)) < 0.6
+    mask[:, :, 0] = True
+    got = attention.attend_in_parts(*(x.astype("f") for x in (q, k, v)), mask, 4, 5, 2)
+    assert got.shape == (2, 2, 5, 4, 4)
+    weights = np.exp(q[:, :20].reshape(2, 5, 4, 4) @ np.swapaxes(k, 1, 2)[:, None]) * mask[:, :, None]
+    wanted = weights / weights.sum(-1, keepdims=True) @ v[:, None]
+    assert distance(wanted, got.sum(0)) < 1e-6

@@ -8,11 +8,17 @@ the stacks, moved and modulated. The prepared form, made once from any policy, a
 * the expert's adaRMS modulation for each denoising step, which depends on the time alone, as a table.
 
 The layers are unrolled, rotations are tabulated once a call, and keys and values are written where attention reads
-them. `Pi05.encode_prefix` and `Pi05.velocity` are the reference: results are equal up to rounding.
+them. Where a product has few rows, its inner dimension is cut into parts, which whatever reads the product adds up: a
+library would cut it too, and add up by a kernel of its own.
+
+`Pi05.encode_prefix` and `Pi05.velocity` are the reference: results are equal up to rounding.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -23,10 +29,10 @@ from jaxtyping import Array, Float
 
 from z1_jax.models import attention
 from z1_jax.models.gemma import GemmaBlock, prefix_positions
-from z1_jax.models.layers import Einsum, layer_normalise, rms_normalise, rope_tables, rotate
+from z1_jax.models.layers import Einsum, layer_normalise, rms_normalise, rope_tables
 from z1_jax.models.pi05 import Pi05, Pi05Config, normalised_images
 from z1_jax.models.siglip import SiglipBlock, split_patches
-from z1_jax.sharding import constrain, partition_spec
+from z1_jax.sharding import constrain, on_one_device, partition_spec
 from z1_jax.types import Observation, PrefixCache
 
 Prepared = dict[str, Any]  # a tree of arrays
@@ -45,6 +51,10 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "head": ("embed",),
 }
 ROWS = 8  # products of bfloat16 want multiples of this many rows; XLA would pad each by a kernel of its own
+# A product is cut into parts until it has ENOUGH tiles to fill half of a large GPU's multiprocessors, each part at
+# least SHORTEST long.
+TILE, ENOUGH, SHORTEST = 128, 64, 256
+FEW_KEYS = 4096  # of all observations: so many keys and values are copied faster than a kernel starts
 
 
 # --- preparing ------------------------------------------------------------------------------------------------------
@@ -151,46 +161,53 @@ def encode_prefix(
     prompt = (rows * width**0.5).astype(images.dtype)
     x = constrain(jnp.concatenate([images.reshape(batch, cameras * patches, width), prompt], axis=1), "batch")
     mask = jnp.concatenate([jnp.repeat(obs.image_mask, patches, axis=1), obs.token_mask], axis=1)
-    tables = rope_tables(prefix_positions(mask), config.language.head_dim, mask.shape[1])
+    tables = _rotation_tables(prefix_positions(mask), config.language.head_dim, mask.shape[1])
     keys, values = [], []
     for layer in params["language"]:
         h = _rms_norm(x, layer["norm_attention"])
         q, k, v = _rotated(config, _product(h, layer["qkv"]), tables)
+        k, v = jax.lax.optimization_barrier((k, v))  # else every layer's product would be kept for the stack below
         attended = attention.attend_in_order(q, k, v, mask[:, None], config.attention)
         x = constrain(x + _product(attended, layer["out"], 2), "batch")
         x = constrain(x + _gated_mlp(_rms_norm(x, layer["norm_mlp"]), layer), "batch")
         keys.append(k)
         values.append(v)
     kv = _product(_rms_norm(x, params["last"]["norm"]), params["last"]["kv"])
-    keys.append(constrain(rotate(kv[:, :, : config.language.kv_heads], tables), "batch"))
+    keys.append(constrain(_rotate(kv[:, :, : config.language.kv_heads], tables), "batch"))
     values.append(constrain(kv[:, :, config.language.kv_heads :], "batch"))
     return PrefixCache(constrain(jnp.stack(keys), None, "batch"), constrain(jnp.stack(values), None, "batch"), mask)
 
 
 def _image_tokens(config: Pi05Config, params: Prepared, images: Array) -> Float[Array, "B C P W"]:
+    """Rows stand in the order patch, image: so the heads of all images lie at one stride, and nothing is moved."""
     batch, cameras = images.shape[:2]
     flat = constrain(normalised_images(images).reshape(-1, *images.shape[2:]), "batch")
-    x = split_patches(flat, config.vision.patch) @ params["patch_kernel"] + params["position"]
-    x = constrain(x, "batch").astype(config.dtype)
+    patches = jnp.swapaxes(split_patches(flat, config.vision.patch), 0, 1)
+    x = _product(patches, params["patch_kernel"]) + params["position"][:, None]
+    x = constrain(x, None, "batch").astype(config.dtype)
     scale = (config.vision.width // config.vision.heads) ** -0.5
     for layer in params["vision"]:
         h = _layer_norm(x, layer["norm_attention"])
-        qkv = _product(h, layer["three"]) + layer["three_bias"]
-        q, k, v = (constrain(qkv[:, :, i], "batch", None, "heads") for i in range(3))
-        attended = attention.attend(q * scale, k, v, None, config.attention)
-        x = constrain(x + (_product(attended, layer["out"], 2) + layer["out_bias"]), "batch")
+        three, bias = layer["three"], layer["three_bias"]
+        qkv = _product(h, three.reshape(len(three), -1)) + bias.reshape(-1)  # the library adds a vector by itself
+        qkv = qkv.reshape(*qkv.shape[:2], *bias.shape)
+        q, k, v = (constrain(qkv[:, :, i], None, "batch", "heads") for i in range(3))
+        attended = attention.attend_in_rows(q * scale, k, v, config.attention)
+        x = constrain(x + (_product(attended, layer["out"], 2) + layer["out_bias"]), None, "batch")
         hidden = _product(_layer_norm(x, layer["norm_mlp"]), layer["up"]) + layer["up_bias"]
         hidden = jax.nn.gelu(hidden, approximate=True)
-        x = constrain(x + (_product(hidden, layer["down"]) + layer["down_bias"]), "batch")
+        x = constrain(x + (_product(hidden, layer["down"]) + layer["down_bias"]), None, "batch")
     tokens = _product(_layer_norm(x, params["vision_norm"]), params["head"]) + params["head_bias"]
+    tokens = constrain(jnp.swapaxes(tokens, 0, 1), "batch")
     return constrain(tokens.reshape(batch, cameras, *tokens.shape[1:]), "batch")
 
 
 # --- denoising ------------------------------------------------------------------------------------------------------
 
 Step = Callable[[Any, Array, Array], tuple[Array, Any]]
-# Of a layer: the product of `qkv` [B, R, N + 2 K, D] and what it holds -> attended [B, R, N, D], what it holds then.
-Attend = Callable[[Array, Any], tuple[Array, Any]]
+# Of a layer: its index, the product of `qkv` [B, R, N + 2 K, D] and what the layer holds -> attended [S, B, R, N, D] in
+# S parts to be added up, what the layer holds then.
+Attend = Callable[[int, Array, Any], tuple[Array, Any]]
 
 
 def denoiser(config: Pi05Config, params: Prepared, cache: PrefixCache, chunks: int) -> tuple[Step, Any]:
@@ -202,7 +219,7 @@ def denoiser(config: Pi05Config, params: Prepared, cache: PrefixCache, chunks: i
     """
     horizon, depth = config.horizon, config.expert.depth
     padded = _round_up(horizon)
-    attend, held = _by_buffers(config, cache, chunks)
+    attend, held = (_by_copies if _is_small(config, cache, chunks) else _by_buffers)(config, cache, chunks)
 
     def step(held: list[Any], x_t: Array, modulation: Array) -> tuple[Array, list[Any]]:
         batch = x_t.shape[0]
@@ -211,16 +228,58 @@ def denoiser(config: Pi05Config, params: Prepared, cache: PrefixCache, chunks: i
         handed = []
         for i, (layer, kept) in enumerate(zip(params["layers"], held, strict=True)):
             h, gate = _modulated(x, modulation[i])
-            attended, kept = attend(_product(h, layer["qkv"]), kept)
-            x = constrain(x + constrain(_product(attended, layer["out"], 2), "batch") * gate, "batch")
+            attended, kept = attend(i, _product_in_parts(h[None], layer["qkv"]), kept)
+            x = constrain(x + _product_in_parts(attended, layer["out"], 2) * gate, "batch")
             h, gate = _modulated(x, modulation[depth + i])
-            x = constrain(x + _gated_mlp(h, layer) * gate, "batch")
+            x = constrain(x + _product_in_parts(_hidden(h, layer)[None], layer["down"]) * gate, "batch")
             handed.append(kept)
         x, _ = _modulated(x, modulation[2 * depth])
-        velocity = _affine(x.astype(jnp.float32), *params["action_out"])
+        kernel, bias = params["action_out"]
+        velocity = constrain(_product_in_parts(x.astype(jnp.float32)[None], kernel) + bias, "batch")
         return velocity.reshape(batch, chunks, padded, -1)[:, :, :horizon], handed
 
     return step, held
+
+
+def _is_small(config: Pi05Config, cache: PrefixCache, chunks: int) -> bool:
+    """Whether `_by_copies` suits: as many queries as keys at most, and few of both."""
+    queries, keys = chunks * _round_up(config.horizon) * config.expert.heads, _key_room(config, cache, chunks)
+    simple = config.attention == "einsum" and config.expert.kv_heads == 1 and on_one_device()
+    return simple and queries <= keys and cache.mask.shape[0] * keys <= FEW_KEYS
+
+
+def _key_room(config: Pi05Config, cache: PrefixCache, chunks: int) -> int:
+    """Keys of the prefix and all chunks, with padding: two parts of whole rows."""
+    return _round_up(cache.mask.shape[1] + chunks * _round_up(config.horizon), 2 * ROWS)
+
+
+def _chunk_tables(config: Pi05Config, cache: PrefixCache, chunks: int) -> tuple[Array, Array]:
+    padded = _round_up(config.horizon)
+    positions = jnp.sum(cache.mask, axis=1, dtype=jnp.int32)[:, None] + jnp.tile(jnp.arange(padded), chunks)
+    return _rotation_tables(positions, config.expert.head_dim, cache.mask.shape[1] + padded)
+
+
+def _by_copies(config: Pi05Config, cache: PrefixCache, chunks: int) -> tuple[Attend, list[Any]]:
+    """Each step writes queries, all keys and all values at once: arrays of one shape, which one kernel can fill."""
+    length, total = cache.mask.shape[1], _key_room(config, cache, chunks)
+    tables, heads = _chunk_tables(config, cache, chunks), config.expert.heads
+    allowed = attention.chunk_mask(cache.mask, chunks, _round_up(config.horizon), config.horizon, total - length)
+    is_prefix = (jnp.arange(total) < length)[:, None]
+
+    def padded(x: Float[Array, "B R D"], before: int) -> Float[Array, "B S D"]:
+        return jnp.pad(x, [(0, 0), (before, total - before - x.shape[1]), (0, 0)])
+
+    def attend(i: int, qkv: Array, held: tuple[()]) -> tuple[Array, tuple[()]]:
+        batch, rows, _, width = qkv.shape
+        q, k, v = _rotated(config, qkv, tables)
+        prefix = (padded(stack[i, :, :, 0].astype(qkv.dtype), 0) for stack in (cache.k, cache.v))
+        own = (padded(x[:, :, 0], length) for x in (k, v))
+        keys, values = (jnp.where(is_prefix, before, after) for before, after in zip(prefix, own, strict=True))
+        parts = min(2, _parts(batch * rows * heads, total, width))
+        q = padded(q.reshape(batch, -1, width), 0)
+        return attention.attend_in_parts(q, keys, values, allowed, heads, rows, parts), held
+
+    return attend, [()] * config.expert.depth
 
 
 def _by_buffers(config: Pi05Config, cache: PrefixCache, chunks: int) -> tuple[Attend, list[Any]]:
@@ -228,27 +287,27 @@ def _by_buffers(config: Pi05Config, cache: PrefixCache, chunks: int) -> tuple[At
 
     Lengths are multiples of `ROWS`.
     """
-    padded, length = _round_up(config.horizon), cache.mask.shape[1]
+    length = cache.mask.shape[1]
+    padded = _round_up(config.horizon)
     room = _round_up(length + chunks * padded) - length
-    positions = jnp.sum(cache.mask, axis=1, dtype=jnp.int32)[:, None] + jnp.tile(jnp.arange(padded), chunks)
-    tables = rope_tables(positions, config.expert.head_dim, length + padded)
+    tables = _chunk_tables(config, cache, chunks)
     allowed = attention.chunk_mask(cache.mask, chunks, padded, config.horizon, room)
 
     def buffers(stacked: Float[Array, "layers B T K D"]) -> list[Array]:
         widths = [(0, 0), (0, room), (0, 0), (0, 0)]
         return [constrain(jnp.pad(layer.astype(config.dtype), widths), "batch") for layer in stacked]
 
-    def attend(qkv: Array, held: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+    def attend(i: int, qkv: Array, held: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         q, k, v = _rotated(config, qkv, tables)
         keys = jax.lax.dynamic_update_slice_in_dim(held[0], k, length, axis=1)
         values = jax.lax.dynamic_update_slice_in_dim(held[1], v, length, axis=1)
-        return attention.attend_in_order(q, keys, values, allowed, config.attention), (keys, values)
+        return attention.attend_in_order(q, keys, values, allowed, config.attention)[None], (keys, values)
 
     return attend, list(zip(buffers(cache.k), buffers(cache.v), strict=True))
 
 
-def _round_up(count: int) -> int:
-    return -(-count // ROWS) * ROWS
+def _round_up(count: int, unit: int = ROWS) -> int:
+    return -(-count // unit) * unit
 
 
 # --- parts of a layer -----------------------------------------------------------------------------------------------
@@ -259,22 +318,66 @@ def _product(x: Array, kernel: Array, contracted: int = 1) -> Array:
     return jnp.tensordot(x, kernel, contracted)
 
 
+def _product_in_parts(x: Float[Array, "S B T ..."], kernel: Array, contracted: int = 1) -> Array:
+    """`_product` of the sum of `x` over its first dimension, in the dtype of `x`; sums are float32 if there are any.
+
+    Parts of `x` become rows: the kernel is read once for all of them.
+    """
+    several, batch, rows = x.shape[:3]
+    outputs = kernel.shape[contracted:]
+    inner, columns = math.prod(kernel.shape[:contracted]), math.prod(outputs)
+    parts = _parts(several * batch * rows, inner, columns)
+    if several * parts == 1:
+        return constrain(_product(x[0], kernel, contracted), "batch")
+    cut, kernel = x.reshape(several * batch, rows, parts, -1), kernel.reshape(parts, -1, columns)
+    found = jnp.einsum("btpk,pkf->pbtf", cut, kernel, preferred_element_type=jnp.float32)
+    found = found.reshape(parts * several, batch, rows, *outputs)
+    return functools.reduce(operator.add, list(found)).astype(x.dtype)
+
+
+def _parts(rows: int, inner: int, columns: int) -> int:
+    """Into how many parts a product's inner dimension is cut; 1 where a device holds only a share of the product."""
+    tiles, parts = -(-rows // TILE) * -(-columns // TILE), 1
+    if on_one_device():
+        while tiles * parts < ENOUGH and inner >= 2 * SHORTEST * parts and inner % (2 * ROWS * parts) == 0:
+            parts *= 2
+    return parts
+
+
 def _affine(x: Array, kernel: Array, bias: Array) -> Array:
     return constrain(_product(x, kernel) + bias, "batch")
 
 
-def _rotated(config: Pi05Config, qkv: Float[Array, "B T X D"], tables: tuple[Array, ...]) -> tuple[Array, ...]:
+def _rotated(config: Pi05Config, qkv: Float[Array, "B T X D"], tables: tuple[Array, Array]) -> tuple[Array, ...]:
     """Rotated and scaled queries, rotated keys, and values, out of one product."""
     heads, kv_heads = config.language.heads, config.language.kv_heads
     q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
-    q = constrain(rotate(q, tables) * config.language.head_dim**-0.5, "batch", None, "heads")
-    return q, constrain(rotate(k, tables), "batch"), constrain(v, "batch")
+    q = constrain(_rotate(q, tables) * config.language.head_dim**-0.5, "batch", None, "heads")
+    return q, constrain(_rotate(k, tables), "batch"), constrain(v, "batch")
+
+
+def _rotation_tables(
+    positions: Array, width: int, longest: int
+) -> tuple[Float[Array, "B T 1 2 D/2"], Float[Array, "B T 1 2 D/2"]]:
+    """Cosines and signed sines for both halves, for `_rotate`; `longest` as for `rope_tables`."""
+    sin, cos = rope_tables(positions, width, longest)
+    return jnp.stack([cos, cos], axis=-2), jnp.stack([-sin, sin], axis=-2)
+
+
+def _rotate(x: Float[Array, "B T N D"], tables: tuple[Array, Array]) -> Float[Array, "B T N D"]:
+    """As `layers.rotate`, halves exchanged instead of put together: XLA puts them together by a kernel apart."""
+    cos, sin = tables
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    return (halves * cos + halves[..., ::-1, :] * sin).reshape(x.shape).astype(x.dtype)
 
 
 def _gated_mlp(h: Array, layer: Prepared) -> Array:
+    return constrain(_product(_hidden(h, layer), layer["down"]), "batch")
+
+
+def _hidden(h: Array, layer: Prepared) -> Array:
     gate_up = _product(h, layer["gate_up"])
-    hidden = jax.nn.gelu(gate_up[..., 0, :], approximate=True) * gate_up[..., 1, :]
-    return constrain(_product(hidden, layer["down"]), "batch")
+    return jax.nn.gelu(gate_up[..., 0, :], approximate=True) * gate_up[..., 1, :]
 
 
 def _rms_norm(x: Array, scale: Array) -> Array:

@@ -60,6 +60,42 @@ def attend_in_order(
     return jnp.moveaxis(out, 1, 2).reshape(q.shape)
 
 
+def attend_in_rows(
+    q: Float[Array, "T B N D"], k: Float[Array, "S B N D"], v: Float[Array, "S B N D"], implementation: str = "einsum"
+) -> Float[Array, "T B N D"]:
+    """`attend` without a mask and with a key head for each head, the batch behind the tokens.
+
+    The heads of all samples then lie at one stride, so that a library's batched product takes them as they are.
+    """
+    if implementation != "einsum":
+        q, k, v = (jnp.swapaxes(x, 0, 1) for x in (q, k, v))
+        return jnp.swapaxes(_library(q, k, v, None, implementation), 0, 1)
+    weights = jax.nn.softmax(_logits("tbnd,sbnd->bnts", q, k), axis=-1).astype(v.dtype)
+    return jnp.einsum("bnts,sbnd->tbnd", weights, v)
+
+
+def attend_in_parts(
+    q: Float[Array, "B Q D"],
+    k: Float[Array, "B S D"],
+    v: Float[Array, "B S D"],
+    mask: Bool[Array, "B X S"],
+    heads: int,
+    tokens: int,
+    parts: int,
+) -> Float[Array, "P B T N D"]:
+    """Attention to a single key head, in P parts of the keys, which are to be added up.
+
+    Queries stand in the order of `attend_in_order`, then rows of padding up to Q. `mask` has a row for all tokens
+    (X = 1) or one for each (X = T); S is a multiple of P.
+    """
+    batch, _, width = q.shape
+    logits = _logits("bxd,bsd->bxs", q, k)[:, : tokens * heads].reshape(batch, tokens, heads, -1)
+    logits = jnp.where(mask[:, :, None], logits, MASKED_LOGIT)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype).reshape(batch, tokens * heads, parts, -1)
+    out = jnp.einsum("bxps,bpsd->pbxd", weights, v.reshape(batch, parts, -1, width))
+    return out.reshape(parts, batch, tokens, heads, width)
+
+
 def _logits(pattern: str, q: Array, k: Array) -> Array:
     """Products in float32. For bfloat16 inputs their gradients are cast down to bfloat16 early: keeping them in float32
     would cost a GPU a twentieth of an SFT step, for digits that bfloat16 drops afterwards."""
