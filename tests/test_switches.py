@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_policy as tiny
+from flax import nnx
 from tiny_grpo import CONFIG, compiled, trainer
 
 from z1_jax.config import checks
@@ -107,10 +108,12 @@ def lost(config: Config):
     batches = mini_batches(nodes, inputs, np.ones(n, bool), out.caches, n, np.random.default_rng(1))
     ((batch, normaliser),) = batches
     reference = jax.tree.map(lambda x: 1.1 * x, made.trainable)
-    value = jax.jit(lambda *a: updater._loss(made.graphdef, *a)[0])(
-        made.trainable, made.frozen, reference, batch, normaliser, 0.5
-    )
-    return np.asarray(value)
+
+    def value(trainable, frozen, reference, *rest):
+        model, other = (nnx.merge(made.graphdef, weights, frozen) for weights in (trainable, reference))
+        return updater._loss(model, other, *rest)[0]
+
+    return np.asarray(jax.jit(value)(made.trainable, made.frozen, reference, batch, normaliser, 0.5))
 
 
 def dealt(config: Config):

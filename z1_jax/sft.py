@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jaxtyping import Float, Key, Shaped
 
 from z1_jax import distributed, processes
@@ -24,6 +23,7 @@ from z1_jax.data.loader import Loader, batch_observation
 from z1_jax.data.normalize import held_line
 from z1_jax.interrupt import GracefulStop
 from z1_jax.metrics import MetricsWriter, Progress
+from z1_jax.models import accumulate
 from z1_jax.optim import init_optimizer, make_optimizer, schedule
 from z1_jax.policy import Policy
 from z1_jax.resuming import counted_sft
@@ -84,16 +84,21 @@ def augmented(observation: Observation, key: Key[jax.Array, ""], moved_slots: tu
     return dataclasses.replace(observation, images=augment(key, images, moved_slots))
 
 
-def _summed(gradient: Callable[..., tuple[jax.Array, Any]], params: Any, whole: Any, count: int) -> tuple[Any, Any]:
-    """Value and gradient of a batch [B, …] as sums over `count` micro-batches, each with rows of every device."""
+def _summed(gradient: Callable[[Any, Any], tuple[Any, Any]], params: Any, whole: Any, count: int) -> tuple[Any, Any]:
+    """Value and gradient of a batch [B, …] as sums over `count` micro-batches, each with rows of every device.
 
-    def accumulate(total: tuple[Any, Any], part: Any) -> tuple[tuple[Any, Any], None]:
+    Args:
+        gradient: `gradient(part, total)` is the value of a micro-batch, and its gradient added to `total`.
+    """
+
+    def add(total: tuple[Any, Any], part: Any) -> tuple[tuple[Any, Any], None]:
         part = jax.tree.map(lambda x: constrain(x, "batch"), part)
-        return jax.tree.map(jnp.add, total, gradient(params, part)), None
+        value, summed = gradient(part, total[1])
+        return (total[0] + value, summed), None
 
     parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), whole)
     zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-    return jax.lax.scan(accumulate, zeros, parts)[0]
+    return jax.lax.scan(add, zeros, parts)[0]
 
 
 def _copied(x: Any) -> Any:
@@ -159,15 +164,19 @@ class SftTrainer:
 
         rows, micro = len(actions), self._config.micro_batch or len(actions)
 
-        def loss(params: Any, part: tuple[Observation, jax.Array, tuple[jax.Array, jax.Array]]) -> jax.Array:
-            model = nnx.merge(self.graphdef, params, frozen)
-            return flow_matching_loss(model, *part, counted=self._counted, rows=rows)
+        def gradient(
+            part: tuple[Observation, jax.Array, tuple[jax.Array, jax.Array]], total: Any = None
+        ) -> tuple[jax.Array, Any]:
+            def loss(model: Any) -> tuple[jax.Array, None]:
+                return flow_matching_loss(model, *part, counted=self._counted, rows=rows), None
+
+            (value, _), grads = accumulate.gradient(
+                loss, self.graphdef, params, frozen, total, in_place=not self._policy.config.unroll
+            )
+            return value, grads
 
         whole = observation, actions, draw_times(key, actions.shape, self._config.flows)
-        if micro == rows:
-            value, grads = jax.value_and_grad(loss)(params, whole)
-        else:
-            value, grads = _summed(jax.value_and_grad(loss), params, whole, rows // micro)
+        value, grads = gradient(whole) if micro == rows else _summed(gradient, params, whole, rows // micro)
         updates, opt_state = self._optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
         if average is not None:

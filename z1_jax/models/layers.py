@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from z1_jax.models import accumulate
 from z1_jax.models.compute import Compute
 from z1_jax.models.lora import Adapter
 from z1_jax.models.params import ONES, ZEROS, Init, param
@@ -241,14 +242,28 @@ def scan_layers(
 
     `stack` is a module whose parameters have a leading "layers" axis; `layer` is the same module without it.
     `inputs` and the returned outputs are stacked over layers. `compute.remat` names a policy of
-    REMAT_POLICIES; `compute.unroll` writes the layers out instead of looping.
+    REMAT_POLICIES; `compute.unroll` writes the layers out instead of looping. Parameters whose gradient is added to a
+    sum pass through the loop (see accumulate).
     """
-    graphdef, state = nnx.split(stack)
+    graphdef, summed, state = nnx.split(stack, accumulate.is_summed, ...)  # type: ignore[misc]
 
-    def body(x: Array, slices: tuple[nnx.State, Any]) -> tuple[Array, Any]:
-        layer_state, layer_input = slices
-        return step(nnx.merge(graphdef, layer_state), x, layer_input)
+    def apply(x: Array, parameters: tuple[nnx.State, nnx.State], layer_input: Any) -> tuple[Array, Any]:
+        return step(nnx.merge(graphdef, *parameters), x, layer_input)
 
     if compute.remat != "none":
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[compute.remat], prevent_cse=False)
-    return jax.lax.scan(body, x, (state, inputs), unroll=compute.unroll)
+        apply = jax.checkpoint(apply, policy=REMAT_POLICIES[compute.remat], prevent_cse=False)
+
+    def body(carry: tuple[Array, nnx.State], slices: tuple[Any, ...]) -> tuple[tuple[Array, nnx.State], Any]:
+        (x, passing), (layer, index, layer_state, layer_input) = carry, slices
+        if index is not None:
+            layer, passing = accumulate.tie(layer, passing, index)
+        x, output = apply(x, (layer, layer_state), layer_input)
+        return (x, passing), output
+
+    leaves = jax.tree.leaves(summed)
+    index = jnp.arange(len(leaves[0])) if leaves else None
+    slices = jax.lax.stop_gradient(summed), index, state, inputs
+    (x, passed), outputs = jax.lax.scan(body, (x, summed), slices, unroll=compute.unroll)
+    if leaves:
+        nnx.update(stack, passed)
+    return x, outputs

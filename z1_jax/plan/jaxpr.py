@@ -45,18 +45,22 @@ class Flops:
     bodies_once: int  # with every loop's body once, as compilers' cost analyses count
 
 
-def count_flops(jaxpr: core.Jaxpr) -> Flops:
-    """Operations of a jaxpr, those in inner functions and loops included."""
+def count_flops(jaxpr: core.Jaxpr, trips: int = 1) -> Flops:
+    """Operations of a jaxpr, those in inner functions and loops included.
+
+    Args:
+        trips: of a loop whose length the data decide.
+    """
     total = once = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             flops = _dot_flops(equation)
             total, once = total + flops, once + flops
             continue
-        trips = equation.params["length"] if equation.primitive.name == "scan" else 1
+        times = {"scan": equation.params.get("length", 1), "while": trips}.get(equation.primitive.name, 1)
         for body in _bodies(equation):
-            inner = count_flops(body)
-            total, once = total + trips * inner.total, once + inner.bodies_once
+            inner = count_flops(body, trips)
+            total, once = total + times * inner.total, once + inner.bodies_once
     return Flops(total, once)
 
 
@@ -132,8 +136,10 @@ class _Sweep:
                     literal = isinstance(result, core.Literal)
                     known[id(outer)] = self._new(0.0) if literal else inner[id(result)]
                 continue
-            for v in equation.outvars:
-                known[id(v)] = self._new(size(v.aval))
+            unchanged = _unchanged(equation)
+            for i, v in enumerate(equation.outvars):
+                source = inputs[unchanged[i]] if i in unchanged else None
+                known[id(v)] = self._new(size(v.aval)) if source is None else source
             outputs = tuple(known[id(v)] for v in equation.outvars)
             yield _Operation(equation.primitive.name, tuple(i for i in inputs if i is not None), outputs, equation)
 
@@ -178,16 +184,38 @@ class _Sweep:
         return most
 
 
+def _unchanged(equation: Any) -> dict[int, int]:
+    """Of a loop: results that are an operand as it was, carried through, by their position; the operand's."""
+    if equation.primitive.name != "scan":
+        return {}
+    body, first = equation.params["jaxpr"].jaxpr, equation.params["num_consts"]
+    carried = body.invars[first : first + equation.params["num_carry"]]
+    return {i: first + i for i, v in enumerate(carried) if body.outvars[i] is v}
+
+
 def _inside(operation: _Operation) -> float:
     """Bytes that a loop's body needs for itself."""
     bodies = _bodies(operation.equation)
     if not bodies:
         return 0.0
-    if operation.name != "scan":
+    if operation.name == "while":
+        bodies = [operation.equation.params["body_jaxpr"].jaxpr]
+    elif operation.name != "scan":
         return max(peak_bytes(body) for body in bodies)
-    body = bodies[0]
-    # A carried value is updated in place, and a slice is written straight into the stacked result, where an
-    # element-wise operation makes it.
-    makers = {id(v): e.primitive.name for e in body.eqns for v in e.outvars}
-    in_place = [v for v in body.outvars if makers.get(id(v)) in _FUSED | _VIEWS | {"dynamic_update_slice"}]
-    return peak_bytes(body, in_place=in_place)
+    return peak_bytes(bodies[0], in_place=[v for v in bodies[0].outvars if _written_over(v, bodies[0])])
+
+
+def _written_over(v: Any, body: core.Jaxpr) -> bool:
+    """Whether a result of a loop's body needs no memory of its own.
+
+    A carried value is updated in place, also by a loop in the body that carries it on; a slice is written straight into
+    the stacked result, where an element-wise operation makes it.
+    """
+    makers = {id(made): (equation, i) for equation in body.eqns for i, made in enumerate(equation.outvars)}
+    if id(v) not in makers:
+        return False
+    equation, i = makers[id(v)]
+    if equation.primitive.name == "scan":
+        operand = equation.invars[equation.params["num_consts"] + i]
+        return i < equation.params["num_carry"] and operand in body.invars
+    return equation.primitive.name in _FUSED | _VIEWS | {"dynamic_update_slice"}

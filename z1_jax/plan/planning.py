@@ -177,7 +177,7 @@ def _row(
     devices: int,
     accelerator: Accelerator,
 ) -> Row:
-    flops = jaxpr.count_flops(local.traced.jaxpr.jaxpr)
+    flops = jaxpr.count_flops(local.traced.jaxpr.jaxpr, local.trips)
     work = program.work
     optimizer_ms = accelerator.memory_ms(work.optimizer_bytes / devices)
     computing = max(accelerator.compute_ms(work.flops / devices), accelerator.memory_ms(work.weight_bytes))
@@ -236,22 +236,26 @@ def _steps(config: Config, model: Pi05Config, plan: Plan) -> Iterator[tuple[str,
     worst = max(plan.rows, key=lambda row: row.total).name
     if worst == "rl_update":
         update = config.update
-        if update.batch_size > update.micro_batch:  # one micro-batch: no second gradient, and only its caches
-            config = _with(config, "update", batch_size=update.micro_batch)
-            yield step(f"update.batch_size={update.micro_batch}")
-        if update.micro_batch > 1:
-            half = update.micro_batch // 2
-            config = _with(config, "update", micro_batch=half, batch_size=half)
-            yield step(f"update.micro_batch={half} and update.batch_size={half}")
+        rows = update.micro_batch
+        if rows % 2 == 0:  # the same training
+            rows //= 2
+            config = _with(config, "update", micro_batch=rows)
+            yield step(f"update.micro_batch={rows}")
+        if rows < update.batch_size:  # one micro-batch: only its caches, and no sum of gradients before it
+            config = _with(config, "update", batch_size=rows)
+            yield step(f"update.batch_size={rows}")
+        elif rows > 1:
+            config = _with(config, "update", micro_batch=rows // 2, batch_size=rows // 2)
+            yield step(f"update.micro_batch={rows // 2} and update.batch_size={rows // 2}")
     elif worst == "sft_step" and config.sft.batch_size > 1:
         rows = config.sft.micro_batch or config.sft.batch_size
-        if rows % 2 == 0:  # the same training, but for a second gradient
+        if rows % 2 == 0:  # the same training
             rows //= 2
             config = _with(config, "sft", micro_batch=rows)
             yield step(f"sft.micro_batch={rows}")
         elif not config.sft.micro_batch:
             rows //= 2
-        if rows < config.sft.batch_size:  # one micro-batch: no second gradient
+        if rows < config.sft.batch_size:  # one micro-batch: no sum of gradients before it
             config = _with(config, "sft", batch_size=rows)
             yield step(f"sft.batch_size={rows}")
     elif config.env.parallel > config.group.size:

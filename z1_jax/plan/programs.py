@@ -43,6 +43,7 @@ class Program:
     inputs: int  # bytes of its batch, prefix caches included
     outputs: int  # bytes of results that are not written over an argument
     work: analytic.Work  # over all devices
+    trips: int = 1  # at most, of a loop whose length data decide
 
     @functools.cached_property
     def traced(self) -> jax.stages.Traced:
@@ -140,7 +141,7 @@ def _rl(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> list[Program
     encoding = rows * analytic.prefix_flops(model)
     return [
         Program("rl_update", step, gradients=bytes_per_device(trainable), inputs=bytes_per_device(nodes), outputs=0,
-                work=learning, **common),
+                work=learning, trips=update.batch_size // update.micro_batch, **common),
         Program("encode", encode, gradients=0, inputs=bytes_per_device(looks), outputs=bytes_per_device(cache),
                 work=analytic.Work(encoding), **common),
         Program("denoise", denoise, gradients=0, inputs=bytes_per_device((cache, chain)), outputs=_local(chain[0]),

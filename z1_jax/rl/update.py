@@ -17,6 +17,7 @@ from jaxtyping import Bool
 
 from z1_jax import distributed
 from z1_jax.config.schema import FlowConfig, UpdateConfig
+from z1_jax.models import accumulate
 from z1_jax.rl import flow, loss, shares
 from z1_jax.rl.parts import norms_by_part
 from z1_jax.rl.prefix_cache import AnyStore, put_taken
@@ -148,20 +149,24 @@ class Updater:
         self.traces += 1
         config = self._config
         parts = config.batch_size // config.micro_batch
-        gradient = jax.value_and_grad(functools.partial(self._loss, graphdef), has_aux=True)
+        in_place = not nnx.merge(graphdef, trainable, frozen).config.unroll
 
-        def accumulate(total: Any, micro: NodeBatch) -> tuple[Any, tuple[dict[str, Any], Any]]:
-            (value, (stats, logp)), grads = gradient(trainable, frozen, reference, micro, normaliser, noise_level)
-            return jax.tree.map(jnp.add, total, grads), ({**stats, "loss": value}, logp)
+        def add(total: Any, micro: NodeBatch) -> tuple[Any, tuple[dict[str, Any], Any]]:
+            def loss_of(model: Any) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
+                other = nnx.merge(graphdef, reference, frozen) if config.kl_coef else None
+                return self._loss(model, other, micro, normaliser, noise_level)
+
+            (value, (stats, logp)), total = accumulate.gradient(
+                loss_of, graphdef, trainable, frozen, total, in_place=in_place
+            )
+            return total, ({**stats, "loss": value}, logp)
 
         zeros = jax.tree.map(jnp.zeros_like, trainable)
         if parts == 1:
-            grads, (stats, logp) = accumulate(zeros, batch)
+            grads, (stats, logp) = add(None, batch)
+            grads = jax.tree.map(jnp.add, zeros, grads)
         else:
-            step = _unless_padding(accumulate)
-            grads, (stacked, logp) = jax.lax.scan(
-                lambda total, part: step(total, _rows_of(batch, parts, part)), zeros, jnp.arange(parts)
-            )
+            grads, (stacked, logp) = _in_parts(add, zeros, batch, parts)
             stats = {
                 name: jnp.max(value) if name.endswith(loss.MAXIMA) else jnp.sum(value)
                 for name, value in stacked.items()
@@ -175,27 +180,19 @@ class Updater:
         return optax.apply_updates(trainable, updates), opt_state, stats, logp
 
     def _loss(
-        self,
-        graphdef: nnx.GraphDef,
-        trainable: Any,
-        frozen: Any,
-        reference: Any,
-        batch: NodeBatch,
-        normaliser: Any,
-        noise_level: Any,
+        self, model: Any, reference: Any, batch: NodeBatch, normaliser: Any, noise_level: Any
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
         config, reduce = self._config, self._flow.logprob_reduce
         most = flow.most_stochastic(self._flow.steps, self._flow.sde_steps, self._flow.last_step)
         steps = flow.chain_steps(batch.x, batch.stochastic, most)
 
-        def transitions(weights: Any) -> tuple[jax.Array, jax.Array]:
-            model = nnx.merge(graphdef, weights, frozen)
+        def transitions(model: Any) -> tuple[jax.Array, jax.Array]:
             cache = batch.seen if isinstance(batch.seen, PrefixCache) else model.encode_prefix(batch.seen)
             return flow.chain_transitions(
                 lambda x, t: model.velocity(cache, x, t), steps, self._flow.steps, noise_level=noise_level
             )
 
-        mean, std = transitions(trainable)
+        mean, std = transitions(model)
         logp = flow.transitions_logp(steps, mean, std, self._counted, reduce)
         value, stats = self._node_loss(logp, batch.logp_old, batch.inputs, batch.valid, normaliser)
         if config.kl_coef:
@@ -211,22 +208,40 @@ def fetch(launched: Launched) -> dict[str, float]:
     return {name: float(value) for name, value in jax.device_get(launched.stats).items()}
 
 
-def _unless_padding(accumulate: Callable[[Any, NodeBatch], tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-    """`accumulate`, but a micro-batch that is all padding costs nothing: total as it was, statistics zero."""
+def _in_parts(
+    add: Callable[[Any, NodeBatch], tuple[Any, Any]], total: Any, batch: NodeBatch, parts: int
+) -> tuple[Any, Any]:
+    """`total, outputs` after `add` of each micro-batch in turn; outputs are stacked.
 
-    def step(total: Any, micro: NodeBatch) -> tuple[Any, Any]:
-        nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(accumulate, total, micro)[1])
-        return jax.lax.cond(jnp.any(micro.valid), accumulate, lambda total, _: (total, nothing), total, micro)
+    A micro-batch that is all padding costs nothing: its outputs are zero. It is left out of the loop, because a branch
+    within it would keep the sum twice: XLA writes no branch's result over what the branch was given.
+    """
 
-    return step
+    def part(index: Any) -> NodeBatch:
+        return _part(batch, parts, index)
+
+    filled = jnp.any(batch.valid.reshape(parts, -1), axis=1)
+    order = jnp.argsort(~filled)  # stable: those with nodes come first, in their order
+    outputs = jax.tree.map(
+        lambda x: jnp.zeros((parts, *x.shape), x.dtype), jax.eval_shape(lambda t: add(t, part(0))[1], total)
+    )
+
+    def step(i: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        total, outputs = carry
+        total, new = add(total, part(order[i]))
+        return total, jax.tree.map(
+            lambda old, x: jax.lax.dynamic_update_index_in_dim(old, x, order[i], 0), outputs, new
+        )
+
+    return jax.lax.fori_loop(0, jnp.sum(filled), step, (total, outputs))
 
 
-def _rows_of(batch: NodeBatch, parts: int, part: jax.Array) -> NodeBatch:
-    """One of the equal parts of a batch, cut out where it lies: the whole prefix cache is never copied."""
+def _part(batch: NodeBatch, parts: int, index: Any) -> NodeBatch:
+    """Micro-batch `index` of a batch, read where it lies."""
 
     def rows(x: jax.Array, axis: int = 0) -> jax.Array:
         shape = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
-        return jax.lax.dynamic_index_in_dim(x.reshape(shape), part, axis, keepdims=False)
+        return jax.lax.dynamic_index_in_dim(x.reshape(shape), index, axis, keepdims=False)
 
     if isinstance(batch.seen, PrefixCache):
         seen: Any = PrefixCache(rows(batch.seen.k, 1), rows(batch.seen.v, 1), rows(batch.seen.mask))
