@@ -256,7 +256,16 @@ class Bench:
             config = UpdateConfig(batch_size=size, micro_batch=micro)
             optimizer = make_optimizer(optim, optim.lr)
             node_loss = loss.grpo(config.clip_low, config.clip_high, config.ratio_max)
-            updater = Updater(self.params[0], optimizer, node_loss, self.flow, config, self.counted, self.mesh)
+            updater = Updater(
+                self.params[0],
+                optimizer,
+                node_loss,
+                self.flow,
+                config,
+                self.counted,
+                self.mesh,
+                in_place=not self.config.unroll,
+            )
             state = [jax.tree.map(jnp.copy, self.params[1]), jax.jit(optimizer.init)(self.params[1])]
             positive, negative = signed_advantage_sums(advantages, rows.group, rows.leader, rows.size)
             inputs = {"positive": positive, "negative": negative}

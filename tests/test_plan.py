@@ -369,13 +369,16 @@ def test_what_is_advised_is_what_was_planned(batch, micro, told, small_plan):
 
 
 @pytest.mark.parametrize(
-    "batch, micro, told",
-    [(16, 8, ["micro_batch=4", "batch_size=4"]), (8, 8, ["micro_batch=4", "batch_size=4"]), (10, 5, ["batch_size=5"]),
-     (5, 5, ["micro_batch=2 and update.batch_size=2"]), (1, 1, [])],
+    "batch, micro, devices, told",
+    [(16, 8, 1, ["micro_batch=4", "batch_size=4"]), (8, 8, 1, ["micro_batch=4", "batch_size=4"]),
+     (10, 5, 1, ["batch_size=5"]), (5, 5, 1, ["micro_batch=2 and update.batch_size=2"]), (1, 1, 1, []),
+     (64, 16, 16, ["batch_size=16"]), (16, 16, 16, []), (64, 32, 16, ["micro_batch=16", "batch_size=16"])],
 )  # fmt: skip
-def test_what_is_advised_of_an_update(batch, micro, told, small_plan):
+def test_what_is_advised_of_an_update(batch, micro, devices, told, small_plan):
+    """Rows of a micro-batch are a multiple of the devices."""
     update = dataclasses.replace(SMALL.update, batch_size=batch, micro_batch=micro)
-    worst = dataclasses.replace(small_plan, rows=[row for row in small_plan.rows if row.name == "rl_update"])
+    rows = [row for row in small_plan.rows if row.name == "rl_update"]
+    worst = dataclasses.replace(small_plan, rows=rows, devices=devices)
     given = dataclasses.replace(SMALL, update=update)
     names = [name for name, *_ in planning._steps(given, tiny_policy.CONFIG, worst) if name.startswith("update")]
     assert [name.removeprefix("update.") for name in names] == told

@@ -38,7 +38,7 @@ def gradient(
     Args:
         loss: of the model that `graphdef`, `params` and `frozen` make: a scalar, and anything else.
         total: the sum so far, with the structure of `params`. The compiler can write the result over it.
-        in_place: false makes the whole gradient first: a tenth faster for layers that are written out on a CPU.
+        in_place: false makes the whole gradient first: faster on a CPU where layers are written out (docs/cost.md).
     """
     if total is None or not in_place:
         out, grads = jax.value_and_grad(lambda p: loss(nnx.merge(graphdef, p, frozen)), has_aux=True)(params)

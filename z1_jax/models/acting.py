@@ -189,8 +189,11 @@ def _image_tokens(config: Pi05Config, params: Prepared, images: Array) -> Float[
     for layer in params["vision"]:
         h = _layer_norm(x, layer["norm_attention"])
         three, bias = layer["three"], layer["three_bias"]
-        qkv = _product(h, three.reshape(len(three), -1)) + bias.reshape(-1)  # the library adds a vector by itself
-        qkv = qkv.reshape(*qkv.shape[:2], *bias.shape)
+        if on_one_device():  # the library adds a vector by itself
+            qkv = _product(h, three.reshape(len(three), -1)) + bias.reshape(-1)
+            qkv = qkv.reshape(*qkv.shape[:2], *bias.shape)
+        else:  # heads lie on several
+            qkv = _product(h, three) + bias
         q, k, v = (constrain(qkv[:, :, i], None, "batch", "heads") for i in range(3))
         attended = attention.attend_in_rows(q * scale, k, v, config.attention)
         x = constrain(x + (_product(attended, layer["out"], 2) + layer["out_bias"]), None, "batch")

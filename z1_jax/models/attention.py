@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from z1_jax.sharding import on_one_device
+
 MASKED_LOGIT = -2.3819763e38  # near the lowest float32; finite, so that a fully masked row stays free of NaN
 
 
@@ -29,7 +31,8 @@ def attend(
         if mask is not None:  # cuDNN wants a row of it for every query
             full_mask = jnp.broadcast_to(mask[:, None, None, :], (mask.shape[0], 1, q.shape[1], mask.shape[1]))
         return _library(q, k, v, full_mask, implementation)
-    return _ungroup(_over_blocks(_group(q, k.shape[2]), (k,), (v,), mask), q.shape)
+    rows = q[:, None]  # one chunk
+    return _ungroup(_over_blocks(_group(rows, k.shape[2]), (k,), (v,), mask), rows.shape)[:, 0]
 
 
 def _library(q: Array, k: Array, v: Array, mask: Array | None, implementation: str) -> Array:
@@ -126,19 +129,25 @@ def chunk_mask(prefix: Bool[Array, "B T"], chunks: int, length: int, horizon: in
     return jnp.concatenate([prefix, jnp.broadcast_to(own, (batch, *own.shape))], axis=2)
 
 
-def _group(q: Float[Array, "B T N D"], kv_heads: int) -> Float[Array, "B K X D"]:
-    """Queries that share a key head in token order (X = T x N/K heads): one large product per key head.
+def _group(q: Float[Array, "B M H N D"], kv_heads: int) -> Float[Array, "B K X D"]:
+    """Queries that share a key head, one after the other: one large product per key head.
 
-    With a single key head, as π0.5 has, nothing is moved.
+    On one device they stand in token order (X = M x H x N/K): with a single key head, as π0.5 has, nothing is moved.
+    Across devices the heads come before a chunk's tokens (X = M x N/K x H). Neither order crosses chunks.
     """
-    batch, length, heads, width = q.shape
-    return jnp.moveaxis(q.reshape(batch, length, kv_heads, -1, width), 2, 1).reshape(batch, kv_heads, -1, width)
+    batch, chunks, horizon, heads, width = q.shape
+    q = jnp.moveaxis(q.reshape(batch, chunks, horizon, kv_heads, -1, width), 3, 1)
+    return (q if on_one_device() else jnp.swapaxes(q, 3, 4)).reshape(batch, kv_heads, -1, width)
 
 
-def _ungroup(x: Float[Array, "B K X D"], shape: tuple[int, ...]) -> Float[Array, "..."]:
-    batch, kv_heads, _, width = x.shape
-    heads = shape[-2]
-    return jnp.moveaxis(x.reshape(batch, kv_heads, -1, heads // kv_heads, width), 1, 2).reshape(shape)
+def _ungroup(x: Float[Array, "B K X D"], shape: tuple[int, ...]) -> Float[Array, "B M H N D"]:
+    batch, chunks, horizon, heads, width = shape
+    kv_heads = x.shape[1]
+    if on_one_device():
+        x = x.reshape(batch, kv_heads, chunks, horizon, -1, width)
+    else:
+        x = jnp.swapaxes(x.reshape(batch, kv_heads, chunks, -1, horizon, width), 3, 4)
+    return jnp.moveaxis(x, 1, 3).reshape(shape)
 
 
 def attend_shared_prefix(
@@ -161,7 +170,7 @@ def attend_shared_prefix(
         allowed = chunk_mask(prefix_mask, chunks, horizon, horizon, chunks * horizon)
         flat = q.reshape(batch, -1, heads, width)
         return attend_in_order(flat, keys, values, allowed, implementation).reshape(q.shape)
-    flat = _group(q.reshape(batch, -1, heads, width), k.shape[3])  # every query: the prefix is read once
+    flat = _group(q, k.shape[3])  # every query: the prefix is read once
     out = _over_blocks(flat, (prefix_k.astype(q.dtype), k), (prefix_v.astype(v.dtype), v), prefix_mask)
     return _ungroup(out, q.shape)
 
@@ -176,7 +185,7 @@ def _over_blocks(
     """Attention with one softmax over blocks of keys that are never put together.
 
     A block [B, S, K, D] is for all queries, one [B, M, H, K, D] holds the own keys of M chunks of H queries each; the
-    rows of a key head come by M, H and N/K then. `mask` is the first block's.
+    rows of a key head come chunk by chunk then. `mask` is the first block's.
 
     The backward pass is written out, with the sum over keys of weight times its gradient taken as that of output times
     its gradient (Dao et al. 2022, FlashAttention, appendix B.2): a sum over D numbers instead of all keys. Rows are
@@ -209,9 +218,9 @@ def _forward(q: Array, keys: tuple[Array, ...], values: tuple[Array, ...], mask:
 
 def _backward(kept: Any, gradient: Float[Array, "B K X D"]) -> tuple[Any, ...]:
     q, keys, values, out, weights, total = kept
-    gradient = gradient / total  # of weights before they are divided by their sum; float32
-    shift = jnp.sum(gradient * out, axis=-1, keepdims=True)
-    gradient = gradient.astype(q.dtype)
+    gradient = (gradient / total).astype(q.dtype)  # of weights before they are divided by their sum
+    # Of the same rounded numbers as the products below, so that the two cancel.
+    shift = jnp.sum(gradient.astype(jnp.float32) * out, axis=-1, keepdims=True)
     to_q, to_keys, to_values = [], [], []
     for k, v, w in zip(keys, values, weights, strict=True):
         to_values.append(_product("w,q->k", v, w, gradient).astype(v.dtype))

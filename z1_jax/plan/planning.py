@@ -223,6 +223,8 @@ def changes(config: Config, model: Pi05Config, plan: Plan) -> list[tuple[str, fl
 def _steps(config: Config, model: Pi05Config, plan: Plan) -> Iterator[tuple[str, Config, Pi05Config, int]]:
     """Settings that save memory, each on top of the one before: what costs least time first."""
     devices = plan.devices
+    mesh = mesh_of(config, devices)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]  # rows that go through the network at once are a multiple of it
 
     def step(name: str) -> tuple[str, Config, Pi05Config, int]:
         return name, config, model, devices
@@ -237,23 +239,23 @@ def _steps(config: Config, model: Pi05Config, plan: Plan) -> Iterator[tuple[str,
     if worst == "rl_update":
         update = config.update
         rows = update.micro_batch
-        if rows % 2 == 0:  # the same training
+        if rows % (2 * shards) == 0:  # the same training
             rows //= 2
             config = _with(config, "update", micro_batch=rows)
             yield step(f"update.micro_batch={rows}")
         if rows < update.batch_size:  # one micro-batch: only its caches, and no sum of gradients before it
             config = _with(config, "update", batch_size=rows)
             yield step(f"update.batch_size={rows}")
-        elif rows > 1:
+        elif rows > 1 and (rows // 2) % shards == 0:
             config = _with(config, "update", micro_batch=rows // 2, batch_size=rows // 2)
             yield step(f"update.micro_batch={rows // 2} and update.batch_size={rows // 2}")
     elif worst == "sft_step" and config.sft.batch_size > 1:
         rows = config.sft.micro_batch or config.sft.batch_size
-        if rows % 2 == 0:  # the same training
+        if rows % (2 * shards) == 0:  # the same training
             rows //= 2
             config = _with(config, "sft", micro_batch=rows)
             yield step(f"sft.micro_batch={rows}")
-        elif not config.sft.micro_batch:
+        elif not config.sft.micro_batch and (rows // 2) % shards == 0:
             rows //= 2
         if rows < config.sft.batch_size:  # one micro-batch: no sum of gradients before it
             config = _with(config, "sft", batch_size=rows)

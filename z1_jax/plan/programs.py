@@ -114,7 +114,7 @@ def _rl(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> list[Program
     opt_state = optimizer.init_on(mesh, trainable)
     actor = make_actor(policy, graphdef, flow, mesh, config.env.parallel)
     node_loss = loss.grpo(update.clip_low, update.clip_high, update.ratio_max)
-    updater = Updater(graphdef, optimizer, node_loss, flow, update, actor.counted, mesh)
+    updater = Updater(graphdef, optimizer, node_loss, flow, update, actor.counted, mesh, in_place=not model.unroll)
     frozen_vlm = vlm_is_frozen(trainable)
     cached = frozen_vlm and update.prefix_cache != "recompute"
     nodes = abstract_nodes(model, update.batch_size, flow.steps, mesh, cached=cached)

@@ -117,7 +117,14 @@ class GrpoTrainer:
         update = config.update
         node_loss = loss.grpo(update.clip_low, update.clip_high, update.ratio_max)
         self._updater = Updater(
-            self.graphdef, self._optimizer, node_loss, config.flow, update, self.actor.counted, self._mesh
+            self.graphdef,
+            self._optimizer,
+            node_loss,
+            config.flow,
+            update,
+            self.actor.counted,
+            self._mesh,
+            in_place=not policy.config.unroll,
         )
         self._store: AnyStore | None = None
         self.placement = ""  # of the prefix caches; chosen when the length of an episode is known

@@ -67,8 +67,14 @@ class Updater:
         config: UpdateConfig,
         counted: np.ndarray,
         mesh: jax.sharding.Mesh,
+        *,
+        in_place: bool = True,
     ):
-        """Args: `optimizer`: has optax's `update`; `node_loss`: the algorithm's, pure; `counted` bool [H, A]."""
+        """Args: `optimizer`: has optax's `update`; `node_loss`: the algorithm's, pure; `counted` bool [H, A].
+
+        in_place: of `accumulate.gradient`.
+        """
+        self._in_place = in_place
         self._node_loss, self._config, self._flow, self._mesh = node_loss, config, flow_config, mesh
         self._counted = jnp.asarray(counted)
         self._optimizer = optimizer
@@ -149,7 +155,6 @@ class Updater:
         self.traces += 1
         config = self._config
         parts = config.batch_size // config.micro_batch
-        in_place = not nnx.merge(graphdef, trainable, frozen).config.unroll
 
         def add(total: Any, micro: NodeBatch) -> tuple[Any, tuple[dict[str, Any], Any]]:
             def loss_of(model: Any) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
@@ -157,15 +162,14 @@ class Updater:
                 return self._loss(model, other, micro, normaliser, noise_level)
 
             (value, (stats, logp)), total = accumulate.gradient(
-                loss_of, graphdef, trainable, frozen, total, in_place=in_place
+                loss_of, graphdef, trainable, frozen, total, in_place=self._in_place
             )
             return total, ({**stats, "loss": value}, logp)
 
-        zeros = jax.tree.map(jnp.zeros_like, trainable)
         if parts == 1:
             grads, (stats, logp) = add(None, batch)
-            grads = jax.tree.map(jnp.add, zeros, grads)
         else:
+            zeros = jax.tree.map(jnp.zeros_like, trainable)
             grads, (stacked, logp) = _in_parts(add, zeros, batch, parts)
             stats = {
                 name: jnp.max(value) if name.endswith(loss.MAXIMA) else jnp.sum(value)
