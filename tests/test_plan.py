@@ -372,7 +372,7 @@ def test_what_is_advised_is_what_was_planned(batch, micro, told, small_plan):
     "batch, micro, devices, told",
     [(16, 8, 1, ["micro_batch=4", "batch_size=4"]), (8, 8, 1, ["micro_batch=4", "batch_size=4"]),
      (10, 5, 1, ["batch_size=5"]), (5, 5, 1, ["micro_batch=2 and update.batch_size=2"]), (1, 1, 1, []),
-     (64, 16, 16, ["batch_size=16"]), (16, 16, 16, []), (64, 32, 16, ["micro_batch=16", "batch_size=16"])],
+     (64, 8, 8, ["batch_size=8"]), (8, 8, 8, []), (64, 16, 8, ["micro_batch=8", "batch_size=8"])],
 )  # fmt: skip
 def test_what_is_advised_of_an_update(batch, micro, devices, told, small_plan):
     """Rows of a micro-batch are a multiple of the devices."""
