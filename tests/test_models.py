@@ -232,6 +232,21 @@ def test_attentions_gradients_are_those_of_the_plain_formula(rng, kv_heads):
         assert relative_error(one, other) < 1e-5
 
 
+def test_attentions_gradients_in_bfloat16_do_not_drown_in_what_values_share(rng):
+    """Weights add up to one: what all values have in common moves no logit, however large it is."""
+    q, k, v, weight = (rng.normal(size=(2, 64, heads, 32)) for heads in (4, 1, 1, 4))
+    v = v + 4 * rng.normal(size=32)
+    narrow = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+
+    def loss(q, k, v):
+        return jnp.sum(weight * attention.attend(q, k, v, None).astype(jnp.float32))
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    exact = gradient(*(x.astype(jnp.float32) for x in narrow))
+    for found, expected in zip(gradient(*narrow), exact, strict=True):
+        assert relative_error(found.astype(jnp.float32), expected) < 0.01
+
+
 def dots(jaxpr) -> list[tuple[set, object]]:
     """(dtypes of the factors, precision) of every product in a trace, those of called functions included."""
     found = []
