@@ -244,7 +244,8 @@ def test_attentions_gradients_in_bfloat16_do_not_drown_in_what_values_share(rng)
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
     exact = gradient(*(x.astype(jnp.float32) for x in narrow))
     for found, expected in zip(gradient(*narrow), exact, strict=True):
-        assert relative_error(found.astype(jnp.float32), expected) < 0.01
+        error = np.asarray(found, float) - np.asarray(expected, float)
+        assert np.linalg.norm(error) < 0.01 * np.linalg.norm(expected)  # 0.005; 0.02 where it drowns
 
 
 def dots(jaxpr) -> list[tuple[set, object]]:
