@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pi05_reference as reference

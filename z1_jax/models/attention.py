@@ -56,7 +56,7 @@ def attend_in_order(
         wide = jnp.broadcast_to(mask[:, None], (batch, 1, length, k.shape[1]))
         return _library(q, k, v, wide, implementation)
     grouped = q.reshape(batch, length, k.shape[2], -1, width)
-    logits = _logits("btkgd,bskd->bktgs", grouped, k)
+    logits = _in_float32("btkgd,bskd->bktgs", grouped, k)
     logits = jnp.where(mask[:, None, :, None], logits, MASKED_LOGIT)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     out = jnp.einsum("bktgs,bskd->bktgd", weights, v)
@@ -73,7 +73,7 @@ def attend_in_rows(
     if implementation != "einsum":
         q, k, v = (jnp.swapaxes(x, 0, 1) for x in (q, k, v))
         return jnp.swapaxes(_library(q, k, v, None, implementation), 0, 1)
-    weights = jax.nn.softmax(_logits("tbnd,sbnd->bnts", q, k), axis=-1).astype(v.dtype)
+    weights = jax.nn.softmax(_in_float32("tbnd,sbnd->bnts", q, k), axis=-1).astype(v.dtype)
     return jnp.einsum("bnts,sbnd->tbnd", weights, v)
 
 
@@ -92,18 +92,20 @@ def attend_in_parts(
     (X = 1) or one for each (X = T); S is a multiple of P.
     """
     batch, _, width = q.shape
-    logits = _logits("bxd,bsd->bxs", q, k)[:, : tokens * heads].reshape(batch, tokens, heads, -1)
+    logits = _in_float32("bxd,bsd->bxs", q, k)[:, : tokens * heads].reshape(batch, tokens, heads, -1)
     logits = jnp.where(mask[:, :, None], logits, MASKED_LOGIT)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype).reshape(batch, tokens * heads, parts, -1)
     out = jnp.einsum("bxps,bpsd->pbxd", weights, v.reshape(batch, parts, -1, width))
     return out.reshape(parts, batch, tokens, heads, width)
 
 
-def _logits(pattern: str, q: Array, k: Array) -> Array:
-    """Products in float32. For bfloat16 inputs their gradients are cast down to bfloat16 early: keeping them in float32
-    would cost a GPU a twentieth of an SFT step, for digits that bfloat16 drops afterwards."""
-    precision = jax.lax.Precision.DEFAULT if q.dtype == jnp.bfloat16 else None
-    return jnp.einsum(pattern, q, k, precision=precision, preferred_element_type=jnp.float32)
+def _in_float32(pattern: str, left: Array, right: Array) -> Array:
+    """A product in float32, of bfloat16 factors as such whatever the default precision.
+
+    Widened where it is differentiated, it would cost a GPU a twentieth of an SFT step, for digits that are dropped.
+    """
+    precision = jax.lax.Precision.DEFAULT if left.dtype == jnp.bfloat16 else None
+    return jnp.einsum(pattern, left, right, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _after_prefix(prefix: Float[Array, "B T K D"], own: Float[Array, "B M H K D"]) -> Float[Array, "B S K D"]:
@@ -194,8 +196,7 @@ def _over_blocks(
     return _forward(q, keys, values, mask)[0]
 
 
-def _attended(q: Array, keys: tuple[Array, ...], values: tuple[Array, ...], mask: Array | None) -> tuple[Array, Any]:
-    """The output in float32, and what the backward pass needs beside it and the inputs."""
+def _forward(q: Array, keys: tuple[Array, ...], values: tuple[Array, ...], mask: Array | None) -> tuple[Array, Any]:
     logits = [_product("q,k->w", k, q, k) for k in keys]
     if mask is not None:
         logits[0] = jnp.where(mask[:, None, None, :], logits[0], MASKED_LOGIT)
@@ -204,16 +205,12 @@ def _attended(q: Array, keys: tuple[Array, ...], values: tuple[Array, ...], mask
     total = _sum([jnp.sum(x, axis=-1, keepdims=True) for x in exponentials])
     weights = [x.astype(v.dtype) for x, v in zip(exponentials, values, strict=True)]
     out = _sum([_product("w,k->q", v, w, v) for w, v in zip(weights, values, strict=True)]) / total
-    return out, (weights, total)
+    out = out.astype(q.dtype)
+    return out, (q, keys, values, out, weights, total)
 
 
 def _sum(parts: list[Array]) -> Array:
     return functools.reduce(jnp.add, parts)
-
-
-def _forward(q: Array, keys: tuple[Array, ...], values: tuple[Array, ...], mask: Array | None) -> tuple[Array, Any]:
-    out, kept = _attended(q, keys, values, mask)
-    return out.astype(q.dtype), (q, keys, values, out.astype(q.dtype), *kept)
 
 
 def _backward(kept: Any, gradient: Float[Array, "B K X D"]) -> tuple[Any, ...]:
@@ -240,10 +237,7 @@ _LETTERS = {
 
 
 def _product(kinds: str, block: Array, left: Array, right: Array) -> Float[Array, "..."]:
-    """A product over a block of keys in float32, such as "q,k->w" of queries and keys; rows are [B, K, X, …].
-
-    Factors of bfloat16 are multiplied as such whatever the default precision.
-    """
+    """A product over a block of keys in float32, such as "q,k->w" of queries and keys; rows are [B, K, X, …]."""
 
     def apart(kind: str, x: Array) -> Array:
         whole = kind == "k" or block.ndim == 4
@@ -251,11 +245,6 @@ def _product(kinds: str, block: Array, left: Array, right: Array) -> Float[Array
 
     first, second, result = kinds[0], kinds[2], kinds[-1]
     letters = _LETTERS[block.ndim]
-    out = jnp.einsum(
-        f"{letters[first]},{letters[second]}->{letters[result]}",
-        apart(first, left),
-        apart(second, right),
-        precision=jax.lax.Precision.DEFAULT if left.dtype == jnp.bfloat16 else None,
-        preferred_element_type=jnp.float32,
-    )
+    pattern = f"{letters[first]},{letters[second]}->{letters[result]}"
+    out = _in_float32(pattern, apart(first, left), apart(second, right))
     return out if result == "k" else out.reshape(*out.shape[:2], -1, out.shape[-1])
