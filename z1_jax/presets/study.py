@@ -74,14 +74,15 @@ PRESETS: dict[str, dict[str, Any]] = {
             "PnPCounterToCab",
             "PnPMicrowaveToCounter",
         ),
-        # Recipes were chosen on seeds from 1,000,000,000 and 1,200,000,000 on; these nothing else has used
+        # Recipes were chosen by evaluations on seeds from 1,000,000,000 to 1,500,000,255; these nothing else has used
         # (docs/kitchen-24.md).
-        "every": {"env__executed": 4, "flow__temperature": 0.0, "eval__first_seed": 1_300_000_000},
+        "every": {"env__executed": 4, "flow__temperature": 0.0, "eval__first_seed": 1_600_000_000},
         "sft": {
-            "demos__episodes": 200,
-            "demos__sampling": "balanced",
+            "demos__episodes": 600,
+            "demos__sampling": "proportional",
             "sft__optim__name": "muon",
-            "sft__steps": 8000,
+            "sft__steps": 24_000,
+            "sft__micro_batch": 8,
             "sft__optim__warmup_steps": 100,
             "sft__ema": 0.99,
         },
