@@ -51,8 +51,8 @@ def test_the_kitchens_study_has_24_tasks_and_twelve_of_them_three_seeds():
     assert again[0] == again[1] and len(set(again[0])) == 13 and len(again[0]) == 14  # twelve, and twice all of them
     for cell in made:
         config = parsed(cell)
-        assert config.eval.first_seed == 1_300_000_000 and config.env.executed == 4 and config.flow.temperature == 0
-    assert {parsed(cell).eval.episodes for cell in trained} == {256} and parsed(made[0]).sft.steps == 8000
+        assert config.eval.first_seed == 1_600_000_000 and config.env.executed == 4 and config.flow.temperature == 0
+    assert {parsed(cell).eval.episodes for cell in trained} == {256} and parsed(made[0]).sft.steps == 24_000
 
 
 def test_liberos_study_is_one_policy_for_ten_tasks_or_a_line_that_says_what_to_install(tmp_path):
