@@ -62,7 +62,7 @@ def test_a_near_miss_of_a_tasks_name_is_told(given, hint):
 def test_protocols(name, numbers):
     one = protocols.protocol(name)
     assert (one.settle_steps, one.max_steps, one.image_size, one.episodes, one.first_seed) == numbers
-    assert one.shadows == (name != "quick")
+    assert one.shadows == (name != "quick") and one.averaged == (2 if name == "quick" else 0)
     config = parse("--config.env.horizon=0", f"--config.env.protocol={name}")
     assert suites.planned(config).env.horizon == one.max_steps
 

@@ -105,8 +105,8 @@ class MetaWorldEnv(SteppedEnv):
 
     def observe(self) -> EnvObservation:
         """Renders the spec's cameras, with the state and the instruction. Pictures are upright."""
-        shadows = self.protocol.shadows
-        images = {camera: self._draw(camera, self._spec.image_size, shadows) for camera in self._spec.cameras}
+        how = (self._spec.image_size, self.protocol.shadows, self.protocol.averaged)
+        images = {camera: self._draw(camera, *how) for camera in self._spec.cameras}
         state_now = self.observation[: tables.STATE_DIM].astype(np.float32)
         return EnvObservation(images, state_now, tables.INSTRUCTIONS[self._task])
 
@@ -117,7 +117,7 @@ class MetaWorldEnv(SteppedEnv):
           ValueError: an unknown camera, or no episode yet.
         """
         _check_camera(camera)
-        return self._draw(camera, size, shadows=True)
+        return self._draw(camera, size, shadows=True, averaged=0)
 
     def snapshot(self) -> Snapshot:
         """The full state: physics, fixtures and goals, what pictures are drawn from, attributes, counters."""
@@ -172,11 +172,11 @@ class MetaWorldEnv(SteppedEnv):
         self._observation, _, _, _, info = raw.step(action.astype(np.float32))  # as wide as the package's action space
         return stability.breakdown(raw.model, raw.data), bool(info["success"])
 
-    def _draw(self, camera: str, size: int, shadows: bool) -> np.ndarray:
+    def _draw(self, camera: str, size: int, shadows: bool, averaged: int) -> np.ndarray:
         raw = self._started()
-        key = (self._task, size, shadows)
+        key = (self._task, size, shadows, averaged)
         if key not in self._renderers:
-            shared = _RENDERERS.get(key) or opengl.Renderer(raw.model, size, shadows, reflections=shadows)
+            shared = _RENDERERS.get(key) or opengl.Renderer(raw.model, size, shadows, shadows, averaged)
             self._renderers[key] = _RENDERERS[key] = shared
         image = self._renderers[key].render(raw.model, raw.data, raw.model.camera(camera).id)
         return np.ascontiguousarray(image[::-1, ::-1] if camera in tables.TURNED else image)

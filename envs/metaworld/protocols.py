@@ -21,6 +21,7 @@ class Protocol:
     episodes: int  # of each task
     first_seed: int | None  # of those episodes, one seed after the other; None: the seeds are not fixed
     shadows: bool = True  # and reflections
+    averaged: int = 0  # drawn so many times as large and averaged; 0: smoothed by the model's samples a pixel
 
 
 PROTOCOLS = {
@@ -55,7 +56,8 @@ PROTOCOLS = {
             image_size=64,
             episodes=50,
             first_seed=None,
-            shadows=False,  # three quarters of a frame's time
+            shadows=False,  # five sixths of a frame's time
+            averaged=2,  # half of what is left
         ),
     )
 }

@@ -145,6 +145,43 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "joint": {"group__count": 10, "group__spread": "adaptive"},
     },
+    # One small policy for Meta-World's ten tasks, from twenty demonstrations each by the package's own experts
+    # (docs/metaworld.md).
+    "mt10": {
+        "tasks": ("MT10",),
+        "seeds": ("0", "1", "2"),
+        "forms": ("joint",),
+        "every": {
+            "env__suite": "metaworld",
+            "env__protocol": "quick",
+            "env__cameras": ("corner2",),
+            "env__horizon": 144,  # an expert takes 45 to 110 in most tasks
+            "env__parallel": 80,
+            "flow__temperature": 0.0,
+            "eval__episodes": 50,
+            "eval__first_seed": 1_600_000_000,
+        },
+        "sft": {
+            "demos__episodes": 20,
+            "demos__stride": 8,
+            "demos__sampling": "balanced",
+            "sft__optim__name": "muon",
+            "sft__optim__warmup_steps": 100,
+            "sft__steps": 1000,
+            "sft__ema": 0.99,
+        },
+        "grpo": {
+            "group__branching": "none",
+            "group__prefix_chunks": 0,
+            "group__prefix_chunks_end": 0,
+            "flow__noise_level": 0.7,
+            "flow__noise_level_end": 0.3,
+            "train__iterations": 100,
+            "train__checkpoint_every": 5,
+            "eval__videos": 0,
+        },
+        "joint": {"group__count": 20, "group__spread": "adaptive"},
+    },
     # Two tasks, a few minutes: it shows that everything works, and learns next to nothing.
     "smoke": {
         "tasks": ("drawers",),
