@@ -145,7 +145,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "joint": {"group__count": 10, "group__spread": "adaptive"},
     },
-    # One small policy for Meta-World's ten tasks, from twenty demonstrations each by the package's own experts
+    # One small policy for Meta-World's ten tasks, from a hundred demonstrations each by the package's own experts
     # (docs/metaworld.md).
     "mt10": {
         "tasks": ("MT10",),
@@ -162,7 +162,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "eval__first_seed": 1_600_000_000,
         },
         "sft": {
-            "demos__episodes": 20,
+            "demos__episodes": 100,
             "demos__stride": 8,
             "demos__sampling": "balanced",
             "sft__optim__name": "muon",
