@@ -167,7 +167,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             "demos__sampling": "balanced",
             "sft__optim__name": "muon",
             "sft__optim__warmup_steps": 100,
-            "sft__steps": 1000,
+            "sft__steps": 5000,
+            "sft__micro_batch": 8,
             "sft__ema": 0.99,
         },
         "grpo": {
