@@ -159,7 +159,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "env__parallel": 80,
             "flow__temperature": 0.0,
             "eval__episodes": 50,
-            "eval__first_seed": 1_600_000_000,
+            "eval__first_seed": 1_700_000_000,  # the recipe was chosen on 1,600,000,000 and on
         },
         "sft": {
             "demos__episodes": 100,
