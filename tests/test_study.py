@@ -89,9 +89,38 @@ def test_further_evaluations_are_runs_of_their_own(tmp_path):
     assert len(cells(study("--config.extras=", *given))) == 4
 
 
+def test_a_given_policy_is_evaluated_once_and_is_the_start_of_all_seeds(tmp_path):
+    given = [f"--config.folder={tmp_path}", "--config.start=checkpoints/mine", "--config.seeds=3,5"]
+    planned = cells(study(*given, "--extras.high.env.layouts=high", "--every.env.executed=4"))
+    assert [cell.name for cell in planned] == [
+        "sft-seed3", "specialists-OpenDrawer-seed3", "specialists-CloseDrawer-seed3", "joint-seed3", "high-sft-seed3",
+        "high-specialists-OpenDrawer-seed3", "high-specialists-CloseDrawer-seed3", "high-joint-seed3",
+        "specialists-OpenDrawer-seed5", "specialists-CloseDrawer-seed5", "joint-seed5",
+        "high-specialists-OpenDrawer-seed5", "high-specialists-CloseDrawer-seed5", "high-joint-seed5",
+    ]  # fmt: skip
+    start, further = planned[0], planned[4]
+    assert program._command(start)[:3] == [sys.executable, "-m", "z1_jax.evaluate"]
+    for cell in (start, further):
+        assert parsed(cell).checkpoint == "checkpoints/mine" and parsed(cell).env.executed == 4
+    for cell in planned:
+        if cell.kind != "sft" and not cell.evaluation:
+            assert parsed(cell).init == "checkpoints/mine" and cell.needs == start.name
+    a_run(tmp_path, start.name, "", {"OpenDrawer": "x...", "CloseDrawer": "xx.."}, evaluation=True)
+    both = [{"success": 1, "tasks/OpenDrawer/success": 0.75, "tasks/CloseDrawer/success": 0.5}] * 10
+    for seed, won in ((3, "xx.."), (5, "xxxx")):
+        a_run(tmp_path, f"joint-seed{seed}", "grpo", {"OpenDrawer": won, "CloseDrawer": won}, training=both)
+    told = results.collected(tmp_path, planned)
+    assert told["means"] == {"sft": 0.375, "joint": 0.75}
+    # Each seed's policy is held against the one start.
+    found = {row.task: row for row in rows(results.outcomes_of(told), 0.95) if row.form == "joint"}
+    assert [(row.before, row.after, row.seeds) for row in found.values()] == [(0.25, 0.75, 2), (0.5, 0.75, 2)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
+        (["--config.start=x", "--sft.sft.steps=3"], "--sft.sft.steps=3: with --config.start=x no SFT is made"),
+        (["--config.start=x", "--config.sft_preset=smoke"], "--config.sft_preset=smoke: with --config.start=x no SFT"),
         (["--config.seeds=x"], "config key seeds: got 'x', expected whole numbers"),
         (["--config.seeds=1,1"], "config key seeds: got 1, 1, expected each once"),
         (["--config.forms=solo"], "config key forms: got 'solo', expected one or more of specialists, joint"),

@@ -23,6 +23,7 @@ from z1_jax.config.schema import FREE_KEYS, Config, ConfigError, among, build, f
 from z1_jax.errors import UserError, first_line
 from z1_jax.files import absolute, lock, partial_path, read_json, write_whole
 from z1_jax.interrupt import INTERRUPTED
+from z1_jax.policy import find_policy
 from z1_jax.process import run_main
 from z1_jax.study import projection, results
 from z1_jax.study.config import Cell, StudyConfig, cells, parse_study, parsed
@@ -49,6 +50,8 @@ def main(argv: Sequence[str]) -> int | None:
         raise UserError(f"no run of this study is finished in {folder}; expected the --config.folder that it was given")
     if REPORT not in argv:
         settled(parsed(planned[0]))  # a suite that is not installed is told before anything is made
+        if study.start:
+            find_policy(study.start)
     _claim(study, folder, planned)
     check_runs(folder, planned)
     if REPORT in argv:
@@ -95,7 +98,7 @@ def _run(cell: Cell, claim: IO[str]) -> int:
 
 
 def _command(cell: Cell) -> list[str]:
-    return [sys.executable, "-m", f"z1_jax.{'evaluate' if cell.evaluation else 'train'}", *cell.argv[1:]]
+    return [sys.executable, "-m", f"z1_jax.{cell.program}", *cell.argv[1:]]
 
 
 def _claim(study: StudyConfig, folder: pathlib.Path, planned: Sequence[Cell] = ()) -> None:

@@ -34,6 +34,7 @@ class StudyConfig:
     seeds: tuple[str, ...] = ("0",)  # of training: SFT and RL are run with each
     repeated: tuple[str, ...] = ()  # specialists trained with each seed, the others with the first; empty: all tasks
     forms: tuple[str, ...] = FORMS  # of RL: each task by itself from the common start, and one policy for all
+    start: str = ""  # a policy that RL starts from, instead of one that SFT makes here
     folder: str = "runs/study"
     sft_preset: str = "kitchen"  # of configs/sft.py
     grpo_preset: str = "kitchen"  # of configs/grpo.py
@@ -53,8 +54,9 @@ class Cell:
     task: str  # empty: all
     seed: int
     needs: str  # the name of the run that must be finished before; empty: none
-    argv: tuple[str, ...]  # of z1_jax.train or, of a further evaluation, z1_jax.evaluate
-    evaluation: str = ""  # the name of a further evaluation of the policy of `needs`; empty: a training
+    argv: tuple[str, ...]  # of z1_jax.train or z1_jax.evaluate
+    evaluation: str = ""  # the name of a further evaluation of the policy of `needs`; empty: a run of its own
+    program: str = "train"  # of z1_jax; "evaluate": it trains nothing
 
 
 def parse_study(argv: Sequence[str]) -> StudyConfig:
@@ -98,6 +100,10 @@ def parse_study(argv: Sequence[str]) -> StudyConfig:
         raise ConfigError(f"config key {EXTRAS}: {unknown[0]!r} does not exist; known: {', '.join(extras) or 'none'}")
     extras = {name: keys for name, keys in extras.items() if chosen is None or name in chosen}
     study = dataclasses.replace(study, overrides=sections, extras=extras)
+    if study.start:
+        if unused := [one for one in argv[1:] if one.startswith(("--sft.", "--config.sft_preset="))]:
+            raise ConfigError(f"{unused[0]}: with --config.start={study.start} no SFT is made; leave one of them out")
+        sections[SFT].clear()  # the preset's
     _check(study)
     return dataclasses.replace(study, seeds=tuple(str(int(seed)) for seed in study.seeds))
 
@@ -150,7 +156,7 @@ def cells(study: StudyConfig) -> list[Cell]:
         ConfigError: what a run would refuse of its config.
     """
     folder = absolute(study.folder)
-    first = parsed(_cell(study, folder, SFT, "", int(study.seeds[0])))
+    first = parsed(_start(study, folder, int(study.seeds[0])))
     tasks = with_tasks(first).every_task
     if len(tasks) < 2:
         raise ConfigError(f"config key tasks: got {', '.join(study.tasks)}, expected two tasks or more")
@@ -164,7 +170,7 @@ def cells(study: StudyConfig) -> list[Cell]:
     found: list[Cell] = []
     for seed in map(int, study.seeds):
         again = seed != int(study.seeds[0])
-        trained = [_cell(study, folder, SFT, "", seed)]
+        trained = [] if study.start and again else [_start(study, folder, seed)]
         if SPECIALIST in study.forms:
             trained += [_cell(study, folder, SPECIALIST, task, seed) for task in (repeated if again else tasks)]
         if JOINT in study.forms:
@@ -227,9 +233,18 @@ def _keys(study: StudyConfig, kind: str) -> dict[str, str]:
     return {key: text for section in sections for key, text in study.overrides.get(section, {}).items()}
 
 
+def _start(study: StudyConfig, folder: pathlib.Path, seed: int) -> Cell:
+    """The common SFT or, of a given policy, its evaluation."""
+    if not study.start:
+        return _cell(study, folder, SFT, "", seed)
+    name = f"{SFT}-seed{seed}"
+    argv = _evaluate(study, SFT, study.tasks, study.start, folder / name, {})
+    return Cell(name, SFT, "", seed, "", argv, program="evaluate")
+
+
 def _cell(study: StudyConfig, folder: pathlib.Path, kind: str, task: str, seed: int) -> Cell:
     part = f"-{task.replace('/', '-')}" if task else ""
-    name, start = f"{kind}{part}-seed{seed}", f"{SFT}-seed{seed}"
+    name, start = f"{kind}{part}-seed{seed}", f"{SFT}-seed{study.seeds[0] if study.start else seed}"
     preset, file = (study.sft_preset, "sft") if kind == SFT else (study.grpo_preset, "grpo")
     argv = [
         "train.py",
@@ -237,7 +252,7 @@ def _cell(study: StudyConfig, folder: pathlib.Path, kind: str, task: str, seed: 
         f"--config.task={task}" if task else f"--config.tasks={','.join(study.tasks)}",
         f"--config.seed={seed}",
         f"--config.run_dir={folder / name}",
-        *([] if kind == SFT else [f"--config.init={folder / start}"]),
+        *([] if kind == SFT else [f"--config.init={study.start or folder / start}"]),
         *(f"--config.{key}={text}" for key, text in _keys(study, kind).items()),
     ]
     return Cell(name, kind, task, seed, "" if kind == SFT else start, tuple(argv))
@@ -246,14 +261,27 @@ def _cell(study: StudyConfig, folder: pathlib.Path, kind: str, task: str, seed: 
 def _evaluation(study: StudyConfig, folder: pathlib.Path, extra: str, tasks: Sequence[str], of: Cell) -> Cell:
     """A further evaluation of the policy of a run."""
     name = f"{extra}-{of.name}"
-    keys = {key: text for key, text in _keys(study, of.kind).items() if key.startswith(_EVALUATED)}
-    keys |= {key: text for key, text in study.extras[extra].items() if key != "tasks"}
-    argv = [
+    policy = study.start if study.start and of.kind == SFT else folder / of.name
+    more = {key: text for key, text in study.extras[extra].items() if key != "tasks"}
+    argv = _evaluate(study, of.kind, (of.task,) if of.task else tasks, policy, folder / name, more)
+    return Cell(name, of.kind, of.task, of.seed, of.name, argv, extra, "evaluate")
+
+
+def _evaluate(
+    study: StudyConfig,
+    kind: str,
+    tasks: Sequence[str],
+    policy: str | pathlib.Path,
+    place: pathlib.Path,
+    more: Mapping[str, str],
+) -> tuple[str, ...]:
+    """The command line that evaluates a policy as runs of a kind do, but for `more`."""
+    keys = {key: text for key, text in _keys(study, kind).items() if key.startswith(_EVALUATED)}
+    return (
         "evaluate.py",
         f"--config=configs/eval.py:{study.eval_preset}",
-        f"--config.tasks={of.task or ','.join(tasks)}",
-        f"--config.checkpoint={folder / of.name}",
-        f"--config.run_dir={folder / name}",
-        *(f"--config.{key}={text}" for key, text in keys.items()),
-    ]
-    return Cell(name, of.kind, of.task, of.seed, of.name, tuple(argv), extra)
+        f"--config.tasks={','.join(tasks)}",
+        f"--config.checkpoint={policy}",
+        f"--config.run_dir={place}",
+        *(f"--config.{key}={text}" for key, text in {**keys, **more}.items()),
+    )

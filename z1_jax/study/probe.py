@@ -37,15 +37,18 @@ def main(argv: Sequence[str]) -> None:
     """Measures the runs whose command lines the JSON file argv[1] holds, and writes what they take to argv[2]."""
     lines = json.loads(pathlib.Path(argv[1]).read_text())
     start_jax()
-    measured = measure(parsed_line(lines["sft"]), parsed_line(lines["rl"]) if lines["rl"] else None)
+    sft, rl = (parsed_line(lines[name]) if lines[name] else None for name in ("sft", "rl"))
+    measured = measure(sft, rl)
     write_whole(pathlib.Path(argv[2]), json.dumps(measured))
 
 
-def measure(sft: Config, rl: Config | None) -> dict[str, float]:
+def measure(sft: Config | None, rl: Config | None) -> dict[str, float]:
     """Seconds of a control step of demonstrations, of an SFT step, of a look of RL and of a chunk in its update.
 
     And `executed`, the control steps between two looks. What there is not is left out.
     """
+    if sft is None:
+        return _from_given(rl) if rl else {}
     sft = settled(sft)
     few = sft.every_task[:: -(-len(sft.every_task) // TASKS)]
     mesh, found = make_mesh(sft), {}
@@ -64,6 +67,14 @@ def measure(sft: Config, rl: Config | None) -> dict[str, float]:
         found["sft"], policy = _sft(small, policy, dataset, mesh)
     found["executed"] = policy.executed
     return found | (_rl(rl, policy, mesh) if rl else {})
+
+
+def _from_given(rl: Config) -> dict[str, float]:
+    """What RL takes from a policy that is there."""
+    mesh = make_mesh(rl)
+    with jax.set_mesh(mesh):
+        policy = given_policy(rl, rl.init, mesh)
+        return {"executed": policy.executed, **_rl(rl, policy, mesh)}
 
 
 def _with_tasks(config: Config, tasks: Sequence[str]) -> Config:

@@ -29,9 +29,10 @@ def measured(folder: pathlib.Path, planned: Sequence[Cell]) -> dict[str, float]:
     path = folder / f"probe-{platform.node() or 'here'}.json"
     if not path.exists():
         asked = path.with_suffix(".asked")
-        trainings = [cell for cell in planned if not cell.evaluation]
+        trainings = [cell for cell in planned if cell.program == "train"]
+        sft = next((cell for cell in trainings if cell.kind == SFT), None)
         rl = next((cell for cell in trainings if cell.kind != SFT), None)
-        asked.write_text(json.dumps({"sft": trainings[0].argv, "rl": rl.argv if rl else []}))
+        asked.write_text(json.dumps({"sft": sft.argv if sft else [], "rl": rl.argv if rl else []}))
         print("measuring how long parts of a run take here …", flush=True)
         began = time.monotonic()
         command = [sys.executable, "-m", "z1_jax.study.probe", str(asked), str(path)]
@@ -105,7 +106,7 @@ def counts(config: Config, cell: Cell, executed: int) -> dict[str, float]:
     steps = [config.env.horizon or suite.horizon(task) for task in config.every_task]
     looks = [-(-count // (config.env.executed or executed)) for count in steps]
     evaluated = config.eval.episodes * sum(looks)
-    if cell.evaluation:
+    if cell.program == "evaluate":
         return {"look": evaluated}
     if cell.kind == SFT:
         shown = 0 if config.demos.dataset else config.demos.episodes * sum(steps)

@@ -7,6 +7,7 @@ one an episode, with the `columns` policy (its number), seed and success.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,11 @@ def collected(folder: pathlib.Path, planned: Sequence[Cell]) -> dict[str, Any]:
     """What the finished runs of a study found."""
     done = [cell for cell in planned if finished(folder, cell)]
     found = [one for cell in done for one in _outcomes(folder, cell)]
+    given = [cell.seed for cell in done if cell.kind == SFT and cell.program == "evaluate" and not cell.evaluation]
+    if given:  # one policy is the start of all seeds
+        others = dict.fromkeys(cell.seed for cell in done if cell.kind != SFT and cell.seed not in given)
+        starts = [one for one in found if one.form == SFT]
+        found += [dataclasses.replace(one, seed=seed) for seed in others for one in starts]
     runs = {cell.name: _run(folder, cell) for cell in done}
     over = means(found, CONFIDENCE)
     steps: dict[str, int] = {}
@@ -76,7 +82,7 @@ def collected(folder: pathlib.Path, planned: Sequence[Cell]) -> dict[str, Any]:
 def _outcomes(folder: pathlib.Path, cell: Cell) -> list[Outcome]:
     """The held-out episodes of a run by task."""
     by_task: dict[str, list[dict]] = {}
-    name = "checkpoint" if cell.evaluation else "after"
+    name = "checkpoint" if cell.program == "evaluate" else "after"
     for record in read_records(folder / cell.name / "evaluation" / f"{name}.jsonl"):
         by_task.setdefault(str(record.get("task", cell.task)), []).append(record)
     return [
