@@ -20,7 +20,12 @@ from z1_jax.study import __main__ as study
 from z1_jax.study.config import parse_study
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "policies/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 CODE = sorted(p for top in ("envs", "z1_jax", "benchmarks", "examples") for p in (ROOT / top).rglob("*.py"))
 REFERENCE = re.compile(r"\(method: sections? ([^)]*)\)")
 KEYS = flat(Config())
