@@ -118,9 +118,9 @@ def _averaged(image: np.ndarray, by: int) -> np.ndarray:
     """The means, rounded to whole numbers, of squares of by × by pixels: uint8 [by·n, by·m, 3] → [n, m, 3]."""
     if by == 1:
         return image
-    rows, columns = image.shape[0] // by, image.shape[1] // by
-    sums = image.reshape(rows, by, columns, by, 3).sum((1, 3), dtype=np.uint32)
-    return ((sums + by * by // 2) // (by * by)).astype(np.uint8)
+    parts = [image[row::by, column::by] for row in range(by) for column in range(by)]
+    sums = functools.reduce(np.add, parts, np.full(parts[0].shape, by * by // 2, np.uint32))
+    return (sums // (by * by)).astype(np.uint8)
 
 
 @functools.cache
