@@ -5,6 +5,7 @@ from typing import Any
 import ml_collections
 
 from z1_jax.config.schema import ConfigError
+from z1_jax.presets.grpo import APART
 
 _FEW = {"eval__episodes": 64}
 # Rooms, colours and things that neither demonstrations nor RL have shown; and instructions that ask for something else
@@ -54,6 +55,11 @@ KITCHEN_EXTRAS: dict[str, dict[str, Any]] = {
     },
 }
 
+# What the recipes share. SFT: Muon and an average of the parameters. RL: members that share nothing but their start,
+# and noise that decreases.
+SFT = {"sft__optim__name": "muon", "sft__optim__warmup_steps": 100, "sft__ema": 0.99}
+RL = {**APART, "flow__noise_level": 0.7, "flow__noise_level_end": 0.3, "eval__videos": 0}
+
 # A key a__b is the key a.b of a run.
 PRESETS: dict[str, dict[str, Any]] = {
     "kitchen24": {
@@ -78,26 +84,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         # (docs/kitchen-24.md).
         "every": {"env__executed": 4, "flow__temperature": 0.0, "eval__first_seed": 1_600_000_000},
         "sft": {
+            **SFT,
             "demos__episodes": 600,
             "demos__sampling": "proportional",
-            "sft__optim__name": "muon",
             "sft__steps": 24_000,
             "sft__micro_batch": 8,
-            "sft__optim__warmup_steps": 100,
-            "sft__ema": 0.99,
         },
         # Chosen on TurnSinkSpout and PnPCounterToSink, on seeds from 1,000,000,000 on (docs/kitchen-24.md).
         "grpo": {
-            "group__branching": "none",
-            "group__prefix_chunks": 0,
-            "group__prefix_chunks_end": 0,
+            **RL,
             "group__oversample": 2.0,
-            "flow__noise_level": 0.7,
-            "flow__noise_level_end": 0.3,
             "train__iterations": 60,
             "train__stop_success": 0.99,
             "train__stop_window": 10,
-            "eval__videos": 0,
         },
         # A task gets one group an iteration, where a specialist gets eight: more iterations.
         "joint": {
@@ -125,23 +124,16 @@ PRESETS: dict[str, dict[str, Any]] = {
             "eval__episodes": 50,
         },
         "sft": {
+            **SFT,
             "demos__episodes": 25,
             "demos__stride": 5,
             "demos__sampling": "balanced",
-            "sft__optim__name": "muon",
-            "sft__optim__warmup_steps": 100,
             "sft__steps": 2000,
-            "sft__ema": 0.99,
         },
         "grpo": {
-            "group__branching": "none",
-            "group__prefix_chunks": 0,
-            "group__prefix_chunks_end": 0,
-            "flow__noise_level": 0.7,
-            "flow__noise_level_end": 0.3,
+            **RL,
             "train__iterations": 20,
             "train__checkpoint_every": 1,  # an iteration takes minutes
-            "eval__videos": 0,
         },
         "joint": {"group__count": 10, "group__spread": "adaptive"},
     },
@@ -162,24 +154,17 @@ PRESETS: dict[str, dict[str, Any]] = {
             "eval__first_seed": 1_700_000_000,  # the recipe was chosen on 1,600,000,000 and on
         },
         "sft": {
+            **SFT,
             "demos__episodes": 100,
             "demos__stride": 8,
             "demos__sampling": "balanced",
-            "sft__optim__name": "muon",
-            "sft__optim__warmup_steps": 100,
             "sft__steps": 5000,
             "sft__micro_batch": 8,
-            "sft__ema": 0.99,
         },
         "grpo": {
-            "group__branching": "none",
-            "group__prefix_chunks": 0,
-            "group__prefix_chunks_end": 0,
-            "flow__noise_level": 0.7,
-            "flow__noise_level_end": 0.3,
+            **RL,
             "train__iterations": 100,
             "train__checkpoint_every": 5,
-            "eval__videos": 0,
         },
         "joint": {"group__count": 20, "group__spread": "adaptive"},
     },
