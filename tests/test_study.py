@@ -89,7 +89,7 @@ def test_further_evaluations_are_runs_of_their_own(tmp_path):
     assert len(cells(study("--config.extras=", *given))) == 4
 
 
-def test_a_given_policy_is_evaluated_once_and_is_the_start_of_all_seeds(tmp_path):
+def test_a_given_policy_is_evaluated_once_and_is_the_start_of_all_seeds(tmp_path, capsys):
     given = [f"--config.folder={tmp_path}", "--config.start=checkpoints/mine", "--config.seeds=3,5"]
     planned = cells(study(*given, "--extras.high.env.layouts=high", "--every.env.executed=4"))
     assert [cell.name for cell in planned] == [
@@ -98,6 +98,13 @@ def test_a_given_policy_is_evaluated_once_and_is_the_start_of_all_seeds(tmp_path
         "specialists-OpenDrawer-seed5", "specialists-CloseDrawer-seed5", "joint-seed5",
         "high-specialists-OpenDrawer-seed5", "high-specialists-CloseDrawer-seed5", "high-joint-seed5",
     ]  # fmt: skip
+    (tmp_path / "mine.py").write_text(
+        "import ml_collections\n\ndef get_config():\n"
+        "    return ml_collections.ConfigDict({'tasks': ('drawers',), 'sft': {'sft__steps': 3}})\n"
+    )
+    capsys.readouterr()
+    parse_study(["study", f"--config={tmp_path / 'mine.py'}", "--config.start=x"])
+    assert capsys.readouterr().out == "start=x: no SFT is made; not used of the config: sft.sft.steps\n"
     start, further = planned[0], planned[4]
     assert program._command(start)[:3] == [sys.executable, "-m", "z1_jax.evaluate"]
     for cell in (start, further):
@@ -111,6 +118,10 @@ def test_a_given_policy_is_evaluated_once_and_is_the_start_of_all_seeds(tmp_path
         a_run(tmp_path, f"joint-seed{seed}", "grpo", {"OpenDrawer": won, "CloseDrawer": won}, training=both)
     told = results.collected(tmp_path, planned)
     assert told["means"] == {"sft": 0.375, "joint": 0.75}
+    # It is one policy: its rates are counted once, whatever the number of seeds that RL has.
+    assert [policy[:2] for policy in told["policies"] if policy[0] == "sft"] == [["sft", 3]] * 2
+    start = means(results.outcomes_of(told), 0.95)[0]
+    assert start.matrix == (2, 1) and start.interquartile_interval is None
     # Each seed's policy is held against the one start.
     found = {row.task: row for row in rows(results.outcomes_of(told), 0.95) if row.form == "joint"}
     assert [(row.before, row.after, row.seeds) for row in found.values()] == [(0.25, 0.75, 2), (0.5, 0.75, 2)]

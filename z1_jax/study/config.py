@@ -103,7 +103,9 @@ def parse_study(argv: Sequence[str]) -> StudyConfig:
     if study.start:
         if unused := [one for one in argv[1:] if one.startswith(("--sft.", "--config.sft_preset="))]:
             raise ConfigError(f"{unused[0]}: with --config.start={study.start} no SFT is made; leave one of them out")
-        sections[SFT].clear()  # the preset's
+        if sections[SFT]:
+            print(f"start={study.start}: no SFT is made; not used of the config: sft.{', sft.'.join(sections[SFT])}")
+        sections[SFT].clear()
     _check(study)
     return dataclasses.replace(study, seeds=tuple(str(int(seed)) for seed in study.seeds))
 

@@ -7,7 +7,6 @@ one an episode, with the `columns` policy (its number), seed and success.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -53,11 +52,6 @@ def collected(folder: pathlib.Path, planned: Sequence[Cell]) -> dict[str, Any]:
     """What the finished runs of a study found."""
     done = [cell for cell in planned if finished(folder, cell)]
     found = [one for cell in done for one in _outcomes(folder, cell)]
-    given = [cell.seed for cell in done if cell.kind == SFT and cell.program == "evaluate" and not cell.evaluation]
-    if given:  # one policy is the start of all seeds
-        others = dict.fromkeys(cell.seed for cell in done if cell.kind != SFT and cell.seed not in given)
-        starts = [one for one in found if one.form == SFT]
-        found += [dataclasses.replace(one, seed=seed) for seed in others for one in starts]
     runs = {cell.name: _run(folder, cell) for cell in done}
     over = means(found, CONFIDENCE)
     steps: dict[str, int] = {}

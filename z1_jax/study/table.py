@@ -317,13 +317,17 @@ def _paired(outcomes: Sequence[Outcome], form: str, task: str) -> list[tuple[int
 
 
 def _start_of(outcomes: Sequence[Outcome], outcome: Outcome) -> Outcome | None:
-    """The start's episodes that an outcome is paired with.
+    """The start's episodes that an outcome is paired with: of its own training seed, or of the one that there is.
+
+    A study from a given policy has one start for all training seeds, which counts as one.
 
     Raises:
         ValueError: they are others.
     """
-    for other in outcomes:
-        if (other.form, other.task, other.seed) == (START, outcome.task, outcome.seed):
+    starts = [other for other in outcomes if other.form == START]
+    seed = outcome.seed if len({other.seed for other in starts}) > 1 else starts[0].seed if starts else None
+    for other in starts:
+        if (other.task, other.seed) == (outcome.task, seed):
             if other.episodes != outcome.episodes:
                 raise ValueError(f"{outcome.form} and {START} ran {outcome.task} on different seeds")
             return other
