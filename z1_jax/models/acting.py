@@ -232,8 +232,11 @@ def denoiser(config: Pi05Config, params: Prepared, cache: PrefixCache, chunks: i
         for i, (layer, kept) in enumerate(zip(params["layers"], held, strict=True)):
             h, gate = _modulated(x, modulation[i])
             attended, kept = attend(i, _product_in_parts(h[None], layer["qkv"]), kept)
-            x = constrain(x + _product_in_parts(attended, layer["out"], 2) * gate, "batch")
-            h, gate = _modulated(x, modulation[depth + i])
+            # The residual is added up twice, within the kernels of the norm and of the next sum: XLA, were it to see
+            # that both are one, would add it up in a kernel of its own.
+            parts = _cut_product(attended, layer["out"], 2)
+            x, again = (x + _summed(one, x) * gate for one in (parts, jax.lax.optimization_barrier(parts)))
+            h, gate = _modulated(constrain(again, "batch"), modulation[depth + i])
             x = constrain(x + _product_in_parts(_hidden(h, layer)[None], layer["down"]) * gate, "batch")
             handed.append(kept)
         x, _ = _modulated(x, modulation[2 * depth])
@@ -322,20 +325,25 @@ def _product(x: Array, kernel: Array, contracted: int = 1) -> Array:
 
 
 def _product_in_parts(x: Float[Array, "S B T ..."], kernel: Array, contracted: int = 1) -> Array:
-    """`_product` of the sum of `x` over its first dimension, in the dtype of `x`; sums are float32 if there are any.
+    """`_product` of the sum of `x` over its first dimension, in the dtype of `x`; sums are float32 if there are any."""
+    return _summed(_cut_product(x, kernel, contracted), x)
 
-    Parts of `x` become rows: the kernel is read once for all of them.
-    """
+
+def _summed(parts: Float[Array, "P ..."], like: Array) -> Array:
+    return constrain(functools.reduce(operator.add, list(parts)).astype(like.dtype), "batch")
+
+
+def _cut_product(x: Float[Array, "S B T ..."], kernel: Array, contracted: int = 1) -> Float[Array, "P B T ..."]:
+    """The same in P parts that are to be added up; those of `x` become rows: the kernel is read once for all."""
     several, batch, rows = x.shape[:3]
     outputs = kernel.shape[contracted:]
     inner, columns = math.prod(kernel.shape[:contracted]), math.prod(outputs)
     parts = _parts(several * batch * rows, inner, columns)
     if several * parts == 1:
-        return constrain(_product(x[0], kernel, contracted), "batch")
+        return _product(x, kernel, contracted)
     cut, kernel = x.reshape(several * batch, rows, parts, -1), kernel.reshape(parts, -1, columns)
     found = jnp.einsum("btpk,pkf->pbtf", cut, kernel, preferred_element_type=jnp.float32)
-    found = found.reshape(parts * several, batch, rows, *outputs)
-    return functools.reduce(operator.add, list(found)).astype(x.dtype)
+    return found.reshape(parts * several, batch, rows, *outputs)
 
 
 def _parts(rows: int, inner: int, columns: int) -> int:
