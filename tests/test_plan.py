@@ -384,6 +384,25 @@ def test_what_is_advised_of_an_update(batch, micro, devices, told, small_plan):
     assert [name.removeprefix("update.") for name in names] == told
 
 
+def test_the_copy_for_decisions_is_given_up_before_a_training_is_changed(small_plan):
+    """A plan that it alone makes too large is told so, with the bytes that are left without it."""
+    rows = {row.name: row for row in small_plan.rows}
+    update = rows["rl_update"]
+    assert update.prepared > 0
+    worst = dataclasses.replace(small_plan, rows=[update])
+    names = [name for name, *_ in planning._steps(SMALL, tiny_policy.CONFIG, worst)]
+    order = ["update.micro_batch=4", "model.acting=plain", "update.batch_size=4"]
+    assert [name for name in names if name in order] == order
+    without = dataclasses.replace(tiny_policy.CONFIG, remat="full", dtype="bfloat16", acting="plain")
+    told = dict(planning.changes(SMALL, tiny_policy.CONFIG, dataclasses.replace(worst, memory=0.0)))
+    smaller = dataclasses.replace(SMALL, update=dataclasses.replace(SMALL.update, micro_batch=4))
+    expected = planning.make_plan(smaller, without, H200, 1e12, 1)
+    bytes_of = next(told[name] for name in told if name.endswith("model.acting=plain"))
+    assert bytes_of == max(row.total for row in expected.rows) and all(row.prepared == 0 for row in expected.rows)
+    apart = dataclasses.replace(worst, rows=[dataclasses.replace(update, prepared=0)])
+    assert "model.acting=plain" not in [name for name, *_ in planning._steps(SMALL, tiny_policy.CONFIG, apart)]
+
+
 def test_compiled_bytes_and_estimate_agree_in_float32():
     """On the CPU in float32, where no number is widened: within a factor of two of what XLA allocates.
 

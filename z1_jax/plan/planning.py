@@ -235,14 +235,17 @@ def _steps(config: Config, model: Pi05Config, plan: Plan) -> Iterator[tuple[str,
     if model.remat != "full":
         model = dataclasses.replace(model, remat="full")
         yield step("model.remat=full")
-    worst = max(plan.rows, key=lambda row: row.total).name
+    largest = max(plan.rows, key=lambda row: row.total)
+    worst, update, rows = largest.name, config.update, config.update.micro_batch
+    if worst == "rl_update" and rows % (2 * shards) == 0:  # the same training
+        rows //= 2
+        config = _with(config, "update", micro_batch=rows)
+        yield step(f"update.micro_batch={rows}")
+    if largest.prepared:  # the same training, decisions take twice as long
+        model = dataclasses.replace(model, acting="plain")
+        config = _with(config, "model", acting="plain")
+        yield step("model.acting=plain")
     if worst == "rl_update":
-        update = config.update
-        rows = update.micro_batch
-        if rows % (2 * shards) == 0:  # the same training
-            rows //= 2
-            config = _with(config, "update", micro_batch=rows)
-            yield step(f"update.micro_batch={rows}")
         if rows < update.batch_size:  # one micro-batch: only its caches, and no sum of gradients before it
             config = _with(config, "update", batch_size=rows)
             yield step(f"update.batch_size={rows}")

@@ -96,13 +96,13 @@ def _memory_lines(plan: Plan) -> list[str]:
 
 def _time_lines(plan: Plan) -> list[str]:
     unit, scale = ("TFLOP", 1e12) if max(row.flops_traced for row in plan.rows) >= 1e11 else ("MFLOP", 1e6)
-    text = [f"{f'{unit} per device':17}{'on paper':>9}{'traced':>9}{'compiled':>9}{'floor':>12}{'optimiser':>12}"]
+    text = [f"{f'{unit} per device':17}{'on paper':>9}{'traced':>9}{'compiled':>9}{'floor':>14}{'optimiser':>14}"]
     for row in plan.rows:
         counted = row.compiled and row.compiled.flops_with_trips(row.flops_traced, row.flops_traced_once)
         text.append(
             f"{row.name:17}{row.flops_analytic / scale:9.3f}{row.flops_traced / scale:9.3f}"
             + (f"{counted / scale:9.3f}" if counted else f"{'-':>9}")
-            + f"{row.floor_ms:9.3f} ms{row.optimizer_ms:9.3f} ms"
+            + f"{row.floor_ms:11.3f} ms{row.optimizer_ms:11.3f} ms"
         )
     return [*text, *textwrap.wrap(_COUNTS, 118)]
 
