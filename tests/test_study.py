@@ -380,6 +380,11 @@ def test_a_fall_is_from_where_training_started():
     assert largest_fall([0.5] * 9) is None
     assert largest_fall([0.2] * 10 + [0.9] * 10 + [0.3] * 10) == 0  # from its best it falls by 0.6
     assert largest_fall([0.5] * 10 + [0.0] * 5 + [1.0] * 9) == pytest.approx(0.25)
+    dip = [0.5] * 10 + [0.0] * 10 + [0.5] * 140
+    assert largest_fall(dip, [8] * 160) == pytest.approx(0.5)
+    assert largest_fall(dip, [1] * 160) == pytest.approx(0)  # ten scenes of one group each
+    assert largest_fall([1.0] * 80 + [0.5] * 80, [1] * 160) == pytest.approx(0.5)
+    assert largest_fall(dip[:79], [1] * 79) is None
 
 
 def test_other_evaluations_by_hand():

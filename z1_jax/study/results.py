@@ -97,8 +97,12 @@ def _run(folder: pathlib.Path, cell: Cell) -> dict[str, Any]:
     trains = cell.kind != SFT and not cell.evaluation
     records = [r for r in read_records(folder / cell.name / METRICS) if r.get("stage") == "grpo"] if trains else []
     tasks = summary["task"] if isinstance(summary["task"], list) else [summary["task"]]
-    keys = {task: f"tasks/{task}/success" if cell.kind == JOINT else "success" for task in tasks}
-    falls = {task: largest_fall([r[key] for r in records if key in r]) for task, key in keys.items()}
+    keys = {task: f"tasks/{task}/" if cell.kind == JOINT else "" for task in tasks}
+
+    def told(key: str) -> list[float]:
+        return [record[key] for record in records if key in record]
+
+    falls = {task: largest_fall(told(f"{key}success"), told(f"{key}groups")) for task, key in keys.items()}
     return {
         "form": cell.kind,
         "training_seed": cell.seed,

@@ -24,6 +24,7 @@ from z1_jax.statistics import (
 
 START = "sft"
 WINDOW = 10  # iterations of RL whose mean training success counts
+GROUPS = 80  # or as many more as hold so many groups of a task, where it has a share of them: eight an iteration
 STEADY_END, STEADY_FALL = 0.05, 0.10  # above which the end's deviation over training seeds, or a fall, is told
 
 
@@ -90,14 +91,16 @@ Falls = Mapping[tuple[str, str, int], float | None]  # form, task, training seed
 Values = Sequence[tuple[Outcome, np.ndarray]]  # one number an episode
 
 
-def largest_fall(success: Sequence[float]) -> float | None:
+def largest_fall(success: Sequence[float], groups: Sequence[float] = ()) -> float | None:
     """How far the mean of WINDOW iterations of training success falls below that of the first WINDOW, at most.
 
-    None where there are fewer.
+    With `groups`, those of the task in each iteration, of as many iterations as hold GROUPS, if that is more: of ten
+    scenes the mean would fall by 20 points by chance alone. None where there are fewer.
     """
-    if len(success) < WINDOW:
+    window = max(WINDOW, int(np.ceil(GROUPS / np.mean(groups)))) if len(groups) else WINDOW
+    if len(success) < window:
         return None
-    moving = np.convolve(np.asarray(success, float), np.full(WINDOW, 1 / WINDOW), mode="valid")
+    moving = np.convolve(np.asarray(success, float), np.full(window, 1 / window), mode="valid")
     return float(max(0.0, moving[0] - moving.min()))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from z1_jax.report import html
 from z1_jax.statistics import Interval
-from z1_jax.study.table import START, STEADY_END, STEADY_FALL, WINDOW, Elsewhere, Mean, Outcome, Row
+from z1_jax.study.table import GROUPS, START, STEADY_END, STEADY_FALL, WINDOW, Elsewhere, Mean, Outcome, Row
 
 NOTHING = "–"
 
@@ -70,7 +70,8 @@ def _notes(each: Sequence[Row]) -> list[str]:
     """What the rows say together of steadiness, and what their intervals hold."""
     found = [
         "Deviation: standard deviation of the rate after RL over training seeds, in points. Largest fall: how far the "
-        f"mean of {WINDOW} iterations of training success falls below that of the first {WINDOW}, in points."
+        f"mean of {WINDOW} iterations of training success falls below that of the first {WINDOW}, in points; of joint "
+        f"RL, of as many as hold {GROUPS} groups of the task."
     ]
     for form in dict.fromkeys(row.form for row in each):
         mine = [row for row in each if row.form == form]
