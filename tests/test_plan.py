@@ -385,7 +385,7 @@ def test_what_is_advised_of_an_update(batch, micro, devices, told, small_plan):
 
 
 def test_the_copy_for_decisions_is_given_up_before_a_training_is_changed(small_plan):
-    """A plan that it alone makes too large is told so, with the bytes that are left without it."""
+    """Its place in the order of advice, and the bytes that are left without it."""
     rows = {row.name: row for row in small_plan.rows}
     update = rows["rl_update"]
     assert update.prepared > 0

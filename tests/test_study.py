@@ -19,7 +19,7 @@ from z1_jax.statistics import mcnemar_exact, paired_difference_interval, wilson_
 from z1_jax.study import __main__ as program
 from z1_jax.study import projection, results
 from z1_jax.study.config import cells, parse_study, parsed
-from z1_jax.study.table import Outcome, elsewhere, largest_fall, means, rows, training_noise
+from z1_jax.study.table import GIVEN, Outcome, elsewhere, largest_fall, means, rows, training_noise
 from z1_jax.study.text import markdown, page
 from z1_jax.suites import settled, with_tasks
 
@@ -89,7 +89,16 @@ def test_further_evaluations_are_runs_of_their_own(tmp_path):
     assert len(cells(study("--config.extras=", *given))) == 4
 
 
-def test_a_given_policy_is_evaluated_once_and_is_the_start_of_all_seeds(tmp_path, capsys):
+def test_keys_that_a_given_policy_makes_void_are_named(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "import ml_collections\n\ndef get_config():\n"
+        "    return ml_collections.ConfigDict({'tasks': ('drawers',), 'sft': {'sft__steps': 3}})\n"
+    )
+    parse_study(["study", f"--config={tmp_path / 'mine.py'}", "--config.start=x"])
+    assert capsys.readouterr().out == "start=x: no SFT is made; not used of the config: sft.sft.steps\n"
+
+
+def test_a_given_policy_is_evaluated_once_and_is_the_start_of_all_seeds(tmp_path):
     given = [f"--config.folder={tmp_path}", "--config.start=checkpoints/mine", "--config.seeds=3,5"]
     planned = cells(study(*given, "--extras.high.env.layouts=high", "--every.env.executed=4"))
     assert [cell.name for cell in planned] == [
@@ -98,13 +107,6 @@ def test_a_given_policy_is_evaluated_once_and_is_the_start_of_all_seeds(tmp_path
         "specialists-OpenDrawer-seed5", "specialists-CloseDrawer-seed5", "joint-seed5",
         "high-specialists-OpenDrawer-seed5", "high-specialists-CloseDrawer-seed5", "high-joint-seed5",
     ]  # fmt: skip
-    (tmp_path / "mine.py").write_text(
-        "import ml_collections\n\ndef get_config():\n"
-        "    return ml_collections.ConfigDict({'tasks': ('drawers',), 'sft': {'sft__steps': 3}})\n"
-    )
-    capsys.readouterr()
-    parse_study(["study", f"--config={tmp_path / 'mine.py'}", "--config.start=x"])
-    assert capsys.readouterr().out == "start=x: no SFT is made; not used of the config: sft.sft.steps\n"
     start, further = planned[0], planned[4]
     assert program._command(start)[:3] == [sys.executable, "-m", "z1_jax.evaluate"]
     for cell in (start, further):
@@ -119,7 +121,7 @@ def test_a_given_policy_is_evaluated_once_and_is_the_start_of_all_seeds(tmp_path
     told = results.collected(tmp_path, planned)
     assert told["means"] == {"sft": 0.375, "joint": 0.75}
     # It is one policy: its rates are counted once, whatever the number of seeds that RL has.
-    assert [policy[:2] for policy in told["policies"] if policy[0] == "sft"] == [["sft", 3]] * 2
+    assert [policy[:2] for policy in told["policies"] if policy[0] == "sft"] == [["sft", GIVEN]] * 2
     start = means(results.outcomes_of(told), 0.95)[0]
     assert start.matrix == (2, 1) and start.interquartile_interval is None
     # Each seed's policy is held against the one start.
@@ -385,6 +387,19 @@ def test_a_fall_is_from_where_training_started():
     assert largest_fall(dip, [1] * 160) == pytest.approx(0)  # ten scenes of one group each
     assert largest_fall([1.0] * 80 + [0.5] * 80, [1] * 160) == pytest.approx(0.5)
     assert largest_fall(dip[:79], [1] * 79) is None
+
+
+def test_only_a_given_start_stands_for_other_training_seeds():
+    """Of a study that is under way, the start's further evaluation may be there for one training seed alone."""
+    found = [
+        outcome("sft", "A", "xx.."), outcome("sft", "A", "....", 1), outcome("joint", "A", "xxx.", 1),
+        outcome("sft", "A", ".x..", evaluation="high"), outcome("joint", "A", ".x.x", 1, evaluation="high"),
+    ]  # fmt: skip
+    assert [one.gain for one in elsewhere(found, 0.95) if one.form == "joint"] == [None]
+    assert rows([found[0], found[2]], 0.95) == [] and [row.before for row in rows(found, 0.95)] == [0.0]
+    of_one = [dataclasses.replace(one, seed=GIVEN) if one.form == "sft" else one for one in (found[0], *found[2:])]
+    assert [one.gain for one in elsewhere(of_one, 0.95) if one.form == "joint"] == [0.25]
+    assert [row.before for row in rows(of_one, 0.95)] == [0.5]
 
 
 def test_other_evaluations_by_hand():

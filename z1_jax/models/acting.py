@@ -235,8 +235,9 @@ def denoiser(config: Pi05Config, params: Prepared, cache: PrefixCache, chunks: i
             # The residual is added up twice, within the kernels of the norm and of the next sum: XLA, were it to see
             # that both are one, would add it up in a kernel of its own.
             parts = _cut_product(attended, layer["out"], 2)
-            x, again = (x + _summed(one, x) * gate for one in (parts, jax.lax.optimization_barrier(parts)))
-            h, gate = _modulated(constrain(again, "batch"), modulation[depth + i])
+            both = parts, jax.lax.optimization_barrier(parts)
+            x, again = (constrain(x + _summed(one, x) * gate, "batch") for one in both)
+            h, gate = _modulated(again, modulation[depth + i])
             x = constrain(x + _product_in_parts(_hidden(h, layer)[None], layer["down"]) * gate, "batch")
             handed.append(kept)
         x, _ = _modulated(x, modulation[2 * depth])
@@ -334,7 +335,7 @@ def _summed(parts: Float[Array, "P ..."], like: Array) -> Array:
 
 
 def _cut_product(x: Float[Array, "S B T ..."], kernel: Array, contracted: int = 1) -> Float[Array, "P B T ..."]:
-    """The same in P parts that are to be added up; those of `x` become rows: the kernel is read once for all."""
+    """`_product_in_parts` before its P parts are added up; those of `x` become rows: the kernel is read once."""
     several, batch, rows = x.shape[:3]
     outputs = kernel.shape[contracted:]
     inner, columns = math.prod(kernel.shape[:contracted]), math.prod(outputs)

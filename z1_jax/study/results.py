@@ -1,8 +1,8 @@
 """What a study's finished runs found, as one JSON file from which its tables can be made again.
 
 The file: `means`, `intervals` and `simulated_steps` by form; `runs`, by name, with their seconds and how training went;
-`policies`, each a form, a training seed, a task and the name of a further evaluation (empty: the run's own); `rows`,
-one an episode, with the `columns` policy (its number), seed and success.
+`policies`, each a form, a training seed (-1: a start that was given), a task and the name of a further evaluation
+(empty: the run's own); `rows`, one an episode, with the `columns` policy (its number), seed and success.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from z1_jax.errors import UserError
 from z1_jax.files import read_json, write_whole
 from z1_jax.metrics import METRICS, read_records
 from z1_jax.study.config import JOINT, SFT, Cell
-from z1_jax.study.table import Falls, Outcome, elsewhere, largest_fall, means, rows
+from z1_jax.study.table import GIVEN, Falls, Outcome, elsewhere, largest_fall, means, rows
 from z1_jax.study.text import markdown
 
 CONFIDENCE = 0.95
@@ -51,7 +51,9 @@ def seconds(summary: Mapping[str, Any]) -> float:
 def collected(folder: pathlib.Path, planned: Sequence[Cell]) -> dict[str, Any]:
     """What the finished runs of a study found."""
     done = [cell for cell in planned if finished(folder, cell)]
-    found = [one for cell in done for one in _outcomes(folder, cell)]
+    given = any(cell.kind == SFT and cell.program == "evaluate" and not cell.evaluation for cell in planned)
+    seeds = [GIVEN if given and cell.kind == SFT else cell.seed for cell in done]
+    found = [one for cell, seed in zip(done, seeds, strict=True) for one in _outcomes(folder, cell, seed)]
     runs = {cell.name: _run(folder, cell) for cell in done}
     over = means(found, CONFIDENCE)
     steps: dict[str, int] = {}
@@ -73,8 +75,8 @@ def collected(folder: pathlib.Path, planned: Sequence[Cell]) -> dict[str, Any]:
     }
 
 
-def _outcomes(folder: pathlib.Path, cell: Cell) -> list[Outcome]:
-    """The held-out episodes of a run by task."""
+def _outcomes(folder: pathlib.Path, cell: Cell, seed: int) -> list[Outcome]:
+    """The held-out episodes of a run by task, under this training seed."""
     by_task: dict[str, list[dict]] = {}
     name = "checkpoint" if cell.program == "evaluate" else "after"
     for record in read_records(folder / cell.name / "evaluation" / f"{name}.jsonl"):
@@ -83,7 +85,7 @@ def _outcomes(folder: pathlib.Path, cell: Cell) -> list[Outcome]:
         Outcome(
             cell.kind,
             task,
-            cell.seed,
+            seed,
             tuple(int(record["seed"]) for record in records),
             np.array([bool(record["success"]) for record in records]),
             cell.evaluation,
@@ -97,12 +99,12 @@ def _run(folder: pathlib.Path, cell: Cell) -> dict[str, Any]:
     trains = cell.kind != SFT and not cell.evaluation
     records = [r for r in read_records(folder / cell.name / METRICS) if r.get("stage") == "grpo"] if trains else []
     tasks = summary["task"] if isinstance(summary["task"], list) else [summary["task"]]
-    keys = {task: f"tasks/{task}/" if cell.kind == JOINT else "" for task in tasks}
+    prefixes = {task: f"tasks/{task}/" if cell.kind == JOINT else "" for task in tasks}
 
     def told(key: str) -> list[float]:
         return [record[key] for record in records if key in record]
 
-    falls = {task: largest_fall(told(f"{key}success"), told(f"{key}groups")) for task, key in keys.items()}
+    falls = {task: largest_fall(told(f"{one}success"), told(f"{one}groups")) for task, one in prefixes.items()}
     return {
         "form": cell.kind,
         "training_seed": cell.seed,

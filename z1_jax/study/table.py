@@ -23,6 +23,7 @@ from z1_jax.statistics import (
 )
 
 START = "sft"
+GIVEN = -1  # in place of a training seed: a start that was given, which all training seeds have
 WINDOW = 10  # iterations of RL whose mean training success counts
 GROUPS = 80  # or as many more as hold so many groups of a task, where it has a share of them: eight an iteration
 STEADY_END, STEADY_FALL = 0.05, 0.10  # above which the end's deviation over training seeds, or a fall, is told
@@ -34,7 +35,7 @@ class Outcome:
 
     form: str  # sft, specialists or joint
     task: str
-    seed: int  # of training
+    seed: int  # of training, or GIVEN
     episodes: tuple[int, ...]  # seeds of the episodes
     success: Bool[np.ndarray, " n"]
     evaluation: str = ""  # the name of a further evaluation; empty: that of the run itself
@@ -320,17 +321,13 @@ def _paired(outcomes: Sequence[Outcome], form: str, task: str) -> list[tuple[int
 
 
 def _start_of(outcomes: Sequence[Outcome], outcome: Outcome) -> Outcome | None:
-    """The start's episodes that an outcome is paired with: of its own training seed, or of the one that there is.
-
-    A study from a given policy has one start for all training seeds, which counts as one.
+    """The start's episodes that an outcome is paired with: of its own training seed, or of a given start.
 
     Raises:
         ValueError: they are others.
     """
-    starts = [other for other in outcomes if other.form == START]
-    seed = outcome.seed if len({other.seed for other in starts}) > 1 else starts[0].seed if starts else None
-    for other in starts:
-        if (other.task, other.seed) == (outcome.task, seed):
+    for other in outcomes:
+        if (other.form, other.task) == (START, outcome.task) and other.seed in (outcome.seed, GIVEN):
             if other.episodes != outcome.episodes:
                 raise ValueError(f"{outcome.form} and {START} ran {outcome.task} on different seeds")
             return other
